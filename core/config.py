@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
+import os
 import re
 import types
 import typing
@@ -110,6 +112,28 @@ def plain(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [plain(value) for value in config]
     return config
+
+
+def absolute(config: T) -> T:
+    """Return a dataclass tree in which every existing local path in a field with the metadata `path` is absolute.
+
+    URLs and names that are no path here, such as those of hubs, stay. A stored configuration then works in any folder.
+    """
+    changed: dict[str, Any] = {}
+    for one in dataclasses.fields(typing.cast(Any, config)):
+        value = getattr(config, one.name)
+        if one.metadata.get("path") and isinstance(value, str) and "://" not in value:
+            path = os.path.expanduser(value)
+            if glob.has_magic(path) or os.path.exists(path):
+                changed[one.name] = os.path.abspath(path)
+        elif dataclasses.is_dataclass(value):
+            changed[one.name] = absolute(value)
+        elif isinstance(value, dict):
+            changed[one.name] = {k: absolute(v) if dataclasses.is_dataclass(v) else v for k, v in value.items()}
+        elif isinstance(value, list):
+            changed[one.name] = [absolute(v) if dataclasses.is_dataclass(v) else v for v in value]
+    changed = {name: value for name, value in changed.items() if value != getattr(config, name)}
+    return dataclasses.replace(typing.cast(Any, config), **changed) if changed else config
 
 
 def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]]:

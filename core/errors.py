@@ -74,8 +74,24 @@ def check_numbers(config: object, positive: Sequence[str] = (), not_negative: Se
         value = getattr(config, key)
         if value is None:
             continue
-        if not math.isfinite(value) or value < 0 or (key in positive and value == 0):
+        if not math.isfinite(value):
+            raise ConfigError(key, value, "must be a finite number")
+        if value < 0 or (key in positive and value == 0):
             raise ConfigError(key, value, "must be positive" if key in positive else "must not be negative")
+
+
+def check_name(key: str, name: str) -> None:
+    """Raise `ConfigError` unless `name` can be the name of one folder."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ConfigError(key, name, "must be the name of one folder: not empty, without /, and not . or ..")
+    if len(name.encode()) > 200:
+        raise ConfigError(key, None, f"has {len(name.encode())} bytes; choose a name of at most 200")
+
+
+def check_local(key: str, path: str) -> None:
+    """Raise `ConfigError` for a URL where files must be on a file system of this machine."""
+    if "://" in path:
+        raise ConfigError(key, path, "is a URL, but must be a folder on this machine or on a file system it mounts")
 
 
 def one_line(error: BaseException, length: int | None = None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from core.errors import ConfigError, check_numbers
+from core.errors import ConfigError, check_local, check_numbers
 from core.import_path import check_options
 from data.filter.config import FilterRules
 
@@ -74,7 +74,7 @@ class SourceConfig:
     """Keyword arguments of an imported class."""
     section: Section | None = None
     """For `builtin`: the section of the standard library."""
-    path: str | None = None
+    path: str | None = field(default=None, metadata={"path": True})
     """A file, folder or glob pattern. For `huggingface`: the name of a data set, or a folder."""
     subset: str | None = None
     split: str = "train"
@@ -85,7 +85,7 @@ class SourceConfig:
     """Number of epochs after which the source is dropped and the other sources replace it; null: no limit."""
     max_bytes: int | None = None
     """End the source with the document at which its training text reaches this many bytes; null: read all."""
-    held_out_path: str | None = None
+    held_out_path: str | None = field(default=None, metadata={"path": True})
     """Read held-out documents from here instead of splitting them off."""
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ O200K_PATTERN = "|".join(
 @dataclass(frozen=True)
 class TokenizerConfig:
     kind: TokenizerKind = TokenizerKind.bpe
-    path: str | None = None
+    path: str | None = field(default=None, metadata={"path": True})
     """The tokenizer's file. Not used by `bpe`."""
     vocab_size: int = 1024
     """For `bpe`: size of the vocabulary. The files of other kinds determine theirs."""
@@ -149,7 +149,7 @@ class TokenizerConfig:
 class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    tokens: str | None = None
+    tokens: str | None = field(default=None, metadata={"path": True})
     """A directory that `leviathan tokenize` made. If it is set, the sources are not read."""
     held_out: float = 0.05
     """Fraction of the documents to hold out from training."""
@@ -173,6 +173,7 @@ class DataConfig:
     cache: str = "~/.cache/leviathan"
 
     def __post_init__(self) -> None:
+        check_local("cache", self.cache)
         if not self.sources and not self.tokens:
             raise ConfigError("sources", None, "name at least one source, or a directory of tokens (data.tokens)")
         if self.filter is not None and self.tokens is not None:

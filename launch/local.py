@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from core.config import build, differences, load_stored, plain
+from core.config import absolute, build, differences, load_stored, plain
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import CRASHED, INTERRUPTED
 from core.process import report
@@ -26,7 +26,7 @@ def train(configs: list[TrainConfig]) -> int:
         for key, (first, other) in differences(configs[0].launch, config.launch, "launch").items():
             reason = f"differs from the first run of the sweep ({first}); give launch.* one value"
             raise ConfigError(key, other, reason)
-    configs = [resolve(config) for config in configs]
+    configs = [absolute(resolve(config)) for config in configs]
     launch = build(LaunchConfig, configs[0].launch, "launch")
     for config in configs:
         check(config, launch.ranks if launch.kind is not LaunchKind.inline else 1)

@@ -228,7 +228,7 @@ class ModelConfig:
     multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
     layer_list: list[LayerConfig] | None = None
     """Explicit list of layers. None: built from the shorthands above."""
-    init_from: str | None = None
+    init_from: str | None = field(default=None, metadata={"path": True})
     """Initial weights: the directory of a Hugging Face checkpoint, of an imported checkpoint, or of a run."""
     upcycle: UpcycleConfig | None = None
     """Convert the dense layers of `init_from` into experts."""

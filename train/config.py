@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from core.errors import ConfigError, check_numbers
+from core.errors import ConfigError, check_local, check_name, check_numbers
 from core.files import locate
 from core.import_path import check_form
 from data.config import DataConfig, Packing
@@ -32,6 +32,13 @@ class RunConfig:
     seed: int = 0
     resume: bool = True
     """True: resume from the directory's last checkpoint. False: reject a directory that holds a run."""
+
+    def __post_init__(self) -> None:
+        check_local("root", self.root)
+        if self.name is not None:
+            check_name("name", self.name)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError("seed", self.seed, "must be from 0 to 2^63 - 1")
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class CheckpointConfig:
     every: int = 0
     keep: int = 2
     asynchronous: bool = True
-    directory: str | None = None
+    directory: str | None = field(default=None, metadata={"path": True})
     """Folder for checkpoints, below which each run has its own: a path, or a URL that fsspec can open
     (s3://bucket/folder). Null: the run's directory.
     """
@@ -115,6 +122,8 @@ class CheckpointConfig:
         if self.keep < 1:
             raise ConfigError("keep", self.keep, "must be at least 1, or no run could be resumed", [1, 2])
         if self.directory is not None:
+            if self.directory.startswith("memory:"):
+                raise ConfigError("directory", self.directory, "keeps nothing when the process ends; name a folder")
             try:
                 locate(self.directory)
             except ConfigError as error:

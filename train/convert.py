@@ -7,6 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from train.checkpoint.index import read_progress
 from train.checkpoint.init_from import open_model
 from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_origin, save_model
 from train.config import Check, phases
-from train.corpus import check_same_data, stored_corpus
+from train.corpus import run_tokenizer, trained_corpus
 from train.eval.contamination import MODELS
 from train.run_directory import load_config
 
@@ -103,11 +104,12 @@ def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Pa
         folder = path / TOKENIZER if imported else path
         return [file for name in TOKENIZER_FILES if (file := folder / name).exists()], {}
     run = load_config(path)
-    corpus = stored_corpus(path, run, World(0, 1, torch.device("cpu")), print, MODELS)
     assert isinstance(source, CheckpointedModel)
-    check_same_data(read_progress(source.checkpoint), corpus)
+    progress = read_progress(source.checkpoint)
+    corpus = partial(trained_corpus, path, run, World(0, 1, torch.device("cpu")), progress, MODELS)
+    tokenizer = run_tokenizer(path, progress, corpus)
     try:
-        ids = save_for_transformers(corpus.tokenizer, scratch)
+        ids = save_for_transformers(tokenizer, scratch)
     except ConfigError as error:
         print(f"no tokenizer exported: {error}")
         return [], {}

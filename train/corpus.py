@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError
+from core.errors import ConfigError, DataError
+from core.files import new_directory
 from data.corpus import Corpus, find_corpus, open_corpus, prepare
 from data.curriculum import PhaseSpec, make_loaders
 from data.filter.score.factory import Models
 from data.loader import Loader
+from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_fingerprint
 from parallel.comm.world import World
 from train.checkpoint.index import read_progress
 from train.config import TrainConfig, phases
@@ -59,6 +61,36 @@ def stored_corpus(
         raise ConfigError(f"data.{key}", path, reason)
     if config.data.verify:
         corpus.verify(world.rank, world.size)
+    return corpus
+
+
+def keep_tokenizer(corpus: Corpus, run: RunDirectory) -> None:
+    """Copy the tokenizer into the run's directory, so that the model can be used without its corpus."""
+    if not run.tokenizer.exists():
+        with new_directory(run.tokenizer) as scratch:
+            corpus.tokenizer.save(scratch)
+
+
+def run_tokenizer(run: Path, progress: dict[str, Any], corpus: Callable[[], Corpus]) -> Tokenizer:
+    """Load the tokenizer of a run. `corpus` opens the run's corpus, which has the tokenizer of an older version's run.
+
+    Raises `DataError` if it is not the one that the checkpoint with this progress was trained with.
+    """
+    kept = RunDirectory(run).tokenizer
+    if not kept.exists():
+        return corpus().tokenizer
+    tokenizer = load_tokenizer(kept)
+    if vocabulary_fingerprint(tokenizer) != progress.get("vocabulary"):
+        raise DataError(f"{kept} is not the tokenizer that the model was trained with: restore it")
+    return tokenizer
+
+
+def trained_corpus(
+    run: Path, config: TrainConfig, world: World, progress: dict[str, Any], models: Models | None = None
+) -> Corpus:
+    """Open the corpus that a checkpoint with this progress was trained on. Raises `ConfigError` if it has changed."""
+    corpus = stored_corpus(run, config, world, lambda line: None, models)
+    check_same_data(progress, corpus)
     return corpus
 
 

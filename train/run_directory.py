@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 import yaml
 
-from core.config import build, differences, plain
+from core.config import absolute, build, differences, plain
 from core.errors import ConfigError, LeviathanError, RenamedKeyError, UnreadableFileError
 from core.exit_codes import CRASHED
 from core.files import locate, read_json, write_text
@@ -74,6 +74,7 @@ class RunDirectory:
         self.config_file = path / "config.yaml"
         self.logs = path / "logs"
         self.environment = path / "environment.json"
+        self.tokenizer = path / "tokenizer"
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -149,18 +150,49 @@ class RunDirectory:
             raise ConfigError("checkpoint.directory", elsewhere, f"cannot be written: {error}") from error
 
     def _check_same(self, config: TrainConfig) -> None:
-        stored = load_config(self.path)
+        stored = absolute(load_config(self.path))
         done = max((step for step, _ in committed(self.checkpoints)), default=0)
         begun = sum(phase.start < done for phase in phases(stored)[1:])  # phases that may no longer change
         was, is_now = (_indexed(plain(without_derived(one))) for one in (stored, config))
         said = differences(was, is_now)  # report these first, because derived keys follow from them
         for key, (before, after) in {**said, **differences(_indexed(plain(stored)), _indexed(plain(config)))}.items():
-            later_phase = key.startswith("phases.") and int(key.split(".")[1]) >= begun
-            anywhere = re.sub(r"^phases\.\d+\.", "phases.*.", key)
-            free = any(anywhere == part or anywhere.startswith(f"{part}.") for part in FREE)
-            if not free and not later_phase:
+            if _is_fixed(key, begun):
                 reason = f"the run in {self.path} was started with {before}; restore it, or name a new run (run.name)"
                 raise ConfigError(key, after, reason)
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """Return what a checkpoint stores of the configuration, to recognise its run: the values that the user set."""
+    return _indexed(plain(without_derived(config)))
+
+
+def check_settings(stored: dict[str, Any], config: TrainConfig, step: int, checkpoint: Path) -> None:
+    """Raise `ConfigError` unless `stored`, the `settings` in a checkpoint of step `step`, are those of this run.
+
+    A missing config.yaml or a checkpoint that was copied from another run would otherwise change what is learnt,
+    silently. Keys that only one of the two versions of Leviathan has are not compared.
+    """
+    begun, now = sum(phase.start < step for phase in phases(config)[1:]), settings(config)
+    for key, (before, after) in differences(stored, now).items():
+        if _is_fixed(key, begun) and _has(stored, key) and _has(now, key):
+            reason = f"{checkpoint} is of a run with {before}; restore it, remove the checkpoints, or name a new run"
+            raise ConfigError(key, after, reason)
+
+
+def _is_fixed(key: str, begun: int) -> bool:
+    """Return whether a key must stay as it is once the first `begun` later phases have begun."""
+    if key.startswith("phases.") and int(key.split(".")[1]) >= begun:
+        return False
+    anywhere = re.sub(r"^phases\.\d+\.", "phases.*.", key)
+    return not any(anywhere == part or anywhere.startswith(f"{part}.") for part in FREE)
+
+
+def _has(tree: Any, key: str) -> bool:
+    for name in key.split("."):
+        if not isinstance(tree, dict) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
 def load_config(directory: Path) -> TrainConfig:

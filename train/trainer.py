@@ -8,7 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from core.config import plain
-from core.errors import ConfigError, Diverged, LeviathanError
+from core.config import absolute, plain
+from core.errors import CheckpointError, ConfigError, Diverged, LeviathanError
 from core.exit_codes import INTERRUPTED
 from core.files import write_json
 from core.package_guard import sources_digest
@@ -36,23 +36,30 @@ from train.batches import StepBatches
 from train.callbacks import imported_callbacks, make_callbacks
 from train.callbacks.base import Callback
 from train.certify import store
+from train.checkpoint.index import read_progress
 from train.checkpoint.init_from import compare_vocabularies, copy_selection_biases, initial_source
 from train.checkpoint.manager import Checkpointer
 from train.config import Phase, TrainConfig, check, phase_of, phases
-from train.corpus import check_same_data, get_corpus, run_loaders, source_weights
+from train.corpus import check_same_data, get_corpus, keep_tokenizer, run_loaders, source_weights
 from train.engine import make_engine
 from train.engine.base import optimizer_step
 from train.environment import environment
 from train.eval.contamination import MODELS
 from train.metap import hyperparameters
 from train.metrics import Log, StepMetrics
-from train.run_directory import DIVERGED, RunDirectory, committed
+from train.run_directory import DIVERGED, RunDirectory, check_settings, committed, settings
 from train.signals import SignalFlag
 from train.stragglers import Stragglers
 
 LOCK_PATIENCE_S = 120.0
 POLL_EVERY = 10
 """On GPUs, the ranks agree on whether to stop at least once in this many steps. An agreement waits for the device."""
+
+
+class LastSaveError(CheckpointError):
+    """The run has done its steps, but its last state could not be saved."""
+
+    everywhere = True
 
 
 class Trainer:
@@ -131,7 +138,10 @@ class Trainer:
             for callback in self.callbacks:
                 callback.at_end()
         self.log(f"run: {self.directory.path}")
-        return 0 if self.checkpointer.has(self.step) else 1  # 1: trained, but the model could not be saved
+        if not self.checkpointer.has(self.step):
+            reason = self.checkpointer.failure or "it is damaged"
+            raise LastSaveError(f"the last checkpoint was not saved: {reason}; mend that and rerun the same command")
+        return 0
 
     def train_step(self, step: int) -> StepMetrics:
         """Train on the global batch of `step`."""
@@ -167,6 +177,7 @@ class Trainer:
             "corpus": self.corpus.fingerprint,
             "vocabulary": self.vocabulary,
             "phase": self.phase(self.step - 1).name,
+            "settings": settings(self.config),
             "layout": self.meshes.layout.axes,
             "certificate": self.certificate,
             "callbacks": {one.key: state for one in self.callbacks if (state := _state_of(one))},
@@ -231,7 +242,7 @@ class Trainer:
 
 def run(config: TrainConfig) -> int:
     """Run the verb `train` on this rank: check, prepare, train. Returns the exit code."""
-    config = hyperparameters.resolve(config)
+    config = absolute(hyperparameters.resolve(config))
     layout = check(config, int(os.environ.get("WORLD_SIZE", 1)))
     list(imported_callbacks(config))
     if config.run.name is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
@@ -248,6 +259,7 @@ def run(config: TrainConfig) -> int:
                 log(f"hyperparameters: {line}")
             corpus = get_corpus(config, world, log, MODELS)
             world.from_main(lambda: keep_audit(corpus.directory, directory.path))
+            world.from_main(lambda: keep_tokenizer(corpus, directory))
             return Trainer(config, layout, world, directory, corpus, log).fit()
     finally:
         directory.release()
@@ -282,6 +294,11 @@ def _claim(directory: RunDirectory, config: TrainConfig) -> None:
     """Lock and open the directory. After a restart, wait for the previous attempt to release the lock."""
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
     directory.lock(0.0 if restarts == ("0", "0") else LOCK_PATIENCE_S)
+    for found in reversed(committed(directory.checkpoints)):
+        with suppress(CheckpointError):  # a damaged one is reported when it is restored
+            progress = read_progress(found.path)
+            check_settings(progress.get("settings") or {}, config, found.step, found.path)
+            break
     directory.open(config)
     directory.logs.mkdir(exist_ok=True)
     write_json(directory.environment, environment())

@@ -65,7 +65,7 @@ def run(config: EvaluateConfig) -> int:
         result = held_out_loss(
             restored.placed,
             restored.loader(),
-            torch.from_numpy(restored.corpus.tokenizer.token_bytes()),
+            torch.from_numpy(restored.tokenizer.token_bytes()),
             config.sequences or restored.config.evaluation.sequences,
             config.micro_batch_size or restored.phase.micro_batch_size,
             restored.weights(),

@@ -19,7 +19,7 @@ def run(config: GenerateConfig) -> int:
 
     with closing(connect()) as world:
         restored = restore(Path(config.run), world, config.backend, MODELS)
-        tokenizer = restored.corpus.tokenizer
+        tokenizer = restored.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode([config.prompt])[0]]
         restored.placed.model.eval()
         next_logits = partial(placed_logits, restored.placed)

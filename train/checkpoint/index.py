@@ -39,6 +39,8 @@ _OLD_FORMAT = (
     "was written by an older version of Leviathan, whose checkpoints could run code: "
     "train again, or export the model with that version"
 )
+UNREADABLE = "cannot be read"
+"""How a problem begins that may lie with permissions or the disk rather than with the files."""
 _MAX_DIMS = 8
 _DTYPES = {
     name: getattr(torch, name)
@@ -48,7 +50,7 @@ _DTYPES = {
     )
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+_MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 T = TypeVar("T")
 
 
@@ -122,7 +124,7 @@ def commit(checkpoint: Path, parts: Iterable[Mapping[str, IndexedTensor]], progr
 
 def problem(checkpoint: Path) -> str:
     """Return why a committed checkpoint cannot be used ("is damaged: ..."), or an empty string. Checks the marker, file
-    sizes and the digests of the JSON files, but not the shards. Raises `CheckpointError` if the store cannot be read.
+    sizes and the digests of the JSON files, but not the shards.
     """
     try:
         if not (checkpoint / MARKER).is_file():
@@ -135,7 +137,7 @@ def problem(checkpoint: Path) -> str:
     except Damaged as error:
         return f"is damaged: {error}"
     except OSError as error:
-        raise CheckpointError(f"{checkpoint} cannot be read: {error.strerror or error}") from error
+        return f"{UNREADABLE}: {error.strerror or error}"
     return ""
 
 
@@ -231,7 +233,7 @@ def _tile(shape: tuple[int, ...], shards: Sequence[IndexedShard]) -> bool:
 def _parsed(path: Path, parse: Callable[[Any], T]) -> T:
     try:
         return parse(read_json(path))
-    except _UNREADABLE as error:
+    except _MALFORMED as error:
         raise Damaged(f"{path.name} is unreadable ({one_line(error, 120)})") from None
 
 

@@ -20,7 +20,7 @@ from core.errors import CheckpointError
 from core.files import remove_tree
 from parallel.comm.world import World
 from train.checkpoint.files import read_state, write_shards
-from train.checkpoint.index import Damaged, IndexedTensor, commit, problem, read_progress
+from train.checkpoint.index import UNREADABLE, Damaged, IndexedTensor, commit, problem, read_progress
 from train.checkpoint.state import TensorShard
 from train.run_directory import MARKER, committed
 
@@ -33,6 +33,8 @@ class Checkpointer:
     ) -> None:
         self.directory, self.world, self.keep = directory, world, keep
         self.asynchronous, self.report = asynchronous, report
+        self.failure = ""
+        """Why the last save that failed did."""
         self._pending: tuple[Path, Future[None]] | None = None
         self._damaged: list[Path] = []
         # a save in the background must not use the communicator of the training step
@@ -121,7 +123,8 @@ class Checkpointer:
             reason = reason or f"{found.path.name} {wrong}"
             if found != present[0]:
                 self.report(f"checkpoint {found.path.name} {wrong}; trying the one before")
-            self._damaged.append(found.path)
+            if not wrong.startswith(UNREADABLE):  # permissions or a disk may be mended: keep the files
+                self._damaged.append(found.path)
         if present:
             raise CheckpointError(f"no checkpoint in {self.directory} is intact ({reason}); remove all to start over")
         return None
@@ -130,20 +133,22 @@ class Checkpointer:
         """Read a checkpoint into `state`. Returns a description of the damage that any rank found, the same text on all
         ranks, or an empty text. After damage the content of the tensors is undefined.
         """
-        outcome: Damaged | CheckpointError | None = None
+        outcome: CheckpointError | str = ""
         try:
             read_state(checkpoint, state)
-        except (Damaged, CheckpointError) as error:
+        except CheckpointError as error:
             outcome = error
+        except Damaged as error:
+            outcome = f"is damaged: {error}"
         except OSError as error:
-            outcome = CheckpointError(f"{checkpoint} cannot be read: {error.strerror or error}")
-        outcomes: list[Any] = [outcome] * self.world.size
+            outcome = f"{UNREADABLE}: {error.strerror or error}"
+        outcomes: list[CheckpointError | str] = [outcome] * self.world.size
         if self.world.size > 1:
             dist.all_gather_object(outcomes, outcome, group=self._group)
         for one in outcomes:
             if isinstance(one, CheckpointError):
                 raise one
-        return next((f"is damaged: {one}" for one in outcomes if one is not None), "")
+        return next((str(one) for one in outcomes if one), "")
 
     def _clear(self, path: Path) -> None:
         """Make an empty directory. Remove what an interrupted save left in it, and all checkpoints found damaged."""
@@ -159,7 +164,8 @@ class Checkpointer:
                 remove_tree(path)
             except Exception as second:
                 self.report(f"could not remove what is left of {path.name}: {_root_cause(second)}")
-        self.report(f"could not save {path.name}, continuing without it: {_root_cause(error)}")
+        self.failure = _root_cause(error)
+        self.report(f"could not save {path.name}, continuing without it: {self.failure}")
 
     def _prune(self) -> None:
         if not self.world.is_main:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from core.errors import CheckpointError, ConfigError
 from data.corpus import Corpus
 from data.filter.score.factory import Models
 from data.loader import Loader
+from data.tokenizer import Tokenizer
 from parallel.comm.world import World
 from parallel.deepspeed.config import ZeroConfig
 from parallel.layout import EngineKind, Layout, ParallelConfig
@@ -20,7 +22,7 @@ from precision.config import Backend
 from train.checkpoint.manager import Checkpointer
 from train.checkpoint.state import run_state
 from train.config import Phase, TrainConfig, phase_of
-from train.corpus import check_same_data, source_weights, stored_corpus
+from train.corpus import run_tokenizer, source_weights, trained_corpus
 from train.run_directory import RunDirectory, committed, load_config
 
 
@@ -28,8 +30,14 @@ from train.run_directory import RunDirectory, committed, load_config
 class RestoredRun:
     config: TrainConfig
     placed: ParallelModel
-    corpus: Corpus
+    tokenizer: Tokenizer
     step: int
+    open_corpus: Callable[[], Corpus]
+    """Opens the corpus that the model was trained on. Raises `ConfigError` if it is missing or has changed."""
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        return self.open_corpus()
 
     @property
     def phase(self) -> Phase:
@@ -44,7 +52,7 @@ class RestoredRun:
 
 
 def restore(directory: Path, world: World, backend: Backend | None = None, models: Models | None = None) -> RestoredRun:
-    """Restore the model from the run's newest intact checkpoint, and open the corpus that it was trained on.
+    """Restore the model from the run's newest intact checkpoint.
 
     `backend`: the GEMM backend; None: the one used in training. `models`: as in `get_corpus`.
     """
@@ -55,14 +63,13 @@ def restore(directory: Path, world: World, backend: Backend | None = None, model
     checkpointer = Checkpointer(run.checkpoints, world, config.checkpoint.keep, False, partial(_report, world))
     if not committed(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")
-    corpus = stored_corpus(directory, config, world, lambda line: None, models)
     # without training FSDP2 is enough, and it reads the checkpoints of both engines
     meshes = make_meshes(replace(_layout(config, world), engine=EngineKind.fsdp2, zero=ZeroConfig()), world)
     placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
     progress = checkpointer.restore(run_state(placed.model, None, placed.specs)) or {}
-    check_same_data(progress, corpus)
     placed.model.set_rope_config(phase_of(config, progress["step"]).model)
-    return RestoredRun(config, placed, corpus, progress["step"])
+    open_corpus = partial(trained_corpus, directory, config, world, progress, models)
+    return RestoredRun(config, placed, run_tokenizer(directory, progress, open_corpus), progress["step"], open_corpus)
 
 
 def _report(world: World, line: str) -> None:

@@ -118,7 +118,7 @@ def from_run(
     rank has the whole model.
     """
     restored = restore(directory, world, backend, models)
-    tokenizer, precision = restored.corpus.tokenizer, json.dumps(restored.config.precision, default=str)
+    tokenizer, precision = restored.tokenizer, json.dumps(restored.config.precision, default=str)
     identity = ("run", tokenizer.fingerprint, precision)
     return _ours(restored.placed.model, world.device, tokenizer, restored.phase.seq_len, identity)
 
