@@ -17,6 +17,11 @@ ATTEMPT = "LEVIATHAN_ATTEMPT"
 """Environment variable: id of this start of the ranks, equal on all. Part of the key prefix in torch's store."""
 
 
+def has_agent() -> bool:
+    """Return whether torchrun's agent, ours or another, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def host_name() -> str:
     """Return this machine's name; inside a SLURM job, the node name that SLURM uses."""
     return os.environ.get("SLURMD_NODENAME", os.uname().nodename)

@@ -12,19 +12,23 @@ import platform
 import shlex
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from core.errors import LeviathanError, one_line
-from core.exit_codes import CRASHED, INTERRUPTED, is_consequence
+from core.exit_codes import CRASHED, INTERRUPTED, has_agent, is_consequence
 from core.openmp import share_cores
 from core.package_guard import check_packages, drop_working_directory
 
 TRACEBACKS = "LEVIATHAN_TRACEBACKS"
 """Environment variable: the folder for tracebacks of internal errors. Default: ~/.cache/leviathan/tracebacks."""
+
+ORPHANED_S = 5.0
+"""Seconds that a process may live on after its parent."""
 
 _ADVICE = {
     errno.ENOSPC: "no space is left on the disk; free some, or write elsewhere",
@@ -53,7 +57,6 @@ def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | Non
     rank 0 alone prints it. Under torchrun's agent the exit code of any other exception is CRASHED, so that the agent
     restarts the ranks.
     """
-    has_agent = "TORCHELASTIC_RUN_ID" in os.environ
     try:
         drop_working_directory()
         share_cores()
@@ -69,13 +72,39 @@ def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | Non
             print("leviathan: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and not has_agent:  # `leviathan ... | head`
+        if isinstance(error, BrokenPipeError) and not has_agent():  # `leviathan ... | head`
             _discard_output()
         elif is_consequence(str(error)):
             print(f"rank {os.environ.get('RANK')} lost another rank: {str(error).splitlines()[-1]}", file=sys.stderr)
         else:
             report(LeviathanError(explained(error) or _internal(error)))
-        return CRASHED if has_agent else 1
+        return CRASHED if has_agent() else 1
+
+
+@contextmanager
+def ending_with_parent(parent_is_ours: bool = True) -> Iterator[None]:
+    """In the block, end this process a few seconds after its parent, even if SIGKILL ended that.
+
+    The seconds let a process that notices by itself end in order. `parent_is_ours` False: do nothing, because a user's
+    shell may end before its background jobs.
+    """
+    if not parent_is_ours:
+        yield
+        return
+    parent, done = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            if done.wait(1.0):
+                return
+        if not done.wait(ORPHANED_S):
+            os._exit(CRASHED)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def report(error: LeviathanError, where: str = "") -> None:

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from core.exit_codes import RankFailure, is_consequence
+from core.process import ending_with_parent
 
 MOST_RANKS = 8
 GRACE_S = 5.0
@@ -115,16 +116,17 @@ def _serve(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    while True:
-        try:
-            number, rank, ranks, port, timeout_s, case = connection.recv()
-        except EOFError:
-            return
-        try:
-            result = _run_case(number, rank, ranks, port, timeout_s, case)
-            connection.send(("returned", pickle.dumps(result)))
-        except BaseException as error:
-            connection.send(("raised", type(error).__name__, traceback.format_exc()))
+    with ending_with_parent():
+        while True:
+            try:
+                number, rank, ranks, port, timeout_s, case = connection.recv()
+            except EOFError:
+                return
+            try:
+                result = _run_case(number, rank, ranks, port, timeout_s, case)
+                connection.send(("returned", pickle.dumps(result)))
+            except BaseException as error:
+                connection.send(("raised", type(error).__name__, traceback.format_exc()))
 
 
 def _run_case(number: int, rank: int, ranks: int, port: int, timeout_s: float, case: bytes) -> Any:

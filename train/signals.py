@@ -12,6 +12,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from core.exit_codes import has_agent
+
 
 class SignalFlag:
     """A context in which SIGINT, SIGTERM and SIGUSR1 set `requested`. Outside the main thread it handles no signals."""
@@ -19,7 +21,7 @@ class SignalFlag:
     def __init__(self) -> None:
         self._signalled = False
         self._previous: dict[int, Any] = {}
-        self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._agent = os.getppid() if has_agent() else None
 
     @property
     def requested(self) -> bool:

@@ -18,9 +18,10 @@ import torch
 
 from core.config import absolute, plain
 from core.errors import CheckpointError, ConfigError, Diverged, LeviathanError
-from core.exit_codes import INTERRUPTED
+from core.exit_codes import INTERRUPTED, has_agent
 from core.files import write_json
 from core.package_guard import sources_digest
+from core.process import ending_with_parent
 from data.corpus import Corpus
 from data.filter.audit.outputs import keep_audit
 from data.tokenizer import vocabulary_fingerprint
@@ -257,10 +258,12 @@ def run(config: TrainConfig) -> int:
             log = Log(directory.path / "log.txt" if world.is_main else None)
             for line in hyperparameters.warnings(config):
                 log(f"hyperparameters: {line}")
-            corpus = get_corpus(config, world, log, MODELS)
-            world.from_main(lambda: keep_audit(corpus.directory, directory.path))
-            world.from_main(lambda: keep_tokenizer(corpus, directory))
-            return Trainer(config, layout, world, directory, corpus, log).fit()
+            with ending_with_parent(has_agent()):  # later, the training loop saves first
+                corpus = get_corpus(config, world, log, MODELS)
+                world.from_main(lambda: keep_audit(corpus.directory, directory.path))
+                world.from_main(lambda: keep_tokenizer(corpus, directory))
+                trainer = Trainer(config, layout, world, directory, corpus, log)
+            return trainer.fit()
     finally:
         directory.release()
         world.close()

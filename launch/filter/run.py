@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from core.config import plain
 from core.errors import ConfigError, LeviathanError
-from core.exit_codes import CRASHED
+from core.exit_codes import CRASHED, has_agent
 from core.files import write_json
+from core.process import ending_with_parent
 from data.config import TokenizerConfig, TokenizerKind
 from data.filter.audit.findings import summary
 from data.filter.audit.outputs import AUDIT_PAGE, KEPT, SCORES, write_audit_of, write_kept, write_scores
@@ -37,7 +38,7 @@ STAGES = "stages"
 
 def run_filter(config: FilterConfig, out: Path) -> int:
     """Filter `input` or `dataset`, on the ranks that torchrun started if there are any."""
-    with closing(connect()) as world:
+    with ending_with_parent(has_agent()), closing(connect()) as world:
         _filter(config, out, WorldWorkers(world) if world.size > 1 else OneWorker())
     return 0
 

@@ -16,6 +16,7 @@ import torch
 from core.config import build
 from core.errors import ConfigError
 from core.exit_codes import INTERRUPTED
+from core.process import ending_with_parent
 from launch.config import LaunchConfig, LaunchKind
 from launch.local import train
 from launch.metap.config import SweepConfig
@@ -71,5 +72,5 @@ def _results(waiting: Sequence[TrainConfig], processes: int) -> Iterator[tuple[s
 
 def _quiet_run(run: TrainConfig) -> int:
     """Train without output on the terminal, where concurrent runs would mix; each run has its own log.txt."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with ending_with_parent(), contextlib.redirect_stdout(io.StringIO()):
         return one_run(run)
