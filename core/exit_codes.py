@@ -22,6 +22,11 @@ def has_agent() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def is_rank() -> bool:
+    """Return whether this process is one of several ranks."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
 def host_name() -> str:
     """Return this machine's name; inside a SLURM job, the node name that SLURM uses."""
     return os.environ.get("SLURMD_NODENAME", os.uname().nodename)

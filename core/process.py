@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from core.errors import LeviathanError, one_line
-from core.exit_codes import CRASHED, INTERRUPTED, has_agent, is_consequence
+from core.exit_codes import CRASHED, INTERRUPTED, has_agent, is_consequence, is_rank
 from core.openmp import share_cores
 from core.package_guard import check_packages, drop_working_directory
 
@@ -57,6 +57,8 @@ def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | Non
     rank 0 alone prints it. Under torchrun's agent the exit code of any other exception is CRASHED, so that the agent
     restarts the ranks.
     """
+    # c10d logs each try to reach a store as a warning with a stack trace; the errors that follow are reported
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         drop_working_directory()
         share_cores()
@@ -68,7 +70,7 @@ def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | Non
         report(error)
         return error.exit_code
     except KeyboardInterrupt:
-        if "RANK" not in os.environ:
+        if not is_rank():
             print("leviathan: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
@@ -77,7 +79,9 @@ def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | Non
         elif is_consequence(str(error)):
             print(f"rank {os.environ.get('RANK')} lost another rank: {str(error).splitlines()[-1]}", file=sys.stderr)
         else:
-            report(LeviathanError(explained(error) or _internal(error)))
+            line = LeviathanError(explained(error) or _internal(error))
+            line.everywhere = getattr(error, "everywhere", False)
+            report(line)
         return CRASHED if has_agent() else 1
 
 
@@ -107,9 +111,21 @@ def ending_with_parent(parent_is_ours: bool = True) -> Iterator[None]:
         done.set()
 
 
+@contextmanager
+def told_after(seconds: float, line: str) -> Iterator[None]:
+    """Print `line` on stderr if the block takes longer than this."""
+    timer = threading.Timer(seconds, print, [line], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def report(error: LeviathanError, where: str = "") -> None:
     """Print one line about an expected error. `where`: the run or machine that the line names first."""
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ["RANK"] if is_rank() else "0"
     if rank == "0" or not error.everywhere:
         prefix = "".join(f"{part}: " for part in (where, "" if rank == "0" else f"rank {rank}") if part)
         print(f"leviathan: error: {prefix}{error}", file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ from data.corpus import Corpus
 from data.filter.audit.outputs import keep_audit
 from data.tokenizer import vocabulary_fingerprint
 from model.load_balance import Balancer
-from parallel.comm.world import World, connect, wait_for
+from parallel.comm.world import World, connect, numbers_of_rank, wait_for
 from parallel.deepspeed.config import Offload
 from parallel.layout import Layout
 from parallel.mesh import make_meshes
@@ -244,7 +244,7 @@ class Trainer:
 def run(config: TrainConfig) -> int:
     """Run the verb `train` on this rank: check, prepare, train. Returns the exit code."""
     config = absolute(hyperparameters.resolve(config))
-    layout = check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    layout = check(config, numbers_of_rank()[1])
     list(imported_callbacks(config))
     if config.run.name is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise ConfigError("run.name", None, "with restarts a run needs a name, or each restart begins a new run")

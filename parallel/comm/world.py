@@ -13,11 +13,20 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from core.errors import ConfigError, LeviathanError
+from core.errors import ConfigError
 from core.exit_codes import ATTEMPT
+from core.process import told_after
 from parallel.comm.watchdog import Heartbeat, Watchdog
 
 T = TypeVar("T")
+PATIENCE_S = 5.0
+"""Seconds of waiting for another process after which a line says for whom."""
+
+
+class WrongEnvironmentError(ConfigError):
+    """A variable that torchrun sets has an impossible value."""
+
+    everywhere = False
 
 
 @dataclass(frozen=True)
@@ -44,8 +53,7 @@ class World:
                 with self.heartbeat.excuse():
                     box[0] = function()
             except Exception as error:
-                if isinstance(error, LeviathanError):
-                    error.everywhere = True
+                vars(error)["everywhere"] = True
                 box[1] = error
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
@@ -103,14 +111,32 @@ def connect(timeout: timedelta = timedelta(days=1)) -> World:
     An existing process group is used as it is. The timeout is long because rank 0 may tokenise for hours; `World.watch`
     finds hangs.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = _device(int(os.environ.get("LOCAL_RANK", 0)))
+    rank, size, local = numbers_of_rank()
+    device = _device(local)
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), device)
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_store(size), rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, device)
+
+
+def numbers_of_rank() -> tuple[int, int, int]:
+    """Return RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; 0, 1 and 0 without them. Raises `ConfigError`."""
+    rank, size, local = (_whole(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if rank >= size:
+        reason = f"must be below WORLD_SIZE={size}: unset both, or start the ranks with torchrun"
+        raise WrongEnvironmentError("RANK", rank, reason)
+    return rank, size, local
+
+
+def _whole(name: str, default: int) -> int:
+    """Return an environment variable as a whole number. Only WORLD_SIZE must not be 0."""
+    text, least = os.environ.get(name, str(default)), int(name == "WORLD_SIZE")
+    if not text.isascii() or not text.isdecimal() or not least <= int(text) < 2**31:
+        reason = "must be a whole number, as torchrun sets it: unset it, or start the ranks with torchrun"
+        raise WrongEnvironmentError(name, repr(text), reason)
+    return int(text)
 
 
 def wait_for(device: torch.device) -> None:
@@ -133,13 +159,21 @@ def _store(size: int, client: bool = False) -> dist.Store:
         raise ConfigError("WORLD_SIZE", size, "is set, but not by torchrun: unset it, or start the ranks with torchrun")
     agents = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restarts, most = (environment.get(f"TORCHELASTIC_{what}", "0") for what in ("RESTART_COUNT", "MAX_RESTARTS"))
-    nodes = int(environment.get("GROUP_WORLD_SIZE", 1))
+    nodes = _whole("GROUP_WORLD_SIZE", 1)
     if ATTEMPT not in environment and agents and nodes > 1 and most != "0":
         # each node's agent counts its own restarts, so ranks of different nodes would wait under different prefixes
         reason = "ranks of several nodes cannot reconnect after a restart: use leviathan train launch=torchrun"
         raise ConfigError("--max-restarts", most, reason, [0])
     own = not agents and environment["RANK"] == "0" and not client
-    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    host, port = environment["MASTER_ADDR"], _whole("MASTER_PORT", 0)
     patience = timedelta(minutes=1) if client else timedelta(minutes=5)
-    store = dist.TCPStore(host, port, size, is_master=own, wait_for_workers=False, timeout=patience)
+    line = f"leviathan: rank {environment['RANK']} waits for rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT)"
+    with told_after(PATIENCE_S, line):
+        try:
+            store = dist.TCPStore(host, port, size, is_master=own, wait_for_workers=False, timeout=patience)
+        except (dist.DistError, RuntimeError, OSError) as error:
+            reason = f"no answer within {patience.seconds // 60} min: start rank 0 there, or correct MASTER_ADDR"
+            if own:
+                reason = f"cannot listen there ({str(error).splitlines()[0][:100]}): choose another MASTER_PORT"
+            raise WrongEnvironmentError("MASTER_ADDR", f"{host}:{port}", reason) from None
     return dist.PrefixStore(f"attempt_{environment.get(ATTEMPT, restarts)}", store)
