@@ -68,6 +68,10 @@ class RenamedKeyError(ConfigError):
     """A key or value of an older version of the configuration."""
 
 
+LARGEST = 10**15
+"""Largest whole number of a configuration. Products of two still fit into 128 bits, and no machine counts further."""
+
+
 def check_numbers(config: object, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
     """Raise `ConfigError` for the first listed field that is not finite or has the wrong sign. None is allowed."""
     for key in (*positive, *not_negative):
@@ -76,6 +80,8 @@ def check_numbers(config: object, positive: Sequence[str] = (), not_negative: Se
             continue
         if not math.isfinite(value):
             raise ConfigError(key, value, "must be a finite number")
+        if isinstance(value, int) and value > LARGEST:
+            raise ConfigError(key, None, f"must be at most {LARGEST:,}")
         if value < 0 or (key in positive and value == 0):
             raise ConfigError(key, value, "must be positive" if key in positive else "must not be negative")
 
@@ -101,4 +107,5 @@ def one_line(error: BaseException, length: int | None = None) -> str:
 
 def divisors(number: int) -> list[int]:
     """Return every positive divisor of `number`, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    low = [d for d in range(1, math.isqrt(min(number, 10**12)) + 1) if number % d == 0]
+    return sorted({*low, *(number // d for d in low)})

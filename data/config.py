@@ -115,6 +115,10 @@ O200K_PATTERN = "|".join(
 """Pattern that splits text into pre-tokens in Llama 4's tokenizer (o200k)."""
 
 
+MOST_TOKENS = 10_000_000
+"""Largest vocabulary to train. The largest published ones have 262,144 tokens."""
+
+
 @dataclass(frozen=True)
 class TokenizerConfig:
     kind: TokenizerKind = TokenizerKind.bpe
@@ -136,6 +140,8 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.kind is TokenizerKind.bpe and self.vocab_size < 258:
             raise ConfigError("vocab_size", self.vocab_size, "must hold 256 bytes and 2 special tokens", [512, 1024])
+        if self.vocab_size > MOST_TOKENS:
+            raise ConfigError("vocab_size", self.vocab_size, f"must be at most {MOST_TOKENS:,}")
         if self.kind is not TokenizerKind.bpe and not self.path:
             raise ConfigError("path", self.path, f"a tokenizer of kind {self.kind.name} needs its file")
         check_numbers(self, positive=("train_bytes",))

@@ -39,6 +39,10 @@ class PhaseSpec:
     """The configuration key of `steps`."""
 
 
+MOST_EPOCHS = 1000
+"""A run that repeats a source more often has the wrong corpus: it would learn almost nothing new."""
+
+
 def make_loaders(
     corpus: Corpus,
     phases: Sequence[PhaseSpec],
@@ -71,6 +75,10 @@ def make_loaders(
             epochs[name] += count / corpus.stream(name, TRAIN).num_sequences(seq_len)
         loaders[phase.name] = loader
     for name, times in epochs.items():
+        if times > MOST_EPOCHS:
+            size = f"{len(corpus.stream(name, TRAIN)):,} tokens"
+            reason = f"the run would repeat its {size} {times:,.0f} times: name a larger corpus, or train fewer steps"
+            raise ConfigError(f"data.sources.{name}", None, reason)
         if times > MANY_EPOCHS:
             advice = f"more than {MANY_EPOCHS} teach little; lower its weight or set max_epochs"
             report(f"source {name} is repeated for {times:.1f} epochs: {advice}")

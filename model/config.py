@@ -191,6 +191,9 @@ class UpcycleConfig:
         check_numbers(self, not_negative=("noise_std",))
 
 
+MOST_LAYERS = 10_000
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder; the defaults are Llama 4 Scout. `attention_chunk_size` and `temperature_floor` are in positions."""
@@ -238,6 +241,8 @@ class ModelConfig:
         sizes += ["dense_hidden_size", "expert_hidden_size", "attention_chunk_size"]
         not_negative = ("shared_expert_hidden_size", "temperature_scale", "moe_every", "nope_every")
         check_numbers(self, (*sizes, "rope_theta", "temperature_floor", "norm_eps"), not_negative)
+        if self.num_layers > MOST_LAYERS:
+            raise ConfigError("num_layers", self.num_layers, f"must be at most {MOST_LAYERS:,}")
         if self.num_heads % self.num_kv_heads:
             legal = divisors(self.num_heads)
             raise ConfigError("num_kv_heads", self.num_kv_heads, f"must divide the {self.num_heads} query heads", legal)

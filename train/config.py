@@ -11,7 +11,7 @@ from typing import Any
 from core.errors import ConfigError, check_local, check_name, check_numbers
 from core.files import locate
 from core.import_path import check_form
-from data.config import DataConfig, Packing
+from data.config import DataConfig, Packing, TokenizerKind
 from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
 from model.roles import Role
@@ -20,6 +20,8 @@ from precision.config import PrecisionConfig
 from train.optim.config import OptimizerConfig, OptimizerKind
 from train.optim.lr_schedule import LRScheduleConfig
 
+UNUSED = 4
+"""Most times that a model's vocabulary may be as large as its tokenizer's."""
 SIZES = ("steps", "seq_len", "global_batch_size", "micro_batch_size")
 
 
@@ -294,6 +296,8 @@ def check(config: TrainConfig, world_size: int) -> Layout:
     optimizer, precision = config.optimizer, config.precision
     moments, muon = optimizer.moments_dtype(precision), optimizer.kind is OptimizerKind.muon
     layout = resolve_layout(config.parallel, world_size, config.model, precision, moments, muon)
+    if config.data.tokens is None and config.data.tokenizer.kind is TokenizerKind.bpe:
+        check_vocabulary(config.data.tokenizer.vocab_size, config.model)
     names = [phase.name for phase in phases(config)]
     if len(set(names)) != len(names):
         raise ConfigError("phases", None, f"names must differ, and 'main' is the first phase: {', '.join(names)}")
@@ -320,6 +324,18 @@ def check(config: TrainConfig, world_size: int) -> Layout:
         reason = f"the run has {phases(config)[-1].stop} steps, counted from 0"
         raise ConfigError("profile.steps", late[0], reason)
     return layout
+
+
+def check_vocabulary(size: int, model: ModelConfig) -> None:
+    """Raise `ConfigError` unless a tokenizer with `size` ids suits the model."""
+    if size > model.vocab_size:
+        reason = f"the tokenizer has {size} ids, and the model needs at least as many"
+        raise ConfigError("model.vocab_size", model.vocab_size, reason, [-(-size // 128) * 128])
+    if size * UNUSED < model.vocab_size:
+        reason = f"the tokenizer has only {size:,} ids, so most of the model's vocabulary would never be used: "
+        raise ConfigError(
+            "model.vocab_size", model.vocab_size, f"{reason}name a tokenizer of its size (data.tokenizer)"
+        )
 
 
 def _of_phase(error: ConfigError, name: str) -> ConfigError:

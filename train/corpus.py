@@ -15,7 +15,7 @@ from data.loader import Loader
 from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_fingerprint
 from parallel.comm.world import World
 from train.checkpoint.index import read_progress
-from train.config import TrainConfig, phases
+from train.config import TrainConfig, check_vocabulary, phases
 from train.online_filter import candidates
 from train.run_directory import RunDirectory, committed
 
@@ -33,10 +33,7 @@ def get_corpus(
     corpus = open_corpus(directory)
     if config.data.verify:
         corpus.verify(world.rank, world.size)
-    size = corpus.tokenizer.vocab_size
-    if size > config.model.vocab_size:
-        reason = f"the tokenizer has {size} ids, and the model needs at least as many"
-        raise ConfigError("model.vocab_size", config.model.vocab_size, reason, [-(-size // 128) * 128])
+    check_vocabulary(corpus.tokenizer.vocab_size, config.model)
     return corpus
 
 

@@ -26,7 +26,7 @@ from data.corpus import Corpus
 from data.filter.audit.outputs import keep_audit
 from data.tokenizer import vocabulary_fingerprint
 from model.load_balance import Balancer
-from parallel.comm.world import World, connect, numbers_of_rank, wait_for
+from parallel.comm.world import World, connect, device_of_rank, numbers_of_rank, wait_for
 from parallel.deepspeed.config import Offload
 from parallel.layout import Layout
 from parallel.mesh import make_meshes
@@ -46,6 +46,7 @@ from train.engine import make_engine
 from train.engine.base import optimizer_step
 from train.environment import environment
 from train.eval.contamination import MODELS
+from train.memory import check_memory
 from train.metap import hyperparameters
 from train.metrics import Log, StepMetrics
 from train.run_directory import DIVERGED, RunDirectory, check_settings, committed, settings
@@ -245,6 +246,7 @@ def run(config: TrainConfig) -> int:
     """Run the verb `train` on this rank: check, prepare, train. Returns the exit code."""
     config = absolute(hyperparameters.resolve(config))
     layout = check(config, numbers_of_rank()[1])
+    check_memory(config, layout, device_of_rank())
     list(imported_callbacks(config))
     if config.run.name is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise ConfigError("run.name", None, "with restarts a run needs a name, or each restart begins a new run")

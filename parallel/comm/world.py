@@ -111,8 +111,8 @@ def connect(timeout: timedelta = timedelta(days=1)) -> World:
     An existing process group is used as it is. The timeout is long because rank 0 may tokenise for hours; `World.watch`
     finds hangs.
     """
-    rank, size, local = numbers_of_rank()
-    device = _device(local)
+    rank, size, _ = numbers_of_rank()
+    device = device_of_rank()
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), device)
     if size > 1:
@@ -145,11 +145,16 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _device(local_rank: int) -> torch.device:
+def device_of_rank() -> torch.device:
+    """Return this rank's GPU, which becomes the current one, or the CPU on a machine without GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    _, _, local = numbers_of_rank()
+    if local >= torch.cuda.device_count():
+        reason = f"this machine has {torch.cuda.device_count()} GPUs: start one rank for each"
+        raise WrongEnvironmentError("LOCAL_RANK", local, reason)
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def _store(size: int, client: bool = False) -> dist.Store:
