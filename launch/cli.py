@@ -13,9 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 from core.errors import ConfigError
+from core.package_guard import sources_digest
 from core.process import run_process
 
 
@@ -39,13 +41,15 @@ class Verb:
     """Key of the list that collects the overrides meant for another verb: those of keys that `config` does not have."""
     stored: str | None = None
     """Name of the function behind `--config FILE`, which reads a stored configuration and applies overrides."""
+    check: str | None = None
+    """Name of the function that checks and completes the list of configurations before `--cfg` shows them."""
     module: str | None = None
     """Name of the module. None: the verb's name."""
     function: str = "run"
 
 
 VERBS = {
-    "train": Verb("TrainConfig", "train a model", sweeps=True, stored="read_stored"),
+    "train": Verb("TrainConfig", "train a model", sweeps=True, stored="read_stored", check="checked"),
     "evaluate": Verb("EvaluateConfig", "held-out loss of a run, or its results on lm-eval tasks", ("run",)),
     "generate": Verb("GenerateConfig", "continue a text with a run's model", ("run", "prompt")),
     "tokenize": Verb("TokenizeConfig", "make token shards of a corpus"),
@@ -88,12 +92,16 @@ verbs:
 {verbs}
 
 leviathan VERB --help  lists the verb's keys; leviathan VERB --cfg [KEY=VALUE ...]  prints the resulting configuration
-leviathan train --config RUN/config.yaml [KEY=VALUE ...]  starts from a stored configuration"""
+leviathan train --config RUN/config.yaml [KEY=VALUE ...]  starts from a stored configuration
+leviathan --version  shows the versions of the code and of torch"""
 
 
 def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
+        return 0
+    if arguments[0] in ("--version", "version"):
+        print(f"leviathan {metadata.version('leviathan')}, code {sources_digest()}, torch {metadata.version('torch')}")
         return 0
     name, *arguments = arguments
     if name not in VERBS:
@@ -124,6 +132,8 @@ def _run(arguments: list[str]) -> int:
     if "--cfg" in options:
         import yaml
 
+        if verb.check is not None:
+            configs = getattr(module, verb.check)(configs)
         print(yaml.safe_dump_all([plain(config) for config in configs], sort_keys=False), end="")
         return 0
     function: Callable[..., int] = getattr(module, verb.function)

@@ -57,6 +57,8 @@ class SlurmConfig:
     """Maximum number of failures in a row, without a new checkpoint, after which the job is still requeued."""
     doctor: bool = False
     """Check every node before training. If some are slow or faulty, exclude these nodes and requeue the job."""
+    submit: bool = True
+    """False: only write the job's folder, with its script. That needs no cluster."""
     follow: bool = True
     """Show the job's log until it ends. Ctrl-C stops the display, not the job."""
     directory: str = "jobs"

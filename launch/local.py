@@ -18,9 +18,9 @@ from train.metap.hyperparameters import resolve, without_derived
 from train.run_directory import RunDirectory, read_config, write_config
 
 
-def train(configs: list[TrainConfig]) -> int:
-    """Train as configured in `launch`; return the exit code. Checks that need only one process run before ranks start,
-    so that an error is printed once.
+def checked(configs: list[TrainConfig]) -> list[TrainConfig]:
+    """Return the configurations with derived values. Makes every check that needs only one process, so that an error
+    is printed once, before ranks start.
     """
     for config in configs[1:]:
         for key, (first, other) in differences(configs[0].launch, config.launch, "launch").items():
@@ -32,7 +32,13 @@ def train(configs: list[TrainConfig]) -> int:
         check(config, launch.ranks if launch.kind is not LaunchKind.inline else 1)
     if launch.kind is LaunchKind.torchrun and launch.nodes > 1 and configs[0].run.name is None:
         raise ConfigError("run.name", None, "is required with several nodes: give the same name on each")
-    configs = named(configs)
+    return configs
+
+
+def train(configs: list[TrainConfig]) -> int:
+    """Train as configured in `launch`; return the exit code."""
+    configs = named(checked(configs))
+    launch = build(LaunchConfig, configs[0].launch, "launch")
     if launch.kind is LaunchKind.slurm:
         from launch.slurm.submit import submit_and_follow
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ class SlurmJob:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def script(self) -> Path:
+        return self.folder / "job.sh"
 
     def log(self, task: int) -> Path:
         return self.folder / f"log-{task}.txt"
@@ -87,6 +91,10 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 def submit_and_follow(configs: list[TrainConfig], launch: LaunchConfig) -> int:
     """Submit a job, or an array job for a sweep. Return 0, or 1 if the job was followed and a run failed."""
+    if not launch.slurm.submit:
+        job = prepare(configs, launch)
+        print(f"written, not submitted: sbatch {shlex.quote(str(job.script))}")
+        return 0
     job = submit(configs, launch)
     print(f"job {job.number}: {job.folder}", flush=True)
     if not launch.slurm.follow:
@@ -100,10 +108,22 @@ def submit_and_follow(configs: list[TrainConfig], launch: LaunchConfig) -> int:
 
 def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
     """Submit a job. Raises `ConfigError` for invalid settings, and with SLURM's reason if SLURM rejects the job."""
-    slurm = launch.slurm
     command("sbatch", "--version")
-    if slurm.partition is not None:
-        _check_partition(slurm.partition.split(","))
+    if launch.slurm.partition is not None:
+        _check_partition(launch.slurm.partition.split(","))
+    job = prepare(configs, launch)
+    try:
+        number = command("sbatch", "--parsable", str(job.script)).strip().partition(";")[0]
+    except LeviathanError as error:
+        raise ConfigError("launch", "slurm", f"the job was rejected: {error}") from None
+    stored = {"number": number, "runs": [str(path) for path in job.runs], "submitted": time.time()}
+    write_json(job.folder / "job.json", stored)
+    return replace(job, number=number)
+
+
+def prepare(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
+    """Write the folder of a job: its script and a configuration for each run. Needs no cluster."""
+    slurm = launch.slurm
     runs = [RunDirectory.of(config) for config in configs]
     for config, run in zip(configs, runs, strict=True):
         check_interval(config, slurm, _seconds_per_step(run))
@@ -121,15 +141,8 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
             stale.unlink()
     for index, config in enumerate(configs):
         write_config(job.config(index), config)
-    script = folder / "job.sh"
-    write_text(script, render(job, launch))
-    try:
-        number = command("sbatch", "--parsable", str(script)).strip().partition(";")[0]
-    except LeviathanError as error:
-        raise ConfigError("launch", "slurm", f"the job was rejected: {error}") from None
-    stored = {"number": number, "runs": [str(path) for path in job.runs], "submitted": time.time()}
-    write_json(folder / "job.json", stored)
-    return SlurmJob(folder, number, job.runs)
+    write_text(job.script, render(job, launch))
+    return job
 
 
 def render(job: SlurmJob, launch: LaunchConfig) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from launch.local import read_stored
+from launch.local import checked, read_stored
 from launch.local import train as run
 from train.config import TrainConfig
 
-__all__ = ["TrainConfig", "read_stored", "run"]
+__all__ = ["TrainConfig", "checked", "read_stored", "run"]
