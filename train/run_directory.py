@@ -82,14 +82,18 @@ class RunDirectory:
         name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
         return cls(Path(config.run.root).expanduser() / name, config.checkpoint.directory)
 
+    def check(self, config: TrainConfig) -> None:
+        """Raise `ConfigError` if the directory holds a run that must not resume under `config`."""
+        if not self.config_file.exists():
+            return
+        if not config.run.resume:
+            raise ConfigError("run.name", config.run.name, f"{self.path} holds a run already; choose another name")
+        before = RunDirectory(self.path, load_config(self.path).checkpoint.directory)
+        if committed(before.checkpoints):  # without one nothing was learnt, and any key may change
+            before._check_same(config)
+
     def open(self, config: TrainConfig) -> None:
-        """Make the directory, or check that the run in it may resume under `config`. Store the configuration."""
-        if self.config_file.exists():
-            if not config.run.resume:
-                raise ConfigError("run.name", config.run.name, f"{self.path} holds a run already; choose another name")
-            before = RunDirectory(self.path, load_config(self.path).checkpoint.directory)
-            if committed(before.checkpoints):  # without a checkpoint nothing was learnt, so any key may change
-                before._check_same(config)
+        """Make the directory and store the configuration."""
         self._try_writing(config.checkpoint.directory)
         self.path.mkdir(parents=True, exist_ok=True)
         named = replace(config, run=replace(config.run, name=self.path.name))

@@ -299,6 +299,7 @@ def _claim(directory: RunDirectory, config: TrainConfig) -> None:
     """Lock and open the directory. After a restart, wait for the previous attempt to release the lock."""
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
     directory.lock(0.0 if restarts == ("0", "0") else LOCK_PATIENCE_S)
+    directory.check(config)
     for found in reversed(committed(directory.checkpoints)):
         with suppress(CheckpointError):  # a damaged one is reported when it is restored
             progress = read_progress(found.path)

@@ -133,9 +133,9 @@ def test_a_run_resumes_with_its_own_values_only(tmp_path, monkeypatch):
     directory = RunDirectory.of(run)
     directory.open(run)
     monkeypatch.setattr("train.run_directory.committed", lambda path: [(2, path)])
-    directory.open(run)
+    directory.check(run)
     with pytest.raises(ConfigError, match=r"^training.steps=200: the run in .* was started with 100"):
-        directory.open(resolve(larger(f"run.root={tmp_path}", "run.name=x", "training.steps=200")))
+        directory.check(resolve(larger(f"run.root={tmp_path}", "run.name=x", "training.steps=200")))
 
 
 def engine(config: TrainConfig) -> TorchEngine:
