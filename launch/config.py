@@ -92,6 +92,8 @@ class LaunchConfig:
     """Host:port of node 0; [address]:port for IPv6."""
     restarts: int = 3
     """Maximum number of restarts after ranks crash. The run then resumes from its last checkpoint."""
+    oversubscribe: bool = False
+    """Allow more ranks than this machine can run well."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from core.errors import ConfigError, LeviathanError
 from core.exit_codes import CRASHED, INTERRUPTED
 from core.process import report
 from launch.config import LaunchConfig, LaunchKind
+from launch.diagnose.machine import check_processes
 from train.config import TrainConfig, check
 from train.metap.hyperparameters import resolve, without_derived
 from train.run_directory import RunDirectory, read_config, write_config
@@ -43,6 +44,8 @@ def train(configs: list[TrainConfig]) -> int:
         from launch.slurm.submit import submit_and_follow
 
         return submit_and_follow(configs, launch)
+    if launch.kind is LaunchKind.torchrun:
+        check_processes("launch.processes", launch.ranks_per_node, launch.oversubscribe)
     start = partial(_torchrun, launch) if launch.kind is LaunchKind.torchrun else _inline
     return start(configs[0]) if len(configs) == 1 else _one_by_one(configs, start)
 

@@ -8,6 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from core.errors import ConfigError
+from core.memory import available_memory
+
+PER_CORE, PROCESS_BYTES = 4, 400 * 2**20
+"""Most processes per core, and the memory of a process that has imported torch."""
 FEW_FILES = 1024
 """Linux's usual limit of open files. With a lower limit, data loaders and many connections fail."""
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -16,6 +21,20 @@ DRIVER = Path("/proc/driver/nvidia/version")
 def cores() -> int:
     """Return the number of CPU cores that this process may use; a container or `taskset` may restrict them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_processes(key: str, count: int, oversubscribe: bool) -> None:
+    """Raise `ConfigError` for more processes than this machine can run, unless the user insists (`oversubscribe`).
+
+    The limit is `PER_CORE` processes a core, and `PROCESS_BYTES` of memory for each.
+    """
+    most = max(1, min(PER_CORE * cores(), available_memory() // PROCESS_BYTES))
+    if count > most and not oversubscribe:
+        gib = available_memory() / 2**30
+        reason = f"this machine has {cores()} cores and {gib:.0f} GiB of free memory: use at most {most}"
+        owner = key.rpartition(".")[0]
+        insist = f"{owner}.oversubscribe" if owner else "oversubscribe"
+        raise ConfigError(key, count, f"{reason}, or set {insist}=true as well")
 
 
 def driver(path: Path = DRIVER) -> str | None:

@@ -53,6 +53,8 @@ class FilterConfig(FilterRules, InputConfig):
     """Tokenizer that counts tokens: a tokenizer.json or a folder with one. null: each byte counts as a token."""
     processes: int = 1
     """Number of processes on this machine."""
+    oversubscribe: bool = False
+    """Allow more processes than this machine can run well."""
     explain: str | None = None
     """Id of a record. Explain what the filter run in `out` decided about it, and do nothing else."""
     run: str | None = None

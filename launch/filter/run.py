@@ -29,6 +29,7 @@ from data.filter.score.scorer import Scorer
 from data.filter.select.lines import COUNTS, LineFilter
 from data.filter.store import OneWorker, Workers, barrier
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
+from launch.diagnose.machine import check_processes
 from launch.filter.config import FilterConfig, command_of
 from parallel.comm.world import World, connect
 from train.eval.contamination import MODELS
@@ -133,6 +134,7 @@ def run_processes(config: FilterConfig, out: Path) -> int:
     from launch.agent import AgentInterrupted, Node
     from launch.agent import run as run_node
 
+    check_processes("processes", config.processes, config.oversubscribe)
     with tempfile.TemporaryDirectory(prefix="leviathan-") as scratch:
         path = Path(scratch) / "config.json"
         write_json(path, plain(config))

@@ -53,6 +53,8 @@ class SweepConfig:
     rules: list[Parametrization] = field(default_factory=lambda: [Parametrization.metap])
     processes: int = 1
     """Concurrent runs on this machine, with launch=inline; they share the cores."""
+    oversubscribe: bool = False
+    """Allow more concurrent runs than this machine can run well."""
     trials: int | None = None
     """Number of rates per setting that Optuna (the extra `search`) proposes within the same bounds; null: the grid.
     Machines with the same folder `out` work on the same search.

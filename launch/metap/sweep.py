@@ -18,6 +18,7 @@ from core.errors import ConfigError
 from core.exit_codes import INTERRUPTED
 from core.process import ending_with_parent
 from launch.config import LaunchConfig, LaunchKind
+from launch.diagnose.machine import check_processes
 from launch.local import train
 from launch.metap.config import SweepConfig
 from launch.metap.runs import RUNS, is_done, loss_of, member, one_run, settings
@@ -46,7 +47,7 @@ def sweep(config: SweepConfig, runs: Mapping[str, TrainConfig], out: Path) -> in
     if launch.kind is LaunchKind.slurm:
         return train(waiting) if waiting else 0
     began, code = time.monotonic(), 0
-    for number, (name, one) in enumerate(_results(waiting, config.processes), 1):
+    for number, (name, one) in enumerate(_results(waiting, config.processes, config.oversubscribe), 1):
         if one == INTERRUPTED:
             return one
         code = code or one
@@ -57,11 +58,12 @@ def sweep(config: SweepConfig, runs: Mapping[str, TrainConfig], out: Path) -> in
     return code
 
 
-def _results(waiting: Sequence[TrainConfig], processes: int) -> Iterator[tuple[str, int]]:
+def _results(waiting: Sequence[TrainConfig], processes: int, oversubscribe: bool) -> Iterator[tuple[str, int]]:
     """Yield the name and exit code of each run as it ends."""
     if processes == 1:
         yield from ((str(run.run.name), one_run(run)) for run in waiting)
         return
+    check_processes("sweep.processes", processes, oversubscribe)
     threads = max(1, torch.get_num_threads() // processes)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import check_numbers
+from launch.diagnose.machine import check_processes
 from parallel.layout import ParallelConfig
 
 
@@ -21,6 +22,8 @@ class DoctorConfig:
     runs: str = "runs"
     ranks: int = 0
     """Start this many ranks on this machine, and time the disk and each axis of `parallel`; 0: start none."""
+    oversubscribe: bool = False
+    """Allow more ranks than this machine can run well."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -33,6 +36,7 @@ def run(config: DoctorConfig) -> int:
     """Print the findings; return 1 if a package that every run needs is missing or this machine is faulty, else 0."""
     from launch.diagnose.doctor import examine, measure, table
 
+    check_processes("ranks", config.ranks, config.oversubscribe)
     found = examine([Path(config.cache).expanduser(), Path(config.runs).expanduser()])
     if not config.json:
         print(table(found), flush=True)
