@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ _TEXT_SUFFIXES = (".md", ".py", ".rst", ".txt")
 SUFFIXES = (*_JSONL_SUFFIXES, ".parquet", *_TEXT_SUFFIXES)
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _BATCH_ROWS = 1024
+MOST_BYTES = 32 * 2**20
+"""Largest document, in bytes. To tokenise one takes fifty times its size in memory."""
 _SAVED = ("state.json", "dataset_dict.json")
 """Files that `save_to_disk` of the `datasets` library writes into a folder."""
 
@@ -75,11 +78,22 @@ def json_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     offset, codec = 0, _CODECS.get(path.suffix)
     with _reading(), path.open("rb") as raw:
         file: Any = io.BufferedReader(pyarrow.input_stream(raw, codec)) if codec else raw
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(partial(file.readline, MOST_BYTES + 1), b""), start=1):
+            if len(line) > MOST_BYTES:
+                raise UnreadableFile(f"line {number} has more than {MOST_BYTES >> 20} MiB: split its text")
             mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
             if line[mark:].strip():
                 yield number, offset + mark, line[mark:].rstrip(b"\r\n")
             offset += len(line)
+
+
+def read_document(path: Path) -> bytes:
+    """Return the content of a file that is one document. Raises `UnreadableFile` if it is too large."""
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise UnreadableFile(f"has more than {MOST_BYTES >> 20} MiB: split its text")
+    return content
 
 
 @contextmanager
@@ -103,7 +117,7 @@ def read_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, Any]]:
                 yield from enumerate(row for batch in table.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
         case FileFormat.text:
             with _reading():
-                yield 0, {"text": path.read_bytes().decode(errors=errors)}
+                yield 0, {"text": read_document(path).decode(errors=errors)}
         case None:
             raise UnreadableFile("unknown suffix")
 

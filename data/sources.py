@@ -22,6 +22,7 @@ from data.files import (
     find_files,
     json_lines,
     open_parquet,
+    read_document,
     stream_dataset,
 )
 from data.sampling import key_of
@@ -167,7 +168,7 @@ class FileSource:
                     case FileFormat.parquet:
                         yield from self._from_parquet(path)
                     case FileFormat.text | None:
-                        yield self._decode(path.read_bytes(), str(path))
+                        yield self._decode(read_document(path), str(path))
             except (OSError, UnreadableFile) as error:
                 raise self._error("path", str(path), f"cannot be read: {error}") from None
 
