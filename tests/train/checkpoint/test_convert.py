@@ -190,25 +190,34 @@ def test_another_tokenizer_than_the_first_weights_is_told(small_corpus, runnable
     assert "with another tokenizer" in said("changed", tmp_path / "imported", *same)
 
 
-def test_export_refuses_a_tokenizer_of_other_data(tmp_path, capsys):
-    notes = tmp_path / "notes"
-    notes.mkdir()
-
-    def write(text: str) -> None:
-        for number in range(60):
-            (notes / f"{number}.txt").write_text(f"{number} {text} " * 40)
-
-    write("the quick brown fox")
-    corpus = ["data=files", f"data.sources.text.path={notes}", f"data.cache={tmp_path / 'cache'}"]
+def test_a_run_needs_its_corpus_only_for_training_and_held_out_loss(tmp_path, capsys, monkeypatch):
+    """Relative paths are stored as absolute ones, and the tokenizer is kept: the run works in any folder."""
+    notes, away = tmp_path / "home" / "notes", tmp_path / "away"
+    for folder in (notes, away):
+        folder.mkdir(parents=True)
+    for number in range(60):
+        (notes / f"{number}.txt").write_text(f"{number} the quick brown fox " * 40)
+    corpus = ["data=files", "data.sources.text.path=notes", f"data.cache={tmp_path / 'cache'}"]
     line = [*tiny.TINY, *corpus, "data.tokenizer.vocab_size=300", f"run.root={tmp_path}", "run.name=run"]
+    monkeypatch.chdir(notes.parent)
     assert main(["train", *line, "training.steps=1", "evaluation.sequences=1", "data.held_out=0.2"]) == 0
-    export = ["export", str(tmp_path / "run"), str(tmp_path / "out"), "drop_selection_bias=true", "check=never"]
-    write("jumps over a lazy dog")
+    monkeypatch.chdir(away)
+    run = str(tmp_path / "run")
+    assert main(["evaluate", run]) == 0, "the corpus is found from another folder"
+    shutil.rmtree(notes)
+    shutil.rmtree(tmp_path / "cache")
     capsys.readouterr()
-    assert main(export) == 2
-    assert "the corpus is not the one this run was trained on" in capsys.readouterr().err
+    assert main(["evaluate", run]) == 2
+    assert f"data.sources.text.path={notes}: no such file or folder" in capsys.readouterr().err
+    assert main(["generate", run, "the", "tokens=2"]) == 0
+    export = ["export", run, str(tmp_path / "out"), "drop_selection_bias=true", "check=never"]
+    kept = tmp_path / "run" / "tokenizer" / "tokenizer.json"
+    text = kept.read_text()
+    kept.write_text(text.replace("Ġ", "G"))
+    assert main(export) == 1
+    assert "is not the tokenizer that the model was trained with" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    write("the quick brown fox")
+    kept.write_text(text)
     assert main(export) == 0
 
 
