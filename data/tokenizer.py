@@ -148,8 +148,8 @@ class TiktokenTokenizer:
 
 
 def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> dict[str, int]:
-    """Write `tokenizer.json` and `tokenizer_config.json` for transformers, which then puts BOS before a text.
-    Return the ids of BOS and EOS for the model's configuration. Raises `ConfigError` for tiktoken files.
+    """Write `tokenizer.json`, `tokenizer_config.json` and `generation_config.json` for transformers, which then puts BOS
+    before a text and pads with EOS. Return the ids of these tokens for the model's configuration. Raises `ConfigError` for tiktoken files.
     """
     if not isinstance(tokenizer, JsonTokenizer):
         raise ConfigError("data.tokenizer.kind", "tiktoken", "transformers needs a tokenizer.json instead")
@@ -162,9 +162,11 @@ def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> dict[str, in
         "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
     }
     write_json(directory / "tokenizer.json", content)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": eos}
     write_json(directory / "tokenizer_config.json", {**settings, "clean_up_tokenization_spaces": False})
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    write_json(directory / "generation_config.json", ids)
+    return ids
 
 
 def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from core.errors import ConfigError
 from train.eval.config import GenerateConfig
 
 
@@ -16,14 +19,23 @@ def run(config: GenerateConfig) -> int:
     from train.checkpoint.restore import restore
     from train.eval.contamination import MODELS
     from train.eval.generate import continue_tokens, placed_logits
+    from train.eval.scoring_model import TextTokenizer, from_directory
 
+    path = Path(config.run).expanduser()
     with closing(connect()) as world:
-        restored = restore(Path(config.run), world, config.backend, MODELS)
-        tokenizer = restored.tokenizer
+        tokenizer: TextTokenizer
+        if (path / "config.yaml").exists():
+            restored = restore(path, world, config.backend, MODELS)
+            restored.placed.model.eval()
+            tokenizer, context = restored.tokenizer, restored.phase.seq_len
+            next_logits: Callable[[list[int]], Any] = partial(placed_logits, restored.placed)
+        elif config.backend is not None:
+            raise ConfigError("backend", config.backend, "applies to runs only; drop it")
+        else:
+            model = from_directory(path, world.device)
+            tokenizer, context, next_logits = model.tokenizer, model.context, model.next_logits
         prompt = [tokenizer.bos_id, *tokenizer.encode([config.prompt])[0]]
-        restored.placed.model.eval()
-        next_logits = partial(placed_logits, restored.placed)
-        tokens = list(continue_tokens(next_logits, prompt, restored.phase.seq_len, config, tokenizer.eos_id, world))
+        tokens = list(continue_tokens(next_logits, prompt, context, config, tokenizer.eos_id, world))
         if world.is_main:
             sys.stdout.write(config.prompt + tokenizer.decode(tokens) + "\n")
         return 0

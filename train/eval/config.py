@@ -10,8 +10,8 @@ from precision.config import Backend
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Continue a text with a run's last checkpoint. `run`: the run's directory. `temperature` 0 takes the most probable
-    token. `top_k`: number of the most probable tokens to sample from.
+    """Continue a text. `run`: the directory of a run, of an imported model, or of a model in the Hugging Face format.
+    `temperature` 0 takes the most probable token. `top_k`: number of the most probable tokens to sample from.
     """
 
     run: str = "???"
