@@ -148,8 +148,9 @@ class TiktokenTokenizer:
 
 
 def save_for_transformers(tokenizer: Tokenizer, directory: Path) -> dict[str, int]:
-    """Write `tokenizer.json`, `tokenizer_config.json` and `generation_config.json` for transformers, which then puts BOS
-    before a text and pads with EOS. Return the ids of these tokens for the model's configuration. Raises `ConfigError` for tiktoken files.
+    """Write `tokenizer.json`, `tokenizer_config.json` and `generation_config.json` for transformers, which then puts
+    BOS before a text and pads with EOS. Return the ids of these tokens for the model's configuration. Raises
+    `ConfigError` for tiktoken files.
     """
     if not isinstance(tokenizer, JsonTokenizer):
         raise ConfigError("data.tokenizer.kind", "tiktoken", "transformers needs a tokenizer.json instead")

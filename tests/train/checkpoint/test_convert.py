@@ -247,7 +247,7 @@ MANIFEST_DAMAGE = {
     "odd_origin": (lambda content: content.update(origin=[]), "it has no origin"),
     "no_model": (lambda content: content.pop("model"), "it has no model"),
     "old_key": (lambda content: content["model"].update(heads=4), "older format (heads: was renamed to num_heads)"),
-    "garbled": (None, "model.yaml is unreadable"),
+    "garbled": (None, "model.yaml: line 1, column 9: expected the node content"),
 }
 
 
