@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import glob
+import math
 import os
 import re
 import types
@@ -33,6 +34,8 @@ from core.overrides import escaped, parse
 from core.renamed import new_value, old_fields
 
 T = TypeVar("T")
+LARGEST = 2**63 - 1
+"""Largest whole number of a configuration: what an int64 holds."""
 
 
 def config_directory() -> Path:
@@ -84,6 +87,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
             values = {shorthand: values}
         if not isinstance(values, dict):
             raise ConfigError(path, values, "needs keys and values, not one value")
+        _check_shape(cls, values, path)
         typed = OmegaConf.merge(OmegaConf.structured(_twin(typing.cast(Any, cls))), _literal(values))
         container = OmegaConf.to_container(typed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -218,6 +222,7 @@ def _open_enum(kind: Any) -> type[Enum] | None:
 
 
 def _make(kind: Any, value: Any, path: str) -> Any:
+    _check_scalar(value, path)
     if value is None or kind is Any:
         return value
     if dataclasses.is_dataclass(kind):
@@ -240,6 +245,38 @@ def _make(kind: Any, value: Any, path: str) -> Any:
     if origin is dict:
         return {key: _entry(arguments[1], part, f"{path}.{key}") for key, part in value.items()}
     return value
+
+
+def _check_shape(kind: Any, value: Any, path: str) -> None:
+    """Reject a value where keys and values or a list must be, and the reverse. OmegaConf's own errors lack the key."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = typing.get_type_hints(kind)
+        for name, part in value.items():
+            if name in hints:
+                _check_shape(hints[name], part, f"{path}.{name}" if path else name)
+        return
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType) or kind is Any or value is None or value == "???":
+        return
+    wanted = dict if dataclasses.is_dataclass(kind) or origin is dict else list if origin is list else None
+    if wanted is dict and not isinstance(value, dict) and not hasattr(kind, "SHORTHAND"):
+        raise ConfigError(path, None, "needs keys and values, not one value")
+    if wanted is list and not isinstance(value, list | tuple):
+        raise ConfigError(path, None, "needs a list: [A,B]")
+    if wanted is None and isinstance(value, dict | list):
+        raise ConfigError(path, None, f"needs one value, not a {'list' if isinstance(value, list) else 'dictionary'}")
+    if kind is bool and not isinstance(value, bool | str):
+        raise ConfigError(path, value, "must be true or false")
+
+
+def _check_scalar(value: Any, path: str) -> None:
+    """Reject values that no key can mean, whatever its type."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(path, None, f"must be at most {LARGEST:,}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(path, value, "must be a finite number")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(path, None, "must not contain a NUL character")
 
 
 def _entry(kind: Any, value: Any, path: str) -> Any:

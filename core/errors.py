@@ -35,6 +35,10 @@ class Diverged(LeviathanError):
     everywhere = True
 
 
+LONGEST_SHOWN = 200
+"""Characters of a value that a message shows."""
+
+
 class ConfigError(LeviathanError):
     """An invalid configuration, rejected before anything is built.
 
@@ -60,16 +64,14 @@ class ConfigError(LeviathanError):
             *most, last = map(str, self.legal)
             advice = f"; try {', '.join(most)} or {last}" if most else f"; try {last}"
         shown = "" if self.value is None else f"={getattr(self.value, 'value', self.value)}"
+        if len(shown) > LONGEST_SHOWN:
+            shown = f"{shown[:LONGEST_SHOWN]}..."
         name = f"{self.key}{shown}: " if self.key or shown else ""
         return f"{name}{self.reason}{advice}"
 
 
 class RenamedKeyError(ConfigError):
     """A key or value of an older version of the configuration."""
-
-
-LARGEST = 10**15
-"""Largest whole number of a configuration. Products of two still fit into 128 bits, and no machine counts further."""
 
 
 def check_numbers(config: object, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
@@ -80,8 +82,6 @@ def check_numbers(config: object, positive: Sequence[str] = (), not_negative: Se
             continue
         if not math.isfinite(value):
             raise ConfigError(key, value, "must be a finite number")
-        if isinstance(value, int) and value > LARGEST:
-            raise ConfigError(key, None, f"must be at most {LARGEST:,}")
         if value < 0 or (key in positive and value == 0):
             raise ConfigError(key, value, "must be positive" if key in positive else "must not be negative")
 
