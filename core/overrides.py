@@ -46,8 +46,8 @@ def parse(override: str, groups: Groups, sweeps: bool = False) -> tuple[str, Ove
     sign, key, equals, value = typing.cast(re.Match[str], _FORM.fullmatch(override)).groups()
     if not _KEY.fullmatch(key) or (not equals and sign != "~"):
         raise ConfigError("", None, f"{override!r} is not KEY=VALUE; keys are written as in model.hidden_size=256")
-    if re.match(r"hydra\b", key):
-        raise ConfigError(key, None, "Hydra's own settings have no effect here; remove it")
+    if re.match(r"hydra\b", key) and key != "hydra.searchpath":
+        raise ConfigError(key, None, "has no effect here; remove it")
     try:
         parsed = _parse(override)
         if parsed.is_sweep_override() and not sweeps:

@@ -55,7 +55,7 @@ REFUSED = {
     "key": "'key' is not KEY=VALUE",
     "a b=3": "'a b=3' is not KEY=VALUE",
     "a..b=3": "'a..b=3' is not KEY=VALUE",
-    "hydra.run.dir=x": "hydra.run.dir: Hydra's own settings have no effect here",
+    "hydra.run.dir=x": "hydra.run.dir: has no effect here",
     "a=[1": "a: cannot be parsed (no viable alternative at input '[1'); write text that begins with [ in quotes",
     "a='x": "a: cannot be parsed",
     "a=" + "[" * 3000: "a: cannot be parsed",

@@ -108,7 +108,7 @@ def outcome(verb: str, key: str, name: str) -> str:
     for part in (*parents, last):
         kept = getattr(kept, part)
     # a number is a possible text, and a huge one a possible real number
-    possible = isinstance(kept, str) and name != "nul" or isinstance(kept, float) and math.isfinite(kept)
+    possible = (isinstance(kept, str) and name != "nul") or (isinstance(kept, float) and math.isfinite(kept))
     return f"is accepted as {kept!r}" if name in IMPOSSIBLE and not possible else ""
 
 

@@ -59,8 +59,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     here = kind_of(config.model)
     for key, there in config.hparam.kind.items():
         if here.get(key, there) != there:
-            reason = f"no rule transfers to this model's {here[key]}: sweep a base of its kind, or hparam=none"
-            raise ConfigError(f"hparam.kind.{key}", there, reason)
+            reason = f"the base of the hyperparameters has these, but this model has {here[key]}, and no rule transfers"
+            advice = "add hparam=none to use optimizer.* as it is, or sweep a base of this kind (leviathan metap sweep)"
+            raise ConfigError(f"hparam.kind.{key}", there, f"{reason}: {advice}")
     found = derive(config)
     if config.optimizer.moments is Moments.bfloat16 and found.beta2 > SLOWEST_IN_BFLOAT16:
         reason = f"bfloat16 moments lose updates as slow as beta2={found.beta2:.4g}, which this batch size requires"
