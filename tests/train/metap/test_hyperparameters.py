@@ -84,7 +84,11 @@ def test_an_edited_value_is_rejected_by_name(key, value):
         (["optimizer.weight_decay=0"], {"tau": 0.1}, r"tau=0.1: the base has no weight decay"),
         ([], {"tau": 0.1, "rules": Parametrization.standard}, r"tau=0.1"),
         ([], {"alpha": 0.1}, r"alpha=0.1"),
-        ([], {"kind": {"score": "sigmoid"}}, r"hparam.kind.score=.*this model has softmax, and no rule transfers: add hparam=none"),
+        (
+            [],
+            {"kind": {"score": "sigmoid"}},
+            r"hparam.kind.score=.*this model has softmax, and no rule transfers: add hparam=none",
+        ),
     ],
 )
 def test_impossible_transfers_are_rejected(overrides, hparam, message):
