@@ -38,11 +38,18 @@ def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | Non
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not has_agent:  # `leviathan ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
-        elif is_consequence(str(error)):
-            print(f"rank {os.environ.get('RANK')} lost another rank: {str(error).splitlines()[-1]}", file=sys.stderr)
+        elif lost := _consequence(error):
+            print(f"rank {os.environ.get('RANK')} lost another rank: {lost.splitlines()[-1]}", file=sys.stderr)
         else:
             traceback.print_exc()
         return CRASHED if has_agent else 1
+
+
+def _consequence(error: BaseException | None) -> str | None:
+    """Return the message of the first error in the chain that only says that another rank is gone, if there is one."""
+    while error is not None and not is_consequence(str(error)):
+        error = error.__cause__ or error.__context__  # pipelines wrap the errors of a stage
+    return None if error is None else str(error)
 
 
 def report(error: LeviathanError, where: str = "") -> None:
