@@ -76,8 +76,8 @@ def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | Non
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not has_agent():  # `leviathan ... | head`
             _discard_output()
-        elif is_consequence(str(error)):
-            print(f"rank {os.environ.get('RANK')} lost another rank: {str(error).splitlines()[-1]}", file=sys.stderr)
+        elif lost := _consequence(error):
+            print(f"rank {os.environ.get('RANK')} lost another rank: {lost.splitlines()[-1]}", file=sys.stderr)
         else:
             line = LeviathanError(explained(error) or _internal(error))
             line.everywhere = getattr(error, "everywhere", False)
@@ -121,6 +121,13 @@ def told_after(seconds: float, line: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _consequence(error: BaseException | None) -> str | None:
+    """Return the message of the first error in the chain that only says that another rank is gone, if there is one."""
+    while error is not None and not is_consequence(str(error)):
+        error = error.__cause__ or error.__context__  # pipelines wrap the errors of a stage
+    return None if error is None else str(error)
 
 
 def report(error: LeviathanError, where: str = "") -> None:

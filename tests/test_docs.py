@@ -25,11 +25,13 @@ def blocks(page: Path, slurm: bool = False, slow: bool = False) -> list[tuple[st
     return [(m["language"], m["code"]) for m in BLOCK.finditer(page.read_text()) if m["info"].strip() not in skipped]
 
 
-def run(language: str, code: str, folder: Path, executables: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    language: str, code: str, folder: Path, executables: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run a block in `folder`. `executables`: a folder with `leviathan` and `python`."""
     command = ["bash", "-eu", "-c", code] if language == "bash" else [str(executables / "python"), "-c", code]
     path = os.pathsep.join(map(str, (executables, Path(sys.executable).parent, os.environ["PATH"])))
-    environment = {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
