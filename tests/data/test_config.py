@@ -61,3 +61,17 @@ def test_sources(source, message):
 def test_settings(values, message):
     with pytest.raises(ConfigError, match=rf"data.{message}"):
         build(DataConfig, {"sources": {"code": {"kind": "builtin", "section": "code"}}, **values}, "data")
+
+
+def test_every_import_path_is_listed():
+    """A stored configuration is a stranger's: what is not listed here would be imported from it."""
+    own = {"kind": "evil.scorer:Mine"}
+    rated = {"kind": "pass_rate", "url": "http://h", "judge": "j", "verifier": "evil.check:right"}
+    scorer = {"kind": "ensemble", "members": [own, {"kind": "ensemble", "members": [rated, {"kind": "random"}]}]}
+    source = {"kind": "evil.source:Mine", "weight": 1.0}
+    config = build(DataConfig, {"sources": {"text": source}, "filter": {"scorer": scorer}})
+    assert config.import_paths() == {
+        "sources.text.kind": "evil.source:Mine",
+        "filter.scorer.members[0].kind": "evil.scorer:Mine",
+        "filter.scorer.members[1].members[0].verifier": "evil.check:right",
+    }
