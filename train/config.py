@@ -296,8 +296,6 @@ def check(config: TrainConfig, world_size: int) -> Layout:
     optimizer, precision = config.optimizer, config.precision
     moments, muon = optimizer.moments_dtype(precision), optimizer.kind is OptimizerKind.muon
     layout = resolve_layout(config.parallel, world_size, config.model, precision, moments, muon)
-    if config.data.tokens is None and config.data.tokenizer.kind is TokenizerKind.bpe:
-        check_vocabulary(config.data.tokenizer.vocab_size, config.model)
     names = [phase.name for phase in phases(config)]
     if len(set(names)) != len(names):
         raise ConfigError("phases", None, f"names must differ, and 'main' is the first phase: {', '.join(names)}")
@@ -323,6 +321,8 @@ def check(config: TrainConfig, world_size: int) -> Layout:
     if late:
         reason = f"the run has {phases(config)[-1].stop} steps, counted from 0"
         raise ConfigError("profile.steps", late[0], reason)
+    if config.data.tokens is None and config.data.tokenizer.kind is TokenizerKind.bpe:
+        check_vocabulary(config.data.tokenizer.vocab_size, config.model)
     return layout
 
 

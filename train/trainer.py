@@ -44,9 +44,9 @@ from train.config import Phase, TrainConfig, check, phase_of, phases
 from train.corpus import check_same_data, get_corpus, keep_tokenizer, run_loaders, source_weights
 from train.engine import make_engine
 from train.engine.base import optimizer_step
+from train.engine.memory import check_memory
 from train.environment import environment
 from train.eval.contamination import MODELS
-from train.memory import check_memory
 from train.metap import hyperparameters
 from train.metrics import Log, StepMetrics
 from train.run_directory import DIVERGED, RunDirectory, check_settings, committed, settings

@@ -25,7 +25,7 @@ def test_shipped_configurations_fit_the_schema(name):
         ({"kind": "builtin"}, r"section: .*; try code, tests, docstrings or pydoc"),
         ({"kind": "files"}, r"path: a source of kind files needs a path"),
         ({"weight": 0.0}, r"weight=0.0: must be positive and finite; to drop the source, omit it"),
-        ({"weight": float("nan")}, r"weight=nan: must be positive and finite"),
+        ({"weight": float("nan")}, r"weight=nan: must be a finite number"),
         ({"max_epochs": 0.0}, r"max_epochs=0.0: must be positive"),
         ({"max_bytes": 0}, r"max_bytes=0: must be positive"),
         ({"kind": "huggingface", "path": "a", "held_out_path": "b"}, r"held_out_path=b: requires kind=files"),

@@ -59,7 +59,11 @@ def test_the_choices_of_launch_repeat_the_defaults(kind):
     needed = {"kind": kind, **({"processes": 8} if kind == "slurm" else {})}
     full = plain(build(LaunchConfig, needed))
     assert {**launch, **needed} == {key: full[key] for key in launch}
-    left_out = {"inline": set(full) - {"kind"}, "torchrun": {"slurm"}, "slurm": {"node_rank", "rendezvous"}}
+    left_out = {
+        "inline": set(full) - {"kind"},
+        "torchrun": {"slurm"},
+        "slurm": {"node_rank", "rendezvous", "oversubscribe"},
+    }
     assert set(full) - set(launch) == left_out[kind]
 
 

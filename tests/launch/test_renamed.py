@@ -12,7 +12,8 @@ from core.renamed import FIELDS, UNTYPED, VALUES
 from data.config import DataConfig
 from data.filter.config import ScorerConfig
 from hparam.scale import Scale
-from launch.config import AblateConfig, SlurmConfig
+from launch.config import SlurmConfig
+from launch.filter.config import AblateConfig
 from launch.verbs.evaluate import EvaluateConfig
 from model.config import LayerConfig, ModelConfig, RopeScaling, RouterConfig
 from parallel.deepspeed.config import ZeroConfig

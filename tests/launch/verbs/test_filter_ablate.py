@@ -10,8 +10,8 @@ import pytest
 
 from data.filter.config import FilterRules, GateConfig, ScorerConfig, ScorerKind, SelectConfig
 from launch.cli import main
-from launch.config import AblateConfig
 from launch.filter.ablate import COLOURS, CONTROL, GROUPS, Losses, arms, difference, group_means, write
+from launch.filter.config import AblateConfig
 from tests.support.filtering import prose
 from tests.support.tiny import TINY
 from train.run_directory import load_config

@@ -190,7 +190,7 @@ def test_another_tokenizer_than_the_first_weights_is_told(small_corpus, runnable
     assert "with another tokenizer" in said("changed", tmp_path / "imported", *same)
 
 
-def test_a_run_needs_its_corpus_only_for_training_and_held_out_loss(tmp_path, capsys, monkeypatch):
+def test_a_run_needs_its_corpus_only_to_train_and_evaluate(tmp_path, capsys, monkeypatch):
     """Relative paths are stored as absolute ones, and the tokenizer is kept: the run works in any folder."""
     notes, away = tmp_path / "home" / "notes", tmp_path / "away"
     for folder in (notes, away):
