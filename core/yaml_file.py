@@ -27,7 +27,7 @@ def read_yaml(path: Path) -> Any:
     """
     text = read_text(path, LIMIT)
     try:
-        value = yaml.load(text, _Loader)
+        value = _Loader(text).get_single_data()
         _check(value)
         return value
     except yaml.YAMLError as error:
