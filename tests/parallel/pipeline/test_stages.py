@@ -93,5 +93,6 @@ def test_a_schedule_that_torch_lacks_is_rejected(monkeypatch):
 
 @pytest.mark.parametrize("schedule", list(PipelineSchedule))
 def test_every_schedule_accepts_some_batch(schedule):
-    asked = [*SMALL, "parallel.pp=2", f"parallel.schedule={schedule.name}"]
+    vocabulary = "data.tokenizer.vocab_size=300"
+    asked = [*SMALL, vocabulary, "parallel.pp=2", f"parallel.schedule={schedule.name}"]
     check(load("train", TrainConfig, asked), 2)
