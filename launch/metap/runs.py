@@ -103,7 +103,7 @@ def but_rate_and_seed(run: TrainConfig) -> TrainConfig:
         muon = replace(muon, lr=float(f"{muon.lr / bare.optimizer.lr:.6g}"))
     optimizer = replace(bare.optimizer, lr=1.0, muon=muon)
     bare = replace(bare, optimizer=optimizer, hparam=replace(bare.hparam, provenance={}))
-    return replace(bare, run=replace(bare.run, root="", name="", seed=0), launch={}, logging=type(bare.logging)())
+    return replace(bare, run=replace(bare.run, root="-", name="-", seed=0), launch={}, logging=type(bare.logging)())
 
 
 def one_run(run: TrainConfig) -> int:

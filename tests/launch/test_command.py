@@ -64,7 +64,7 @@ def test_evaluate_repeats_the_runs_own_figure(finished, command):
 
 def test_generate_is_a_function_of_its_seed(finished, command):
     texts = [
-        command("generate", f"run={finished}", "prompt='the model'", "tokens=12", f"seed={s}").stdout for s in (0, 0, 1)
+        command("generate", f"run={finished}", "prompt=the model", "tokens=12", f"seed={s}").stdout for s in (0, 0, 1)
     ]
     assert texts[0].startswith("the model") and texts[0] == texts[1] != texts[2]
 

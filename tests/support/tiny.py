@@ -70,7 +70,7 @@ def trainer(root: Path, name: str, overrides: list[str]) -> Trainer:
     run = config(root, name, *overrides)
     world = connect()
     directory = RunDirectory.of(run)
-    world.from_main(lambda: directory.open(run))
+    world.from_main(lambda: (directory.check(run), directory.open(run)))
     log = Log(directory.path / "log.txt" if world.is_main else None)
     layout = run.parallel.resolve(world.size)
     return Trainer(run, layout, world, directory, get_corpus(run, world, lambda line: None), log)
