@@ -33,11 +33,13 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import ATTEMPT, CRASHED, HUNG, INTERRUPTED, is_consequence
+from core.process import told_after
 from launch.diagnose.machine import cores
 
 SAVE_S = 600  # time for ranks to save after a signal
 KILL_AFTER_S = 20  # time for ranks to end after another rank has crashed, without which they cannot save
 JOIN_S = 600  # time for all nodes to join the rendezvous
+PATIENCE_S = 10  # time before a node says that it waits for another
 END_TOGETHER_S = 60  # time to wait for the other nodes after this node's ranks have ended
 ALONE_S = 10  # time for ranks to fail by themselves after another node has given up; suspended ranks never fail
 GIVEN_UP = "given up"
@@ -92,6 +94,7 @@ def run(node: Node) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     if (interface := _interface(_own_address(node))) is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # by default gloo uses the address of the host name
+    _await_first_node(node)
     handler = get_rendezvous_handler(_rendezvous(node))
     spec = WorkerSpec(
         role="",  # the agent prints it before each line of rank 0
@@ -103,7 +106,7 @@ def run(node: Node) -> int:
         monitor_interval=0.1,
         local_addr=_own_address(node),
     )
-    agent = _Agent(spec, node.logs, node.shows_output)
+    agent = _Agent(spec, node)
     interrupted = False
     try:
         return _exit_code(agent.run())
@@ -111,7 +114,7 @@ def run(node: Node) -> int:
         interrupted = True
         raise AgentInterrupted(int(error.sigval)) from None
     except RendezvousError as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or f"not all {node.nodes} came within {JOIN_S} s").splitlines()[0]
         raise NodesNotMet(f"the nodes do not meet: {reason}") from None
     finally:
         if not interrupted:  # after a signal, each node gets the signal itself
@@ -119,17 +122,21 @@ def run(node: Node) -> int:
 
 
 class _Agent(LocalElasticAgent):
-    def __init__(self, spec: WorkerSpec, logs: Path, shows_output: bool) -> None:
-        self.logs = logs
+    def __init__(self, spec: WorkerSpec, node: Node) -> None:
+        self.logs, self.node = node.logs, node
         self._alone_since: float | None = None
         self._checked_at = 0.0
         super().__init__(
             spec,
-            RankLogs(logs, shows_output),
+            RankLogs(node.logs, node.shows_output),
             start_method="spawn",
             exit_barrier_timeout=END_TOGETHER_S,
             log_line_prefix_template="$role_name",
         )
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        with told_after(PATIENCE_S, f"leviathan: waiting for all {self.node.nodes} nodes, at most {JOIN_S} s"):
+            super()._rendezvous(worker_group)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         """Agree with all nodes on an id of this attempt, since the nodes' counts of restarts may differ."""
@@ -262,6 +269,26 @@ def _rendezvous(node: Node) -> RendezvousParameters:
     return RendezvousParameters(
         "c10d", endpoint, job, node.nodes, node.nodes, local_addr=_own_address(node), **settings
     )
+
+
+def _await_first_node(node: Node) -> None:
+    """Wait until the first node listens. Raises `NodesNotMet` after JOIN_S seconds.
+
+    torch's own wait is silent, and ends with stack traces.
+    """
+    if node.rendezvous is None or node.is_first:
+        return
+    where, deadline = _endpoint(*node.rendezvous), time.monotonic() + JOIN_S
+    with told_after(PATIENCE_S, f"leviathan: waiting for the first node at {where}, at most {JOIN_S} s"):
+        while True:
+            try:
+                socket.create_connection(node.rendezvous, timeout=PATIENCE_S).close()
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    reason = f"nothing listens at {where} ({error.strerror or error}): start the first node there"
+                    raise NodesNotMet(f"the nodes do not meet: {reason}") from None
+            time.sleep(0.2)
 
 
 def _endpoint(host: str, port: int) -> str:

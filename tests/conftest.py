@@ -19,7 +19,7 @@ from launch.rank_pool import Pool
 from tests.support.fork_server import ForkServer
 
 # the same cases in every run; `HYPOTHESIS=fuzz` draws new ones, many more
-hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None, max_examples=60)
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None, max_examples=25)
 hypothesis.settings.register_profile("fuzz", deadline=None, database=None, max_examples=20_000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS", "tests"))
 torch.set_num_threads(1)  # tensors are small, and busy-waiting threads would take cores from other tests

@@ -51,7 +51,8 @@ def quick(pages: list[Path]) -> list[Any]:
 
 @pytest.mark.parametrize("page", quick([page for page in PAGES if blocks(page)]), ids=lambda page: page.name)
 def test_the_page_does_what_it_says(page, tmp_path, executables):
-    assert first_failure(page, tmp_path, executables) == ""
+    failure = first_failure(page, tmp_path, executables)
+    assert not failure, failure
 
 
 @pytest.mark.slow
@@ -59,7 +60,8 @@ def test_the_page_does_what_it_says(page, tmp_path, executables):
     "page", [page for page in PAGES if blocks(page, slow=True) != blocks(page)], ids=lambda p: p.name
 )
 def test_the_slow_blocks_of_the_page_do_what_they_say(page, tmp_path, executables):
-    assert first_failure(page, tmp_path, executables, slow=True) == ""
+    failure = first_failure(page, tmp_path, executables, slow=True)
+    assert not failure, failure
 
 
 def test_a_broken_block_is_noticed(tmp_path, executables):

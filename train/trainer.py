@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from core.config import absolute, plain
-from core.errors import CheckpointError, ConfigError, Diverged, LeviathanError
+from core.errors import CheckpointError, ConfigError, Diverged, LeviathanError, one_line
 from core.exit_codes import INTERRUPTED, has_agent
 from core.files import write_json
 from core.package_guard import sources_digest
@@ -188,6 +188,10 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a checkpoint's `state_dict`. The callbacks do not exist yet and load their state later."""
         check_same_data(state, self.corpus)
+        if state.get("tokens", -1) < 0:
+            raise CheckpointError(
+                f"the checkpoint of step {state['step']} does not say how many tokens it was trained on"
+            )
         self.step, self.tokens = state["step"], state["tokens"]
 
     @contextmanager
@@ -223,7 +227,11 @@ class Trainer:
     def _restore_callbacks(self, states: dict[str, Any]) -> None:
         for callback in self.callbacks:
             if callback.key in states:
-                callback.load_state_dict(states[callback.key])
+                try:
+                    callback.load_state_dict(states[callback.key])
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    reason = f"callback {callback.key} cannot read its state in the checkpoint: {one_line(error)}"
+                    raise CheckpointError(reason) from error
             elif type(callback).load_state_dict is not Callback.load_state_dict:
                 self.log(f"callback {callback.key} has no state in the checkpoint and starts fresh")
 

@@ -35,6 +35,7 @@ from train.run_directory import MARKER
 FORMAT = 2
 INDEX = "index.json"
 PROGRESS = "progress.json"
+_PROGRESS_KEYS = {"tokens": int, "corpus": str, "vocabulary": str, "settings": dict, "layout": dict, "callbacks": dict}
 _OLD_FORMAT = (
     "was written by an older version of Leviathan, whose checkpoints could run code: "
     "train again, or export the model with that version"
@@ -171,8 +172,12 @@ def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
 
 def _progress(checkpoint: Path) -> dict[str, Any]:
     progress = _parsed(checkpoint / PROGRESS, dict)
-    if progress.get("step") != int(checkpoint.name.removeprefix("step-")):
-        raise Damaged(f"{PROGRESS} is of step {str(progress.get('step'))[:20]}")
+    step = progress.get("step")
+    if type(step) is not int or step != int(checkpoint.name.removeprefix("step-")):
+        raise Damaged(f"{PROGRESS} is of step {str(step)[:20]}")
+    for key, kind in _PROGRESS_KEYS.items():
+        if key in progress and type(progress[key]) is not kind:
+            raise Damaged(f"{PROGRESS} has {key}={str(progress[key])[:20]}, which is no {kind.__name__}")
     return progress
 
 
