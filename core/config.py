@@ -315,6 +315,14 @@ def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
         near = list(dict.fromkeys(renamed.get(n, n) for n in near))
         return ConfigError(key, None, "no such key", [f"{parent}.{n}" if parent else n for n in near or known])
     value = getattr(cause, "value", None)
+    if re.search(r"is not Optional|is not a subclass of", reason):
+        kind = _kind_at(schema, key)
+        if dataclasses.is_dataclass(kind):
+            inner = [f"{key}.{one.name}=..." for one in dataclasses.fields(kind)][:3]
+            return ConfigError(
+                key, value if value is not None else "null", "is a group of keys; set one of them", inner
+            )
+        reason = "must not be null" if value is None else reason
     if (new := new_value(_kind_at(schema, key), value)) is not None:
         return RenamedKeyError(key, str(value), f"was renamed to {new}")
     return ConfigError(key, value if isinstance(value, str | int | float) else None, reason)

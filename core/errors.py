@@ -96,6 +96,8 @@ def check_name(key: str, name: str) -> None:
 
 def check_local(key: str, path: str) -> None:
     """Raise `ConfigError` for a URL where files must be on a file system of this machine."""
+    if not path:
+        raise ConfigError(key, path, "names no folder; try . for the current one")
     if "://" in path:
         raise ConfigError(key, path, "is a URL, but must be a folder on this machine or on a file system it mounts")
 

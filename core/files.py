@@ -19,7 +19,7 @@ from typing import Any
 
 from fsspec.registry import known_implementations
 
-from core.errors import ConfigError, UnreadableFileError
+from core.errors import ConfigError, UnreadableFileError, check_local
 
 TEXT_LIMIT = 256 * 2**20
 """Largest size, in bytes, of a file that is read as one text: an index, a tokenizer, a summary."""
@@ -42,6 +42,12 @@ def locate(text: str) -> Path:
         advice = known_implementations.get(protocol, {}).get("err", f"no filesystem is called {protocol!r}")
         raise ConfigError("", text, advice) from error
     return path
+
+
+def local_path(key: str, text: str) -> Path:
+    """Return the path of a key that names a place on this machine. Raises `ConfigError` for a URL and for no text."""
+    check_local(key, text)
+    return Path(text).expanduser()
 
 
 def is_local(path: Path) -> bool:
@@ -80,9 +86,10 @@ def opened(path: Path) -> AbstractContextManager[Any]:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and its contents, if it exists."""
+    """Remove a directory and its contents, if it exists. Anything else in its place stays."""
     if is_local(path):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():  # `rmtree` would wait for the writer of a pipe
+            shutil.rmtree(path, ignore_errors=True)
     elif path.exists():
         store: Any = path
         store.fs.rm(store.path, recursive=True)
@@ -90,8 +97,14 @@ def remove_tree(path: Path) -> None:
 
 def append_json_line(path: Path, value: Any) -> None:
     """Append `value` as a line of JSON. A kill or a full disk may truncate the line; readers must skip such a line."""
-    with open(path, "a") as file:
-        file.write(json.dumps(value) + "\n")
+    append_text(path, json.dumps(value) + "\n")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a file, or to a pipe that has a reader. Without one, raise `OSError` instead of waiting for it."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def write_all(file: Any, content: memoryview) -> None:
@@ -124,8 +137,8 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
-def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
-    """Return the content of a UTF-8 file of at most `limit` bytes.
+def read_text(path: Path, limit: int = TEXT_LIMIT, errors: str = "strict") -> str:
+    """Return the content of a UTF-8 file of at most `limit` bytes. `errors`: as in `bytes.decode`.
 
     Raises `UnreadableFileError` for other content and for what is not a regular file: opening a FIFO would wait for a
     writer. Raises `OSError` as `open` does.
@@ -137,7 +150,7 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
     if len(content) > limit:
         raise UnreadableFileError(f"{path}: is larger than {limit >> 20} MiB")
     try:
-        return content.decode()
+        return content.decode(errors=errors)
     except UnicodeDecodeError as error:
         raise UnreadableFileError(f"{path}: is not UTF-8 text (byte {error.start:,})") from None
 

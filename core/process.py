@@ -46,6 +46,7 @@ _ADVICE = {
     errno.ENFILE: "too many open files on this machine",
     errno.EIO: "input/output error; check the disk",
     errno.ESTALE: "the network file system no longer knows this file",
+    errno.ENXIO: "is a pipe that nobody reads, or a device that is not there; choose another path",
     errno.ENOTEMPTY: "the folder is not empty",
 }
 
@@ -158,7 +159,7 @@ def _internal(error: Exception) -> str:
     for path in (folder / name, Path(tempfile.gettempdir()) / f"leviathan-{name}"):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(heading + "".join(traceback.format_exception(error)))
+            path.write_text(heading + "".join(traceback.format_exception(error)), errors="backslashreplace")
         except OSError:
             continue
         return f"internal error, {one_line(error, 300)}; please report it with its traceback, {path}"

@@ -9,6 +9,7 @@ import base64
 import json
 import re
 import shutil
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError, DataError
-from core.files import new_directory, sha256_file, sha256_text, write_json
+from core.files import new_directory, read_json, read_text, sha256_file, sha256_text, write_json
 from data.config import TokenizerConfig, TokenizerKind
 
 _DESCRIPTION = "tokenizer_source.json"
@@ -52,7 +53,7 @@ class JsonTokenizer:
         from tokenizers import Tokenizer as Library
 
         try:
-            self._library = Library.from_file(str(path))
+            self._library = Library.from_str(read_text(path))
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{path} is not a tokenizer.json: {error}") from None
         self._library.encode_special_tokens = True
@@ -75,7 +76,7 @@ class JsonTokenizer:
         (`<0x0A>`, "▁" for a space). Other vocabularies are decoded token by token, which may miss the spaces between
         words.
         """
-        decoder = json.dumps(json.loads(self._path.read_text()).get("decoder"))
+        decoder = json.dumps(self.content().get("decoder"))
         added = self._library.get_added_tokens_decoder()
         sizes = np.zeros(self.vocab_size, np.int64)
         for token, index in self._library.get_vocab(with_added_tokens=True).items():
@@ -94,7 +95,7 @@ class JsonTokenizer:
         write_json(directory / _DESCRIPTION, {"kind": "tokenizer_json", "bos": self.bos, "eos": self.eos})
 
     def content(self) -> dict[str, Any]:
-        return json.loads(self._path.read_text())
+        return typing.cast(dict[str, Any], read_json(self._path))
 
     def _id(self, token: str, key: str) -> int:
         found = self._library.token_to_id(token)
@@ -178,7 +179,7 @@ def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
 def vocabulary_of_file(path: Path) -> str | None:
     """Return the `vocabulary_fingerprint` of a `tokenizer.json`, or None if it cannot be read."""
     try:
-        return _vocabulary(json.loads(path.read_text()))
+        return _vocabulary(read_json(path))
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -195,7 +196,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if not path.exists():
         raise DataError(f"{directory} holds no tokenizer ({_DESCRIPTION} is missing)")
     try:
-        description = json.loads(path.read_text())
+        description = read_json(path)
         kind = TokenizerKind[description.pop("kind")]
         if kind is TokenizerKind.tiktoken:
             file = directory / "tokenizer.model"
@@ -241,7 +242,7 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig, cache: Path) -> Tok
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if line.strip():
             try:
                 token, rank = line.split()

@@ -103,6 +103,9 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] in ("--version", "version"):
         print(f"leviathan {metadata.version('leviathan')}, code {sources_digest()}, torch {metadata.version('torch')}")
         return 0
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise ConfigError("argument", ascii(argument), "is not UTF-8 text")
     name, *arguments = arguments
     if name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.4) or list(VERBS)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from core.errors import Diverged
-from core.files import append_json_line
+from core.files import append_json_line, append_text
 from model.config import ModelConfig
 from model.flops import training_flops
 from train.config import LoggingConfig, Wandb
@@ -100,8 +100,7 @@ class Log:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             print("standard output cannot be written: the lines go on in log.txt", file=sys.stderr)
         try:
-            with open(self.path, "a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            append_text(self.path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         except OSError as error:  # a full disk must not end the run
             print(f"log.txt: {os.strerror(error.errno or 0)}", file=sys.stderr)
 

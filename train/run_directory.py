@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ import yaml
 from core.config import absolute, build, differences, plain
 from core.errors import ConfigError, LeviathanError, RenamedKeyError, UnreadableFileError
 from core.exit_codes import CRASHED
-from core.files import locate, read_json, write_text
+from core.files import locate, read_json, read_text, write_text
 from core.yaml_file import read_yaml
 from train.config import TrainConfig, phases
 from train.metap.hyperparameters import without_derived
@@ -75,7 +77,7 @@ class RunDirectory:
         self.logs = path / "logs"
         self.environment = path / "environment.json"
         self.tokenizer = path / "tokenizer"
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunDirectory:
@@ -105,7 +107,8 @@ class RunDirectory:
         One process of a run calls this. Without the lock, two runs under one name would overwrite each other's files.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - the open file holds the lock
+        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe in its place does not block
+        self._lock = os.fdopen(os.open(self.path / ".lock", flags, 0o666), "rb")  # the open file holds the lock
         deadline = time.monotonic() + patience_s
         while True:
             try:
@@ -138,7 +141,7 @@ class RunDirectory:
         """Remove the logged lines of steps after `step`, from which the run resumes."""
         for path, key, last in ((self.metrics, "step", step), (self.online, "first_step", step - 1)):
             if path.exists():
-                kept = [line for line in read_lines(path) if line[key] <= last]
+                kept = [line for line in read_lines(path) if _number(line.get(key)) <= last]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _try_writing(self, elsewhere: str | None) -> None:
@@ -227,14 +230,22 @@ def write_config(path: Path, config: TrainConfig) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete JSON lines of a file, if it exists. Truncated lines (a kill, a full disk) are dropped."""
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    """Yield the complete JSON lines of a file, if it exists. Truncated lines (a kill, a full disk) are dropped.
+
+    Raises `UnreadableFileError` if it is not a regular file.
+    """
+    for text in read_text(path, errors="replace").splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict):
             yield line
+
+
+def _number(value: Any) -> float:
+    """Return a stored number, or infinity for anything else."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else math.inf
 
 
 class CommittedCheckpoint(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.files import write_json
+from core.files import local_path, write_json
 from core.package_guard import sources_digest
 from parallel.layout import EngineKind
 from train.certify.config import CertifyConfig
@@ -38,7 +38,7 @@ def run(config: CertifyConfig) -> int:
             outcomes.append(outcome)
             _print(outcome)
     content = certificate(config, outcomes, {"sources": sources_digest(), "torch": torch.__version__})
-    path = Path(config.out).expanduser()
+    path = local_path("out", config.out)
     write_json(path, content)
     save(content, Path(config.cache).expanduser())
     if content["pass"]:

@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from core.errors import ConfigError
+from core.files import local_path
 from train.config import Check
 
 
@@ -82,7 +83,7 @@ def run_export(config: ExportConfig) -> int:
 
 
 def _new_directory(path: str) -> Path:
-    out = Path(path).expanduser()
+    out = local_path("out", path)
     if out.exists():
         raise ConfigError("out", path, "exists already; name a new directory")
     return out

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 from core.config import build, load
-from core.files import read_json
+from core.files import local_path, read_json
 from launch.filter.config import FilterAction, FilterConfig
 
 
 def run(config: FilterConfig) -> int:
     """Filter, explain, stream or ablate as configured; return the exit code."""
-    out = Path(config.out).expanduser()
+    out = local_path("out", config.out)
     if config.explain is not None:
         from data.filter.explain import explain
         from train.provenance import explain_run

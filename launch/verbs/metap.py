@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 
 from core.config import load
 from core.errors import ConfigError
+from core.files import local_path
 from launch.metap.config import CheckConfig, FitConfig, SweepConfig
 from train.config import TrainConfig
 
@@ -54,7 +54,7 @@ def run(config: MetapConfig) -> int:
     from launch.metap.sweep import sweep
     from launch.metap.transfer import transfer
 
-    out = Path(config.out).expanduser()
+    out = local_path("out", config.out)
     (out / "experiment" if config.action is MetapAction.transfer else out).mkdir(parents=True, exist_ok=True)
     match config.action:
         case MetapAction.transfer:

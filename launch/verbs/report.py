@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import ConfigError
+from core.files import local_path
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ def run(config: ReportConfig) -> int:
     if not config.runs:
         raise ConfigError("runs", None, "name at least one run's directory: leviathan report RUN")
     directories = [Path(directory).expanduser() for directory in config.runs]
-    out = Path(config.out).expanduser() if config.out else (directories[0] if len(directories) == 1 else Path()) / PAGE
+    out = local_path("out", config.out) if config.out else (directories[0] if len(directories) == 1 else Path()) / PAGE
     write_report(directories, out)
     print(f"report: {out}")
     return 0

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.errors import ConfigError
-from core.files import new_directory
+from core.files import local_path, new_directory
 from data.config import DataConfig
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def run(config: TokenizeConfig) -> int:
     from data.corpus import prepare
     from train.eval.contamination import MODELS
 
-    out = Path(config.out).expanduser() if config.out else None
+    out = local_path("out", config.out) if config.out else None
     if out is not None and out.exists():
         raise ConfigError("out", config.out, "exists already; choose another directory or remove it")
     corpus = prepare(config.data, print, MODELS)

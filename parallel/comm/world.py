@@ -130,9 +130,14 @@ def numbers_of_rank() -> tuple[int, int, int]:
     return rank, size, local
 
 
+def ranks_on_machine() -> int:
+    """Return LOCAL_WORLD_SIZE as torchrun sets it, or 1 without it. Raises `ConfigError`."""
+    return _whole("LOCAL_WORLD_SIZE", 1)
+
+
 def _whole(name: str, default: int) -> int:
-    """Return an environment variable as a whole number. Only WORLD_SIZE must not be 0."""
-    text, least = os.environ.get(name, str(default)), int(name == "WORLD_SIZE")
+    """Return an environment variable as a whole number. Only numbers of ranks must not be 0."""
+    text, least = os.environ.get(name, str(default)), int(name.endswith("WORLD_SIZE"))
     if not text.isascii() or not text.isdecimal() or not least <= int(text) < 2**31:
         reason = "must be a whole number, as torchrun sets it: unset it, or start the ranks with torchrun"
         raise WrongEnvironmentError(name, repr(text), reason)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from core.errors import ConfigError
 from core.memory import available_memory
 from model.flops import count_parameters
+from parallel.comm.world import ranks_on_machine
 from parallel.layout import Layout
 from train.config import TrainConfig, phases
 from train.optim.config import OptimizerKind
@@ -22,7 +21,7 @@ def check_memory(config: TrainConfig, layout: Layout, device: torch.device) -> N
     Counts a lower bound, so that no possible run is rejected: weights, gradients and optimizer state divided over all
     ranks of a replica, one layer's hidden states of a micro-batch, and the tokens of a batch.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    here = ranks_on_machine()
     if device.type == "cuda":
         have, where = torch.cuda.get_device_properties(device).total_memory, "the GPU has"
     else:

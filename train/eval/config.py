@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from core.errors import check_numbers
+from core.errors import ConfigError, check_numbers
 from precision.config import Backend
+
+MOST_TOKENS = 10**6
 
 
 @dataclass(frozen=True)
@@ -25,3 +27,5 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("tokens", "top_k"), not_negative=("temperature",))
+        if self.tokens > MOST_TOKENS:
+            raise ConfigError("tokens", self.tokens, f"must be at most {MOST_TOKENS:,}")
