@@ -134,7 +134,7 @@ def test_the_suite_notices_a_traceback_and_a_silent_acceptance(monkeypatch):
         if config.training.steps == 2**63 - 1:
             raise OverflowError("too large")
 
-    monkeypatch.setattr("tests.launch.test_hostile.check", broken)
+    monkeypatch.setattr("tests.launch.hostile.test_keys.check", broken)
     monkeypatch.setattr("core.config._check_scalar", lambda value, path: None)
     assert outcome("train", "training.steps", "most") == "raises OverflowError: too large"
     assert outcome("train", "run.root", "nul") == "is accepted as 'a\\x00b'"

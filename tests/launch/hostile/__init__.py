@@ -1,0 +1,1 @@
+"""Hostile values, files, words and environments, and how commands end that meet them."""
