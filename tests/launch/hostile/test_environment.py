@@ -16,7 +16,7 @@ VARIABLES = (
     *("HYDRA_FULL_ERROR", "HF_HOME", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "COLUMNS", "LANG", "TZ"),
     *("TORCH_CPP_LOG_LEVEL", "XDG_CACHE_HOME", "HOME", "TMPDIR", "USER", "PATH"),
 )
-VALUES = ("", "-1", "abc", "1.5", "9" * 21, "é", "/nowhere/x", "/dev/null", "0", "3", "nan", " 1 ")
+VALUES = ("", "-1", "abc", "1.5", "9" * 21, "é", "/proc/nowhere/x", "/dev/null", "0", "3", "nan", " 1 ")
 PAIRS = [
     {"RANK": "0", "WORLD_SIZE": "2"},
     {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
@@ -48,9 +48,8 @@ def wrong(outcome, cases: list[dict[str, str]]) -> list[str]:
 
 
 def test_some_odd_variables_end_in_one_line(outcome):
-    some = [case for case in CASES if zlib.crc32(str(case).encode()) % 150 == 0]
-    assert len(some) > 1
-    assert wrong(outcome, [{"RANK": "3"}, *some]) == []
+    some: list[dict[str, str]] = [{"RANK": "3"}, {"LOCAL_WORLD_SIZE": "0"}, {"MASTER_PORT": "abc"}]
+    assert wrong(outcome, some) == []
 
 
 @pytest.mark.slow
