@@ -121,11 +121,12 @@ def _run(arguments: list[str]) -> int:
     from core.overrides import expand
 
     if "-h" in options or "--help" in options:
-        from launch.config import LaunchConfig
+        from launch.config import LaunchConfig, LocalLaunch
         from launch.help import describe
 
         print(f"leviathan {name}: {verb.summary}\n")
-        print(describe(schema, compose_plain(name, schema, overrides), config_directory(), {"launch": LaunchConfig}))
+        launch = LaunchConfig if verb.sweeps else LocalLaunch
+        print(describe(schema, compose_plain(name, schema, overrides), config_directory(), {"launch": launch}))
         return 0
     read = partial(load, name, schema) if stored is None else partial(getattr(module, verb.stored or ""), stored)
     configs = [read(point) for point in (expand(overrides, groups()) if verb.sweeps else [overrides])]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from core.errors import check_numbers
+from core.errors import ConfigError, check_numbers
 from precision.config import Backend
+
+MOST_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,14 @@ class GenerateConfig:
     seed: int = 0
     backend: Backend | None = None
     """GEMM backend; null: as in training."""
+    launch: dict[str, Any] = field(default_factory=dict)
+    """Only the launcher reads it."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("tokens", "top_k"), not_negative=("temperature",))
+        if self.tokens > MOST_TOKENS:
+            raise ConfigError("tokens", self.tokens, f"must be at most {MOST_TOKENS:,}")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError:
+            raise ConfigError("prompt", None, "is not UTF-8 text") from None
