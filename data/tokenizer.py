@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError, DataError
-from core.files import new_directory, sha256_file, sha256_text, write_json
+from core.files import check_regular, new_directory, read_json, sha256_file, sha256_text, write_json
 from data.config import TokenizerConfig, TokenizerKind
 
 _DESCRIPTION = "tokenizer_source.json"
@@ -52,6 +52,7 @@ class JsonTokenizer:
         from tokenizers import Tokenizer as Library
 
         try:
+            check_regular(path)
             self._library = Library.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{path} is not a tokenizer.json: {error}") from None
@@ -178,7 +179,7 @@ def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
 def vocabulary_of_file(path: Path) -> str | None:
     """Return the `vocabulary_fingerprint` of a `tokenizer.json`, or None if it cannot be read."""
     try:
-        return _vocabulary(json.loads(path.read_text()))
+        return _vocabulary(read_json(path))
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -195,7 +196,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if not path.exists():
         raise DataError(f"{directory} holds no tokenizer ({_DESCRIPTION} is missing)")
     try:
-        description = json.loads(path.read_text())
+        description = read_json(path)
         kind = TokenizerKind[description.pop("kind")]
         if kind is TokenizerKind.tiktoken:
             file = directory / "tokenizer.model"

@@ -160,7 +160,7 @@ class _Agent(LocalElasticAgent):
                 with suppress(dist.DistError, RuntimeError):  # the node of the store is gone; other nodes notice that
                     store: Any = worker_group.store
                     store.set(GIVEN_UP, "")
-            print("\n".join(lines), file=sys.stderr, flush=True)
+            print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr, flush=True)
         elif result.state is WorkerState.HEALTHY and self._is_alone(worker_group):
             print("leviathan: another node has given up; stopping the ranks of this one", file=sys.stderr, flush=True)
             self._remaining_restarts = 0

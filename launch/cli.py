@@ -50,7 +50,7 @@ class Verb:
 
 VERBS = {
     "train": Verb("TrainConfig", "train a model", sweeps=True, stored="read_stored", check="checked"),
-    "evaluate": Verb("EvaluateConfig", "held-out loss of a run, or its results on lm-eval tasks", ("run",)),
+    "evaluate": Verb("EvaluateConfig", "held-out loss of a run, loss of a text, or results on lm-eval tasks", ("run",)),
     "generate": Verb("GenerateConfig", "continue a text with a run's model", ("run", "prompt")),
     "tokenize": Verb("TokenizeConfig", "make token shards of a corpus"),
     "filter": Verb("FilterConfig", "drop easy, broken and repeated documents, with an audit", ("action",)),

@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor, nn
 
 from core.errors import CheckpointError, ConfigError
-from core.files import sha256_text
+from core.files import read_json, sha256_text
 from data.filter.score.factory import Models
 from data.tokenizer import JsonTokenizer
 from model.attention.plan import ForwardContext
@@ -226,7 +226,7 @@ def _tokenizer(folder: Path) -> JsonTokenizer:
         raise CheckpointError(f"{folder} has no tokenizer.json: texts cannot be turned into tokens")
     path = folder / "tokenizer_config.json"
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
         names = [settings.get(key) for key in ("bos_token", "eos_token")]
         bos, eos = (name["content"] if isinstance(name, dict) else name for name in names)
     except (OSError, ValueError, KeyError, AttributeError) as error:

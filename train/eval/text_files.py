@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -83,7 +82,7 @@ def read_texts(pattern: str) -> Iterator[str]:
     for name, path in files:
         try:
             for number, row in read_rows(path):
-                record = read_record(InputConfig(), row, f"{name}:{number}")
+                record = read_record(InputConfig(input=pattern), row, f"{name}:{number}")
                 if isinstance(record, MalformedRecord):
                     raise ConfigError("text", record.source, f"cannot be read: {record.reason}")
                 yield record.text
