@@ -143,8 +143,7 @@ def read_text(path: Path, limit: int = TEXT_LIMIT, errors: str = "strict") -> st
     Raises `UnreadableFileError` for other content and for what is not a regular file: opening a FIFO would wait for a
     writer. Raises `OSError` as `open` does.
     """
-    if is_local(path) and (problem := _irregular(path.stat().st_mode)):
-        raise UnreadableFileError(f"{path}: is {problem}, but must be a file")
+    check_regular(path)
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -153,6 +152,12 @@ def read_text(path: Path, limit: int = TEXT_LIMIT, errors: str = "strict") -> st
         return content.decode(errors=errors)
     except UnicodeDecodeError as error:
         raise UnreadableFileError(f"{path}: is not UTF-8 text (byte {error.start:,})") from None
+
+
+def check_regular(path: Path) -> None:
+    """Raise `UnreadableFileError` for a local path that is not a regular file, and `OSError` for a missing one."""
+    if is_local(path) and (problem := _irregular(path.stat().st_mode)):
+        raise UnreadableFileError(f"{path}: is {problem}, but must be a file")
 
 
 def _irregular(mode: int) -> str | None:

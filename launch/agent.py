@@ -60,7 +60,9 @@ class Node:
     job: str = ""
     """Job id, equal on all nodes; empty with a single node."""
     shows_output: bool = True
-    """Also show rank 0's output on the terminal."""
+    """Also show rank 0's standard output on the terminal."""
+    shows_errors: bool = True
+    """Also show rank 0's standard error on the terminal."""
 
 
 class NodesNotMet(LeviathanError):
@@ -128,7 +130,7 @@ class _Agent(LocalElasticAgent):
         self._checked_at = 0.0
         super().__init__(
             spec,
-            RankLogs(node.logs, node.shows_output),
+            RankLogs(node),
             start_method="spawn",
             exit_barrier_timeout=END_TOGETHER_S,
             log_line_prefix_template="$role_name",
@@ -158,7 +160,7 @@ class _Agent(LocalElasticAgent):
                 with suppress(dist.DistError, RuntimeError):  # the node of the store is gone; other nodes notice that
                     store: Any = worker_group.store
                     store.set(GIVEN_UP, "")
-            print("\n".join(lines), file=sys.stderr, flush=True)
+            print("".join(f"{line}\n" for line in lines), end="", file=sys.stderr, flush=True)
         elif result.state is WorkerState.HEALTHY and self._is_alone(worker_group):
             print("leviathan: another node has given up; stopping the ranks of this one", file=sys.stderr, flush=True)
             self._remaining_restarts = 0
@@ -185,9 +187,9 @@ class _Agent(LocalElasticAgent):
 class RankLogs(LogsSpecs):
     """Write each rank's output to logs/rank-00000/ etc., in new files at each start. Also show that of rank 0."""
 
-    def __init__(self, directory: Path, shows_output: bool) -> None:
-        super().__init__(str(directory), redirects=Std.ALL)
-        self.directory, self.shows_output = directory, shows_output
+    def __init__(self, node: Node) -> None:
+        super().__init__(str(node.logs), redirects=Std.ALL)
+        self.directory, self.node = node.logs, node
 
     @property
     def root_log_dir(self) -> str:
@@ -203,8 +205,9 @@ class RankLogs(LogsSpecs):
             stem = folder / f"{number:03d}-{stamp}"
             found.stdouts[local], found.stderrs[local] = f"{stem}.out", f"{stem}.err"
             found.error_files[local] = env["TORCHELASTIC_ERROR_FILE"] = f"{stem}.json"
-            if env["RANK"] == "0" and self.shows_output:
-                found.tee_stdouts[local], found.tee_stderrs[local] = f"{stem}.out", f"{stem}.err"
+            if env["RANK"] == "0":
+                found.tee_stdouts |= {local: f"{stem}.out"} if self.node.shows_output else {}
+                found.tee_stderrs |= {local: f"{stem}.err"} if self.node.shows_errors else {}
         return found
 
 

@@ -50,7 +50,7 @@ class Verb:
 
 VERBS = {
     "train": Verb("TrainConfig", "train a model", sweeps=True, stored="read_stored", check="checked"),
-    "evaluate": Verb("EvaluateConfig", "held-out loss of a run, or its results on lm-eval tasks", ("run",)),
+    "evaluate": Verb("EvaluateConfig", "held-out loss of a run, loss of a text, or results on lm-eval tasks", ("run",)),
     "generate": Verb("GenerateConfig", "continue a text with a run's model", ("run", "prompt")),
     "tokenize": Verb("TokenizeConfig", "make token shards of a corpus"),
     "filter": Verb("FilterConfig", "drop easy, broken and repeated documents, with an audit", ("action",)),
@@ -124,11 +124,12 @@ def _run(arguments: list[str]) -> int:
     from core.overrides import expand
 
     if "-h" in options or "--help" in options:
-        from launch.config import LaunchConfig
+        from launch.config import LaunchConfig, LocalLaunch
         from launch.help import describe
 
         print(f"leviathan {name}: {verb.summary}\n")
-        print(describe(schema, compose_plain(name, schema, overrides), config_directory(), {"launch": LaunchConfig}))
+        launch = LaunchConfig if verb.sweeps else LocalLaunch
+        print(describe(schema, compose_plain(name, schema, overrides), config_directory(), {"launch": launch}))
         return 0
     read = partial(load, name, schema) if stored is None else partial(getattr(module, verb.stored or ""), stored)
     configs = [read(point) for point in (expand(overrides, groups()) if verb.sweeps else [overrides])]

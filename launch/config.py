@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
+from core.config import build
 from core.errors import ConfigError, check_numbers
 from launch.diagnose.machine import cores
 from train.config import TrainConfig
@@ -76,24 +78,36 @@ class SlurmConfig:
 
 
 @dataclass(frozen=True)
-class LaunchConfig:
-    """How the ranks of a run start: launch=inline, launch=torchrun or launch=slurm.
-
-    For several nodes with `torchrun`, start the same command on each node, with its own `node_rank` and the same
-    `rendezvous`.
-    """
+class LocalLaunch:
+    """launch=inline: in this process. launch=torchrun: in ranks of this machine."""
 
     kind: LaunchKind = LaunchKind.inline
     processes: int | None = None
     """Ranks per node; null: one per GPU of this machine, or one per two CPU cores if it has no GPU."""
+    restarts: int = 3
+    """Maximum number of restarts after ranks crash. A run then resumes from its last checkpoint."""
+    oversubscribe: bool = False
+    """Allow more ranks than this machine can run well."""
+
+    @property
+    def ranks_per_node(self) -> int:
+        if self.processes is not None:
+            return self.processes
+        import torch
+
+        return torch.cuda.device_count() or max(1, cores() // 2)
+
+
+@dataclass(frozen=True)
+class LaunchConfig(LocalLaunch):
+    """launch=slurm: in a SLURM job. For several nodes with launch=torchrun, start the same command on each node, with
+    its own `node_rank` and the same `rendezvous`.
+    """
+
     nodes: int = 1
     node_rank: int | None = None
     rendezvous: str | None = None
     """Host:port of node 0; [address]:port for IPv6."""
-    restarts: int = 3
-    """Maximum number of restarts after ranks crash. The run then resumes from its last checkpoint."""
-    oversubscribe: bool = False
-    """Allow more ranks than this machine can run well."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def __post_init__(self) -> None:
@@ -124,14 +138,6 @@ class LaunchConfig:
         self.endpoint  # noqa: B018 - raises for an invalid address
 
     @property
-    def ranks_per_node(self) -> int:
-        if self.processes is not None:
-            return self.processes
-        import torch
-
-        return torch.cuda.device_count() or max(1, cores() // 2)
-
-    @property
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
@@ -146,6 +152,17 @@ class LaunchConfig:
             reason = "write an IPv6 address in brackets: [ADDRESS]:PORT"
             raise ConfigError("rendezvous", self.rendezvous, reason, [f"[{host}]:{port}"])
         return bare, int(port)
+
+
+def local_launch(values: dict[str, Any] | None) -> LocalLaunch:
+    """Build the section `launch` of a verb that runs on this machine only. Raises `ConfigError` for anything else."""
+    given, here = values or {}, "this verb runs on this machine only"
+    if given.get("kind") == LaunchKind.slurm.name:
+        raise ConfigError("launch.kind", LaunchKind.slurm, f"{here}; in a SLURM job, use launch=torchrun")
+    for key, usual in (("nodes", 1), ("node_rank", None), ("rendezvous", None)):
+        if given.get(key, usual) != usual:
+            raise ConfigError(f"launch.{key}", given[key], f"{here}; remove it")
+    return build(LaunchConfig, given, "launch")
 
 
 def seconds(time: str) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ from core.exit_codes import CRASHED, INTERRUPTED
 from core.process import report
 from launch.config import LaunchConfig, LaunchKind
 from launch.diagnose.machine import check_processes
+from launch.ranks import run_ranks
 from train.config import TrainConfig, check
 from train.metap.hyperparameters import resolve, without_derived
 from train.run_directory import RunDirectory, read_config, write_config
@@ -96,26 +96,20 @@ def _torchrun(launch: LaunchConfig, config: TrainConfig) -> int:
     """Do what `torchrun --nproc-per-node RANKS -m train` does, with the agent in this process. Ctrl-C and SIGTERM are
     forwarded to the ranks, which save. The exit code is then 130.
     """
-    from launch.agent import AgentInterrupted, Node, run
+    from launch.agent import Node
 
     directory = RunDirectory.of(config)
-    with tempfile.TemporaryDirectory(prefix="leviathan-") as scratch:
-        path = Path(scratch) / "config.yaml"
-        write_config(path, config)
-        node = Node(
-            command=("-m", "train", "--config", str(path)),
-            ranks=launch.ranks_per_node,
-            logs=directory.logs,
-            nodes=launch.nodes,
-            is_first=not launch.node_rank,
-            rendezvous=None if launch.rendezvous is None else launch.endpoint,
-            restarts=launch.restarts,
-            job=directory.path.name,
-        )
-        try:
-            code = run(node)
-        except AgentInterrupted as error:
-            return error.exit_code
+    node = Node(
+        command=("-m", "train", "--config"),
+        ranks=launch.ranks_per_node,
+        logs=directory.logs,
+        nodes=launch.nodes,
+        is_first=not launch.node_rank,
+        rendezvous=None if launch.rendezvous is None else launch.endpoint,
+        restarts=launch.restarts,
+        job=directory.path.name,
+    )
+    code = run_ranks(node, lambda path: write_config(path, config))
     if code == CRASHED:
         name = directory.path.name
         raise LeviathanError(f"{name} failed; rerun with run.name={name} to resume from its last checkpoint")

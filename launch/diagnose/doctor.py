@@ -44,7 +44,7 @@ def measure(ranks: int, parallel: ParallelConfig, runs: str, found: dict[str, An
         config = replace(load("train", TrainConfig, []), parallel=parallel, run=RunConfig(root=runs, name=".doctor"))
         write_config(folder / "config.yaml", config)
         command = ("-m", "launch.diagnose.nodes", str(folder / "config.yaml"), str(folder))
-        code = run(Node(command, ranks, folder / "logs", shows_output=not quiet))
+        code = run(Node(command, ranks, folder / "logs", shows_output=not quiet, shows_errors=not quiet))
         if (folder / "findings.json").exists():
             found["ranks"] = read_json(folder / "findings.json")
         shutil.rmtree(RunDirectory.of(config).path, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -31,6 +30,7 @@ from data.filter.store import OneWorker, Workers, barrier
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
 from launch.diagnose.machine import check_processes
 from launch.filter.config import FilterConfig, command_of
+from launch.ranks import run_ranks
 from parallel.comm.world import World, connect
 from train.eval.contamination import MODELS
 
@@ -130,17 +130,10 @@ class WorldWorkers:
 
 
 def run_processes(config: FilterConfig, out: Path) -> int:
-    """Run `torchrun --nproc-per-node N -m launch.verbs.filter` in this process."""
-    from launch.agent import AgentInterrupted, Node
-    from launch.agent import run as run_node
+    """Do what `torchrun --nproc-per-node N -m launch.verbs.filter` does, with the agent in this process."""
+    from launch.agent import Node
 
     check_processes("processes", config.processes, config.oversubscribe)
-    with tempfile.TemporaryDirectory(prefix="leviathan-") as scratch:
-        path = Path(scratch) / "config.json"
-        write_json(path, plain(config))
-        command = ("-m", "launch.verbs.filter", "--config", str(path))
-        try:
-            code = run_node(Node(command=command, ranks=config.processes, logs=out / "logs", job="filter"))
-            return 1 if code == CRASHED else code
-        except AgentInterrupted as error:
-            return error.exit_code
+    node = Node(command=("-m", "launch.rank", "filter"), ranks=config.processes, logs=out / "logs", job="filter")
+    code = run_ranks(node, lambda path: write_json(path, plain(config)))
+    return 1 if code == CRASHED else code

@@ -1,4 +1,4 @@
-"""The verb `evaluate`: held-out loss of a run, or its results on tasks of the evaluation harness."""
+"""The verb `evaluate`: held-out loss of a run, loss of a text, or results on tasks of the evaluation harness."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from core.config import plain
 from core.errors import ConfigError, check_numbers
+from launch.config import LaunchKind, local_launch
+from launch.ranks import check_model, run_verb
 from precision.config import Backend
 
 if TYPE_CHECKING:
@@ -17,14 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Compute the held-out loss of a run's last checkpoint, or run tasks of the evaluation harness (lm-eval)."""
+    """Compute the held-out loss of a run's last checkpoint, the loss of a text, or run tasks of the evaluation harness
+    (lm-eval).
+    """
 
     run: str = "???"
-    """Directory of a run. For tasks, also of an imported model or a model in the Hugging Face format."""
+    """Directory of a run. For a text or tasks, also of an imported model or a model in the Hugging Face format."""
+    text: str | None = None
+    """Compute the loss of this text: a file, a folder or a glob pattern of text, jsonl or parquet files with a column
+    `text`.
+    """
     sequences: int | None = None
     """Held-out sequences per source; null: as many as during the run."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass. null: as during the run, which reproduces its loss bit for bit; for tasks, 8."""
+    """Sequences per forward pass. null: as during the run, which reproduces its loss bit for bit; for tasks and for the
+    text of other models, 8.
+    """
     backend: Backend | None = None
     """GEMM backend; null: as in training. Applies to runs only: other models are evaluated in float32."""
 
@@ -38,11 +49,15 @@ class EvaluateConfig:
     """Solved examples before each question; null: as the task defines."""
     out: str | None = None
     """JSON file for the tasks' results and samples."""
+    launch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("sequences", "micro_batch_size", "limit"), not_negative=("few_shot",))
-        if self.tasks and self.sequences is not None:
-            raise ConfigError("sequences", self.sequences, "applies to the held-out loss, not to tasks; drop it")
+        if self.tasks and self.text is not None:
+            raise ConfigError("text", self.text, "cannot be combined with tasks; drop one")
+        if self.sequences is not None and (self.tasks or self.text is not None):
+            what = "tasks" if self.tasks else "a text"
+            raise ConfigError("sequences", self.sequences, f"applies to the held-out loss, not to {what}; drop it")
         for key in ("task_path", "limit", "few_shot", "out"):
             value = getattr(self, key)
             if value is not None and not self.tasks:
@@ -50,29 +65,59 @@ class EvaluateConfig:
 
 
 def run(config: EvaluateConfig) -> int:
-    """Print the results. The held-out loss is printed as JSON."""
-    import torch
-
+    """Print the results. A loss is printed as JSON."""
+    launch = local_launch(config.launch)
+    is_run = check_model(config.run, config.backend)
+    if not (is_run or config.tasks or config.text is not None):
+        raise ConfigError("run", config.run, "is a model without held-out text: add text=FILES or tasks=[...]")
+    if launch.kind is LaunchKind.torchrun:
+        if config.tasks:
+            raise ConfigError("launch.kind", launch.kind, "tasks are evaluated by one process; remove it")
+        return run_verb("evaluate", config, launch)
     from parallel.comm.world import connect
-    from train.checkpoint.restore import restore
-    from train.eval.contamination import MODELS
-    from train.eval.held_out import held_out_loss
 
     with closing(connect()) as world:
         if config.tasks:
             return _run_tasks(config, world)
-        restored = restore(Path(config.run), world, config.backend, MODELS)
-        result = held_out_loss(
-            restored.placed,
-            restored.loader(),
-            torch.from_numpy(restored.tokenizer.token_bytes()),
-            config.sequences or restored.config.evaluation.sequences,
-            config.micro_batch_size or restored.phase.micro_batch_size,
-            restored.weights(),
-        )
+        found = _run_loss(config, world) if is_run else _model_loss(config, world)
         if world.is_main:
-            print(json.dumps({"step": restored.step, **result.plain()}, indent=2))
+            print(json.dumps(found, indent=2))
         return 0
+
+
+def _run_loss(config: EvaluateConfig, world: World) -> dict[str, Any]:
+    """Return the loss of held-out text, or of the given text, under the last checkpoint of a run."""
+    import torch
+
+    from train.checkpoint.restore import restore
+    from train.eval.contamination import MODELS
+    from train.eval.held_out import held_out_loss
+    from train.eval.text_files import text_loss
+
+    restored = restore(Path(config.run).expanduser(), world, config.backend, MODELS)
+    micro_batch_size = config.micro_batch_size or restored.phase.micro_batch_size
+    if config.text is not None:
+        found = text_loss(restored.placed, restored.tokenizer, restored.phase.seq_len, config.text, micro_batch_size)
+        return {"step": restored.step, **plain(found)}
+    result = held_out_loss(
+        restored.placed,
+        restored.loader(),
+        torch.from_numpy(restored.tokenizer.token_bytes()),
+        config.sequences or restored.config.evaluation.sequences,
+        micro_batch_size,
+        restored.weights(),
+    )
+    return {"step": restored.step, **result.plain()}
+
+
+def _model_loss(config: EvaluateConfig, world: World) -> dict[str, Any]:
+    """Return the loss of the given text under a model that is not a run."""
+    from train.eval.scoring_model import open_stored
+    from train.eval.text_files import place, text_loss
+
+    stored = open_stored(Path(config.run).expanduser())
+    placed = place(stored, world)
+    return plain(text_loss(placed, stored.tokenizer, stored.context, str(config.text), config.micro_batch_size or 8))
 
 
 def _run_tasks(config: EvaluateConfig, world: World) -> int:

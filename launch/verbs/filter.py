@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from core.config import build, load
-from core.files import local_path, read_json
+from core.config import load
+from core.files import local_path
 from launch.filter.config import FilterAction, FilterConfig
 
 
@@ -37,9 +37,7 @@ def run(config: FilterConfig) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the filter in one of several processes."""
-    if arguments[:1] == ["--config"]:
-        return run(build(FilterConfig, read_json(Path(arguments[1]))))
+    """Run the filter in one of the processes that torchrun started."""
     return run(load("filter", FilterConfig, arguments))
 
 

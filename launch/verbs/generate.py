@@ -9,12 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError
+from launch.config import LaunchKind, local_launch
+from launch.ranks import check_model, run_verb
 from train.eval.config import GenerateConfig
 
 
 def run(config: GenerateConfig) -> int:
     """Print the prompt and its continuation."""
+    launch = local_launch(config.launch)
+    is_run = check_model(config.run, config.backend)
+    if launch.kind is LaunchKind.torchrun:
+        return run_verb("generate", config, launch)
     from parallel.comm.world import connect
     from train.checkpoint.restore import restore
     from train.eval.contamination import MODELS
@@ -24,13 +29,11 @@ def run(config: GenerateConfig) -> int:
     path = Path(config.run).expanduser()
     with closing(connect()) as world:
         tokenizer: TextTokenizer
-        if (path / "config.yaml").exists():
+        if is_run:
             restored = restore(path, world, config.backend, MODELS)
             restored.placed.model.eval()
             tokenizer, context = restored.tokenizer, restored.phase.seq_len
             next_logits: Callable[[list[int]], Any] = partial(placed_logits, restored.placed)
-        elif config.backend is not None:
-            raise ConfigError("backend", config.backend, "applies to runs only; drop it")
         else:
             model = from_directory(path, world.device)
             tokenizer, context, next_logits = model.tokenizer, model.context, model.next_logits

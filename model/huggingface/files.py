@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from core.errors import CheckpointError
-from core.files import write_all, write_json
+from core.files import check_regular, read_json, write_all, write_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -48,7 +48,7 @@ def open_directory(directory: Path) -> dict[str, TensorEntry]:
             raise CheckpointError(f"{directory} holds pickle files ({pickles[0]}), {danger}")
         raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}")
     try:
-        weight_map: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
+        weight_map: dict[str, str] = read_json(directory / INDEX)["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise ValueError("a shard's name is not a string")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -68,6 +68,7 @@ def open_directory(directory: Path) -> dict[str, TensorEntry]:
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Return the tensors of one file. Raises `CheckpointError` if its header is invalid or does not match its size."""
+    check_regular(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -77,7 +78,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             header: dict[str, Any] = json.loads(file.read(length))
             if not isinstance(header, dict):
                 raise ValueError("not a JSON object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} has an unreadable header ({error})") from error
     header.pop("__metadata__", None)
     found, reached = {}, 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.cli import main
 from tests.support import tiny
 
 MARK = "LEVIATHAN_TEST_MARK"
@@ -20,6 +21,7 @@ LONG = ["training.steps=100000", "run.name=x", "evaluation.sequences=1"]
 VERBS = {
     "train": ["train", *tiny.TINY, *LONG, "launch=torchrun", "launch.processes=2"],
     "filter": ["filter", "input=records.jsonl", "processes=2", "out=filtered"],
+    "evaluate": ["evaluate", "runs/x", "text=records.jsonl", "launch=torchrun", "launch.processes=2"],
     "certify": ["certify", "ranks=2", "parallel.dp_shard=2", "steps=20"],
     "sweep": ["metap", "sweep", *tiny.TINY, *LONG[:1], "hparam=none", "sweep.processes=2", "sweep.seeds=1"],
 }
@@ -48,7 +50,11 @@ def until(condition, seconds: float) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_killed_launcher_leaves_no_process(small_corpus, tmp_path, verb):
-    if verb == "filter":
+    if verb == "evaluate":
+        assert (
+            main(["train", *tiny.TINY, *small_corpus, *LONG, "training.steps=1", f"run.root={tmp_path / 'runs'}"]) == 0
+        )
+    if verb in ("filter", "evaluate"):
         line = json.dumps({"text": "a line of text that is long enough to be kept by the gates " * 40})
         (tmp_path / "records.jsonl").write_text((line + "\n") * 60_000)
     words = [*VERBS[verb], *(small_corpus if verb in ("train", "sweep") else [])]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from core.errors import ConfigError, check_numbers
 from precision.config import Backend
@@ -24,6 +25,8 @@ class GenerateConfig:
     seed: int = 0
     backend: Backend | None = None
     """GEMM backend; null: as in training."""
+    launch: dict[str, Any] = field(default_factory=dict)
+    """Only the launcher reads it."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("tokens", "top_k"), not_negative=("temperature",))

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from core.errors import LeviathanError
 from parallel.comm.world import World
 from parallel.parallelize import ParallelModel
 from parallel.vocab_parallel_loss import whole_logits
@@ -60,8 +61,11 @@ def placed_logits(placed: ParallelModel, tokens: list[int]) -> torch.Tensor:
 
 
 def _sample(logits_V: torch.Tensor, config: GenerateConfig, generator: torch.Generator) -> int:
+    if logits_V.isnan().any():
+        raise LeviathanError("the model computes NaN: its weights are damaged, or its training diverged")
     if config.temperature == 0:
         return int(logits_V.argmax())
     if config.top_k is not None and config.top_k < len(logits_V):
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(config.top_k).values[-1], -torch.inf)
-    return int(torch.multinomial((logits_V / config.temperature).softmax(0), 1, generator=generator))
+    below_V = logits_V - logits_V.max()  # a tiny temperature then gives -inf, not +inf
+    return int(torch.multinomial((below_V / config.temperature).softmax(0), 1, generator=generator))

@@ -84,7 +84,7 @@ def held_out_loss(
     for source in weights:
         sums = torch.zeros(3, dtype=torch.float64, device=placed.device)  # nats, tokens, bytes
         count = min(sequences, loader.num_held_out(source))
-        for _, batch in _local_batches(partial(loader.held_out, source), count, micro_batch_size, placed.meshes.dp):
+        for _, batch in local_batches(partial(loader.held_out, source), count, micro_batch_size, placed.meshes.dp):
             sums += _sums(placed, batch, bytes_V)
         placed.meshes.world.sum(sums, "evaluation")
         nats, tokens, size = sums.tolist()
@@ -104,9 +104,9 @@ def sequence_losses(placed: ParallelModel, take: Take, count: int, micro_batch_s
     """
     sums_N2 = torch.zeros(count, 2, dtype=torch.float64, device=placed.device)
     placed.model.eval()
-    for start, batch in _local_batches(take, count, micro_batch_size, placed.meshes.dp):
+    for start, batch in local_batches(take, count, micro_batch_size, placed.meshes.dp):
         stop = min(start + micro_batch_size, count)
-        if (losses := _losses(placed, batch)) is not None:
+        if (losses := batch_losses(placed, batch)) is not None:
             losses_BT, labels_BT = losses
             sums_B2 = torch.stack([losses_BT.sum(1, dtype=torch.float64), (labels_BT != IGNORED).sum(1).double()], 1)
             sums_N2[start:stop] += sums_B2[: stop - start]
@@ -116,7 +116,7 @@ def sequence_losses(placed: ParallelModel, take: Take, count: int, micro_batch_s
     return sums_N2[:, 0] / sums_N2[:, 1]
 
 
-def _local_batches(take: Take, count: int, micro_batch_size: int, axis: MeshAxis) -> Iterator[tuple[int, Batch]]:
+def local_batches(take: Take, count: int, micro_batch_size: int, axis: MeshAxis) -> Iterator[tuple[int, Batch]]:
     """Yield this rank's micro-batches out of `count` sequences, each with the index of its first (padding: `count`).
 
     With several ranks, padding gives all micro-batches the same number of sequences. Padding sequences have no labels.
@@ -137,7 +137,7 @@ def _padded(batch: Batch | None, full: Batch) -> Batch:
     return spare if batch is None else batch.concat(spare)
 
 
-def _losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None:
+def batch_losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None:
     """Return losses and labels [B, T] of this rank's part of a batch, or None if another rank returns the same part."""
     shard = placed.context_shard(batch.tokens_BT.shape[1])
     context = placed.sequence_context(batch.positions_BT)
@@ -151,7 +151,7 @@ def _losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None
 
 def _sums(placed: ParallelModel, batch: Batch, bytes_V: Tensor) -> Tensor:
     """Return nats, tokens and bytes of this rank's part of a batch, or zeros if another rank counts the same part."""
-    if (losses := _losses(placed, batch)) is None:
+    if (losses := batch_losses(placed, batch)) is None:
         return torch.zeros(3, dtype=torch.float64, device=placed.device)
     losses_BT, labels_BT = losses
     counted = labels_BT != IGNORED

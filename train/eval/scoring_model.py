@@ -20,12 +20,12 @@ import xxhash
 from torch import Tensor, nn
 
 from core.errors import CheckpointError, ConfigError
-from core.files import sha256_text
+from core.files import read_json, sha256_text
 from data.filter.score.factory import Models
 from data.tokenizer import JsonTokenizer
 from model.attention.plan import ForwardContext
 from model.huggingface import HuggingFaceCheckpoint
-from model.tensor_source import materialise
+from model.tensor_source import TensorSource, materialise
 from parallel.comm.world import World
 from parallel.sharding import local
 from precision.config import Backend
@@ -123,8 +123,17 @@ def from_run(
     return _ours(restored.placed.model, world.device, tokenizer, restored.phase.seq_len, identity)
 
 
-def from_directory(path: Path, device: torch.device) -> ScoringModel:
-    """Open an imported model, or one in the Hugging Face format, in float32."""
+@dataclass(frozen=True)
+class StoredModel:
+    """A model that is not a run, before its weights are read. `context`: the longest sequence that it was made for."""
+
+    source: TensorSource
+    tokenizer: JsonTokenizer
+    context: int
+
+
+def open_stored(path: Path) -> StoredModel:
+    """Open an imported model, or one in the Hugging Face format, with its tokenizer."""
     source = open_model(path)
     if isinstance(source, HuggingFaceCheckpoint):
         folder, settings = path, source.raw_config.get("text_config") or source.raw_config
@@ -134,8 +143,18 @@ def from_directory(path: Path, device: torch.device) -> ScoringModel:
     if tokenizer.vocab_size > source.config.vocab_size:
         has = source.config.vocab_size
         raise CheckpointError(f"{folder} has a tokenizer of {tokenizer.vocab_size} ids, the model only {has}")
-    context = int(settings.get("max_position_embeddings") or DEFAULT_CONTEXT)
-    return _ours(materialise(source).to(device), device, tokenizer, context, ("directory", tokenizer.fingerprint))
+    context = settings.get("max_position_embeddings") or DEFAULT_CONTEXT
+    if not isinstance(context, int) or context < 1:
+        raise CheckpointError(f"{path}: max_position_embeddings is {context!r}, but must be a positive number")
+    return StoredModel(source, tokenizer, context)
+
+
+def from_directory(path: Path, device: torch.device) -> ScoringModel:
+    """Open an imported model, or one in the Hugging Face format, in float32."""
+    stored = open_stored(path)
+    identity = ("directory", stored.tokenizer.fingerprint)
+    model = materialise(stored.source).to(device)
+    return _ours(model, device, stored.tokenizer, stored.context, identity)
 
 
 def from_transformers(name: str, device: torch.device) -> ScoringModel:
@@ -207,7 +226,7 @@ def _tokenizer(folder: Path) -> JsonTokenizer:
         raise CheckpointError(f"{folder} has no tokenizer.json: texts cannot be turned into tokens")
     path = folder / "tokenizer_config.json"
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
         names = [settings.get(key) for key in ("bos_token", "eos_token")]
         bos, eos = (name["content"] if isinstance(name, dict) else name for name in names)
     except (OSError, ValueError, KeyError, AttributeError) as error:
