@@ -228,13 +228,18 @@ def write_config(path: Path, config: TrainConfig) -> None:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the complete JSON lines of a file, if it exists. Truncated lines (a kill, a full disk) are dropped."""
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    lines = parse_lines(path.read_text(errors="replace")) if path.exists() else ()
+    return (line for line in lines if line is not None)
+
+
+def parse_lines(text: str) -> Iterator[dict[str, Any] | None]:
+    """Yield each line of JSON, None for one that is truncated or no dict."""
+    for part in text.splitlines():
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict):
-            yield line
+            line = json.loads(part)
+        except (ValueError, RecursionError):
+            line = None
+        yield line if isinstance(line, dict) else None
 
 
 class CommittedCheckpoint(NamedTuple):
