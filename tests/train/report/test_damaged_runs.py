@@ -14,14 +14,21 @@ import pytest
 from launch.cli import main
 from tests.train.report.runs import make_run
 from train.report.files import RunFiles
-from train.report.run import RunData
+
+LAYERS = 2
+LOADS = [{"max_over_mean": 1.5, "entropy": 0.9, "dead": 0}] * LAYERS
+STEP = {"step": 2, "tokens": 4096, "loss": 4.0, "learning_rate": 1e-3, "gradient_norm": 0.5, "mfu": None}
+STEP |= {"router_z": [0.5] * LAYERS, "router_entropy": [0.9] * LAYERS, "expert_load": LOADS}
 
 
-def with_line(directory: Path, **changed) -> None:
-    """Append a logged step like the last one, with some values changed."""
-    last = next(line for line in reversed(RunFiles(directory).metrics(2)[0]))
-    with open(directory / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(last | changed) + "\n")
+def with_lines(*lines: dict):
+    """Append lines to the metrics."""
+
+    def change(directory: Path) -> None:
+        with open(directory / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    return change
 
 
 def with_text(name: str, text: str | bytes):
@@ -52,7 +59,6 @@ def with_summary(**changed):
     return change
 
 
-LOADS = [{"max_over_mean": 1.5, "entropy": 0.9, "dead": 0}] * 2
 LINES = [
     {"step": "sixty"},
     {"step": 62.5},
@@ -92,34 +98,37 @@ def kept(tmp_path, undrawn) -> Path:
     return make_run(tmp_path / "run")
 
 
-def report(run: Path, capsys) -> str:
-    """Run the verb, which must succeed without a word on stderr, and return the page's warnings."""
-    assert main(["report", str(run)]) == 0
-    assert capsys.readouterr().err == ""
+def warnings(run: Path) -> str:
     return "\n".join(re.findall(r"<li>(.*?)</li>", (run / "report.html").read_text()))
 
 
-def test_sound_files_give_no_warning(kept, capsys):
-    """Control for the tests below."""
-    with_line(kept, step=60, loss=4.0)
-    assert report(kept, capsys) == "" and RunData(kept).lines[-1]["loss"] == 4.0
-
-
-@pytest.mark.parametrize("changed", LINES + EVALUATIONS, ids=str)
-def test_a_damaged_line_is_left_out(kept, capsys, changed):
-    if "heldout_loss" in changed:
-        with open(kept / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": 60, **changed}) + "\n")
-    else:
-        with_line(kept, **changed)
-    assert report(kept, capsys) == "metrics.jsonl: 1 of 33 lines is damaged and left out."
+@pytest.mark.parametrize("changed", LINES + EVALUATIONS, ids=lambda changed: str(changed)[:50])
+def test_a_damaged_line_is_left_out(tmp_path, changed):
+    sound = [STEP, {"step": 2, "heldout_loss": 4.0, "heldout": {"code": {"loss": 4.0}}}, {"of": "another kind"}]
+    with_lines(*sound)(tmp_path)
+    files = RunFiles(tmp_path)
+    assert files.metrics(LAYERS) == ([STEP], sound[1:2]) and files.problems == {}, "control"
+    with_lines({"step": 3, **changed} if "heldout_loss" in changed else {**STEP, "step": 3, **changed})(tmp_path)
+    assert files.metrics(LAYERS) == ([STEP], sound[1:2])
+    assert files.problems == {"metrics.jsonl": "1 of 4 lines is damaged and left out"}
 
 
 @pytest.mark.parametrize("text", ["[1]", "null", "x", "[" * 100_000, "9" * 5000, '{"step": 1', "\x00"], ids=len)
-def test_a_line_that_is_no_object_is_left_out(kept, capsys, text):
-    with open(kept / "metrics.jsonl", "a") as file:
-        file.write(text + "\n")
-    assert report(kept, capsys) == "metrics.jsonl: 1 of 33 lines is damaged and left out."
+def test_a_line_that_is_no_object_is_left_out(tmp_path, text):
+    with_lines(STEP)(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(text)
+    files = RunFiles(tmp_path)
+    assert files.metrics(LAYERS) == ([STEP], []) and files.problems == {}, "the run is writing the last line"
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write("\n")
+    assert files.metrics(LAYERS) == ([STEP], []) and "1 of 2 lines is damaged" in files.problems["metrics.jsonl"]
+
+
+def test_the_last_line_of_a_step_counts(tmp_path):
+    with_lines({**STEP, "step": 4}, STEP, {**STEP, "loss": 3.0}, {**STEP, "mfu": "x", "step": 6})(tmp_path)
+    steps, _ = RunFiles(tmp_path).metrics(LAYERS)
+    assert [(line["step"], line["loss"]) for line in steps] == [(2, 3.0), (4, 4.0), (6, 4.0)]
 
 
 @pytest.mark.parametrize(
@@ -142,24 +151,45 @@ def test_a_line_that_is_no_object_is_left_out(kept, capsys, text):
         (with_pipe("log.txt"), "log.txt: cannot be read (is not a file)"),
     ],
 )
-def test_a_damaged_file_is_left_out(kept, capsys, damage, warning):
-    damage(kept)
-    found = report(kept, capsys)
-    assert warning in found and "\n" not in found
+def test_a_damaged_file_is_left_out(tmp_path, damage, warning):
+    (tmp_path / "summary.json").write_text('{"steps": 60, "heldout_loss": 4.0, "heldout": null}')
+    (tmp_path / "log.txt").write_text("a line\n")
+    files = RunFiles(tmp_path)
+    assert files.summary()["heldout_loss"] == 4.0 and files.log() == ["a line"] and files.problems == {}, "control"
+    damage(tmp_path)
+    summary, log = files.summary(), files.log()
+    (problem,) = (f"{name}: {text}" for name, text in files.problems.items())
+    assert warning in problem
+    assert log == ([] if "log.txt" in warning else ["a line"])
+    wrong = problem.partition("left out: ")[2].split(", ")
+    assert not set(wrong) & set(summary) and ("left out: " not in problem or summary["steps"] == 60)
+
+
+def test_missing_files_are_no_damage(tmp_path):
+    files = RunFiles(tmp_path)
+    assert (files.summary(), files.log(), files.metrics(LAYERS), files.problems) == ({}, [], ([], []), {})
 
 
 @pytest.mark.parametrize(
-    "changed", [{"total_parameters": 1.5}, {"heldout": None}, {"heldout": {}}, {"peak_memory_bytes": None}], ids=str
+    "damages, wanted",
+    [
+        ([], []),
+        ([with_summary(total_parameters=1.5, heldout=None, peak_memory_bytes=None)], []),
+        ([with_summary(heldout={}), lambda d: (d / "log.txt").unlink()], []),
+        (
+            [with_text("summary.json", ""), with_lines({"step": "x", "loss": 1}), with_folder("log.txt")],
+            ["metrics.jsonl: 1 of 33 lines", "summary.json: cannot be read (is not JSON", "log.txt: cannot be read"],
+        ),
+        ([with_summary(heldout=[], world_size="x")], ["summary.json: damaged values are left out: world_size, held"]),
+    ],
 )
-def test_figures_may_be_missing_or_fractions(kept, capsys, changed):
-    with_summary(**changed)(kept)
-    assert report(kept, capsys) == ""
-
-
-def test_a_missing_summary_or_log_is_no_damage(kept, capsys):
-    for name in ("summary.json", "log.txt"):
-        (kept / name).unlink()
-    assert report(kept, capsys) == ""
+def test_the_page_says_what_is_left_out(kept, capsys, damages, wanted):
+    for damage in damages:
+        damage(kept)
+    assert main(["report", str(kept)]) == 0
+    assert capsys.readouterr().err == ""
+    found = warnings(kept).splitlines()
+    assert len(found) == len(wanted) and all(part in text for part, text in zip(wanted, found, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -212,11 +242,11 @@ def test_wrong_names_of_runs_are_one_line(tmp_path, capsys, words):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_pictures_are_drawn_of_what_is_left(tmp_path, capsys, recwarn):
+def test_pictures_are_drawn_of_what_is_left(tmp_path, recwarn):
     run = make_run(tmp_path / "run", steps=6)
-    for changed in [*LINES, {"step": 7, "gradient_norm": 0.0}, {"step": 8, "mfu": "x", "learning_rate": None}]:
-        with_line(run, **changed)
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "heldout_loss": 3.0}\n')
-    assert report(run, capsys).startswith(f"metrics.jsonl: {len(LINES)} of ")
+    step = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    more = {"step": 7, "gradient_norm": 0.0}, {"step": 8, "mfu": "x", "learning_rate": None, "peak_memory_bytes": None}
+    with_lines(*(step | changed for changed in [*LINES, *more]), {"step": 6, "heldout_loss": 3.0})(run)
+    assert main(["report", str(run)]) == 0
+    assert warnings(run).startswith(f"metrics.jsonl: {len(LINES)} of ")
     assert len(list((run / "plots").iterdir())) == 10 and not recwarn.list
