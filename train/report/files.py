@@ -100,7 +100,7 @@ def _is_sound(line: dict[str, Any], layers: int) -> bool:
     """Return whether a line of metrics.jsonl has values of the kinds that the report shows."""
     if "loss" not in line and "heldout_loss" not in line:
         return True  # of no interest here
-    if not isinstance(line.get("step"), int) or not is_number(line["step"]) or line["step"] < 0:
+    if not isinstance(line.get("step"), int) or not is_number(line["step"]) or line["step"] < 1:
         return False
     if "loss" not in line:
         return is_number(line["heldout_loss"]) and _are_sources(line.get("heldout", {}))

@@ -19,6 +19,7 @@ from core.files import write_bytes, write_text
 from core.html import render
 from core.overrides import quoted
 from data.filter.audit.outputs import AUDIT_PAGE
+from train.metap.hyperparameters import without_derived
 from train.report.plots import Picture, draw
 from train.report.run import RunData
 
@@ -116,9 +117,18 @@ def _shown(value: float | None, form: str) -> str:
     return format(round(value) if form.endswith("d") else value, form)
 
 
-def _differences(runs: Sequence[RunData]) -> dict[str, list[str]]:
-    """Return the configuration keys whose values differ between the runs, each with its value in every run."""
-    first, *others = configs = [plain(run.config) for run in runs]
+def _differences(runs: Sequence[RunData]) -> dict[str, dict[str, list[str]]]:
+    """Return the configuration keys whose values differ between the runs, each with its value in every run.
+
+    `given`: those of the values that the user set. `derived`: the others, which follow from them.
+    """
+    given = _compared([plain(without_derived(run.config)) for run in runs])
+    derived = _compared([plain(run.config) for run in runs])
+    return {"given": given, "derived": {key: values for key, values in derived.items() if key not in given}}
+
+
+def _compared(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    first, *others = configs
     keys = {key: None for other in others for key in differences(first, other)}
     kept = (key for key in keys if not any(key == one or key.startswith(f"{one}.") for one in _UNCOMPARED))
     return {key: [_value(config, key) for config in configs] for key in kept}

@@ -71,7 +71,7 @@ def _picture(name: str, title: str, drawing: Callable[[Axes], None], wide: bool,
         axes.grid(alpha=0.25)
         axes.set_xlabel("step")
         drawing(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if wide else 6, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator(10 if wide else 7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set_ylabel(textwrap.fill(axes.get_ylabel(), LABEL_CHARACTERS))
         return Picture(name, title, png(made), wide, first)
@@ -120,7 +120,7 @@ def _expert_load(axes: Axes, run: RunData, scale: tuple[float, float]) -> None:
     """Draw the largest load over the mean: a row for each layer, a column for each logged step. 1: the load is even."""
     steps, layers = run.layer_steps, len(run.layers)
     axes.grid(False)
-    edges = [steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1), *steps]
+    edges = [max(0, steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)), *steps]
     table = run.by_layer("max_over_mean")
     image = axes.pcolormesh(edges, range(layers + 1), table, cmap="cividis", vmin=scale[0], vmax=scale[1])
     axes.set_yticks([place + 0.5 for place in range(layers)], [f"layer {layer}" for layer in run.layers])
@@ -163,7 +163,9 @@ def _layer_scale(key: str) -> Callable[[Sequence[RunData]], tuple[float, float]]
     def scale(runs: Sequence[RunData]) -> tuple[float, float]:
         found = [value for run in runs for row in run.by_layer(key) for value in row if math.isfinite(value)]
         low, high = min(found, default=0.0), max(found, default=1.0)
-        margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
+        if low == high == 0:
+            high = 1.0
+        margin = 0.05 * (high - low) or 0.05 * abs(high)
         return low - margin, high + margin
 
     return scale

@@ -62,7 +62,7 @@ def with_summary(**changed):
 LINES = [
     {"step": "sixty"},
     {"step": 62.5},
-    {"step": -1},
+    {"step": 0},
     {"step": True},
     {"step": 10**400},
     {"step": None},
