@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,19 +154,13 @@ class MetricsWriter:
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
         if self.tensorboard is not None:
-            self._try_tensorboard(lambda: self._write_tensorboard(line))
+            self._try_tensorboard(partial(_write_scalars, self.tensorboard, line))
 
     def close(self) -> None:
         if self.wandb is not None:
             self.wandb.finish()
         if self.tensorboard is not None:
             self._try_tensorboard(self.tensorboard.close)
-
-    def _write_tensorboard(self, line: dict[str, Any]) -> None:
-        for name, value in scalars(line):
-            if name != "step":
-                self.tensorboard.add_scalar(name, value, line["step"])
-        self.tensorboard.flush()  # a killed run keeps its lines, and a reader sees them at once
 
     def _try_tensorboard(self, call: Callable[[], None]) -> None:
         """Call a function; a failure (a full disk) is logged, ends the event file and does not end the run."""
@@ -183,6 +178,13 @@ def scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
             yield from scalars(part, f"{name}/{key}" if name else str(key))
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield name, value
+
+
+def _write_scalars(writer: Any, line: dict[str, Any]) -> None:
+    for name, value in scalars(line):
+        if name != "step":
+            writer.add_scalar(name, value, line["step"])
+    writer.flush()  # a killed run keeps its lines, and a reader sees them at once
 
 
 def _tensorboard(directory: Path, step: int) -> Any:

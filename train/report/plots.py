@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.plotting import cycle, figure, png
@@ -49,18 +48,22 @@ class _LayerPlot(NamedTuple):
 
 def draw(runs: Sequence[RunData]) -> list[Picture]:
     """Draw every plot for which the runs have data."""
-    found = [_picture(name, plot.title, partial(plot.draw, runs=runs), plot.wide) for name, plot in _PLOTS.items()]
+    found = [_picture(name, plot.title, _bound(plot.draw, runs), plot.wide) for name, plot in _PLOTS.items()]
     with_layers = [(number, run) for number, run in enumerate(runs, start=1) if run.layers]
     for name, plot in _LAYER_PLOTS.items() if with_layers else ():
         scale = plot.scale([run for _, run in with_layers])
         for number, run in with_layers:
-            drawing = partial(plot.draw, run=run, scale=scale)
+            drawing = _bound(plot.draw, run, scale)
             if len(runs) == 1:
                 found.append(_picture(name, plot.title, drawing, plot.wide))
             else:
                 title, first = f"{plot.title}: {run.name}", run is with_layers[0][1]
                 found.append(_picture(f"{name}_{number}", title, drawing, wide=False, first=first))
     return found
+
+
+def _bound(drawing: Callable[..., None], *data: Any) -> Callable[[Axes], None]:
+    return lambda axes: drawing(axes, *data)
 
 
 def _picture(name: str, title: str, drawing: Callable[[Axes], None], wide: bool, first: bool = False) -> Picture:
