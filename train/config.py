@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -146,6 +147,9 @@ class LoggingConfig:
     every: int = 10
     wandb: Wandb = Wandb.disabled
     project: str = "leviathan"
+    """Project on Weights & Biases."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files, to tensorboard/ in the run's directory."""
     report: bool = True
     """Write report.html at the end of the run."""
 
@@ -317,6 +321,9 @@ def check(config: TrainConfig, world_size: int) -> Layout:
     if config.online.every and config.evaluation.baselines:
         reason = "would be fitted to other tokens than the model, because online filtering drops some"
         raise ConfigError("evaluation.baselines", True, reason, [False])
+    if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        reason = "TensorBoard is not installed: pip install 'leviathan[tensorboard]'"
+        raise ConfigError("logging.tensorboard", True, reason)
     late = [step for step in config.profile.steps if step >= phases(config)[-1].stop]
     if late:
         reason = f"the run has {phases(config)[-1].stop} steps, counted from 0"

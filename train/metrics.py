@@ -1,4 +1,4 @@
-"""Metrics of a run and where they are written: the terminal, log.txt, metrics.jsonl and wandb.
+"""Metrics of a run and where they are written: the terminal, log.txt, metrics.jsonl, wandb and TensorBoard.
 
 Metrics stay tensors on the device until a step is logged, so that other steps do not wait for the device.
 """
@@ -10,7 +10,9 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,20 +138,58 @@ def append_or_log(path: Path, line: dict[str, Any], log: Log) -> None:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and, if configured, to wandb. Rank 0 only."""
+    """Appends to metrics.jsonl and, if configured, to wandb and to TensorBoard's event files. Rank 0 only.
 
-    def __init__(self, path: Path, config: LoggingConfig, run_config: dict[str, Any], log: Log) -> None:
+    `step`: number of steps done. Lines of later steps, from before a resume, are void.
+    """
+
+    def __init__(self, path: Path, config: LoggingConfig, run_config: dict[str, Any], log: Log, step: int) -> None:
         self.path, self.log = path, log
         self.wandb = _wandb(config, path.parent, run_config)
+        self.tensorboard = _tensorboard(path.parent / "tensorboard", step) if config.tensorboard else None
 
     def write(self, line: dict[str, Any]) -> None:
         append_or_log(self.path, line, self.log)
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+        if self.tensorboard is not None:
+            self._try_tensorboard(partial(_write_scalars, self.tensorboard, line))
 
     def close(self) -> None:
         if self.wandb is not None:
             self.wandb.finish()
+        if self.tensorboard is not None:
+            self._try_tensorboard(self.tensorboard.close)
+
+    def _try_tensorboard(self, call: Callable[[], None]) -> None:
+        """Call a function; a failure (a full disk) is logged, ends the event file and does not end the run."""
+        try:
+            call()
+        except OSError as error:
+            self.log(f"tensorboard: {os.strerror(error.errno or 0)}; it gets no further lines")
+            self.tensorboard = None
+
+
+def scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers in a line of metrics, each with its path of keys and positions, such as `router_z/0`."""
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from scalars(part, f"{name}/{key}" if name else str(key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
+
+
+def _write_scalars(writer: Any, line: dict[str, Any]) -> None:
+    for name, value in scalars(line):
+        if name != "step":
+            writer.add_scalar(name, value, line["step"])
+    writer.flush()  # a killed run keeps its lines, and a reader sees them at once
+
+
+def _tensorboard(directory: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory), purge_step=step + 1)  # readers drop what a killed attempt wrote from there on
 
 
 def _wandb(config: LoggingConfig, directory: Path, run_config: dict[str, Any]) -> Any:

@@ -234,13 +234,18 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises `UnreadableFileError` if it is not a regular file.
     """
-    for text in read_text(path, errors="replace").splitlines() if path.exists() else ():
+    lines = parse_lines(read_text(path, errors="replace")) if path.exists() else ()
+    return (line for line in lines if line is not None)
+
+
+def parse_lines(text: str) -> Iterator[dict[str, Any] | None]:
+    """Yield each line of JSON, None for one that is truncated or no dict."""
+    for part in text.splitlines():
         try:
-            line = json.loads(text)
+            line = json.loads(part)
         except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict):
-            yield line
+            line = None
+        yield line if isinstance(line, dict) else None
 
 
 def _number(value: Any) -> float:

@@ -29,7 +29,8 @@ class LoggingCallback(Callback):
         trainer = self.trainer
         if trainer.world.is_main:
             shown = plain(replace(trainer.config, launch={}))  # `launch` may hold secrets in environment variables
-            self.writer = MetricsWriter(trainer.directory.metrics, trainer.config.logging, shown, trainer.log)
+            settings = trainer.config.logging
+            self.writer = MetricsWriter(trainer.directory.metrics, settings, shown, trainer.log, trainer.step)
         if steps := [line for line in read_lines(trainer.directory.metrics) if "loss" in line]:
             self.last_loss, self.last_rate = steps[-1]["loss"], steps[-1]["tokens_per_second"]
         self._clock, self._paused, self._tokens = time.perf_counter(), trainer.paused_s, trainer.tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -13,10 +14,12 @@ from typing import Any
 import yaml
 
 from core.config import differences, plain
+from core.errors import ConfigError
 from core.files import write_bytes, write_text
 from core.html import render
 from core.overrides import quoted
 from data.filter.audit.outputs import AUDIT_PAGE
+from train.metap.hyperparameters import without_derived
 from train.report.plots import Picture, draw
 from train.report.run import RunData
 
@@ -24,27 +27,43 @@ PAGE = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def write_report(directories: Sequence[Path], out: Path) -> None:
-    """Write the report of the runs to `out`. The plots of a single run are also written to its `plots/`."""
+_UNCOMPARED = ("run.name", "run.root", "launch")
+"""Keys that the table of differences leaves out: they say what a run is called and where it ran."""
+_MISSING = object()
+
+
+def write_report(directories: Sequence[Path], out: Path, refresh: int | None = None) -> bool:
+    """Write the report of the runs to `out`; return whether all runs have ended.
+
+    `refresh`: seconds after which a browser loads the page again, as long as a run has not ended. The report in the
+    directory of a single run comes with `plots/`.
+    """
+    if out.is_dir():
+        raise ConfigError("out", str(out), "is a folder; name a file", [out / "page.html"])
     runs = [RunData(directory) for directory in directories]
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.directory)
+    ended = all(run.ended for run in runs)
     pictures = draw(runs)
-    if len(runs) == 1:
-        (runs[0].directory / "plots").mkdir(exist_ok=True)
+    if len(runs) == 1 and out.parent == runs[0].directory:
+        (out.parent / "plots").mkdir(exist_ok=True)
         for picture in pictures:
-            write_bytes(runs[0].directory / "plots" / f"{picture.name}.png", picture.png)
+            write_bytes(out.parent / "plots" / f"{picture.name}.png", picture.png)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, _page(runs, pictures, out.parent))
+    write_text(out, _page(runs, pictures, out.parent, None if ended else refresh))
+    return ended
 
 
 def repeat_command(run: RunData) -> str:
     """Return a shell command that repeats the run under another name, from any folder."""
-    name = f"{run.name}-again"
+    name = f"{run.directory.resolve().name}-again"
     value = name if re.fullmatch(r"[A-Za-z][\w.-]*", name) else quoted(name)
     path = (run.directory / "config.yaml").resolve()
     return shlex.join(["leviathan", "train", "--config", str(path), f"run.name={value}"])
 
 
-def _page(runs: Sequence[RunData], pictures: Sequence[Picture], folder: Path) -> str:
+def _page(runs: Sequence[RunData], pictures: Sequence[Picture], folder: Path, refresh: int | None) -> str:
     """Render the page. `folder`: the folder of the page, to which links are relative."""
     described = [
         {
@@ -64,6 +83,7 @@ def _page(runs: Sequence[RunData], pictures: Sequence[Picture], folder: Path) ->
         summary=_summary(runs),
         pictures=pictures,
         differences=_differences(runs),
+        refresh=refresh,
     )
 
 
@@ -88,12 +108,42 @@ def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
     ]
     for source in {source: None for one in sources for source in one}:
         rows.append((f"held-out loss: {source}", [one.get(source, {}).get("loss") for one in sources], ".4f"))
-    return {label: ["-" if value is None else format(value, form) for value in values] for label, values, form in rows}
+    return {label: [_shown(value, form) for value in values] for label, values, form in rows}
 
 
-def _differences(runs: Sequence[RunData]) -> dict[str, list[Any]]:
-    """Return the configuration keys whose values differ between the runs, each with its value in every run."""
-    first, *others = (plain(run.config) for run in runs)
-    found = [differences(first, other) for other in others]
-    keys = {key: before for some in found for key, (before, _) in some.items()}
-    return {key: [before, *(some.get(key, (None, before))[1] for some in found)] for key, before in keys.items()}
+def _shown(value: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return format(round(value) if form.endswith("d") else value, form)
+
+
+def _differences(runs: Sequence[RunData]) -> dict[str, dict[str, list[str]]]:
+    """Return the configuration keys whose values differ between the runs, each with its value in every run.
+
+    `given`: those of the values that the user set. `derived`: the others, which follow from them.
+    """
+    given = _compared([plain(without_derived(run.config)) for run in runs])
+    derived = _compared([plain(run.config) for run in runs])
+    return {"given": given, "derived": {key: values for key, values in derived.items() if key not in given}}
+
+
+def _compared(configs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    first, *others = configs
+    keys = {key: None for other in others for key in differences(first, other)}
+    kept = (key for key in keys if not any(key == one or key.startswith(f"{one}.") for one in _UNCOMPARED))
+    return {key: [_value(config, key) for config in configs] for key in kept}
+
+
+def _value(config: dict[str, Any], key: str) -> str:
+    """Return the value of a dotted key as YAML has it, "-" if the configuration lacks it."""
+    value = _found(config, key)
+    return "-" if value is _MISSING else value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _found(tree: dict[str, Any], key: str) -> Any:
+    """Return the value of a dotted key. The names of sources may contain dots."""
+    if key in tree:
+        return tree[key]
+    within = ((sub, key.removeprefix(f"{name}.")) for name, sub in tree.items() if key.startswith(f"{name}."))
+    values = (_found(sub, rest) for sub, rest in within if isinstance(sub, dict))
+    return next((value for value in values if value is not _MISSING), _MISSING)

@@ -1,7 +1,11 @@
-"""Draw the plots of a report, as PNG. Each plot shows all runs, but a plot of MoE layers shows one run."""
+"""Draw the plots of a report, as PNG.
+
+Each plot shows all runs, but a plot of MoE layers shows one run. Such plots of several runs have the same scale.
+"""
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +27,8 @@ class Picture(NamedTuple):
     png: bytes
     wide: bool
     """Whether the plot has the full width of the page. Plots that are not wide are two in a row."""
+    first: bool = False
+    """Whether the plot begins a row, because it is of another kind than the plot before."""
 
 
 class _Plot(NamedTuple):
@@ -31,24 +37,47 @@ class _Plot(NamedTuple):
     wide: bool = False
 
 
+class _LayerPlot(NamedTuple):
+    title: str
+    draw: Callable[[Axes, RunData, tuple[float, float]], None]
+    """Draw one run, on a scale from the first number to the second."""
+    scale: Callable[[Sequence[RunData]], tuple[float, float]]
+    """Return the scale on which all runs are drawn."""
+    wide: bool = False
+
+
 def draw(runs: Sequence[RunData]) -> list[Picture]:
     """Draw every plot for which the runs have data."""
-    found = [_picture(name, plot.title, plot, runs) for name, plot in _PLOTS.items()]
-    for number, run in enumerate(runs, start=1):
-        name_end, title_end = (f"_{number}", f": {run.name}") if len(runs) > 1 else ("", "")
-        plots = _LAYER_PLOTS.items() if run.layers else ()
-        found += [_picture(name + name_end, plot.title + title_end, plot, [run]) for name, plot in plots]
+    found = [_picture(name, plot.title, _bound(plot.draw, runs), plot.wide) for name, plot in _PLOTS.items()]
+    with_layers = [(number, run) for number, run in enumerate(runs, start=1) if run.layers]
+    for name, plot in _LAYER_PLOTS.items() if with_layers else ():
+        scale = plot.scale([run for _, run in with_layers])
+        for number, run in with_layers:
+            drawing = _bound(plot.draw, run, scale)
+            if len(runs) == 1:
+                found.append(_picture(name, plot.title, drawing, plot.wide))
+            else:
+                title, first = f"{plot.title}: {run.name}", run is with_layers[0][1]
+                found.append(_picture(f"{name}_{number}", title, drawing, wide=False, first=first))
     return found
 
 
-def _picture(name: str, title: str, plot: _Plot, runs: Sequence[RunData]) -> Picture:
-    size = (9.6, 3.8) if plot.wide else (5.6, 3.4)
+def _bound(drawing: Callable[..., None], *data: Any) -> Callable[[Axes], None]:
+    return lambda axes: drawing(axes, *data)
+
+
+def _picture(name: str, title: str, drawing: Callable[[Axes], None], wide: bool, first: bool = False) -> Picture:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    size = (9.6, 3.8) if wide else (5.6, 3.4)
     with figure(*size) as (made, [axes]):
         axes.grid(alpha=0.25)
         axes.set_xlabel("step")
-        plot.draw(axes, runs)
+        drawing(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(10 if wide else 7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set_ylabel(textwrap.fill(axes.get_ylabel(), LABEL_CHARACTERS))
-        return Picture(name, title, png(made), plot.wide)
+        return Picture(name, title, png(made), wide, first)
 
 
 def _loss(axes: Axes, runs: Sequence[RunData]) -> None:
@@ -59,9 +88,9 @@ def _loss(axes: Axes, runs: Sequence[RunData]) -> None:
         steps = [line["step"] for line in run.held_out]
         mean = [line["heldout_loss"] for line in run.held_out]
         axes.plot(steps, mean, color=colour, marker="o", markersize=4, label=f"{name}held out")
-        sources = list(run.held_out[-1]["heldout"]) if run.held_out and len(runs) == 1 else []
+        sources = list(run.held_out[-1].get("heldout", {})) if run.held_out and len(runs) == 1 else []
         for source, other in zip(sources, cycle(len(sources) + 1)[1:], strict=True):
-            losses = [line["heldout"].get(source, {}).get("loss") for line in run.held_out]
+            losses = [line.get("heldout", {}).get(source, {}).get("loss", math.nan) for line in run.held_out]
             style: dict[str, Any] = {"color": other, "linestyle": ":", "marker": ".", "linewidth": 1}
             axes.plot(steps, losses, label=f"held out: {source}", **style)
         for key, dashes in (("unigram_loss", (0, (1, 2))), ("bigram_loss", (0, (5, 3)))):
@@ -90,15 +119,13 @@ def _series(key: str, label: str, factor: float = 1.0, logarithmic: bool = False
     return drawing
 
 
-def _expert_load(axes: Axes, runs: Sequence[RunData]) -> None:
+def _expert_load(axes: Axes, run: RunData, scale: tuple[float, float]) -> None:
     """Draw the largest load over the mean: a row for each layer, a column for each logged step. 1: the load is even."""
-    (run,) = runs
-    table = run.by_layer("max_over_mean")
     steps, layers = run.layer_steps, len(run.layers)
-    top = max(2.0, sorted(value for row in table for value in row)[int(0.98 * len(steps) * layers)])
     axes.grid(False)
-    edges = [steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1), *steps]
-    image = axes.pcolormesh(edges, range(layers + 1), table, cmap="cividis", vmin=1.0, vmax=top)
+    edges = [max(0, steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)), *steps]
+    table = run.by_layer("max_over_mean")
+    image = axes.pcolormesh(edges, range(layers + 1), table, cmap="cividis", vmin=scale[0], vmax=scale[1])
     axes.set_yticks([place + 0.5 for place in range(layers)], [f"layer {layer}" for layer in run.layers])
     if layers > 16:  # the labels would overlap
         axes.set_yticks(axes.get_yticks()[:: layers // 12 + 1])
@@ -107,21 +134,48 @@ def _expert_load(axes: Axes, runs: Sequence[RunData]) -> None:
     made.colorbar(image, ax=axes, label="busiest expert over the mean", extend="max")
 
 
+def _load_scale(runs: Sequence[RunData]) -> tuple[float, float]:
+    """Return the colour scale of loads. The largest 2% of each run are beyond it, so that a few do not set it."""
+    highest = 2.0
+    for run in runs:
+        loads = sorted(value for row in run.by_layer("max_over_mean") for value in row)
+        highest = max(highest, loads[int(0.98 * len(loads))])
+    return 1.0, highest
+
+
 def _layers(key: str, label: str) -> Callable[..., None]:
     """Return a function that draws one metric as a line per layer. Shades go from the first layer to the last."""
 
-    def drawing(axes: Axes, runs: Sequence[RunData]) -> None:
+    def drawing(axes: Axes, run: RunData, scale: tuple[float, float]) -> None:
         from matplotlib import colormaps
 
-        (run,) = runs
         shades = colormaps["viridis"].resampled(max(2, len(run.layers)))
         for place, (layer, values) in enumerate(zip(run.layers, run.by_layer(key), strict=True)):
             axes.plot(run.layer_steps, values, color=shades(place), linewidth=1.2, label=f"layer {layer}")
         axes.set_ylabel(label)
+        axes.set_ylim(*scale)
         if len(run.layers) <= 12:
             axes.legend(ncols=2, **_SMALL)
 
     return drawing
+
+
+def _layer_scale(key: str) -> Callable[[Sequence[RunData]], tuple[float, float]]:
+    """Return a function that returns the scale on which a metric of all runs fits, with a margin."""
+
+    def scale(runs: Sequence[RunData]) -> tuple[float, float]:
+        found = [value for run in runs for row in run.by_layer(key) for value in row if math.isfinite(value)]
+        low, high = min(found, default=0.0), max(found, default=1.0)
+        if low == high == 0:
+            high = 1.0
+        margin = 0.05 * (high - low) or 0.05 * abs(high)
+        return low - margin, high + margin
+
+    return scale
+
+
+def _lines_by_layer(title: str, key: str, label: str) -> _LayerPlot:
+    return _LayerPlot(title, _layers(key, label), _layer_scale(key))
 
 
 _PLOTS = {
@@ -134,11 +188,11 @@ _PLOTS = {
     "memory": _Plot("Memory", _series("peak_memory_bytes", "peak memory, GB", 1e-9)),
 }
 _LAYER_PLOTS = {
-    "expert_load": _Plot("Expert load", _expert_load, wide=True),
-    "router_entropy": _Plot(
-        "Router entropy", _layers("router_entropy", "entropy of a token's scores over its maximum")
+    "expert_load": _LayerPlot("Expert load", _expert_load, _load_scale, wide=True),
+    "router_entropy": _lines_by_layer(
+        "Router entropy", "router_entropy", "entropy of a token's scores over its maximum"
     ),
-    "load_entropy": _Plot("Load entropy", _layers("entropy", "load entropy over its maximum")),
-    "dead_experts": _Plot("Dead experts", _layers("dead", "experts without tokens")),
-    "router_z": _Plot("Router logits", _layers("router_z", "squared log-sum-exp of the logits")),
+    "load_entropy": _lines_by_layer("Load entropy", "entropy", "load entropy over its maximum"),
+    "dead_experts": _lines_by_layer("Dead experts", "dead", "experts without tokens"),
+    "router_z": _lines_by_layer("Router logits", "router_z", "squared log-sum-exp of the logits"),
 }

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
-from core.files import read_json
 from model.config import FeedForward
 from train.config import TrainConfig, phases
-from train.run_directory import load_config, read_lines
+from train.report.files import RunFiles, is_number
+from train.run_directory import DIVERGED, load_config
 
 SPIKE = 1.5
 """A logged loss is a spike if it exceeds the median of the ten logged losses before it by more than this many nats."""
@@ -20,46 +19,57 @@ UNEVEN = 4.0
 """A warning is given if an expert's load at the last logged step exceeds the mean load by more than this factor."""
 
 
-class RunData:
-    """Configuration, metrics, summary and log of one run.
+class NoStepYet(ConfigError):
+    """The run has not logged a step yet, but may do so later."""
 
-    Raises `ConfigError` if `directory` has no run or the run has logged no step yet.
+
+class RunData:
+    """Configuration, metrics, summary and log of one run. Damaged parts are left out and named in `warnings`.
+
+    Raises `ConfigError` if `directory` has no run or no readable metrics, and `NoStepYet`.
     """
 
     def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            reason = "is a file, but must be a run's directory" if directory.exists() else "no such directory"
+            raise ConfigError("runs", str(directory), reason)
         try:
             self.config: TrainConfig = load_config(directory)
         except ConfigError as error:
-            raise ConfigError("runs", str(directory), error.reason) from None
+            where = "" if error.key in ("run", "config") else f"config.yaml has a damaged value, {error.key}: "
+            raise ConfigError("runs", str(directory), f"{where}{error.reason}") from None
         self.directory, self.name = directory, directory.resolve().name
-        metrics, summary, log = (directory / name for name in ("metrics.jsonl", "summary.json", "log.txt"))
-        logged = list(read_lines(metrics))
-        self.lines = [line for line in logged if "loss" in line]
-        self.held_out = [line for line in logged if "heldout_loss" in line]
+        blocks, files = enumerate(self.config.model.blocks), RunFiles(directory)
+        moe = [index for index, layer in blocks if layer.feed_forward is FeedForward.moe]
+        self.lines, self.held_out = files.metrics(len(moe))
+        self.problems = files.problems
+        self.diverged = (directory / DIVERGED).exists()
         if not self.lines:
-            reason = f"has logged no step yet (one in {self.config.logging.every} is logged)"
-            raise ConfigError("runs", str(directory), reason)
-        self.summary: dict[str, Any] = read_json(summary) if summary.exists() else {}
-        self.log = log.read_text(errors="replace").splitlines() if log.exists() else []
+            self._refuse()
+        self.layers = moe if any("expert_load" in line for line in self.lines) else []
+        """Indices of the MoE layers whose load was logged."""
+        self.summary, self.log = files.summary(), files.log()
 
     @property
     def steps(self) -> list[int]:
         return [line["step"] for line in self.lines]
 
+    @property
+    def ended(self) -> bool:
+        """Whether the run has diverged or written its summary, and so logs no further step. A summary of fewer steps is
+        older than an added phase.
+        """
+        done = self.summary.get("steps") == phases(self.config)[-1].stop
+        return self.diverged or done or "summary.json" in self.problems
+
     def values(self, key: str) -> list[float]:
-        return [line.get(key, math.nan) for line in self.lines]
+        found = (line.get(key) for line in self.lines)
+        return [math.nan if value is None else value for value in found]
 
     def figure(self, key: str) -> Any:
-        """Return a metric from the summary or, if not there, from the last logged step. None if neither has it."""
-        return self.summary.get(key, self.lines[-1].get(key))
-
-    @cached_property
-    def layers(self) -> list[int]:
-        """Indices of the MoE layers whose load was logged."""
-        if "expert_load" not in self.lines[-1]:
-            return []
-        blocks = enumerate(self.config.model.blocks)
-        return [index for index, layer in blocks if layer.feed_forward is FeedForward.moe]
+        """Return a number from the summary or, if not there, from the last logged step. None if neither has it."""
+        value = self.summary.get(key, self.lines[-1].get(key))
+        return value if is_number(value) else None
 
     @property
     def layer_steps(self) -> list[int]:
@@ -74,7 +84,10 @@ class RunData:
 
     def warnings(self) -> Iterator[str]:
         """Yield a sentence for each symptom that needs attention, with the value that shows it."""
+        yield from (f"{name}: {problem}." for name, problem in self.problems.items())
         last, total = self.lines[-1], phases(self.config)[-1].stop
+        if self.diverged:
+            yield f"The run diverged after step {last['step']:,}: its loss or gradient norm became NaN or infinite."
         if last["step"] < total:
             yield f"The run has reached step {last['step']:,} of {total:,}."
         held_out, bigram = self.summary.get("heldout_loss"), self.summary.get("bigram_loss")
@@ -94,3 +107,12 @@ class RunData:
             found = [line for line in self.log if text in line]
             if found:
                 yield f"log.txt, {len(found)} times: {found[-1].split(' ', 2)[-1]}"
+
+    def _refuse(self) -> None:
+        """Raise the `ConfigError` of a run without logged steps."""
+        if problem := self.problems.get("metrics.jsonl"):
+            raise ConfigError("runs", str(self.directory), f"no logged step is left: metrics.jsonl: {problem}")
+        if self.diverged:
+            raise ConfigError("runs", str(self.directory), "diverged before it logged a step")
+        reason = f"has logged no step yet (one in {self.config.logging.every} is logged)"
+        raise NoStepYet("runs", str(self.directory), reason)

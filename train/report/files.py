@@ -1,0 +1,133 @@
+"""Read a run's files for its report. Damaged parts are left out, and a sentence names each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from core.files import read_json
+from train.run_directory import parse_lines
+
+LARGEST = 1e100
+"""Larger numbers are damage: no metric has them, and no axis can show them."""
+_LINE_NUMBERS = ("learning_rate", "gradient_norm", "tokens_per_second", "peak_memory_bytes")
+_LOAD_NUMBERS = ("max_over_mean", "entropy", "dead")
+_LAYER_LISTS = ("router_entropy", "router_z")
+_SUMMARY_NUMBERS = (
+    "steps",
+    "heldout_loss",
+    "unigram_loss",
+    "bigram_loss",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "total_parameters",
+    "active_parameters",
+    "world_size",
+)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value from JSON is a finite number that can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+class RunFiles:
+    """Reads files in a run's directory. `problems`: by file, a sentence about each that is damaged."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.problems: dict[str, str] = {}
+
+    def log(self) -> list[str]:
+        """Return the lines of log.txt."""
+        return self._read("log.txt", _text, "").splitlines()
+
+    def metrics(self, layers: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the logged steps and the evaluations in metrics.jsonl, by step, the last one of each step.
+
+        `layers`: number of MoE layers.
+        """
+        text = self._read("metrics.jsonl", _text, "")
+        lines = list(parse_lines(text))
+        if lines and lines[-1] is None and not text.endswith("\n"):
+            lines.pop()  # the run is writing it
+        steps, evaluations, damaged = {}, {}, 0
+        for line in lines:
+            if line is None or not _is_sound(line, layers):
+                damaged += 1
+            elif "loss" in line:
+                steps[line["step"]] = line
+            elif "heldout_loss" in line:
+                evaluations[line["step"]] = line
+        if damaged:
+            verb = "is" if damaged == 1 else "are"
+            self.problems["metrics.jsonl"] = f"{damaged:,} of {len(lines):,} lines {verb} damaged and left out"
+        return [steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)]
+
+    def summary(self) -> dict[str, Any]:
+        """Return summary.json, empty for a run that has not ended."""
+        found = self._read("summary.json", read_json, {})
+        if not isinstance(found, dict):
+            self.problems["summary.json"] = "holds no keys and is left out"
+            return {}
+        wrong = [key for key in _SUMMARY_NUMBERS if found.get(key) is not None and not is_number(found[key])]
+        if not _is_held_out(found.get("heldout")):
+            wrong.append("heldout")
+        if wrong:
+            self.problems["summary.json"] = f"damaged values are left out: {', '.join(wrong)}"
+        return {key: value for key, value in found.items() if key not in wrong}
+
+    def _read(self, name: str, read: Callable[[Path], Any], missing: Any) -> Any:
+        path = self.directory / name
+        try:
+            return read(path) if path.exists() else missing
+        except OSError as error:
+            self.problems[name] = f"cannot be read ({error.strerror}) and is left out"
+        except ValueError as error:
+            reason = " ".join(str(error).removeprefix(f"{path}: ").split())
+            self.problems[name] = f"cannot be read ({reason}) and is left out"
+        return missing
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError("is not a file")  # opening a named pipe would wait for a writer
+    return path.read_text(errors="replace")
+
+
+def _is_sound(line: dict[str, Any], layers: int) -> bool:
+    """Return whether a line of metrics.jsonl has values of the kinds that the report shows."""
+    if "loss" not in line and "heldout_loss" not in line:
+        return True  # of no interest here
+    if not isinstance(line.get("step"), int) or not is_number(line["step"]) or line["step"] < 1:
+        return False
+    if "loss" not in line:
+        return is_number(line["heldout_loss"]) and _are_sources(line.get("heldout", {}))
+    if not (is_number(line["loss"]) and is_number(line.get("tokens"))):
+        return False
+    if any(line.get(key) is not None and not is_number(line[key]) for key in _LINE_NUMBERS):
+        return False
+    if "expert_load" not in line:
+        return True
+    loads, lists = line["expert_load"], [line[key] for key in _LAYER_LISTS if key in line]
+    if any(not isinstance(one, list) or len(one) != layers for one in (loads, *lists)):
+        return False
+    loads_are_sound = all(isinstance(one, dict) and all(is_number(one.get(k)) for k in _LOAD_NUMBERS) for one in loads)
+    return loads_are_sound and all(is_number(value) for one in lists for value in one)
+
+
+def _is_held_out(result: Any) -> bool:
+    """Return whether a summary's `heldout` is None or has values of the right kinds."""
+    if result is None:
+        return True
+    if not isinstance(result, dict) or not _are_sources(result.get("sources", {})):
+        return False
+    return result.get("bits_per_byte") is None or is_number(result["bits_per_byte"])
+
+
+def _are_sources(found: Any) -> bool:
+    """Return whether `found` has a dict for each source, whose loss, if there is one, is a number."""
+    if not isinstance(found, dict):
+        return False
+    return all(isinstance(one, dict) and ("loss" not in one or is_number(one["loss"])) for one in found.values())
