@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -116,6 +117,7 @@ def test_some_damaged_files_end_in_one_line(cases):
 
 
 @pytest.mark.slow
-def test_every_damaged_file_ends_in_one_line(cases):
+def test_damaged_files_end_in_one_line(cases):
+    """Takes every fourth case; `HOSTILE=all` takes all, which is half an hour."""
     assert len(cases) > 2_000
-    assert wrong(cases) == []
+    assert wrong(cases if os.environ.get("HOSTILE") == "all" else cases[::4]) == []
