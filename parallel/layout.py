@@ -86,21 +86,30 @@ class ParallelConfig:
     """
 
     pp: int = 1
+    """Pipeline parallelism: ranks over which the layers are split. 1: no pipeline."""
     dp_replicate: int = 1
+    """Copies of the sharded model (HSDP). Copies on different nodes keep the gathers inside a node."""
     dp_shard: int | str = AUTO
     """Number of ranks, or "auto": as many as fill the world."""
     cp: int = 1
+    """Context parallelism: ranks over which each sequence is split, for long sequences."""
     tp: int = 1
+    """Tensor parallelism: ranks that share each matrix. They communicate in every layer: keep them inside a node."""
     ep: int = 1
+    """Expert parallelism: ranks over which the experts are split; a divisor of their number."""
     etp: int = 1
+    """Expert tensor parallelism: ranks that share the hidden size of each expert."""
     engine: EngineKind = EngineKind.fsdp2
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """Used by engine=deepspeed only."""
     dispatch: DispatchMethod = DispatchMethod.all_to_all
+    """Used if ep * etp > 1."""
     cp_method: ContextMethod = ContextMethod.gather
     """How full attention works under cp."""
     reduce_dtype: Reduce = Reduce.master
+    """bfloat16 halves the traffic and rounds the sums."""
     recompute: Recompute = Recompute.none
+    """Saves memory for activations, and costs time."""
     compile: bool = False
     """Apply torch.compile to each layer."""
     schedule: PipelineSchedule = PipelineSchedule.one_f_one_b

@@ -107,9 +107,12 @@ class PrecisionConfig:
     """
 
     compute: Compute = Compute.float32
+    """bfloat16 for training on GPUs; the wider ones for CPUs and for tests."""
     param_dtype: ParamDtype = ParamDtype.master
+    """Optimizer moments can differ: see `optimizer.moments`."""
     backend: Backend = Backend.native
     recipe: Recipe = Recipe.auto
+    """Used by FP8 backends only."""
     fp8_products: list[Products] = field(default_factory=lambda: list(ELIGIBLE))
     """Groups of matmuls that an FP8 backend computes in FP8."""
     bf16_first_layers: int = 0

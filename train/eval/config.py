@@ -15,11 +15,17 @@ class GenerateConfig:
     """
 
     run: str = "???"
+    """Directory of a run, an imported model, or a model in the Hugging Face format."""
     prompt: str = "def "
+    """Text to continue."""
     tokens: int = 100
+    """Largest number of tokens to generate. Generation ends earlier at the end-of-document token."""
     temperature: float = 0.7
+    """Divides the logits before sampling; 0: always take the most probable token."""
     top_k: int | None = 50
+    """Sample from this many of the most probable tokens; null: from all."""
     seed: int = 0
+    """Seed of the sampling. The same seed gives the same text."""
     backend: Backend | None = None
     """GEMM backend; null: as in training."""
 
