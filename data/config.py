@@ -174,7 +174,7 @@ class DataConfig:
     """Pad so that a document crosses a multiple of this number of tokens only if it starts at one. With the model's
     chunk size, chunked attention needs no keys from other cp ranks. null: no padding."""
     packing: Packing = Packing.greedy
-    """Packing of training documents."""
+    """Held-out documents are always packed as with `greedy`."""
     pack_seq_len: int | None = None
     """Sequence length of `best_fit`. `greedy` only counts the documents that this length would cut."""
     prefetch: int = 2

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Iterator
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,10 @@ def _component(
 
 
 def _words(documentation: str, kind: Any) -> Iterator[str]:
-    """Yield the documentation of a key and, if it takes a name, that of the enum and of each name."""
-    yield from _comment(documentation, "    ")
-    for enum in _enums(kind):
-        yield from _comment(ast.get_docstring(_source(enum)) or "", "    ")
+    """Yield the documentation of a key. If it takes a name: that of the enum first, and of each name last."""
+    enums = _enums(kind)
+    yield from _comment(" ".join([*(ast.get_docstring(_source(enum)) or "" for enum in enums), documentation]), "    ")
+    for enum in enums:
         for name, text in _literals(enum).items():
             yield from _comment(f"{name}: {text}", "    ")
 
@@ -96,7 +97,13 @@ def _literals(cls: type) -> dict[str, str]:
 
 
 def _source(cls: type) -> ast.ClassDef:
-    return typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0])
+    return _classes(inspect.getfile(cls))[cls.__name__]
+
+
+@cache
+def _classes(file: str) -> dict[str, ast.ClassDef]:
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
 def _parts(cls: type) -> list[type]:

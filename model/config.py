@@ -110,7 +110,6 @@ class RouterConfig:
     scale: float = 1.0
     """Factor on all routing weights."""
     weights_on: WeightsOn = WeightsOn.input
-    """Side of an expert on which its routing weight applies."""
     force_balanced: bool = False
     """Assign tokens to experts in turn, ignoring the router. For benchmarks only."""
 
@@ -249,7 +248,7 @@ class ModelConfig:
     rope_theta: float = 500000.0
     """Base of the rotary frequencies: the largest wavelength is about 2 pi * rope_theta positions."""
     rope_pairing: RopePairing = RopePairing.adjacent
-    """A checkpoint fits one pairing only; import sets it."""
+    """A checkpoint fits one pairing only."""
     rope_scaling: RopeScaling | None = None
     """Scaling of the rotary frequencies for sequences longer than those of the first training; null: none."""
     temperature: bool = True

@@ -72,6 +72,7 @@ class Reduce(Enum):
     master = "master"
     """The dtype of the master weights."""
     bfloat16 = "bfloat16"
+    """Halves the traffic, and rounds the sums."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,13 @@ class ParallelConfig:
     dispatch: DispatchMethod = DispatchMethod.all_to_all
     """Used if ep * etp > 1."""
     cp_method: ContextMethod = ContextMethod.gather
-    """How full attention works under cp."""
     reduce_dtype: Reduce = Reduce.master
-    """bfloat16 halves the traffic and rounds the sums."""
     recompute: Recompute = Recompute.none
-    """Saves memory for activations, and costs time."""
+    """Recomputing saves memory for activations, and costs time."""
     compile: bool = False
     """Apply torch.compile to each layer."""
     schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
-    """The order of a pipeline's forward and backward passes."""
+    """Used if pp > 1."""
     stages_per_rank: int | None = None
     """Number of pipeline stages on each rank. null: 1, or 2 if the schedule needs several."""
     layers_per_stage: list[int] | None = None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Compute(Enum):
-    """Dtype of activations and matmuls."""
+    """A floating-point format."""
 
     bfloat16 = "bfloat16"
     float32 = "float32"
@@ -107,9 +107,9 @@ class PrecisionConfig:
     """
 
     compute: Compute = Compute.float32
-    """bfloat16 for training on GPUs; the wider ones for CPUs and for tests."""
+    """Dtype of activations and matmuls: bfloat16 for GPUs, a wider one for CPUs and tests."""
     param_dtype: ParamDtype = ParamDtype.master
-    """Optimizer moments can differ: see `optimizer.moments`."""
+    """The optimizer's moments may have another: `optimizer.moments`."""
     backend: Backend = Backend.native
     recipe: Recipe = Recipe.auto
     """Used by FP8 backends only."""

@@ -110,7 +110,7 @@ def _check_weights(weights: dict[str, float] | None) -> None:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Measure the held-out loss on `sequences` sequences per source, every `every` steps (0: only at the end)."""
+    """Measure the loss on held-out sequences."""
 
     every: int = 0
     """Optimizer steps between two evaluations; 0: only at the end."""
@@ -125,7 +125,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Save a checkpoint every `every` steps (0: only at the end). Only the last `keep` checkpoints are retained."""
+    """Save the state of the run, from which it resumes."""
 
     every: int = 0
     """Optimizer steps between two checkpoints; 0: only at the end."""
@@ -152,12 +152,12 @@ class CheckpointConfig:
 
 
 class Wandb(Enum):
-    """`auto`: online if WANDB_API_KEY is set, offline otherwise."""
-
     disabled = "disabled"
     auto = "auto"
+    """Online if WANDB_API_KEY is set, offline otherwise."""
     online = "online"
     offline = "offline"
+    """To files that `wandb sync` uploads later."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """`steps`: steps (from 0) to trace with the profiler. `memory`: also write a memory snapshot of each, on a GPU."""
+    """Trace steps with PyTorch's profiler."""
 
     steps: list[int] = field(default_factory=list)
     """Steps to trace, counted from 0; empty: none."""
@@ -191,10 +191,7 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """`every`: steps between two scorings; 0: off. `keep`: fraction of the candidates to train on. `hysteresis`:
-    largest distance below the threshold, in nats per token, at which a candidate is deferred. `revive`: fraction of a
-    window that is drawn at random. `max_loss`: sequences with a higher loss are dropped as noise; null: no limit.
-    """
+    """Score the next sequences with the model in training, and train on those with the highest loss."""
 
     every: int = 0
     """Optimizer steps between two scorings; 0: no online filtering."""

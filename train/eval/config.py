@@ -10,9 +10,7 @@ from precision.config import Backend
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Continue a text. `run`: the directory of a run, of an imported model, or of a model in the Hugging Face format.
-    `temperature` 0 takes the most probable token. `top_k`: number of the most probable tokens to sample from.
-    """
+    """Continue a text."""
 
     run: str = "???"
     """Directory of a run, an imported model, or a model in the Hugging Face format."""

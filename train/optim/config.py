@@ -39,12 +39,10 @@ class MuonScale(Enum):
 
 @dataclass(frozen=True)
 class MuonConfig:
-    """`lr` is the peak learning rate of Muon's matrices; null: the optimizer's, which suits scale=match_adamw. The
-    other scales need about 0.02. Weight decay is that of the optimizer.
-    """
+    """Settings of Muon's matrices. Weight decay is that of the optimizer."""
 
     lr: float | None = None
-    """Peak learning rate of the matrices that Muon updates; null: `optimizer.lr`."""
+    """Peak learning rate; null: the optimizer's, which suits scale=match_adamw. The other scales need about 0.02."""
     momentum: float = 0.95
     """Decay per step of the running mean of gradients, in [0, 1)."""
     nesterov: bool = True
@@ -89,7 +87,7 @@ class Moments(Enum):
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """Settings of one role: a factor on the learning rate, and a weight decay (null: that of the optimizer)."""
+    """Settings of one role."""
 
     lr_scale: float = 1.0
     """Factor on the learning rate; 0: the role is not trained."""
@@ -124,9 +122,7 @@ class Transferred:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """`lr` is the peak learning rate. `groups` is keyed by role (`embedding`, `router`, `expert_down`, ...). Norms have
-    no weight decay.
-    """
+    """The optimizer and its hyperparameters. Norms have no weight decay."""
 
     kind: OptimizerKind = OptimizerKind.adamw
     """The update rule."""
@@ -145,7 +141,7 @@ class OptimizerConfig:
     muon: MuonConfig = field(default_factory=MuonConfig)
     """Used with kind=muon only."""
     groups: dict[str, GroupConfig] = field(default_factory=dict)
-    """Settings by role; a role that is not named has the settings above."""
+    """Settings by role (`embedding`, `router`, `expert_down`, ...); the other roles have the settings above."""
     transferred: Transferred | None = None
     """Set by MetaP, not by the user. Null: the settings above apply to this run unchanged."""
 
