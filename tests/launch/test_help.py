@@ -20,16 +20,6 @@ from launch.help import describe
 from train.config import TrainConfig
 
 
-@pytest.mark.parametrize("name", VERBS)
-def test_help_has_every_key_of_a_verb(name, capsys):
-    verb = VERBS[name]
-    assert main([name, "--help"]) == 0
-    text = capsys.readouterr().out
-    module = importlib.import_module(f"launch.verbs.{verb.module or name}")
-    for field in dataclasses.fields(getattr(module, verb.config)):
-        assert re.search(rf"^{field.name}[.=]", text, re.MULTILINE), field.name
-
-
 def keys_without_words(text: str) -> list[str]:
     """Return the keys of a help text that no comment explains."""
     lines = [*text.splitlines(), ""]
@@ -41,9 +31,14 @@ def keys_without_words(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", VERBS)
-def test_words_explain_every_key_of_a_verb(name, capsys):
+def test_help_has_every_key_of_a_verb_with_words(name, capsys):
+    verb = VERBS[name]
     assert main([name, "--help"]) == 0
-    assert keys_without_words(capsys.readouterr().out) == []
+    text = capsys.readouterr().out
+    module = importlib.import_module(f"launch.verbs.{verb.module or name}")
+    for field in dataclasses.fields(getattr(module, verb.config)):
+        assert re.search(rf"^{field.name}[.=]", text, re.MULTILINE), field.name
+    assert keys_without_words(text) == []
 
 
 @dataclasses.dataclass(frozen=True)
