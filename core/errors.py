@@ -1,6 +1,6 @@
 """Errors that a user sees as one line, with the fix and an exit code.
 
-Exit codes of all commands: 0 done, 1 failed, 2 invalid configuration, 130 interrupted (training saves first).
+The exit codes of all commands are in `core/exit_codes.py`, and docs/exit_codes.md says when each verb returns them.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from core.exit_codes import FAILED, INVALID
+
 
 class LeviathanError(Exception):
     """An expected failure, printed as one line without a traceback."""
 
-    exit_code = 1
+    exit_code = FAILED
     everywhere = False
     """Whether all ranks raise the same error. If so, only rank 0 prints it."""
 
@@ -46,7 +48,7 @@ class ConfigError(LeviathanError):
     `under`, so that the user reads the key as they would type it. `legal`: values that the message suggests.
     """
 
-    exit_code = 2
+    exit_code = INVALID
     everywhere = True
 
     def __init__(self, key: str, value: object, reason: str, legal: Sequence[object] = ()) -> None:

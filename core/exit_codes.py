@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import os
 
+DONE = 0
+FAILED = 1
+"""The command failed, or what it checks does not hold."""
+
+INVALID = 2
+"""The configuration is invalid."""
+
 INTERRUPTED = 130
 """The process ended because of a signal. A training run saves first."""
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from core.errors import LeviathanError, one_line
-from core.exit_codes import CRASHED, INTERRUPTED, has_agent, is_consequence, is_rank
+from core.exit_codes import CRASHED, FAILED, INTERRUPTED, has_agent, is_consequence, is_rank
 from core.openmp import share_cores
 from core.package_guard import check_packages, drop_working_directory
 
@@ -83,7 +83,7 @@ def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | Non
             line = LeviathanError(explained(error) or _internal(error))
             line.everywhere = getattr(error, "everywhere", False)
             report(line)
-        return CRASHED if has_agent() else 1
+        return CRASHED if has_agent() else FAILED
 
 
 @contextmanager

@@ -61,7 +61,9 @@ class TokenizerKind(Enum):
     bpe = "bpe"
     """Byte-level byte-pair encoding (Sennrich et al. 2016), trained on the corpus."""
     tokenizer_json = "tokenizer_json"
+    """A `tokenizer.json` of the `tokenizers` library, as on the Hugging Face hub."""
     tiktoken = "tiktoken"
+    """A file of base64 tokens and ranks, as in Llama's `tokenizer.model`."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,11 @@ class SourceConfig:
     path: str | None = field(default=None, metadata={"path": True})
     """A file, folder or glob pattern. For `huggingface`: the name of a data set, or a folder."""
     subset: str | None = None
+    """For `huggingface`: the data set's configuration, such as a language; null: its default."""
     split: str = "train"
+    """For `huggingface`: the split to train on."""
     text_key: str = "text"
+    """Column of a parquet file or data set, or key of a jsonl record, that holds the text."""
     weight: float = 1.0
     """Weight of the source in the training tokens (without padding), relative to the other sources."""
     max_epochs: float | None = None
@@ -122,6 +127,7 @@ MOST_TOKENS = 10_000_000
 @dataclass(frozen=True)
 class TokenizerConfig:
     kind: TokenizerKind = TokenizerKind.bpe
+    """How text becomes tokens."""
     path: str | None = field(default=None, metadata={"path": True})
     """The tokenizer's file. Not used by `bpe`."""
     vocab_size: int = 1024
@@ -154,6 +160,7 @@ class TokenizerConfig:
 @dataclass(frozen=True)
 class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """The sources by name. The name appears in metrics and in `training.weights`."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     tokens: str | None = field(default=None, metadata={"path": True})
     """A directory that `leviathan tokenize` made. If it is set, the sources are not read."""
@@ -167,7 +174,7 @@ class DataConfig:
     """Pad so that a document crosses a multiple of this number of tokens only if it starts at one. With the model's
     chunk size, chunked attention needs no keys from other cp ranks. null: no padding."""
     packing: Packing = Packing.greedy
-    """Packing of training documents."""
+    """Held-out documents are always packed as with `greedy`."""
     pack_seq_len: int | None = None
     """Sequence length of `best_fit`. `greedy` only counts the documents that this length would cut."""
     prefetch: int = 2
@@ -177,6 +184,7 @@ class DataConfig:
     verify: bool = True
     """Check the hashes of the token shards before training."""
     cache: str = "~/.cache/leviathan"
+    """Folder for trained tokenizers, token shards, scores and certificates, shared by runs."""
 
     def __post_init__(self) -> None:
         check_local("cache", self.cache)

@@ -18,11 +18,13 @@ class HparamConfig:
     """
 
     base: Scale | None = None
+    """Sizes of the model and run at which the hyperparameters were found; null: nothing is transferred."""
     kind: dict[str, str] = field(default_factory=dict)
     """Architecture choices of the base (router, norms, tied embeddings), stored with it. A run that differs in one of
     them is rejected; choices that are not listed are not compared.
     """
     rules: Parametrization = Parametrization.metap
+    """The rules by which hyperparameters follow from those of the base."""
     head: HeadForm = HeadForm.absorbed
     alpha: float = 1.0
     """Exponent of depth: the rules scale residual branches by depth^-alpha. 1 is CompleteP."""

@@ -73,6 +73,7 @@ GATES_NOT_NORMALISED = "top_k^-1"
 
 class Parametrization(Enum):
     metap = "metap"
+    """Leviathan's rules: the best learning rate of the base stays the best one in larger models."""
     standard = "standard"
     """For comparison: one learning rate, standard deviation by fan-in."""
 

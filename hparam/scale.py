@@ -22,19 +22,29 @@ class Scale:
     """
 
     hidden_size: int
+    """Width of the residual stream."""
     num_layers: int
+    """Number of transformer layers."""
     head_dim: int
+    """Width of one attention head."""
     query_width: int
     """Width of all query heads together."""
     value_width: int
     """Width of all value heads together; all key heads together are equally wide."""
     dense_hidden_size: int
+    """Hidden size of the dense feed-forward layers; 0: the model has none."""
     shared_expert_hidden_size: int
+    """Hidden size of the shared expert; 0: the model has none."""
     expert_hidden_size: int
+    """Hidden size of a routed expert; 0: the model has none."""
     num_experts: int
+    """Routed experts per MoE layer; 0: the model has none."""
     top_k: int
+    """Routed experts per token; 0: the model has none."""
     batch: int
+    """Tokens per optimizer step: global_batch_size * seq_len."""
     tokens: int
+    """Tokens of the whole run."""
 
     def __post_init__(self) -> None:
         for one in fields(self):

@@ -1,6 +1,6 @@
 """The `leviathan` command: a verb and Hydra overrides.
 
-Exit codes: 0 done, 1 failed, 2 invalid configuration, 130 interrupted after saving.
+Exit codes: see `core/exit_codes.py` and docs/exit_codes.md.
 """
 
 from __future__ import annotations

@@ -15,8 +15,11 @@ from train.config import TrainConfig
 
 class LaunchKind(Enum):
     inline = "inline"
+    """One process: this one."""
     torchrun = "torchrun"
+    """Ranks on this machine, or on several machines where the same command is started."""
     slurm = "slurm"
+    """A SLURM job, which resumes by itself after failures and time limits."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +29,27 @@ class SlurmConfig:
     time: str | None = None
     """Time limit in sbatch's format: minutes, H:M:S or D-H:M:S."""
     partition: str | None = None
+    """Partition, or several separated by commas (sbatch's --partition)."""
     account: str | None = None
+    """Account that is charged (--account)."""
     constraint: str | None = None
+    """Features that the nodes must have (--constraint), such as h100."""
     gres: str | None = None
+    """Generic resources per node (--gres), such as gpu:8."""
     cpus: int | None = None
     """CPUs per node; null: all CPUs with `exclusive`, else the cluster's default."""
     memory: str | None = None
+    """Host memory per node (--mem), such as 500G; 0: all of it."""
     exclusive: bool = False
+    """Take whole nodes, which no other job shares (--exclusive)."""
     exclude: list[str] = field(default_factory=list)
+    """Names of nodes not to use (--exclude). Nodes found faulty later are added for the job."""
     dependency: str | None = None
     """Dependency in sbatch's format, such as afterok:1234. A job of this project may be given by its name."""
     options: list[str] = field(default_factory=list)
     """Further #SBATCH options, copied verbatim, such as "--qos=high"."""
     modules: list[str] = field(default_factory=list)
+    """Environment modules that the batch script loads first, each with `module load`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the job, stored in plain text in its folder. Keep secrets in your own environment, which
     sbatch forwards.
@@ -82,6 +93,7 @@ class LocalLaunch:
     """launch=inline: in this process. launch=torchrun: in ranks of this machine."""
 
     kind: LaunchKind = LaunchKind.inline
+    """Where the ranks run."""
     processes: int | None = None
     """Ranks per node; null: one per GPU of this machine, or one per two CPU cores if it has no GPU."""
     restarts: int = 3
@@ -105,7 +117,9 @@ class LaunchConfig(LocalLaunch):
     """
 
     nodes: int = 1
+    """Number of machines."""
     node_rank: int | None = None
+    """For torchrun with several nodes: this machine's number, from 0. Null on one node."""
     rendezvous: str | None = None
     """Host:port of node 0; [address]:port for IPv6."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Iterator
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def _component(
             inner.append((kind, value, f"{prefix}{field.name}."))
             continue
         yield f"{prefix}{field.name}={_text(value)}  ({_type_name(kind)})"
-        yield from _comment(documentation.get(field.name, ""), "    ")
+        yield from _words(documentation.get(field.name, ""), kind)
         for part, name in _entries(kind):
             if part in (cls, *around):
                 continue
@@ -63,16 +64,46 @@ def _component(
         yield from _component(typing.cast(type, kind), value, path, read_later, (cls, *around))
 
 
+def _words(documentation: str, kind: Any) -> Iterator[str]:
+    """Yield the documentation of a key. If it takes a name: that of the enum first, and of each name last."""
+    enums = _enums(kind)
+    yield from _comment(" ".join([*(ast.get_docstring(_source(enum)) or "" for enum in enums), documentation]), "    ")
+    for enum in enums:
+        for name, text in _literals(enum).items():
+            yield from _comment(f"{name}: {text}", "    ")
+
+
+def _enums(kind: Any) -> list[type[Enum]]:
+    """Return the enums of a type: of itself, of a union's parts or of a list's entries."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return [kind]
+    return [enum for part in typing.get_args(kind) for enum in _enums(part)]
+
+
 def field_documentation(cls: type) -> dict[str, str]:
-    """Return the string literal after each field in the source of its class."""
-    found: dict[str, str] = {}
-    for part in _parts(cls):
-        (body,), last = ast.parse(textwrap.dedent(inspect.getsource(part))).body, None
-        for node in typing.cast(ast.ClassDef, body).body:
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and last is not None:
-                found[last] = str(node.value.value)
-            last = node.target.id if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else None
+    """Return the string literal after each field in the source of its class and of the dataclasses it inherits from."""
+    return {name: text for part in _parts(cls) for name, text in _literals(part).items()}
+
+
+def _literals(cls: type) -> dict[str, str]:
+    """Return the string literal after each field of a dataclass, or after each member of an enum."""
+    found, last = dict[str, str](), None
+    for node in _source(cls).body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and last is not None:
+            found[last] = str(node.value.value)
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        last = targets[0].id if targets and isinstance(targets[0], ast.Name) else None
     return found
+
+
+def _source(cls: type) -> ast.ClassDef:
+    return _classes(inspect.getfile(cls))[cls.__name__]
+
+
+@cache
+def _classes(file: str) -> dict[str, ast.ClassDef]:
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
 def _parts(cls: type) -> list[type]:

@@ -11,7 +11,9 @@ from core.errors import ConfigError, check_numbers, divisors
 
 class FeedForward(Enum):
     dense = "dense"
+    """One SwiGLU for all tokens."""
     moe = "moe"
+    """A router and experts."""
 
 
 class QKNorm(Enum):
@@ -33,7 +35,9 @@ class RopePairing(Enum):
 
 class Score(Enum):
     sigmoid = "sigmoid"
+    """Each expert's logit alone."""
     softmax = "softmax"
+    """All experts' logits together: the scores sum to 1."""
 
 
 class WeightsOn(Enum):
@@ -61,12 +65,15 @@ class LayerConfig:
     """One transformer layer."""
 
     feed_forward: FeedForward = FeedForward.dense
+    """Kind of the feed-forward layer."""
     rope: bool = True
+    """Rotate queries and keys by position. False: no positions (NoPE)."""
     attention_chunk_size: int | None = None
     """Attend within chunks of this many positions, counted from the document's start. None: full causal."""
     temperature: bool = False
     """Scale queries by position; see `ModelConfig.temperature`."""
     qk_norm: QKNorm = QKNorm.none
+    """Norm of queries and keys."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("attention_chunk_size",))
@@ -77,9 +84,13 @@ class RopeScaling:
     """Llama 3's frequency scaling: stretch long wavelengths by `factor`, keep short ones, blend in between."""
 
     factor: float = 16.0
+    """Wavelengths above original_seq_len / low_freq_factor are stretched by this; 1: no change."""
     low_freq_factor: float = 1.0
+    """Wavelengths above original_seq_len / low_freq_factor are stretched in full."""
     high_freq_factor: float = 1.0
+    """Wavelengths below original_seq_len / high_freq_factor are kept."""
     original_seq_len: int = 8192
+    """Sequence length in tokens before the scaling."""
 
     def __post_init__(self) -> None:
         if not (self.factor >= 1 and 0 < self.low_freq_factor <= self.high_freq_factor):
@@ -91,7 +102,9 @@ class RouterConfig:
     """Top-k routing of tokens to experts. The defaults are Llama 4's."""
 
     top_k: int = 1
+    """Number of routed experts per token."""
     score: Score = Score.sigmoid
+    """Function from the router's logits to the weights of the experts."""
     norm_topk_prob: bool = False
     """Divide the weights of a token's experts by their sum."""
     scale: float = 1.0
@@ -118,6 +131,7 @@ class BalanceConfig:
     aux: float = 0.0
     """Coefficient of the auxiliary loss E * sum_e load_e * probability_e, mean over tokens (Fedus et al. 2021, 2.2)."""
     aux_scope: AuxScope = AuxScope.sequence
+    """Used if `aux` is not 0."""
     z: float = 0.0
     """Coefficient of the router z-loss: squared log-sum-exp of logits, mean over tokens (Zoph et al. 2022, 3.1)."""
 
@@ -130,11 +144,15 @@ class InitConfig:
     """Initial weights, normal with mean 0. A std of None (embedding, head, router) follows `std` and `fan_in`."""
 
     std: float = 0.02
+    """Standard deviation of every matrix without a setting of its own."""
     fan_in: bool = False
     """Divide `std` by sqrt(fan_in)."""
     embedding_std: float | None = None
+    """Standard deviation of the embedding; null: as `std` and `fan_in` say."""
     head_std: float | None = None
+    """Standard deviation of the head; null: as `std` and `fan_in` say."""
     router_std: float | None = None
+    """Standard deviation of the routers; null: as `std` and `fan_in` say."""
     depth_scaled: bool = False
     """Divide std by sqrt(2 * num_layers) for matrices that write to the residual stream (Radford et al. 2019, 2.3)."""
     roles: dict[str, float] = field(default_factory=dict)
@@ -156,6 +174,7 @@ class MultipliersConfig:
     residual: float = 1.0
     """Factor on the outputs of attention and feed-forward layers."""
     logits: float = 1.0
+    """Factor on the logits."""
     attention: float = 1.0
     """Factor on the queries, in addition to 1 / sqrt(head_dim)."""
     gates: float = 1.0
@@ -199,30 +218,47 @@ class ModelConfig:
     """A decoder; the defaults are Llama 4 Scout. `attention_chunk_size` and `temperature_floor` are in positions."""
 
     vocab_size: int = 202048
+    """Number of token ids; at least the tokenizer's. A multiple of 128 is fast on GPUs."""
     hidden_size: int = 5120
+    """Width of the residual stream. With experts, a multiple of 8."""
     num_layers: int = 48
+    """Number of transformer layers."""
     num_heads: int = 40
+    """Number of query heads."""
     num_kv_heads: int = 8
+    """Number of key and value heads, a divisor of `num_heads`. Fewer need less memory in generation."""
     head_dim: int = 128
+    """Width of one attention head; even. It need not be hidden_size / num_heads."""
     dense_hidden_size: int = 16384
+    """Hidden size of the dense feed-forward layers (SwiGLU). MoE layers do not use it."""
     expert_hidden_size: int = 8192
+    """Hidden size of each routed expert (SwiGLU), a multiple of 8."""
     shared_expert_hidden_size: int | None = None
     """Hidden size of the shared expert. None: equal to `expert_hidden_size`; 0: no shared expert."""
     num_experts: int = 16
+    """Number of routed experts per MoE layer. `router.top_k` of them process a token."""
     moe_every: int = 1
     """Layers whose (index + 1) is a multiple of this are MoE layers; 0: none."""
     nope_every: int = 4
     """Layers whose (index + 1) is a multiple of this have full attention without rotary positions; 0: none."""
     attention_chunk_size: int | None = 8192
+    """Layers with rotary positions attend within chunks of this many positions; null: to all earlier ones."""
     qk_norm: QKNorm = QKNorm.weightless
+    """Norm of queries and keys, which limits the attention logits."""
     rope_theta: float = 500000.0
+    """Base of the rotary frequencies: the largest wavelength is about 2 pi * rope_theta positions."""
     rope_pairing: RopePairing = RopePairing.adjacent
+    """A checkpoint fits one pairing only."""
     rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies for sequences longer than those of the first training; null: none."""
     temperature: bool = True
     """Scale NoPE queries at position p by 1 + temperature_scale * ln(1 + floor((p + 1) / temperature_floor))."""
     temperature_floor: float = 8192.0
+    """Position up to which queries keep their scale; the formula is at `temperature`."""
     temperature_scale: float = 0.1
+    """Growth of the scale per e-fold of positions; the formula is at `temperature`. 0: none."""
     norm_eps: float = 1e-5
+    """Added to the mean square in every RMS norm, so that zero vectors do not divide by zero."""
     tie_embeddings: bool = False
     """Use the embedding's weight as the head's."""
     router: RouterConfig = field(default_factory=RouterConfig)

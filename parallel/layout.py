@@ -72,6 +72,7 @@ class Reduce(Enum):
     master = "master"
     """The dtype of the master weights."""
     bfloat16 = "bfloat16"
+    """Halves the traffic, and rounds the sums."""
 
 
 @dataclass(frozen=True)
@@ -86,25 +87,32 @@ class ParallelConfig:
     """
 
     pp: int = 1
+    """Pipeline parallelism: ranks over which the layers are split. 1: no pipeline."""
     dp_replicate: int = 1
+    """Copies of the sharded model (HSDP). Copies on different nodes keep the gathers inside a node."""
     dp_shard: int | str = AUTO
     """Number of ranks, or "auto": as many as fill the world."""
     cp: int = 1
+    """Context parallelism: ranks over which each sequence is split, for long sequences."""
     tp: int = 1
+    """Tensor parallelism: ranks that share each matrix. They communicate in every layer: keep them inside a node."""
     ep: int = 1
+    """Expert parallelism: ranks over which the experts are split; a divisor of their number."""
     etp: int = 1
+    """Expert tensor parallelism: ranks that share the hidden size of each expert."""
     engine: EngineKind = EngineKind.fsdp2
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """Used by engine=deepspeed only."""
     dispatch: DispatchMethod = DispatchMethod.all_to_all
+    """Used if ep * etp > 1."""
     cp_method: ContextMethod = ContextMethod.gather
-    """How full attention works under cp."""
     reduce_dtype: Reduce = Reduce.master
     recompute: Recompute = Recompute.none
+    """Recomputing saves memory for activations, and costs time."""
     compile: bool = False
     """Apply torch.compile to each layer."""
     schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
-    """The order of a pipeline's forward and backward passes."""
+    """Used if pp > 1."""
     stages_per_rank: int | None = None
     """Number of pipeline stages on each rank. null: 1, or 2 if the schedule needs several."""
     layers_per_stage: list[int] | None = None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Compute(Enum):
-    """Dtype of activations and matmuls."""
+    """A floating-point format."""
 
     bfloat16 = "bfloat16"
     float32 = "float32"
@@ -107,9 +107,12 @@ class PrecisionConfig:
     """
 
     compute: Compute = Compute.float32
+    """Dtype of activations and matmuls: bfloat16 for GPUs, a wider one for CPUs and tests."""
     param_dtype: ParamDtype = ParamDtype.master
+    """The optimizer's moments may have another: `optimizer.moments`."""
     backend: Backend = Backend.native
     recipe: Recipe = Recipe.auto
+    """Used by FP8 backends only."""
     fp8_products: list[Products] = field(default_factory=lambda: list(ELIGIBLE))
     """Groups of matmuls that an FP8 backend computes in FP8."""
     bf16_first_layers: int = 0

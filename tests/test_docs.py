@@ -13,7 +13,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LONG = ("data", "evaluation", "extending", "fp8", "huggingface", "long_context", "metap", "ranks", "training")
+LONG = (
+    "data",
+    "evaluation",
+    "extending",
+    "fp8",
+    "huggingface",
+    "long_context",
+    "metap",
+    "own_data",
+    "ranks",
+    "training",
+)
 BLOCK = re.compile(r"^```(?P<language>bash|python)(?P<info>[^\n]*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
 
 

@@ -31,8 +31,11 @@ class RunConfig:
     """The run's directory is `root/name`. Null `name`: the start time, so the same command begins a new run."""
 
     root: str = "runs"
+    """Folder of runs, on a file system that all nodes share."""
     name: str | None = None
+    """Name of the run's directory; null: the start time."""
     seed: int = 0
+    """Seed of the initial weights and of the order of samples."""
     resume: bool = True
     """True: resume from the directory's last checkpoint. False: reject a directory that holds a run."""
 
@@ -51,9 +54,13 @@ class TrainingConfig:
     """
 
     steps: int = 100
+    """Number of optimizer steps. `phases` come after them."""
     seq_len: int = 256
+    """Length of a training sequence in tokens."""
     global_batch_size: int = 8
+    """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int = 8
+    """Sequences per forward pass of a rank. A smaller number needs less memory and more passes."""
     weights: dict[str, float] = field(default_factory=dict)
     """Relative weights of the sources; a source that is not named is excluded. Empty: the weights in data.sources."""
     clip_norm: float | None = 1.0
@@ -69,16 +76,23 @@ class PhaseConfig:
     """A later phase of the run. Null keeps the setting of the phase before, except for `weights`."""
 
     name: str
+    """Name of the phase in metrics and errors; not `main`, which is the first phase."""
     steps: int
+    """Number of optimizer steps of this phase."""
     seq_len: int | None = None
+    """Length of a training sequence in tokens."""
     global_batch_size: int | None = None
+    """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int | None = None
+    """Sequences per forward pass of a rank."""
     weights: dict[str, float] | None = None
     """Relative weights of the sources; a source that is not named is excluded. Null: the weights in data.sources."""
     schedule: LRScheduleConfig | None = None
     """Learning rate within this phase; null: the schedule of the phase before, restarted."""
     rope_theta: float | None = None
+    """Base of the rotary frequencies from this phase on; usually larger for longer sequences."""
     rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies from this phase on."""
     temperature_floor: float | None = None
     """Like `rope_theta` and `rope_scaling`, replaces the model's setting from this phase on, for longer sequences."""
 
@@ -97,10 +111,12 @@ def _check_weights(weights: dict[str, float] | None) -> None:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Measure the held-out loss on `sequences` sequences per source, every `every` steps (0: only at the end)."""
+    """Measure the loss on held-out sequences."""
 
     every: int = 0
+    """Optimizer steps between two evaluations; 0: only at the end."""
     sequences: int = 32
+    """Number of held-out sequences per source. More give a less noisy loss and take longer."""
     baselines: bool = False
     """At the end, fit a unigram and a bigram model to the tokens consumed, for comparison."""
 
@@ -110,11 +126,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Save a checkpoint every `every` steps (0: only at the end). Only the last `keep` checkpoints are retained."""
+    """Save the state of the run, from which it resumes."""
 
     every: int = 0
+    """Optimizer steps between two checkpoints; 0: only at the end."""
     keep: int = 2
+    """Number of checkpoints to retain; at least 1. Older ones are deleted."""
     asynchronous: bool = True
+    """Write files in the background from a copy in host memory, while training goes on."""
     directory: str | None = field(default=None, metadata={"path": True})
     """Folder for checkpoints, below which each run has its own: a path, or a URL that fsspec can open
     (s3://bucket/folder). Null: the run's directory.
@@ -134,18 +153,20 @@ class CheckpointConfig:
 
 
 class Wandb(Enum):
-    """`auto`: online if WANDB_API_KEY is set, offline otherwise."""
-
     disabled = "disabled"
     auto = "auto"
+    """Online if WANDB_API_KEY is set, offline otherwise."""
     online = "online"
     offline = "offline"
+    """To files that `wandb sync` uploads later."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
     every: int = 10
+    """Optimizer steps between two lines of metrics."""
     wandb: Wandb = Wandb.disabled
+    """Send the metrics to Weights & Biases as well."""
     project: str = "leviathan"
     """Project on Weights & Biases."""
     tensorboard: bool = False
@@ -159,10 +180,12 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """`steps`: steps (from 0) to trace with the profiler. `memory`: also write a memory snapshot of each, on a GPU."""
+    """Trace steps with PyTorch's profiler."""
 
     steps: list[int] = field(default_factory=list)
+    """Steps to trace, counted from 0; empty: none."""
     memory: bool = False
+    """Write memory snapshots of the traced steps; needs a GPU."""
 
     def __post_init__(self) -> None:
         if any(step < 0 for step in self.steps):
@@ -171,16 +194,18 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class OnlineConfig:
-    """`every`: steps between two scorings; 0: off. `keep`: fraction of the candidates to train on. `hysteresis`:
-    largest distance below the threshold, in nats per token, at which a candidate is deferred. `revive`: fraction of a
-    window that is drawn at random. `max_loss`: sequences with a higher loss are dropped as noise; null: no limit.
-    """
+    """Score the next sequences with the model in training, and train on those with the highest loss."""
 
     every: int = 0
+    """Optimizer steps between two scorings; 0: no online filtering."""
     keep: float = 0.5
+    """Fraction of the candidates to train on, above 0 and below 1."""
     hysteresis: float = 0.05
+    """Candidates that miss the threshold by less than this, in nats per token, wait for the next window."""
     revive: float = 0.05
+    """Fraction of a window that is drawn at random from the other candidates; 0: none."""
     max_loss: float | None = None
+    """Sequences with a higher loss, in nats per token, are dropped as noise; null: no limit."""
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -198,7 +223,9 @@ class CallbackConfig:
     """A callback from your own package: the import path of its class, and keyword arguments of the constructor."""
 
     target: str
+    """Import path of the class: `my.module:Mine`."""
     options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the constructor."""
     SHORTHAND = "target"
 
     def __post_init__(self) -> None:
@@ -224,9 +251,11 @@ class TrainConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     phases: list[PhaseConfig] = field(default_factory=list)
+    """Later phases of the run, in order, such as one with longer sequences; empty: none."""
     callbacks: list[CallbackConfig] = field(default_factory=list)
     """Each is `my.module:Mine` or {target: my.module:Mine, options: {...}}; see docs/extending.md."""
     launch: dict[str, Any] = field(default_factory=dict)
+    """Machines and number of ranks: see `launch.config.LaunchConfig`."""
 
     def __post_init__(self) -> None:
         targets = [one.target for one in self.callbacks]

@@ -17,7 +17,7 @@ from core.errors import CheckpointError, ConfigError
 from core.files import new_directory
 from data.tokenizer import save_for_transformers
 from model.huggingface import HuggingFaceCheckpoint, compare_logits, compare_settings, export, obstacle, shortage
-from model.huggingface.checkpoint import TOKENIZER_FILES
+from model.huggingface.checkpoint import tokenizer_files
 from model.multipliers import fold_multipliers
 from model.tensor_source import TensorSource
 from parallel.comm.world import World
@@ -44,6 +44,7 @@ CARRIED = (
 def import_checkpoint(source_directory: Path, out: Path, text_only: bool = False, check: Check = Check.auto) -> str:
     """Convert a checkpoint in the Hugging Face format to an imported model. Return the family's `model_type`."""
     source = HuggingFaceCheckpoint(source_directory, text_only)
+    tokenizer = source.tokenizer_files
     checked = _compare(source, source.directory, None, check)
     text = source.raw_config.get("text_config") or source.raw_config
     carried = {key: text[key] for key in CARRIED if key in text}
@@ -51,7 +52,7 @@ def import_checkpoint(source_directory: Path, out: Path, text_only: bool = False
     with new_directory(out, exclusive=True) as scratch:
         save_model(source, scratch, origin, _Progress("imported", source))
         (scratch / TOKENIZER).mkdir()
-        for path in source.tokenizer_files:
+        for path in tokenizer:
             shutil.copyfile(path, scratch / TOKENIZER / path.name)
     return source.family.model_type
 
@@ -102,7 +103,7 @@ def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Pa
     imported = (path / IMPORTED).exists()
     if imported or not (path / "config.yaml").exists():
         folder = path / TOKENIZER if imported else path
-        return [file for name in TOKENIZER_FILES if (file := folder / name).exists()], {}
+        return tokenizer_files(folder), {}
     run = load_config(path)
     assert isinstance(source, CheckpointedModel)
     progress = read_progress(source.checkpoint)

@@ -102,7 +102,9 @@ class ScorerConfig:
     reference: str | None = None
     """For excess: the better model."""
     seq_len: int = 1024
+    """For loss, excess and ifd: length in tokens of the windows that the model reads, or the model's own if shorter."""
     batch_size: int = 8
+    """For loss, excess and ifd: number of windows per forward pass. Raise it until memory is full."""
     members: list[ScorerConfig] = field(default_factory=list)
     """Scorers of an ensemble."""
     url: str | None = None
@@ -112,8 +114,11 @@ class ScorerConfig:
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable with the endpoint's key."""
     concurrency: int = 8
+    """For judge and pass_rate: number of requests sent at the same time."""
     timeout_s: float = 60.0
+    """For judge and pass_rate: seconds after which an attempt without a complete answer fails."""
     retries: int = 5
+    """For judge and pass_rate: number of further attempts after one failed; 0: none."""
     samples: int = 4
     """For pass_rate: number of answers to sample for each record."""
     verifier: str | None = None
@@ -148,10 +153,15 @@ class GateConfig:
     """Gates reject garbage before it is scored. Null or false disables a gate."""
 
     min_characters: int | None = 20
+    """Drop records with fewer characters, without whitespace at the ends."""
     max_characters: int | None = None
+    """Drop records with more characters, without whitespace at the ends."""
     repetition: bool = True
+    """Drop text that repeats itself or is mostly whitespace. Text below 120 characters always passes."""
     non_text: bool = True
+    """Drop binary data, random characters and text with more than 5% control or replacement characters."""
     scrambled: bool = True
+    """Drop text whose letters or words are in random order. Text below 120 characters always passes."""
     languages: list[str] | None = None
     """ISO codes of languages to keep; null: all. Needs `py3langid` (pip install 'leviathan[filter]')."""
 
@@ -177,6 +187,7 @@ class ContaminationConfig:
     sets: dict[str, str] = field(default_factory=dict)
     """Name -> path of an evaluation set: jsonl, parquet or text files."""
     words: int = 13
+    """Length of the n-gram in words. Fewer words drop more records, also by chance; at least 3."""
 
     def __post_init__(self) -> None:
         if self.words < 3:
@@ -258,10 +269,15 @@ class InputConfig:
     dataset: str | None = None
     """Instead of `input`: a name or folder for the `datasets` library."""
     subset: str | None = None
+    """For `dataset`: its configuration, such as a language; null: its default."""
     split: str = "train"
+    """For `dataset`: the split to filter."""
     text_key: str = "text"
+    """Column with the text."""
     prompt_key: str | None = None
+    """Column with the prompt; needs `response_key`. Null: not used."""
     response_key: str | None = None
+    """Column with the response; needs `prompt_key`. Null: not used."""
     messages_key: str | None = None
     """Column with a list of {"role", "content"}. The last message of the assistant is the response."""
     id_key: str | None = None

@@ -19,9 +19,13 @@ class CheckConfig:
     width: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     """Factors by which this axis is scaled; an empty list skips it."""
     depth: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    """Factors on the number of layers; an empty list skips it."""
     experts: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """Factors on the numbers of total and active experts; an empty list skips it."""
     steps: int = 5
+    """Optimizer steps after which the change of activations is measured."""
     seeds: int = 3
+    """Number of initialisations per size, over which the change is averaged."""
     small_start: bool = True
     """Start with a zero head and a small router, so that only learnt changes are measured. Otherwise products of
     initial values and learnt changes contribute too, and these shrink with the square root of the width.
@@ -44,13 +48,19 @@ class SweepConfig:
     """
 
     low: float = -10.0
+    """Log2 of the smallest peak learning rate: -10 is 2^-10."""
     high: float = -5.0
+    """Log2 of the largest peak learning rate."""
     step: float = 1.0
+    """Distance of neighbouring rates in octaves: 1 doubles the rate, 0.5 multiplies it by 1.41."""
     seeds: int = 2
+    """Number of runs per rate, with `run.seed` from 0 up. Their spread gives the confidence interval."""
     axis: SizeAxis | None = None
     """Scale the run along this axis by each of `factors`, and transfer its hyperparameters by each of `rules`."""
     factors: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """Factors on the size along `axis`. Without an axis they are not used."""
     rules: list[Parametrization] = field(default_factory=lambda: [Parametrization.metap])
+    """Rules by which the scaled runs get their hyperparameters. Without an axis they are not used."""
     processes: int = 1
     """Concurrent runs on this machine, with launch=inline; they share the cores."""
     oversubscribe: bool = False

@@ -20,6 +20,7 @@ class DoctorConfig:
     cache: str = "~/.cache/leviathan"
     """Folder of the cache. Its disk and the disk of `runs` are checked."""
     runs: str = "runs"
+    """Folder for runs. Its disk is checked, and `ranks` writes and reads a test file there."""
     ranks: int = 0
     """Start this many ranks on this machine, and time the disk and each axis of `parallel`; 0: start none."""
     oversubscribe: bool = False

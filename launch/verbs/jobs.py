@@ -23,6 +23,7 @@ class JobsConfig:
     """Actions: `list` all jobs, `show` a job's log until the job ends, `cancel` a job after it has saved."""
 
     action: JobsAction = JobsAction.list
+    """What to do; `show` and `cancel` need `job`."""
     job: str | None = None
     """Name or SLURM number of the job to show or cancel."""
     directory: str = "jobs"

@@ -30,7 +30,9 @@ class MetapConfig:
     """
 
     action: MetapAction = MetapAction.check
+    """What to do."""
     out: str = "metap"
+    """Folder for results. A sweep writes its runs there, and is continued by the same command."""
     train: list[str] = field(default_factory=lambda: ["experiment=smoke"])
     """Overrides of `leviathan train`; keys that `metap` does not have are collected here."""
     base: str | None = None

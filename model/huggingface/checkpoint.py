@@ -50,7 +50,7 @@ class HuggingFaceCheckpoint:
 
     @property
     def tokenizer_files(self) -> list[Path]:
-        return [path for name in TOKENIZER_FILES if (path := self.directory / name).exists()]
+        return tokenizer_files(self.directory)
 
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         location, whole = self.locations[name], self.shapes[name]
@@ -120,6 +120,30 @@ class HuggingFaceCheckpoint:
             rows = offset[0], offset[0] + shape[0]
             if a.shape != b.shape or not torch.equal(read_rows(a, *rows), read_rows(b, *rows)):
                 raise CheckpointError(f"{self.directory}: config.json ties {first} to {second}, but they differ")
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Return the files of the tokenizer in `directory`. Raises `CheckpointError` for a link to a file elsewhere: a copy
+    would give away a file of this machine that whoever made the directory only had to name.
+    """
+    found = [path for name in TOKENIZER_FILES if (path := directory / name).exists()]
+    around = _repository(directory.resolve())
+    for path in found:
+        if not (target := path.resolve()).is_relative_to(around):
+            raise CheckpointError(
+                f"{path} is a link to {target}, outside of {around}: replace it by a copy of the file"
+            )
+    return found
+
+
+def _repository(directory: Path) -> Path:
+    """Return the folder that has all files of `directory`. In the cache of the Hugging Face hub this is
+    models--OWNER--NAME: files of its snapshots/REVISION are links into its blobs.
+    """
+    for folder in directory.parents:
+        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+            return folder.parent
+    return directory
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -41,12 +41,15 @@ class ZeroConfig:
     """
 
     stage: int = 1
+    """What is sharded: 1, 2 or 3, as above."""
     bucket_size: int = 1 << 24
     """Number of elements whose gradients are reduced together, in an fp32 buffer."""
     offload: Offload = Offload.none
+    """Saves up to 12 bytes of device memory per parameter of a rank's shard, and costs time in each step."""
     nvme: str | None = None
     """A directory on a local disk, for offload=nvme."""
     offload_parameters: ParameterOffload = ParameterOffload.none
+    """For stage 3 only."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further keys of DeepSpeed's section `zero_optimization`. Stage 3 keeps up to 1e9 elements gathered between
     passes unless `stage3_max_live_parameters` or `stage3_max_reuse_distance` are set lower.

@@ -8,23 +8,52 @@ import re
 import subprocess
 import sys
 from ast import literal_eval
+from itertools import pairwise
 
 import pytest
 
 from core.config import build, load, plain
+from data.config import Undecodable
 from launch.cli import VERBS, main
 from launch.config import LaunchConfig, SlurmConfig
+from launch.help import describe
 from train.config import TrainConfig
 
 
+def keys_without_words(text: str) -> list[str]:
+    """Return the keys of a help text that no comment explains."""
+    lines = [*text.splitlines(), ""]
+    return [
+        line.partition("=")[0]
+        for line, below in pairwise(lines)
+        if re.match(r"[a-z][\w.]*=.*  \(.+\)$", line) and not below.startswith("    # ")
+    ]
+
+
 @pytest.mark.parametrize("name", VERBS)
-def test_help_has_every_key_of_a_verb(name, capsys):
+def test_help_has_every_key_of_a_verb_with_words(name, capsys):
     verb = VERBS[name]
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out
     module = importlib.import_module(f"launch.verbs.{verb.module or name}")
     for field in dataclasses.fields(getattr(module, verb.config)):
         assert re.search(rf"^{field.name}[.=]", text, re.MULTILINE), field.name
+    assert keys_without_words(text) == []
+
+
+@dataclasses.dataclass(frozen=True)
+class Documented:
+    size: int = 1
+    """Size in bytes."""
+    silent: int | None = None
+    policy: Undecodable = Undecodable.fail
+
+
+def test_a_field_without_a_docstring_is_noticed(tmp_path):
+    text = describe(Documented, {}, tmp_path, {})
+    assert "size=1  (int)\n    # Size in bytes.\n" in text
+    assert "\n    # Policy for bytes" in text, "the words of an enum explain a key"
+    assert keys_without_words(text) == ["silent"]
 
 
 def test_help_has_values_types_and_words(capsys):

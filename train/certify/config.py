@@ -28,7 +28,9 @@ class CertifyConfig:
     ranks: int = MAX_RANKS
     """Largest number of ranks. Each axis and pair of axes must fit; the certificate lists larger layouts as omitted."""
     steps: int = 3
+    """Optimizer steps that each layout trains and compares; from 2 to 20."""
     out: str = "certificate.json"
+    """File to write the certificate to."""
     cache: str = "~/.cache/leviathan"
     """Certificates are also stored here, where `train` looks for them."""
 

@@ -13,16 +13,20 @@ MOST_TOKENS = 10**6
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Continue a text. `run`: the directory of a run, of an imported model, or of a model in the Hugging Face format.
-    `temperature` 0 takes the most probable token. `top_k`: number of the most probable tokens to sample from.
-    """
+    """Continue a text."""
 
     run: str = "???"
+    """Directory of a run, an imported model, or a model in the Hugging Face format."""
     prompt: str = "def "
+    """Text to continue."""
     tokens: int = 100
+    """Largest number of tokens to generate. Generation ends earlier at the end-of-document token."""
     temperature: float = 0.7
+    """Divides the logits before sampling; 0: always take the most probable token."""
     top_k: int | None = 50
+    """Sample from this many of the most probable tokens; null: from all."""
     seed: int = 0
+    """Seed of the sampling. The same seed gives the same text."""
     backend: Backend | None = None
     """GEMM backend; null: as in training."""
     launch: dict[str, Any] = field(default_factory=dict)

@@ -39,13 +39,14 @@ class MuonScale(Enum):
 
 @dataclass(frozen=True)
 class MuonConfig:
-    """`lr` is the peak learning rate of Muon's matrices; null: the optimizer's, which suits scale=match_adamw. The
-    other scales need about 0.02. Weight decay is that of the optimizer.
-    """
+    """Settings of Muon's matrices. Weight decay is that of the optimizer."""
 
     lr: float | None = None
+    """Peak learning rate; null: the optimizer's, which suits scale=match_adamw. The other scales need about 0.02."""
     momentum: float = 0.95
+    """Decay per step of the running mean of gradients, in [0, 1)."""
     nesterov: bool = True
+    """Orthogonalise the momentum as it would be after the same gradient again."""
     steps: int = 5
     """Newton-Schulz iterations."""
     scale: MuonScale = MuonScale.match_adamw
@@ -68,6 +69,7 @@ class MuonConfig:
 
 class OptimizerKind(Enum):
     adamw = "adamw"
+    """AdamW (Loshchilov & Hutter 2019), with weight decay in proportion to the learning rate."""
     muon = "muon"
     """Muon for matrices between hidden states, AdamW for the rest: see `train.optim.muon`."""
     sgd = "sgd"
@@ -80,14 +82,17 @@ class Moments(Enum):
     float32 = "float32"
     """The moments have the dtype of the master weights, which is float32 by default."""
     bfloat16 = "bfloat16"
+    """Halves their memory. Needs `beta2` of at most 0.99."""
 
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """Settings of one role: a factor on the learning rate, and a weight decay (null: that of the optimizer)."""
+    """Settings of one role."""
 
     lr_scale: float = 1.0
+    """Factor on the learning rate; 0: the role is not trained."""
     weight_decay: float | None = None
+    """Weight decay of the role; null: the optimizer's."""
 
     def __post_init__(self) -> None:
         check_numbers(self, not_negative=("lr_scale", "weight_decay"))
@@ -98,8 +103,11 @@ class RoleConfig:
     """The hyperparameters of a role in this run."""
 
     lr: float
+    """Peak learning rate."""
     eps: float
+    """AdamW's epsilon."""
     weight_decay: float
+    """Weight decay."""
 
 
 @dataclass(frozen=True)
@@ -107,25 +115,33 @@ class Transferred:
     """Hyperparameters transferred from a base (`train.metap.hyperparameters`), which replace the optimizer's own."""
 
     beta2: float
+    """Decay of AdamW's second moment, which may depend on the batch."""
     roles: dict[str, RoleConfig]
+    """Hyperparameters by role."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """`lr` is the peak learning rate. `groups` is keyed by role (`embedding`, `router`, `expert_down`, ...). Norms have
-    no weight decay.
-    """
+    """The optimizer and its hyperparameters. Norms have no weight decay."""
 
     kind: OptimizerKind = OptimizerKind.adamw
+    """The update rule."""
     lr: float = 3e-3
+    """Peak learning rate, which `schedule` scales."""
     beta1: float = 0.9
+    """Decay per step of AdamW's first moment, in [0, 1)."""
     beta2: float = 0.95
+    """Decay per step of AdamW's second moment, in [0, 1)."""
     eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""
     weight_decay: float = 0.1
+    """Fraction of a weight that is subtracted per step, times the learning rate; 0: none."""
     moments: Moments = Moments.float32
+    """Dtype of the optimizer's moments."""
     muon: MuonConfig = field(default_factory=MuonConfig)
     """Used with kind=muon only."""
     groups: dict[str, GroupConfig] = field(default_factory=dict)
+    """Settings by role (`embedding`, `router`, `expert_down`, ...); the other roles have the settings above."""
     transferred: Transferred | None = None
     """Set by MetaP, not by the user. Null: the settings above apply to this run unchanged."""
 

@@ -31,8 +31,11 @@ class LRScheduleConfig:
     **options) and returns the factor for `step` (from 0) of `steps`. This is multiplied by the warmup factor.
     """
     warmup_steps: int = 0
+    """Steps over which the rate rises linearly from 0 to the peak; 0: none."""
     decay: float = 0.2
+    """For wsd: fraction of the steps, at the end, over which the rate falls; 0: it stays at the peak."""
     final: float = 0.0
+    """Rate at the last step as a fraction of the peak, for wsd and cosine."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of an imported function."""
 

@@ -67,6 +67,44 @@ def test_import_export_import_is_bit_identical(saved, tmp_path, name, capsys):
     assert after["eos_token_id"] == before["eos_token_id"] == 2
 
 
+@pytest.mark.parametrize("verb", ["import", "export"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json", "chat_template.jinja"])
+def test_a_link_to_a_file_elsewhere_is_not_copied(saved, tmp_path, capsys, verb, name):
+    source, secret, out = Path(shutil.copytree(saved["qwen3"], tmp_path / "in")), tmp_path / "secret", tmp_path / "out"
+    secret.write_text("secret")
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to("../secret")
+    assert main([verb, str(source), str(out), "check=never"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name} is a link to {secret}, outside of {source}: replace it by a copy" in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("layout", ["beside", "hub"])
+def test_links_inside_a_model_are_copied(saved, tmp_path, layout):
+    """`beside`: a link to a file in the same folder, which is reached by a link. `hub`: the cache of the hub."""
+    hub = tmp_path / "models--acme--small"
+    source = Path(shutil.copytree(saved["qwen3"], hub / "snapshots/0123" if layout == "hub" else tmp_path / "in"))
+    blob = hub / "blobs/ab12" if layout == "hub" else source / "ab12"
+    blob.parent.mkdir(exist_ok=True)
+    blob.write_text('{"kept": true}')
+    (source / "tokenizer.json").symlink_to("../../blobs/ab12" if layout == "hub" else "ab12")
+    (tmp_path / "link").symlink_to(source)
+    import_checkpoint(tmp_path / "link", tmp_path / "out", check=Check.never)
+    copy = tmp_path / "out" / TOKENIZER / "tokenizer.json"
+    assert copy.read_text() == '{"kept": true}' and not copy.is_symlink()
+
+
+@pytest.mark.parametrize("target", ["models--acme--other/blobs/ab12", "secret"])
+def test_a_link_out_of_a_repository_is_refused(saved, tmp_path, target):
+    source = Path(shutil.copytree(saved["qwen3"], tmp_path / "models--acme--small/snapshots/0123"))
+    (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / target).write_text("secret")
+    (source / "tokenizer.json").symlink_to(tmp_path / target)
+    with pytest.raises(CheckpointError, match=r"outside of .*models--acme--small: replace it"):
+        import_checkpoint(source, tmp_path / "out", check=Check.never)
+
+
 def test_what_was_not_compared_is_said_and_written_down(saved, tmp_path, capsys, monkeypatch):
     def checked(out: str, check: Check = Check.auto) -> str:
         import_checkpoint(saved["maverick"], tmp_path / out, check=check)
