@@ -1,0 +1,153 @@
+"""Kills at random moments, lost folders, full and read-only disks, and clocks that jump: the losses stay the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.support.drills import STARTED, STEPS, TWO_RANKS, ended, figures, has_step, ranks_of, start, wait_for
+
+pytestmark = pytest.mark.slow
+KILLS = 20
+FAKETIME = [path for path in Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+    STARTED.clear()
+
+
+@pytest.fixture(scope="module")
+def words(small_corpus) -> list[str]:
+    return [*small_corpus, *TWO_RANKS, "run.name=x", "checkpoint.every=3"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(words, tmp_path_factory) -> dict[int, tuple[float, float]]:
+    """Return the losses and gradient norms of a run that nothing disturbs, by step."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    ended(start(words, root))
+    return figures(root / "runs" / "x")
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """Return a function that mounts a memory disk with the given options, or remounts it."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        again = ["-o", "remount"] if os.path.ismount(place) else []
+        line = ["mount", "-t", "tmpfs", *again, "-o", options, "tmpfs", str(place)]
+        done = subprocess.run(line, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+        return place
+
+    yield mount
+    if os.path.ismount(place):
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_twenty_kills_at_random_moments_change_nothing(words, undisturbed, tmp_path):
+    """The moments fall into steps and saves alike: a checkpoint is saved every third step."""
+    draw, run = random.Random(0), tmp_path / "runs" / "x"
+    process = start([*words, f"launch.restarts={KILLS}"], tmp_path)
+    for number in range(KILLS):
+        wait_for(has_step(run, 4 * number + 1), process)
+        time.sleep(draw.uniform(0, 0.3))
+        os.kill(draw.choice(ranks_of(process)), signal.SIGKILL)
+        wait_for(lambda number=number: (run / "log.txt").read_text().count("resuming from") > number, process)
+    errors = ended(process)
+    assert errors.count("was ended by SIGKILL") >= KILLS
+    assert figures(run) == undisturbed and len(undisturbed) == STEPS
+
+
+def test_a_killed_launcher_is_started_again_and_nothing_changes(words, undisturbed, tmp_path):
+    run = tmp_path / "runs" / "x"
+    for step in (10, 40, 70):
+        process = start([*words, "launch.restarts=1"], tmp_path)
+        wait_for(has_step(run, step), process)
+        process.kill()
+        process.wait()
+    ended(start([*words, "launch.restarts=1"], tmp_path))  # waits for the lock that the last ranks still hold
+    assert figures(run) == undisturbed
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "logs", "."])
+def test_a_folder_removed_while_it_runs_is_one_line_at_most(words, undisturbed, tmp_path, lost):
+    run = tmp_path / "runs" / "x"
+    process = start(words, tmp_path)
+    wait_for(has_step(run, 30), process)
+    shutil.rmtree(run / lost)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode in (0, 1) and "Traceback" not in output + errors
+    assert sum(line.startswith("leviathan: error:") for line in errors.splitlines()) == process.returncode, errors
+    if process.returncode == 0:
+        assert [figure for step, figure in figures(run).items() if step > 31] == list(undisturbed.values())[31:]
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(words, undisturbed, disk):
+    """A checkpoint of this model has 1.4 MB. The disk fills up, and is then enlarged."""
+    root = disk("size=12m")
+    filler = root / "filler"
+    process = start([*words, f"run.root={root}"], root.parent)
+    wait_for(has_step(root / "x", 20), process)
+    with suppress(OSError):
+        filler.write_bytes(b"0" * 12_000_000)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 1 and "no space" in (output + errors).lower() and "Traceback" not in output + errors
+    filler.unlink(missing_ok=True)
+    disk("size=100m")
+    ended(start([*words, f"run.root={root}"], root.parent))
+    kept = figures(root / "x")
+    assert kept and {step: undisturbed[step] for step in kept} == kept and STEPS in kept
+    assert json.loads((root / "x" / "summary.json").read_text())["steps"] == STEPS
+
+
+def test_a_disk_that_turns_read_only_is_told_and_nothing_is_lost(words, undisturbed, disk):
+    root = disk("size=100m")
+    process = start([*words, f"run.root={root}"], root.parent)
+    wait_for(has_step(root / "x", 20), process)
+    subprocess.run(["mount", "-o", "remount,ro,force", str(root)], capture_output=True)
+    disk("ro")
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 1 and "read-only" in (output + errors).lower() and "Traceback" not in output + errors
+    disk("rw")
+    ended(start([*words, f"run.root={root}"], root.parent))
+    kept = figures(root / "x")
+    assert {step: undisturbed[step] for step in kept} == kept and STEPS in kept
+
+
+@pytest.mark.skipif(not FAKETIME, reason="needs libfaketime (Debian: apt install faketime)")
+def test_a_clock_that_jumps_changes_nothing(words, undisturbed, tmp_path, monkeypatch):
+    clock = tmp_path / "clock"
+    clock.write_text("+0\n")
+    for name, value in {
+        "LD_PRELOAD": str(FAKETIME[0]),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    run = tmp_path / "runs" / "x"
+    process = start(words, tmp_path)
+    for step, jump in ((15, "-1d"), (40, "+400d"), (70, "-3600")):
+        wait_for(has_step(run, step), process)
+        clock.write_text(f"{jump}\n")
+    ended(process)
+    assert figures(run) == undisturbed
