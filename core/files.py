@@ -114,9 +114,16 @@ def write_all(file: Any, content: memoryview) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the content of `path` atomically and durably. On `OSError` the old file stays."""
+    """Replace the content of `path` atomically and durably. On `OSError` the old file stays.
+
+    What is in the place of a file, such as `/dev/stdout` or a pipe, is written to and not replaced.
+    """
     if not is_local(path):
         path.write_bytes(content)
+        return
+    if path.exists() and not path.is_file():
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb") as file:
+            file.write(content)
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,20 @@ def test_digests(tmp_path):
     (tmp_path / "x").write_bytes(b"abc" * 500_000)
     assert sha256_file(tmp_path / "x") == hashlib.sha256(b"abc" * 500_000).hexdigest()
     assert sha256_text("ab", "c") != sha256_text("a", "bc")
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="No such device"):
+        write_bytes(pipe, b"nobody reads")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_bytes(pipe, b"text")
+    assert os.read(reader, 10) == b"text" and not pipe.is_file()
+    os.close(reader)
+    (tmp_path / "link").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_bytes(tmp_path / "link", b"text")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_bytes(tmp_path / "folder", b"text")
