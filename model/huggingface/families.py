@@ -246,11 +246,13 @@ def _read_llama4(config: Json) -> ModelConfig:
     rotated = config.get("no_rope_layers") or [int((index + 1) % interval != 0) for index in range(count)]
     if not isinstance(rotated, list) or len(rotated) != count or any(turned not in (0, 1) for turned in rotated):
         raise ConfigError("config.json no_rope_layers", None, f"must say 0 or 1 for each of {count} layers")
+    chunk = None if config.get("attention_chunk_size", 0) is None else _integer(config, "attention_chunk_size", 8192)
+    if config.get("layer_types") == (full := ["full_attention"] * count):
+        chunk = None  # no layer uses the size
     derived = ["chunked_attention" if turned else "full_attention" for turned in rotated]
-    if (config.get("layer_types") or derived) != derived:
+    if config.get("layer_types") not in (None, derived, full):
         raise ConfigError("config.json layer_types", None, "contradict no_rope_layers")
     norm = bool(config.get("use_qk_norm", True))
-    chunk = None if config.get("attention_chunk_size", 0) is None else _integer(config, "attention_chunk_size", 8192)
     tuned = bool(config.get("attn_temperature_tuning", True))  # the first published files have 4 instead of true
     layers = [
         LayerConfig(
@@ -277,7 +279,10 @@ def _read_llama4(config: Json) -> ModelConfig:
 def _write_llama4(model: ModelConfig) -> dict[str, Any]:
     layers = model.blocks
     rotated = [layer for layer in layers if layer.rope]
+    chunk = rotated[0].attention_chunk_size if rotated else None
     return {
+        # without types, transformers takes layers with rotary positions as chunked
+        **({} if chunk else {"layer_types": ["full_attention"] * len(layers)}),
         "intermediate_size": model.expert_hidden_size,
         "intermediate_size_mlp": model.dense_hidden_size,
         "num_local_experts": model.num_experts,
@@ -285,7 +290,7 @@ def _write_llama4(model: ModelConfig) -> dict[str, Any]:
         "interleave_moe_layer_step": 1,
         "moe_layers": [index for index, layer in enumerate(layers) if layer.feed_forward is FeedForward.moe],
         "no_rope_layers": [int(layer.rope) for layer in layers],
-        "attention_chunk_size": rotated[0].attention_chunk_size if rotated else None,
+        "attention_chunk_size": chunk or 8192,  # transformers 5.23 wants a size even if no layer uses it
         "use_qk_norm": any(layer.qk_norm is QKNorm.weightless for layer in rotated),
         "attn_temperature_tuning": any(layer.temperature for layer in layers),
         "floor_scale": int(model.temperature_floor),

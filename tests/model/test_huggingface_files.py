@@ -183,7 +183,7 @@ DAMAGE = {
     "index": (lambda d: (d / INDEX).write_text("{"), "is not an index of shards"),
     "pickle": (pickled, "pickle files"),
     "config": (lambda d: (d / "config.json").write_text("["), "is not JSON"),
-    "layer_types": (lambda d: edit_config(d, layer_types=["full_attention"] * 4), "contradict no_rope_layers"),
+    "layer_types": (lambda d: edit_config(d, layer_types=["chunked_attention"] * 4), "contradict no_rope_layers"),
     "interval": (lambda d: edit_config(d, no_rope_layers=None, no_rope_layer_interval=0), "has an invalid value"),
     "short_list": (lambda d: edit_config(d, no_rope_layers=[1, 1], layer_types=None), "0 or 1 for each of 4 layers"),
     "list_of_layers": (lambda d: edit_config(d, no_rope_layers=[0, 1, 2, 3]), "0 or 1 for each of 4 layers"),
