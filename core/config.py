@@ -34,6 +34,7 @@ from core.overrides import escaped, parse
 from core.renamed import new_value, old_fields
 
 T = TypeVar("T")
+_NO_VALUE = "has no value: give one"
 LARGEST = 2**63 - 1
 """Largest whole number of a configuration: what an int64 holds."""
 
@@ -255,8 +256,10 @@ def _check_shape(kind: Any, value: Any, path: str) -> None:
             if name in hints:
                 _check_shape(hints[name], part, f"{path}.{name}" if path else name)
         return
+    if value == "???":  # OmegaConf would take the default
+        raise ConfigError(path, None, _NO_VALUE)
     origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType) or kind is Any or value is None or value == "???":
+    if origin in (typing.Union, types.UnionType) or kind is Any or value is None:
         return
     wanted = dict if dataclasses.is_dataclass(kind) or origin is dict else list if origin is list else None
     if wanted is dict and not isinstance(value, dict) and not hasattr(kind, "SHORTHAND"):
@@ -323,6 +326,10 @@ def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
                 key, value if value is not None else "null", "is a group of keys; set one of them", inner
             )
         reason = "must not be null" if value is None else reason
+    if reason.startswith("Missing mandatory value"):
+        owner = key.rpartition(".")[0]
+        is_entry = typing.get_origin(_kind_at(schema, owner.rpartition(".")[0])) is dict
+        return ConfigError(key, None, _NO_VALUE, [f"~{owner} to leave it out"] if is_entry else [])
     if (new := new_value(_kind_at(schema, key), value)) is not None:
         return RenamedKeyError(key, str(value), f"was renamed to {new}")
     return ConfigError(key, value if isinstance(value, str | int | float) else None, reason)

@@ -63,13 +63,18 @@ class ConfigError(LeviathanError):
     def __str__(self) -> str:
         advice = ""
         if self.legal:
-            *most, last = map(str, self.legal)
+            *most, last = map(_shown, self.legal)
             advice = f"; try {', '.join(most)} or {last}" if most else f"; try {last}"
-        shown = "" if self.value is None else f"={getattr(self.value, 'value', self.value)}"
+        shown = "" if self.value is None else f"={_shown(self.value)}"
         if len(shown) > LONGEST_SHOWN:
             shown = f"{shown[:LONGEST_SHOWN]}..."
         name = f"{self.key}{shown}: " if self.key or shown else ""
         return f"{name}{self.reason}{advice}"
+
+
+def _shown(value: object) -> str:
+    """Return a value as the user types it."""
+    return str(value).lower() if isinstance(value, bool) else str(getattr(value, "value", value))
 
 
 class RenamedKeyError(ConfigError):
