@@ -28,7 +28,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from core.errors import CheckpointError, one_line
+from core.errors import CheckpointError, OneLineError, one_line
 from core.files import read_json, write_bytes, write_json
 from train.run_directory import MARKER
 
@@ -55,7 +55,7 @@ _MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 T = TypeVar("T")
 
 
-class Damaged(Exception):
+class Damaged(OneLineError):
     """The files of a checkpoint differ from what was written. The message is one line."""
 
 

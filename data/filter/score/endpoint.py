@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from core.errors import ConfigError, LeviathanError
+from core.errors import ConfigError, LeviathanError, OneLineError
 from core.files import sha256_text
 
 LONGEST_BACKOFF_S = 60.0
@@ -27,7 +27,7 @@ LARGEST_ANSWER_BYTES = 4 << 20
 _EXCERPT = 200
 
 
-class UnusableAnswer(Exception):
+class UnusableAnswer(OneLineError):
     """No score can be read from an answer. The message is a short reason."""
 
 
