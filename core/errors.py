@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-
 LONGEST_SHOWN, LONGEST_LINE = 200, 3000
 """Characters of a value, and of a whole message, that are shown."""
 

@@ -16,11 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import ConfigError, DataError
-from core.files import new_directory, sha256_file, sha256_text, write_json
+from core.errors import ConfigError, DataError, UnreadableFileError
+from core.files import new_directory, read_json, sha256_file, sha256_text, write_json
 from data.config import TokenizerConfig, TokenizerKind
 
 _DESCRIPTION = "tokenizer_source.json"
+MOST_TOKENS = 10_000_000
+"""Largest accepted size of a vocabulary. A larger one means a damaged file, whose tables would use up the memory."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -60,7 +62,11 @@ class JsonTokenizer:
         self._library.no_padding()
         self._library.post_processor = None  # the corpus writer adds BOS and EOS
         self._path, self.bos, self.eos = path, bos, eos
-        self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if self.vocab_size > MOST_TOKENS:
+            raise DataError(
+                f"{path} has the id {self.vocab_size - 1:,}; the largest possible id is {MOST_TOKENS - 1:,}"
+            )
         self.bos_id, self.eos_id = (self._id(token, key) for token, key in ((bos, "bos"), (eos, "eos")))
         self.fingerprint = sha256_text("json", sha256_file(path), bos, eos)
 
@@ -75,7 +81,7 @@ class JsonTokenizer:
         (`<0x0A>`, "▁" for a space). Other vocabularies are decoded token by token, which may miss the spaces between
         words.
         """
-        decoder = json.dumps(json.loads(self._path.read_text()).get("decoder"))
+        decoder = json.dumps(self.content().get("decoder"))
         added = self._library.get_added_tokens_decoder()
         sizes = np.zeros(self.vocab_size, np.int64)
         for token, index in self._library.get_vocab(with_added_tokens=True).items():
@@ -94,7 +100,7 @@ class JsonTokenizer:
         write_json(directory / _DESCRIPTION, {"kind": "tokenizer_json", "bos": self.bos, "eos": self.eos})
 
     def content(self) -> dict[str, Any]:
-        return json.loads(self._path.read_text())
+        return read_json(self._path, {})
 
     def _id(self, token: str, key: str) -> int:
         found = self._library.token_to_id(token)
@@ -178,8 +184,8 @@ def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
 def vocabulary_of_file(path: Path) -> str | None:
     """Return the `vocabulary_fingerprint` of a `tokenizer.json`, or None if it cannot be read."""
     try:
-        return _vocabulary(json.loads(path.read_text()))
-    except (OSError, ValueError, AttributeError):
+        return _vocabulary(read_json(path, {}))
+    except (OSError, UnreadableFileError):
         return None
 
 
@@ -195,13 +201,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if not path.exists():
         raise DataError(f"{directory} holds no tokenizer ({_DESCRIPTION} is missing)")
     try:
-        description = json.loads(path.read_text())
+        description = read_json(path, {"kind": str, "bos": str, "eos": str, "pattern?": str, "special_tokens?": int})
         kind = TokenizerKind[description.pop("kind")]
         if kind is TokenizerKind.tiktoken:
             file = directory / "tokenizer.model"
             return TiktokenTokenizer(file, TokenizerConfig(kind=kind, path=str(file), **description))
         return JsonTokenizer(directory / "tokenizer.json", description["bos"], description["eos"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"the tokenizer in {path} cannot be read ({type(error).__name__}: {error})") from None
 
 

@@ -19,7 +19,7 @@ import yaml
 from core.config import absolute, build, differences, plain
 from core.errors import ConfigError, LeviathanError, RenamedKeyError, UnreadableFileError
 from core.exit_codes import CRASHED
-from core.files import locate, read_json, write_text
+from core.files import locate, misfit, parse_json, read_json, write_text
 from core.yaml_file import read_yaml
 from train.config import TrainConfig, phases
 from train.metap.hyperparameters import without_derived
@@ -130,15 +130,15 @@ class RunDirectory:
     def is_summed_up(self, steps: int) -> bool:
         """Return whether summary.json covers `steps` steps. A summary of fewer steps is older than an added phase."""
         try:
-            return self.summary.exists() and read_json(self.summary)["steps"] == steps
-        except (ValueError, TypeError, KeyError):
+            return self.summary.exists() and read_json(self.summary, {"steps": int})["steps"] == steps
+        except UnreadableFileError:
             return False
 
     def trim_metrics(self, step: int) -> None:
         """Remove the logged lines of steps after `step`, from which the run resumes."""
         for path, key, last in ((self.metrics, "step", step), (self.online, "first_step", step - 1)):
             if path.exists():
-                kept = [line for line in read_lines(path) if line[key] <= last]
+                kept = [line for line in read_lines(path, {key: int}) if line[key] <= last]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _try_writing(self, elsewhere: str | None) -> None:
@@ -226,14 +226,16 @@ def write_config(path: Path, config: TrainConfig) -> None:
     write_text(path, yaml.safe_dump(plain(config), sort_keys=False))
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete JSON lines of a file, if it exists. Truncated lines (a kill, a full disk) are dropped."""
+def read_lines(path: Path, shape: Any = None) -> Iterator[dict[str, Any]]:
+    """Yield the JSON lines of a file, if it exists, that have a shape (`core.files.misfit`; None: any keys). Others are
+    dropped: lines of another kind, and those that a kill or a full disk has truncated.
+    """
     for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+            line = parse_json(text)
+        except ValueError:
             continue
-        if isinstance(line, dict):
+        if not misfit(line, {} if shape is None else shape):
             yield line
 
 

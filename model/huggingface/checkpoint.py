@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import CheckpointError, ConfigError
+from core.errors import CheckpointError, ConfigError, UnreadableFileError
+from core.files import read_json
 from model.huggingface.families import read_config
 from model.huggingface.files import TensorEntry, open_directory, read_rows
 from model.huggingface.locations import Location, locations
@@ -128,9 +128,6 @@ def _parse(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path.parent} has no config.json")
     try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return config
+        return read_json(path, {})
+    except UnreadableFileError as error:
+        raise CheckpointError(str(error)) from error

@@ -41,7 +41,9 @@ def main(minutes: float, word: str = "") -> int:
 def _pytest(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "HYPOTHESIS": "fuzz", "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run([*command, *(() if "::" in arguments[0] else ("tests/fuzz",))], env=variables, capture_output=True, text=True)
+    return subprocess.run(
+        [*command, *(() if "::" in arguments[0] else ("tests/fuzz",))], env=variables, capture_output=True, text=True
+    )
 
 
 if __name__ == "__main__":

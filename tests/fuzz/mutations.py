@@ -32,9 +32,53 @@ HOSTILE = [
     *([], {}, [[]], [None], {"": None}, [0, 0], [-1], [1e9], ["a"], [2**62, 2**62, 2**62], {"text": {}}),
 ]
 FRAGMENTS = [
-    *(b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\n", b"\r", b"\x1b[2J", b"\xe2\x80\xa8", b"\x85", b"\t", b" "),
-    *(b'"', b"'", b"\\", b"\\ud800", b"{", b"}", b"[", b"]", b"(", b")", b",", b":", b"=", b"-", b"+", b"~", b"#", b"${"),
-    *(b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b"null", b"true", b"&a ", b"*a ", b"!!", b"<<: "),
+    *(
+        b"\0",
+        b"\xff",
+        b"\xed\xa0\x80",
+        b"\xef\xbb\xbf",
+        b"\n",
+        b"\r",
+        b"\x1b[2J",
+        b"\xe2\x80\xa8",
+        b"\x85",
+        b"\t",
+        b" ",
+    ),
+    *(
+        b'"',
+        b"'",
+        b"\\",
+        b"\\ud800",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b"(",
+        b")",
+        b",",
+        b":",
+        b"=",
+        b"-",
+        b"+",
+        b"~",
+        b"#",
+        b"${",
+    ),
+    *(
+        b"NaN",
+        b"-Infinity",
+        b"1e999",
+        b"9" * 5000,
+        b"[" * 3000,
+        b'{"a":' * 3000,
+        b"null",
+        b"true",
+        b"&a ",
+        b"*a ",
+        b"!!",
+        b"<<: ",
+    ),
 ]
 
 
@@ -46,7 +90,9 @@ def text() -> st.SearchStrategy[str]:
 def hostile() -> st.SearchStrategy[Any]:
     """Values that a file should not have where it has others."""
     wild = st.sampled_from(HOSTILE) | st.integers() | st.floats() | text()
-    return st.one_of(wild, wild, st.lists(wild, max_size=3), st.dictionaries(text(), wild, max_size=2)).map(copy.deepcopy)
+    return st.one_of(wild, wild, st.lists(wild, max_size=3), st.dictionaries(text(), wild, max_size=2)).map(
+        copy.deepcopy
+    )
 
 
 @st.composite

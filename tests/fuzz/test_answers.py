@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from unittest.mock import Mock
 
 import httpx
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from core.errors import LeviathanError
 from data.filter.config import ScorerConfig, ScorerKind
@@ -16,11 +18,13 @@ from data.filter.input.records import Record
 from data.filter.score.endpoint import LONGEST_RETRY_AFTER_S, Endpoint, UnusableAnswer, _retry_after_s
 from data.filter.score.judge import JudgeScorer, parse_difficulty
 from data.filter.score.pass_rate import PassRateScorer
+from data.filter.score.requests import AnswerCache
 from tests.fuzz.mutations import files, hostile, json_files, reads_or_refuses
 
 RECORD = Record("1", "all", "a:1", "prompt answer", 7)
 ANSWER = {"choices": [{"index": 0, "message": {"role": "assistant", "content": '{"difficulty": 3}'}}]}
 URL = "http://localhost:1/v1"
+ENDPOINT = Endpoint(URL, "m", "NO_SUCH_KEY")
 
 
 @given(json_files({"difficulty": 3}))
@@ -31,8 +35,7 @@ def test_any_answer_of_a_judge_is_a_grade_or_unusable(content):
 
 @given(json_files(ANSWER), st.sampled_from([200, 200, 200, 400, 401, 404, 422]))
 def test_any_response_is_text_or_unusable(content, status):
-    endpoint = Endpoint(URL, "m", "NO_SUCH_KEY")
-    found = reads_or_refuses(lambda: endpoint._content(status, content), UnusableAnswer, LeviathanError)
+    found = reads_or_refuses(lambda: ENDPOINT._content(status, content), UnusableAnswer, LeviathanError)
     assert found is None or isinstance(found, str)
 
 
@@ -46,21 +49,32 @@ def test_any_retry_after_is_a_wait_or_ignored(content):
     assert found is None or 0 <= found <= LONGEST_RETRY_AFTER_S
 
 
-@pytest.fixture(scope="module")
-def judge() -> ScorerConfig:
-    return ScorerConfig(kind=ScorerKind.judge, url=URL, judge="m", retries=0)
+JUDGE = JudgeScorer(ScorerConfig(kind=ScorerKind.judge, url=URL, judge="m", retries=0), Path("none"))
+JUDGE.endpoint.endpoint.complete = lambda *_, **__: '{"difficulty": 4}'
 
 
-@given(st.data())
-def test_any_cached_answer_is_a_score_or_asked_again(place, judge, data):
+@given(json_files({"key": next(iter(JUDGE.requests(RECORD))), "answer": 3}))
+def test_any_cached_answer_is_a_score_or_asked_again(place, content):
     folder = place / "answers"
     folder.mkdir(exist_ok=True)
-    (key,) = JudgeScorer(judge, folder).requests(RECORD)
-    (folder / "a.jsonl").write_bytes(data.draw(json_files({"key": key, "answer": 3})) + b"\n")
-    scorer = JudgeScorer(judge, folder)
-    scorer.endpoint.endpoint.complete = lambda *_, **__: '{"difficulty": 4}'
-    score = reads_or_refuses(lambda: scorer.score([RECORD]))
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "a.jsonl").write_bytes(content + b"\n")
+
+    def again() -> NDArray[np.float64]:
+        JUDGE.endpoint.cache = AnswerCache(folder)
+        return JUDGE.score([RECORD])
+
+    score = reads_or_refuses(again)
     assert score is not None and score[0] in (1, 2, 3, 4, 5)
+
+
+PASS_RATE = ScorerConfig(kind=ScorerKind.pass_rate, url=URL, judge="m", verifier=f"{__name__}:verify", samples=1)
+
+
+@pytest.fixture(scope="module")
+def pass_rate(place):
+    return PassRateScorer(PASS_RATE, place / "none")
 
 
 def verify(record: Record, answer: str) -> object:
@@ -71,9 +85,7 @@ VERDICTS: list[object] = []
 
 
 @given(hostile() | st.just(np.True_))
-def test_any_verdict_is_a_score_or_unusable(place, verdict):
-    config = ScorerConfig(kind=ScorerKind.pass_rate, url=URL, judge="m", verifier=f"{__name__}:verify", samples=1)
-    scorer = PassRateScorer(config, place / "none")
+def test_any_verdict_is_a_score_or_unusable(pass_rate, verdict):
     VERDICTS[:] = [verdict]
-    found = reads_or_refuses(lambda: scorer.score_from(RECORD, ["b"]), UnusableAnswer)
+    found = reads_or_refuses(lambda: pass_rate.score_from(RECORD, ["b"]), UnusableAnswer)
     assert found in (None, 0, 1)

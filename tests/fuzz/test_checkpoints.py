@@ -22,7 +22,15 @@ from train.checkpoint.state import TensorShard
 from train.run_directory import MARKER
 
 SHARDS = "rank_0.bin"
-STATE = {"step": 100, "tokens": 9, "corpus": "c", "vocabulary": "v", "settings": {}, "layout": {}, "callbacks": {"a": {}}}
+STATE = {
+    "step": 100,
+    "tokens": 9,
+    "corpus": "c",
+    "vocabulary": "v",
+    "settings": {},
+    "layout": {},
+    "callbacks": {"a": {}},
+}
 
 
 def state() -> list[TensorShard]:
@@ -83,7 +91,10 @@ def test_any_checkpoint_is_read_or_refused(checkpoint, name):
     check()
 
 
-DESCRIBED = {"model": plain(ModelConfig()), "origin": {"family": "llama", "checked": "no", "config": {"eos_token_id": 2}}}
+DESCRIBED = {
+    "model": plain(ModelConfig()),
+    "origin": {"family": "llama", "checked": "no", "config": {"eos_token_id": 2}},
+}
 
 
 @given(json_files(DESCRIBED))

@@ -13,14 +13,19 @@ from core.files import read_json, read_text
 from core.overrides import expand, parse
 from core.yaml_file import read_yaml
 from launch.metap.transfer import read_base
-from tests.fuzz.mutations import damaged, files, hostile, json_bytes, json_files, reads_or_refuses, spoiled
+from tests.fuzz.mutations import files, hostile, json_bytes, json_files, reads_or_refuses, spoiled
 from train.config import TrainConfig
 from train.metap.hyperparameters import as_base
 from train.run_directory import read_config
 
 GROUPS = {"model": ["tiny", "small"], "data": ["files"]}
 OVERRIDES = [
-    *("optimizer.lr=3e-4", "+data.sources.web={kind: files, path: '/x y', weight: 0.5}", "model=tiny", "~data.sources.a"),
+    *(
+        "optimizer.lr=3e-4",
+        "+data.sources.web={kind: files, path: '/x y', weight: 0.5}",
+        "model=tiny",
+        "~data.sources.a",
+    ),
     *("a=1,2,3", "a=range(0,4)", "a='it''s'", 'a="b"', "a=[1,[2,{b:3}]]", "++a.b@c=null", "run.name=<s>", "a=${b}"),
     *("a=choice(1,2)", "a=shuffle(1,2)", "a=tag(x,1)", "a=sort(3,1)", "a=int(x)", "a=glob(*)", "a=interval(0,1)"),
 ]
@@ -54,7 +59,9 @@ def test_any_override_is_parsed_or_refused(content, sweeps):
         break
 
 
-@given(st.sampled_from(["a", "lr", "on", "name", "many", "leaf", "leaf.path", "leaves", "leaves.b", "b", ""]), hostile())
+@given(
+    st.sampled_from(["a", "lr", "on", "name", "many", "leaf", "leaf.path", "leaves", "leaves.b", "b", ""]), hostile()
+)
 def test_any_value_of_a_key_is_parsed_or_refused(key, value):
     word = f"{key}={value}" if isinstance(value, str) else f"{key}={json_bytes(value).decode()}"
     reads_or_refuses(lambda: load("mixed", Mixed, [word]), ConfigError)
@@ -68,7 +75,15 @@ def test_any_file_is_text_yaml_or_json_or_refused(place, content):
         reads_or_refuses(lambda read=read: read(path), UnreadableFileError)
 
 
-MIXED = {"a": 2, "lr": 0.5, "on": True, "name": "y", "many": ["b"], "leaf": {"path": "z"}, "leaves": {"w": {"path": "v"}}}
+MIXED = {
+    "a": 2,
+    "lr": 0.5,
+    "on": True,
+    "name": "y",
+    "many": ["b"],
+    "leaf": {"path": "z"},
+    "leaves": {"w": {"path": "v"}},
+}
 
 
 @given(spoiled(MIXED))
@@ -80,7 +95,9 @@ def test_any_plain_values_are_built_or_refused(values):
 
 def sections(tree: dict) -> st.SearchStrategy[dict]:
     """One or two sections of a configuration: reading all of them takes most of the time."""
-    return st.sets(st.sampled_from(sorted(tree)), min_size=1, max_size=2).map(lambda names: {k: tree[k] for k in sorted(names)})
+    return st.sets(st.sampled_from(sorted(tree)), min_size=1, max_size=2).map(
+        lambda names: {k: tree[k] for k in sorted(names)}
+    )
 
 
 RUN = load("train", TrainConfig, ["hparam=none", "+phases=[{name: b, steps: 4}]"])

@@ -23,7 +23,15 @@ from data.sources import FileSource
 from tests.fuzz.mutations import files, hostile, json_bytes, json_files, reads_or_refuses, spoiled
 
 CHAT = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
-ROW = {"id": 7, "domain": "x", "text": "a b c d", "prompt": "a b", "response": "c d", "messages": CHAT, "n": [1.5, None]}
+ROW = {
+    "id": 7,
+    "domain": "x",
+    "text": "a b c d",
+    "prompt": "a b",
+    "response": "c d",
+    "messages": CHAT,
+    "n": [1.5, None],
+}
 LINES = b"".join(json_bytes({**ROW, "id": number}) + b"\n" for number in range(3))
 KEYS = [
     InputConfig(input="x"),

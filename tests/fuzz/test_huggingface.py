@@ -20,7 +20,13 @@ from tests.fuzz.mutations import files, json_bytes, json_files, reads_or_refuses
 SCALED = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 COMMON: dict[str, Any] = {
     **{"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
-    **{"head_dim": 16, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False, "intermediate_size": 32},
+    **{
+        "head_dim": 16,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "intermediate_size": 32,
+    },
     "rope_parameters": {**SCALED, "original_max_position_embeddings": 64},
 }
 LLAMA4 = {

@@ -23,7 +23,14 @@ STEP = {
 }
 HELD_OUT = {"step": 1, "heldout_loss": 5.0, "heldout": {"text": {"loss": 5.0}}}
 SUMMARY = {
-    **{"steps": 2, "heldout_loss": 5.0, "bigram_loss": 4.0, "unigram_loss": 6.0, "total_parameters": 9, "world_size": 1},
+    **{
+        "steps": 2,
+        "heldout_loss": 5.0,
+        "bigram_loss": 4.0,
+        "unigram_loss": 6.0,
+        "total_parameters": 9,
+        "world_size": 1,
+    },
     "heldout": {"bits_per_byte": 2.0, "sources": {"text": {"loss": 5.0}}},
 }
 WINDOW = {"first_step": 0, "rows": [1, 2, 3]}
@@ -35,12 +42,17 @@ def run(place):
     made = config(place, "run")
     (place / "run").mkdir()
     write_config(place / "run" / "config.yaml", made)
-    return RunDirectory(place / "run")
+    with pytest.MonkeyPatch.context() as patch:  # reading it takes a tenth of a second
+        patch.setattr("train.report.run.load_config", lambda _: made)
+        patch.setattr("launch.slurm.submit.read_config", lambda _: made)
+        yield RunDirectory(place / "run")
 
 
 LOGGED = st.one_of(
     files(b"\n".join(LINES)),
-    st.lists(st.sampled_from((STEP, STEP, HELD_OUT, WINDOW)).flatmap(json_files), min_size=1, max_size=3).map(b"\n".join),
+    st.lists(st.sampled_from((STEP, STEP, HELD_OUT, WINDOW)).flatmap(json_files), min_size=1, max_size=3).map(
+        b"\n".join
+    ),
 )
 
 

@@ -19,6 +19,21 @@ SPIKE = 1.5
 UNEVEN = 4.0
 """A warning is given if an expert's load at the last logged step exceeds the mean load by more than this factor."""
 
+_OPTIONAL = (float, None)
+_PER_LAYER = ("router_entropy", "router_z")
+_STEP = {
+    **{"step": int, "loss": float, "tokens": int},
+    **dict.fromkeys(("learning_rate?", "gradient_norm?", "tokens_per_second?", "peak_memory_bytes?"), _OPTIONAL),
+    **{f"{key}?": [float] for key in _PER_LAYER},
+    "expert_load?": [{"max_over_mean": float, "dead": int, str: float}],
+}
+_HELD_OUT = {"step": int, "heldout_loss": float, "heldout": {str: {"loss": float}}}
+_SUMMARY = {
+    **dict.fromkeys(("heldout_loss?", "bigram_loss?", "unigram_loss?", "tokens_per_second?"), _OPTIONAL),
+    **dict.fromkeys(("peak_memory_bytes?", "total_parameters?", "active_parameters?", "world_size?"), (int, None)),
+    "heldout?": (None, {"bits_per_byte?": _OPTIONAL, "sources?": {str: {"loss": float}}}),
+}
+
 
 class RunData:
     """Configuration, metrics, summary and log of one run.
@@ -33,13 +48,11 @@ class RunData:
             raise ConfigError("runs", str(directory), error.reason) from None
         self.directory, self.name = directory, directory.resolve().name
         metrics, summary, log = (directory / name for name in ("metrics.jsonl", "summary.json", "log.txt"))
-        logged = list(read_lines(metrics))
-        self.lines = [line for line in logged if "loss" in line]
-        self.held_out = [line for line in logged if "heldout_loss" in line]
+        self.lines, self.held_out = list(read_lines(metrics, _STEP)), list(read_lines(metrics, _HELD_OUT))
         if not self.lines:
             reason = f"has logged no step yet (one in {self.config.logging.every} is logged)"
             raise ConfigError("runs", str(directory), reason)
-        self.summary: dict[str, Any] = read_json(summary) if summary.exists() else {}
+        self.summary: dict[str, Any] = read_json(summary, _SUMMARY) if summary.exists() else {}
         self.log = log.read_text(errors="replace").splitlines() if log.exists() else []
 
     @property
@@ -64,13 +77,23 @@ class RunData:
     @property
     def layer_steps(self) -> list[int]:
         """Logged steps with metrics of MoE layers."""
-        return [line["step"] for line in self.lines if "expert_load" in line]
+        return [line["step"] for line in self._routed]
 
     def by_layer(self, key: str) -> list[list[float]]:
         """Return, for each MoE layer, the values of a router or expert-load metric at `layer_steps`."""
-        lines = [line for line in self.lines if "expert_load" in line]
-        table = [line.get(key) or [load.get(key, math.nan) for load in line["expert_load"]] for line in lines]
+        table = [line.get(key) or [load.get(key, math.nan) for load in line["expert_load"]] for line in self._routed]
         return [list(series) for series in zip(*table, strict=True)]
+
+    @cached_property
+    def _routed(self) -> list[dict[str, Any]]:
+        """Lines with a value for each MoE layer."""
+        lists = [[line.get(key) for key in ("expert_load", *_PER_LAYER) if line.get(key)] for line in self.lines]
+        count = len(self.layers)
+        return [
+            line
+            for line, found in zip(self.lines, lists, strict=True)
+            if "expert_load" in line and all(len(one) == count for one in found)
+        ]
 
     def warnings(self) -> Iterator[str]:
         """Yield a sentence for each symptom that needs attention, with the value that shows it."""
