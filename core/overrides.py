@@ -52,7 +52,7 @@ def parse(override: str, groups: Groups, sweeps: bool = False) -> tuple[str, Ove
         parsed = _parse(override)
         if parsed.is_sweep_override() and not sweeps:
             raise HydraException("a sweep")
-    except (HydraException, RecursionError) as error:
+    except (HydraException, RecursionError, ValueError) as error:  # a number may have too many digits
         if value.startswith(_STRUCTURED):
             reason = (
                 f"cannot be parsed ({str(error).splitlines()[0]}); write text that begins with {value[0]} in quotes"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError, LeviathanError
+from core.errors import ConfigError, DataError, LeviathanError
 from core.files import read_json, write_json, write_text
 from launch.config import LaunchConfig, SlurmConfig, check_interval
 from launch.slurm.requeue import AGAIN, CANCEL
@@ -257,6 +257,8 @@ def jobs(directory: Path) -> list[SlurmJob]:
 
 def load_job(folder: Path) -> SlurmJob:
     stored = read_json(folder / "job.json", {"number": str, "runs": [str]})
+    if not re.fullmatch(r"\d+", stored["number"], re.ASCII):  # an argument of SLURM's commands
+        raise DataError(f"{folder / 'job.json'} holds no number of a job; remove that folder")
     return SlurmJob(folder.absolute(), stored["number"], [Path(path) for path in stored["runs"]])
 
 

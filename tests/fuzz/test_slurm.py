@@ -34,7 +34,7 @@ def test_any_file_of_a_job_is_read_or_refused(place, content):
     (place / "jobs" / "a").mkdir(parents=True, exist_ok=True)
     (place / "jobs" / "a" / "job.json").write_bytes(content)
     for job in reads_or_refuses(lambda: jobs(place / "jobs"), LeviathanError) or []:
-        assert job.number.encode() and all(path.name for path in job.runs)
+        assert job.number.isdecimal() and all(str(path).encode() for path in job.runs)
 
 
 STATE = {"step": 5, "fruitless": 1, "excluded": ["n1"], "slow": ["n2"], "time": 1.5}

@@ -152,7 +152,8 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
     """Return every tensor by name. Raises `Damaged` unless shards cover each tensor and each file exactly once."""
-    sizes = _parsed(checkpoint / MARKER, lambda marker: {name: one["bytes"] for name, one in marker["files"].items()})
+    shape = {"files": {str: {"bytes": int}}}
+    sizes = _parsed(checkpoint / MARKER, lambda marker: {k: one["bytes"] for k, one in marker["files"].items()}, shape)
     index: dict[str, IndexedTensor] = _parsed(
         checkpoint / INDEX, lambda content: {name: _tensor(name, entry) for name, entry in content["tensors"].items()}
     )
@@ -235,9 +236,9 @@ def _tile(shape: tuple[int, ...], shards: Sequence[IndexedShard]) -> bool:
     return not any(corners.values())
 
 
-def _parsed(path: Path, parse: Callable[[Any], T]) -> T:
+def _parsed(path: Path, parse: Callable[[Any], T], shape: Any = object) -> T:
     try:
-        return parse(read_json(path))
+        return parse(read_json(path, shape))
     except _MALFORMED as error:
         raise Damaged(f"{path.name} is unreadable ({one_line(error, 120)})") from None
 
