@@ -28,10 +28,8 @@ TRAIN, HELD_OUT = "train", "held_out"
 MANIFEST = "manifest.json"
 DOCUMENTS = "-documents.parquet"
 _FORMAT = 1
-_SPLIT = {
-    "shards": [{"file": str, "tokens": int, "sha256": str}],
-    "counts": {"documents": int, "tokens": int, str: int},
-}
+_SHARD = {"file": str, "tokens": int, "sha256": str}
+_SPLIT = {"shards": [_SHARD], "counts": {"documents": int, "tokens": int, str: int}}
 _SHAPE = {
     "tokenizer": {"vocab_size": int, "fingerprint": str},
     "packing?": {"row_tokens": int},

@@ -95,9 +95,8 @@ class CachedEndpoint:
         Raises `LeviathanError` with the fix if the endpoint cannot be reached, rejects the key or the model, or sends
         mostly unusable answers at first. All answers received until then are cached, and no more requests are sent.
         """
-        found = {
-            key: self.cache[key] for key, one in requests.items() if key in self.cache and one.is_valid(self.cache[key])
-        }
+        cached = {key: self.cache[key] for key in requests if key in self.cache}
+        found = {key: value for key, value in cached.items() if requests[key].is_valid(value)}
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             keys = {pool.submit(self._request, key, one): key for key, one in requests.items() if key not in found}
