@@ -64,9 +64,7 @@ class JsonTokenizer:
         self._path, self.bos, self.eos = path, bos, eos
         self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if self.vocab_size > MOST_TOKENS:
-            raise DataError(
-                f"{path} has the id {self.vocab_size - 1:,}; the largest possible id is {MOST_TOKENS - 1:,}"
-            )
+            raise DataError(f"{path} has the id {self.vocab_size - 1:,}, but ids must be less than {MOST_TOKENS:,}")
         self.bos_id, self.eos_id = (self._id(token, key) for token, key in ((bos, "bos"), (eos, "eos")))
         self.fingerprint = sha256_text("json", sha256_file(path), bos, eos)
 

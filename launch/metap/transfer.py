@@ -24,7 +24,7 @@ WRITTEN = ("model", "training", "schedule", "phases", "optimizer", "hparam", "pr
 """Sections that a transfer writes. `data` is omitted: sources in a file would be merged with the default ones."""
 FROM_BASE = ("optimizer", "hparam")
 """Sections that the base gives to the target, besides `model.init`."""
-_BASE = {"optimizer": {}, "hparam": {"provenance?": {}}, "model": {"init": {}}}
+_BASE: dict[str, Any] = {"optimizer": {}, "hparam": {"provenance?": {}}, "model": {"init": {}}}
 
 
 def transfer(base: str, overrides: list[str], name: str, out: Path) -> int:

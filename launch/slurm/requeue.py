@@ -183,9 +183,8 @@ def stored_state(folder: Path, task: int) -> tuple[RequeueState, float]:
     if not path.exists():
         return RequeueState(), read_json(job, {"submitted": float})["submitted"] if job.exists() else 0.0
     stored = read_json(path, {"time": float, "step": int, "fruitless": int, "excluded": [str], "slow": [str]})
-    return RequeueState(stored["step"], stored["fruitless"], tuple(stored["excluded"]), tuple(stored["slow"])), stored[
-        "time"
-    ]
+    excluded, slow = tuple(stored["excluded"]), tuple(stored["slow"])
+    return RequeueState(stored["step"], stored["fruitless"], excluded, slow), stored["time"]
 
 
 def _state_file(folder: Path, task: int) -> Path:

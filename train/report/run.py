@@ -87,13 +87,11 @@ class RunData:
     @cached_property
     def _routed(self) -> list[dict[str, Any]]:
         """Lines with a value for each MoE layer."""
-        lists = [[line.get(key) for key in ("expert_load", *_PER_LAYER) if line.get(key)] for line in self.lines]
-        count = len(self.layers)
-        return [
-            line
-            for line, found in zip(self.lines, lists, strict=True)
-            if "expert_load" in line and all(len(one) == count for one in found)
-        ]
+        return [line for line in self.lines if "expert_load" in line and self._is_whole(line)]
+
+    def _is_whole(self, line: dict[str, Any]) -> bool:
+        lists = (line[key] for key in ("expert_load", *_PER_LAYER) if line.get(key))
+        return all(len(values) == len(self.layers) for values in lists)
 
     def warnings(self) -> Iterator[str]:
         """Yield a sentence for each symptom that needs attention, with the value that shows it."""
