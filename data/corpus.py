@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 DOCUMENTS = "-documents.parquet"
 _FORMAT = 1
 _SHARD = {"file": str, "tokens": int, "sha256": str}
-_SPLIT = {"shards": [_SHARD], "counts": {"documents": int, "tokens": int, str: int}}
+_SPLIT = {"shards": [_SHARD], "counts": {"tokens": int, str: int}}
 _SHAPE = {
     "tokenizer": {"vocab_size": int, "fingerprint": str},
     "packing?": {"row_tokens": int},
@@ -87,7 +87,7 @@ class Corpus:
     def cut_documents(self, source: str) -> float:
         """Return the fraction of a source's training documents that span several sequences (`data.pack_seq_len`)."""
         counts = self._counts(source)
-        return counts.get("cut", 0) / max(counts["documents"], 1)
+        return counts.get("cut", 0) / max(counts.get("documents", 0), 1)
 
     def _counts(self, source: str) -> dict[str, int]:
         return self.manifest["sources"][source][TRAIN]["counts"]

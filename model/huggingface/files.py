@@ -75,7 +75,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         try:
             header: dict[str, Any] = parse_json(file.read(length))
         except ValueError as error:
-            raise CheckpointError(f"{path} has a header that {error}") from error
+            raise CheckpointError(f"{path} has an unreadable header, which {error}") from error
     if isinstance(header, dict):
         header.pop("__metadata__", None)
     if problem := misfit(header, {str: {"dtype": str, "shape": [int], "data_offsets": [int]}}, "the header"):

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import httpx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -19,7 +19,7 @@ from data.filter.score.endpoint import LONGEST_RETRY_AFTER_S, Endpoint, Unusable
 from data.filter.score.judge import JudgeScorer, parse_difficulty
 from data.filter.score.pass_rate import PassRateScorer
 from data.filter.score.requests import AnswerCache
-from tests.fuzz.mutations import files, hostile, json_files, reads_or_refuses
+from tests.fuzz.mutations import files, hostile, json_bytes, json_files, reads_or_refuses
 
 RECORD = Record("1", "all", "a:1", "prompt answer", 7)
 ANSWER = {"choices": [{"index": 0, "message": {"role": "assistant", "content": '{"difficulty": 3}'}}]}
@@ -33,6 +33,7 @@ def test_any_answer_of_a_judge_is_a_grade_or_unusable(content):
     assert found is None or (type(found) is int and 1 <= found <= 5)
 
 
+@example(b"\0\x1b", 404)
 @given(json_files(ANSWER), st.sampled_from([200, 200, 200, 400, 401, 404, 422]))
 def test_any_response_is_text_or_unusable(content, status):
     found = reads_or_refuses(lambda: ENDPOINT._content(status, content), UnusableAnswer, LeviathanError)
@@ -53,7 +54,13 @@ JUDGE = JudgeScorer(ScorerConfig(kind=ScorerKind.judge, url=URL, judge="m", retr
 JUDGE.endpoint.endpoint.complete = lambda *_, **__: '{"difficulty": 4}'
 
 
-@given(json_files({"key": next(iter(JUDGE.requests(RECORD))), "answer": 3}))
+KEY = next(iter(JUDGE.requests(RECORD)))
+
+
+@given(json_files({"key": KEY, "answer": 3}))
+@example(json_bytes({"key": KEY, "answer": {}}))
+@example(json_bytes({"key": KEY, "answer": 9}))
+@example(b"[" * 100_000)
 def test_any_cached_answer_is_a_score_or_asked_again(place, content):
     folder = place / "answers"
     folder.mkdir(exist_ok=True)

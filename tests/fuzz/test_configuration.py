@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from core.config import build, load, load_stored, plain
@@ -50,6 +50,9 @@ class Mixed:
 
 
 @given(st.sampled_from(OVERRIDES).map(str.encode).flatmap(files), st.booleans())
+@example(b"~data.s/urces.a", False)
+@example(b"optimi:er.lr=3e-4", True)
+@example(b"a=" + b"9" * 5000, False)
 def test_any_override_is_parsed_or_refused(content, sweeps):
     text = content.decode(errors="surrogateescape")  # as Python decodes the command line
     if not reads_or_refuses(lambda: parse(text, GROUPS, sweeps), ConfigError):
@@ -87,6 +90,7 @@ MIXED = {
 
 
 @given(spoiled(MIXED))
+@example({**MIXED, "leaf": []})
 def test_any_plain_values_are_built_or_refused(values):
     reads_or_refuses(lambda: build(Mixed, values), ConfigError)
     if isinstance(values, dict):
@@ -115,6 +119,7 @@ BASE = {"optimizer": BASED["optimizer"], "hparam": BASED["hparam"], "model": {"i
 
 
 @given(json_files(BASE))
+@example(json_bytes({**BASE, "hparam": ""}))
 def test_any_base_of_a_transfer_is_read_or_refused(place, content):
     path = place / "base.yaml"
     path.write_bytes(content)

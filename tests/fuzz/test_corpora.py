@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from core.errors import ConfigError
@@ -99,6 +99,8 @@ def test_any_line_is_a_record_or_malformed(content, config):
     assert isinstance(json_keys(content), list)
 
 
+@example({"text": "a", "\ud800": 1})
+@example({"": "\ud800"})
 @given(spoiled(ROW) | st.dictionaries(st.text(), hostile() | st.dates() | st.decimals() | st.uuids() | st.binary()))
 def test_any_row_is_a_record_or_malformed(row):
     row = row if isinstance(row, dict) else {"text": row}

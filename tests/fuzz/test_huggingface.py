@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -46,6 +46,10 @@ CONFIGS = [
 ]
 
 
+@example({**CONFIGS[0], "rope_scaling": "x"})
+@example({**CONFIGS[0], "vocab_size": 2**55})
+@example({**CONFIGS[0], "vocab_size": 2.0**63})
+@example({**CONFIGS[5], "num_experts": 10**400})
 @given(st.sampled_from(CONFIGS).flatmap(spoiled))
 def test_any_config_json_is_a_model_or_refused(config):
     if isinstance(config, dict):
@@ -70,6 +74,10 @@ def read_all(directory: Path) -> None:
         read_rows(entry, 0, 1 if len(entry.shape) == 0 else min(1, entry.shape[0]))
 
 
+@example(with_header(b"[" * 100_000))
+@example(with_header(json_bytes({"a": {"dtype": "F32", "shape": [17.0], "data_offsets": [0, 68]}})))
+@example(with_header(json_bytes({"a": {"dtype": "F32", "shape": [-1, -17], "data_offsets": [0, 68]}})))
+@example(with_header(json_bytes({"a": {"dtype": "F32", "shape": [17], "data_offsets": [0.0, 68]}})))
 @given(files(FILE) | json_files(HEADER).map(with_header))
 def test_any_safetensors_file_is_read_or_refused(place, content):
     (place / SINGLE).write_bytes(content)
@@ -79,6 +87,9 @@ def test_any_safetensors_file_is_read_or_refused(place, content):
 SHARDED = {"metadata": {"total_size": 68}, "weight_map": {name: "x.safetensors" for name in TENSORS}}
 
 
+@example(json_bytes({"weight_map": {"a": ".."}}))
+@example(json_bytes({"weight_map": {"a": "x" * 5000}}))
+@example(b"[" * 100_000)
 @given(json_files(SHARDED))
 def test_any_index_of_shards_is_read_or_refused(place, content):
     folder = place / "sharded"
@@ -88,6 +99,8 @@ def test_any_index_of_shards_is_read_or_refused(place, content):
     reads_or_refuses(lambda: read_all(folder), CheckpointError)
 
 
+@example(b"[" * 100_000)
+@example(b'{"vocab_size": ' + b"9" * 5000 + b"}")
 @given(files(json_bytes(CONFIGS[0])))
 def test_any_folder_of_a_model_is_read_or_refused(place, content):
     folder = place / "model"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from core.errors import ConfigError, DataError
@@ -57,6 +57,9 @@ LOGGED = st.one_of(
 
 
 @given(LOGGED)
+@example(b"[" * 100_000)
+@example(b'{"step": ' + b"9" * 5000 + b"}")
+@example(json_bytes({**STEP, "step": "x", "loss": None, "tokens_per_second": {}, "first_step": []}))
 def test_any_metrics_are_lines_for_all_who_read_them(run, content):
     run.metrics.write_bytes(content)
     run.online.write_bytes(content)
@@ -67,6 +70,9 @@ def test_any_metrics_are_lines_for_all_who_read_them(run, content):
 
 
 @given(LOGGED, json_files(SUMMARY))
+@example(json_bytes({**STEP, "expert_load": [LOAD], "router_z": "x"}), json_bytes([]))
+@example(json_bytes({**STEP, "step": [], "learning_rate": "x"}), json_bytes({"heldout_loss": 10**400}))
+@example(LINES[2].replace(b'"text"', b'"\\ud800"'), json_bytes({"steps": 2, "heldout": {"sources": []}}))
 def test_any_run_is_reported_or_refused(run, content, summary):
     run.metrics.write_bytes(content + b"\n" + LINES[1])
     run.summary.write_bytes(summary)

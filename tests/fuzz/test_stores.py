@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 
 from core.config import plain
 from core.errors import ConfigError, DataError
@@ -15,7 +15,7 @@ from data.corpus import Corpus, open_corpus
 from data.filter.store import KEY, MANIFEST, OneWorker, StageStore
 from model.config import ModelConfig
 from parallel.layout import ParallelConfig
-from tests.fuzz.mutations import json_files, reads_or_refuses
+from tests.fuzz.mutations import json_bytes, json_files, reads_or_refuses
 from train.certify.plan import shrink, techniques
 from train.certify.store import find, save
 from train.optim.config import OptimizerKind
@@ -35,6 +35,8 @@ def certificate(place):
 
 
 @given(json_files(CERTIFICATE))
+@example(b"{")
+@example(json_bytes({**CERTIFICATE, "axes": 2}))
 def test_any_certificate_is_found_or_passed_over(place, certificate, content):
     path = save(CERTIFICATE, place)
     assert find({"dp": 2}, MODEL, LAYOUT, place)
@@ -55,6 +57,10 @@ CORPUS = {
 
 
 @given(json_files(CORPUS))
+@example(b"[" * 100_000)
+@example(json_bytes({**CORPUS, "packing": []}))
+@example(json_bytes(CORPUS).replace(b"a-train", b"../fuzz/a-train"))
+@example(json_bytes(CORPUS).replace(b"40", b"-40"))
 def test_any_manifest_of_a_corpus_is_opened_or_refused(place, content):
     (place / "a-train-00000.bin").write_bytes(TOKENS)
     (place / "manifest.json").write_bytes(content)
@@ -74,6 +80,9 @@ def used(corpus: Corpus) -> None:
     corpus.tokenizer  # noqa: B018 - raises, for there is none
 
 
+@example(json_bytes({"key": "k", "content": "c"}), json_bytes({"shards": []}))
+@example(json_bytes(None), json_bytes({"shards": {}}))
+@example(json_bytes({"key": 1, "made_of": []}), json_bytes({"shards": {}}))
 @given(json_files({"key": "k", "made_of": {"a": 1}, "content": "c"}), json_files({"key": "k", "shards": {"s": 3}}))
 def test_any_stage_is_opened_or_refused(place, key, manifest):
     folder = place / "stage"

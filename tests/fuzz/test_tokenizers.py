@@ -6,7 +6,7 @@ import base64
 import json
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from core.errors import CheckpointError, ConfigError, DataError
@@ -44,6 +44,9 @@ def used(tokenizer: Tokenizer) -> None:
 
 
 @given(json_files(JSON))
+@example(b"[" * 100_000)
+@example(json.dumps(JSON).replace('"ab": 2', '"ab": 4294967290').encode())
+@example(json.dumps({**JSON, "added_tokens": [], "model": {**JSON["model"], "vocab": {}, "merges": []}}).encode())
 def test_any_tokenizer_json_is_read_or_refused(place, content):
     path = place / "tokenizer.json"
     path.write_bytes(content)
@@ -60,6 +63,8 @@ def test_any_rank_file_is_read_or_refused(place, content):
     reads_or_refuses(lambda: used(from_file(config)), ConfigError, DataError)
 
 
+@example(json.dumps({**SAVED_RANKS, "special_tokens": 10**12}).encode())
+@example(b"[" * 100_000)
 @given(st.sampled_from([SAVED_JSON, SAVED_RANKS]).flatmap(json_files))
 def test_any_stored_tokenizer_is_read_or_refused(place, content):
     (place / "tokenizer.json").write_text(json.dumps(JSON))
@@ -69,6 +74,7 @@ def test_any_stored_tokenizer_is_read_or_refused(place, content):
 
 
 @given(json_files(FOR_TRANSFORMERS))
+@example(json.dumps({"bos_token": 1, "eos_token": {"content": None}}).encode())
 def test_any_tokenizer_of_transformers_is_read_or_refused(place, content):
     (place / "tokenizer.json").write_text(json.dumps(JSON))
     (place / "tokenizer_config.json").write_bytes(content)
