@@ -128,6 +128,9 @@ class TiktokenTokenizer:
             reason = f"is not a regular expression: {str(error).strip().splitlines()[-1].strip()}"
             raise ConfigError("data.tokenizer.pattern", config.pattern, reason) from None
         self.vocab_size = len(ranks) + config.special_tokens
+        if self.vocab_size > MOST_TOKENS:
+            reason = f"makes more than {MOST_TOKENS:,} ids"
+            raise ConfigError("data.tokenizer.special_tokens", config.special_tokens, reason)
         self.bos_id, self.eos_id = specials[config.bos], specials[config.eos]
         parts = (sha256_file(path), config.pattern, str(config.special_tokens), config.bos, config.eos)
         self.fingerprint = sha256_text("tiktoken", *parts)
