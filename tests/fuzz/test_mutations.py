@@ -50,7 +50,7 @@ def test_an_endless_loop_and_much_memory_are_failures(monkeypatch):
 
 WANTED = {
     "a value is replaced": lambda tree: isinstance(tree, dict) and tree.get("c", 0) not in (None, 0),
-    "a key is removed": lambda tree: tree == {"a": TREE["a"]},
+    "a key is removed": lambda tree: isinstance(tree, dict) and "c" not in tree and len(tree) < 2,
     "a value is doubled": lambda tree: isinstance(tree, dict) and tree.get("a") == [1, 1, {"b": "x"}],
     "all is replaced": lambda tree: not isinstance(tree, dict),
 }
