@@ -15,14 +15,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
 
 T = TypeVar("T")
-CORPUS = Path(__file__).parent / "corpus"
 FEWER = settings(max_examples=settings().max_examples // 3)
 """For tests that take a tenth of a second for each example."""
 LONGEST_S, MOST_MIB, LONGEST_MESSAGE = 10.0, 512, 4000

@@ -13,7 +13,7 @@ from core.files import read_json, read_text
 from core.overrides import expand, parse
 from core.yaml_file import read_yaml
 from launch.metap.transfer import read_base
-from tests.fuzz.mutations import files, hostile, json_bytes, json_files, reads_or_refuses, spoiled
+from tests.fuzz.mutations import FEWER, files, hostile, json_bytes, json_files, reads_or_refuses, spoiled
 from train.config import TrainConfig
 from train.metap.hyperparameters import as_base
 from train.run_directory import read_config
@@ -65,6 +65,7 @@ def test_any_override_is_parsed_or_refused(content, sweeps):
 @given(
     st.sampled_from(["a", "lr", "on", "name", "many", "leaf", "leaf.path", "leaves", "leaves.b", "b", ""]), hostile()
 )
+@FEWER
 def test_any_value_of_a_key_is_parsed_or_refused(key, value):
     word = f"{key}={value}" if isinstance(value, str) else f"{key}={json_bytes(value).decode()}"
     reads_or_refuses(lambda: load("mixed", Mixed, [word]), ConfigError)
@@ -91,6 +92,7 @@ MIXED = {
 
 @given(spoiled(MIXED))
 @example({**MIXED, "leaf": []})
+@FEWER
 def test_any_plain_values_are_built_or_refused(values):
     reads_or_refuses(lambda: build(Mixed, values), ConfigError)
     if isinstance(values, dict):
