@@ -71,6 +71,7 @@ def test_any_metrics_are_lines_for_all_who_read_them(run, content):
 
 @given(LOGGED, json_files(SUMMARY))
 @example(json_bytes({**STEP, "expert_load": [LOAD], "router_z": "x"}), json_bytes([]))
+@example(json_bytes({**STEP, "gradient_norm": None}), json_bytes(SUMMARY))
 @example(json_bytes({**STEP, "step": [], "learning_rate": "x"}), json_bytes({"heldout_loss": 10**400}))
 @example(LINES[2].replace(b'"text"', b'"\\ud800"'), json_bytes({"steps": 2, "heldout": {"sources": []}}))
 def test_any_run_is_reported_or_refused(run, content, summary):
@@ -84,7 +85,13 @@ def test_any_run_is_reported_or_refused(run, content, summary):
 def report(run: RunDirectory) -> None:
     """Make all of a report but its plots, which take a second."""
     data = RunData(run.path)
-    numbers = [*data.steps, *data.values("loss"), *data.values("gradient_norm"), *data.layer_steps]
+    numbers = [
+        *data.steps,
+        *data.values("loss"),
+        *data.values("gradient_norm"),
+        *data.values("learning_rate"),
+        *data.layer_steps,
+    ]
     numbers += [value for key in (*LOAD, "router_z") for row in data.by_layer(key) for value in row]
     assert all(isinstance(number, int | float) for number in numbers)
     _page([data], [], run.path)

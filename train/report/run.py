@@ -60,7 +60,7 @@ class RunData:
         return [line["step"] for line in self.lines]
 
     def values(self, key: str) -> list[float]:
-        return [line.get(key, math.nan) for line in self.lines]
+        return [math.nan if line.get(key) is None else line[key] for line in self.lines]
 
     def figure(self, key: str) -> Any:
         """Return a metric from the summary or, if not there, from the last logged step. None if neither has it."""
@@ -69,8 +69,10 @@ class RunData:
     @cached_property
     def layers(self) -> list[int]:
         """Indices of the MoE layers whose load was logged."""
-        if "expert_load" not in self.lines[-1]:
-            return []
+        return self._moe_layers if self._routed else []
+
+    @cached_property
+    def _moe_layers(self) -> list[int]:
         blocks = enumerate(self.config.model.blocks)
         return [index for index, layer in blocks if layer.feed_forward is FeedForward.moe]
 
@@ -91,7 +93,7 @@ class RunData:
 
     def _is_whole(self, line: dict[str, Any]) -> bool:
         lists = (line[key] for key in ("expert_load", *_PER_LAYER) if line.get(key))
-        return all(len(values) == len(self.layers) for values in lists)
+        return all(len(values) == len(self._moe_layers) for values in lists)
 
     def warnings(self) -> Iterator[str]:
         """Yield a sentence for each symptom that needs attention, with the value that shows it."""
