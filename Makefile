@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help smoke test test-slow test-all test-gpu slurm lint bench clean
+.PHONY: help smoke test test-slow test-all test-gpu fuzz slurm lint bench clean
 
 help:
 	@echo "make smoke     train the default model on this machine (a few minutes on two cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-all  the tests and the slow ones"
 	@echo "make slurm     install SLURM for the tests that need it (Debian, as root; part of test-slow and test-all)"
 	@echo "make test-gpu  the tests that need a GPU"
+	@echo "make fuzz MINUTES=120  feed damaged and hostile files to every parser, until one fails or the time is over"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     side-by-side measurements"
 	@echo "make clean     remove the environment, the runs and what the tools left"
@@ -47,6 +48,11 @@ slurm:
 
 test-gpu: $(STAMP)
 	$(RUN) -m pytest -m gpu
+
+MINUTES ?= 120
+
+fuzz: $(STAMP)
+	$(RUN) -m tests.fuzz $(MINUTES) $(TARGETS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

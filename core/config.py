@@ -161,7 +161,7 @@ def _compose(root: str, schema: type, overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
             return compose(root, overrides=[parse(override, groups())[0] for override in overrides])
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:  # a name as a place in a list
         raise _explain(error, schema) from None
 
 
@@ -292,7 +292,7 @@ def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__
     if cause is None:
-        first, *lines = [line.strip() for line in str(error).strip().splitlines()]
+        first, *lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
         options = [line for line in lines if line and not line.endswith(":") and "search path" not in line.lower()]
         missing = re.search(r"Could not find '(?P<group>[^']*)/(?P<name>[^']*)'", first)
         if missing:

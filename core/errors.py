@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 from core.exit_codes import FAILED, INVALID
 
+LONGEST_SHOWN, LONGEST_LINE = 200, 3000
+"""Characters of a value, and of a whole message, that are shown."""
+
 
 class LeviathanError(Exception):
     """An expected failure, printed as one line without a traceback."""
@@ -19,7 +22,22 @@ class LeviathanError(Exception):
     """Whether all ranks raise the same error. If so, only rank 0 prints it."""
 
 
-class DataError(LeviathanError):
+class OneLineError(Exception):
+    """An error whose message is one printable line, whatever it quotes from a file."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Return `text` in one line. Characters that a terminal may obey are escaped, and a very long text is cut."""
+    line = " ".join(text.split())
+    if not line.isprintable():
+        line = "".join(one if one.isprintable() else repr(one)[1:-1] for one in line)
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
+
+
+class DataError(OneLineError, LeviathanError):
     """Stored data is missing, truncated or differs from its manifest."""
 
 
@@ -27,7 +45,7 @@ class UnreadableFileError(DataError, ValueError):
     """A file is not a regular file, is too large, is not UTF-8, or does not parse."""
 
 
-class CheckpointError(LeviathanError):
+class CheckpointError(OneLineError, LeviathanError):
     """A checkpoint cannot be written, or no complete one can be read."""
 
 
@@ -35,10 +53,6 @@ class Diverged(LeviathanError):
     """The loss or gradient norm is NaN or infinite."""
 
     everywhere = True
-
-
-LONGEST_SHOWN = 200
-"""Characters of a value that a message shows."""
 
 
 class ConfigError(LeviathanError):
@@ -69,7 +83,7 @@ class ConfigError(LeviathanError):
         if len(shown) > LONGEST_SHOWN:
             shown = f"{shown[:LONGEST_SHOWN]}..."
         name = f"{self.key}{shown}: " if self.key or shown else ""
-        return f"{name}{self.reason}{advice}"
+        return printable(f"{name}{self.reason}{advice}")
 
 
 def _shown(value: object) -> str:

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -175,14 +176,79 @@ def _irregular(mode: int) -> str | None:
     return next((name for test, name in kinds.items() if test(mode)), "a device")
 
 
-def read_json(path: Path) -> Any:
-    """Read a file of JSON. Raises `UnreadableFileError` (a `ValueError`) if it does not parse, and `OSError`."""
+def read_json(path: Path, shape: Any = object) -> Any:
+    """Read a file of JSON. Raises `UnreadableFileError` (a `ValueError`) if it does not parse or has not the `shape`
+    (see `misfit`), and `OSError`.
+    """
     text = read_text(path)
     try:
+        value = parse_json(text)
+        if problem := misfit(value, shape):
+            raise ValueError(problem)
+        return value
+    except ValueError as error:
+        raise UnreadableFileError(f"{path}: {error}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a text of JSON. Raises `ValueError`, for deep nesting too."""
+    try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = "is nested too deeply" if isinstance(error, RecursionError) else f"is not JSON: {error}"
-        raise UnreadableFileError(f"{path}: {reason}") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from None
+
+
+def misfit(value: Any, shape: Any, place: str = "it") -> str:
+    """Return in words the first difference of a value of JSON from a shape, or an empty string.
+
+    A shape is `int` (of 64 bits), `float` (any number), `str` (in UTF-8), `bool`, `None` or `object` (anything);
+    `[shape]`, a list; `{"key": shape}`, an object with at least these keys, where "key?" may be missing;
+    `{str: shape}`, an object with any keys; or a tuple of shapes, one of which must fit.
+    """
+    match shape:
+        case tuple():
+            problems = [misfit(value, one, place) for one in shape]
+            return "" if "" in problems else problems[0]
+        case list():
+            if not isinstance(value, list):
+                return f"{place} is not a list"
+            inner = ((one, shape[0], f"{place}.{number}") for number, one in enumerate(value))
+        case dict():
+            if not isinstance(value, dict):
+                return f"{place} is not an object with keys and values"
+            wanted = {name: shape[str] for name in value} if str in shape else {}
+            for key, kind in shape.items():
+                if key is str:
+                    continue
+                name = key.removesuffix("?")
+                if name in value:
+                    wanted[name] = kind
+                elif name == key:
+                    return f"{place} has no {key!r}"
+            if problem := next(filter(None, (_misfit_scalar(name, str, "a key") for name in wanted)), ""):
+                return problem
+            inner = ((value[name], kind, f"{place}.{name}".removeprefix("it.")) for name, kind in wanted.items())
+        case _:
+            return _misfit_scalar(value, shape, place)
+    return next(filter(None, (misfit(*one) for one in inner)), "")
+
+
+def _misfit_scalar(value: Any, shape: Any, place: str) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", None: "null"}
+    match value:
+        case bool() | None:
+            fits = shape is (None if value is None else bool)
+        case int():
+            fits = shape in (int, float) and abs(value) < 1 << 63
+        case float():
+            fits = shape is float
+        case str():
+            fits = shape is str and not re.search("[\ud800-\udfff]", value)
+        case _:
+            fits = False
+    return "" if fits or shape is object else f"{place} is not {names[shape]}"
 
 
 def sha256_file(path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from core.config import plain
 from core.errors import ConfigError, DataError
-from core.files import new_directory, sha256_text, write_json
+from core.files import misfit, new_directory, read_json, sha256_text, write_json
 from data.config import DataConfig, LongDocuments, Packing, TokenizerKind
 from data.filter.corpus import SourcePart, describe_filter, filter_sources, rules_fingerprint
 from data.filter.score.factory import Models
@@ -28,6 +28,13 @@ TRAIN, HELD_OUT = "train", "held_out"
 MANIFEST = "manifest.json"
 DOCUMENTS = "-documents.parquet"
 _FORMAT = 1
+_SHARD = {"file": str, "tokens": int, "sha256": str}
+_SPLIT = {"shards": [_SHARD], "counts": {"tokens": int, str: int}}
+_SHAPE = {
+    "tokenizer": {"vocab_size": int, "fingerprint": str},
+    "packing?": {"row_tokens": int},
+    "sources": {str: {TRAIN: _SPLIT, HELD_OUT: _SPLIT}},
+}
 _ENCODED_AT_ONCE = 1 << 22
 """Characters to encode at once: enough to keep the encoder's threads busy, few enough to fit in memory."""
 
@@ -80,7 +87,7 @@ class Corpus:
     def cut_documents(self, source: str) -> float:
         """Return the fraction of a source's training documents that span several sequences (`data.pack_seq_len`)."""
         counts = self._counts(source)
-        return counts.get("cut", 0) / counts["documents"]
+        return counts.get("cut", 0) / max(counts.get("documents", 0), 1)
 
     def _counts(self, source: str) -> dict[str, int]:
         return self.manifest["sources"][source][TRAIN]["counts"]
@@ -98,11 +105,13 @@ def open_corpus(directory: Path) -> Corpus:
     """
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path, {"format": int})
         if manifest["format"] == _FORMAT:
+            if problem := misfit(manifest, _SHAPE):
+                raise ValueError(problem)
             return Corpus(directory, manifest)
         reason = f"has format {manifest['format']}, not {_FORMAT}"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         reason = f"cannot be read ({type(error).__name__}: {error})"
     raise DataError(f"{path} {reason}: remove {directory} and run again to rebuild it")
 

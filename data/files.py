@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError
+from core.errors import ConfigError, OneLineError
 from core.files import files_in, files_like, is_local, locate, opened, sha256_file, sha256_text
 
 _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -28,7 +28,7 @@ _SAVED = ("state.json", "dataset_dict.json")
 """Files that `save_to_disk` of the `datasets` library writes into a folder."""
 
 
-class UnreadableFile(Exception):
+class UnreadableFile(OneLineError):
     """A file is missing, truncated, damaged or not in the format of its suffix. The message is one line."""
 
 

@@ -9,7 +9,6 @@ import base64
 import json
 import re
 import shutil
-import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,11 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, DataError, UnreadableFileError
 from core.files import new_directory, read_json, read_text, sha256_file, sha256_text, write_json
 from data.config import TokenizerConfig, TokenizerKind
 
 _DESCRIPTION = "tokenizer_source.json"
+MOST_TOKENS = 10_000_000
+"""Largest accepted size of a vocabulary. A larger one means a damaged file, whose tables would use up the memory."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -61,7 +62,9 @@ class JsonTokenizer:
         self._library.no_padding()
         self._library.post_processor = None  # the corpus writer adds BOS and EOS
         self._path, self.bos, self.eos = path, bos, eos
-        self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if self.vocab_size > MOST_TOKENS:
+            raise DataError(f"{path} has the id {self.vocab_size - 1:,}, but ids must be less than {MOST_TOKENS:,}")
         self.bos_id, self.eos_id = (self._id(token, key) for token, key in ((bos, "bos"), (eos, "eos")))
         self.fingerprint = sha256_text("json", sha256_file(path), bos, eos)
 
@@ -95,7 +98,7 @@ class JsonTokenizer:
         write_json(directory / _DESCRIPTION, {"kind": "tokenizer_json", "bos": self.bos, "eos": self.eos})
 
     def content(self) -> dict[str, Any]:
-        return typing.cast(dict[str, Any], read_json(self._path))
+        return read_json(self._path, {})
 
     def _id(self, token: str, key: str) -> int:
         found = self._library.token_to_id(token)
@@ -125,6 +128,9 @@ class TiktokenTokenizer:
             reason = f"is not a regular expression: {str(error).strip().splitlines()[-1].strip()}"
             raise ConfigError("data.tokenizer.pattern", config.pattern, reason) from None
         self.vocab_size = len(ranks) + config.special_tokens
+        if self.vocab_size > MOST_TOKENS:
+            reason = f"makes more than {MOST_TOKENS:,} ids"
+            raise ConfigError("data.tokenizer.special_tokens", config.special_tokens, reason)
         self.bos_id, self.eos_id = specials[config.bos], specials[config.eos]
         parts = (sha256_file(path), config.pattern, str(config.special_tokens), config.bos, config.eos)
         self.fingerprint = sha256_text("tiktoken", *parts)
@@ -179,8 +185,8 @@ def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
 def vocabulary_of_file(path: Path) -> str | None:
     """Return the `vocabulary_fingerprint` of a `tokenizer.json`, or None if it cannot be read."""
     try:
-        return _vocabulary(read_json(path))
-    except (OSError, ValueError, AttributeError):
+        return _vocabulary(read_json(path, {}))
+    except (OSError, UnreadableFileError):
         return None
 
 
@@ -196,13 +202,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if not path.exists():
         raise DataError(f"{directory} holds no tokenizer ({_DESCRIPTION} is missing)")
     try:
-        description = read_json(path)
+        description = read_json(path, {"kind": str, "bos": str, "eos": str, "pattern?": str, "special_tokens?": int})
         kind = TokenizerKind[description.pop("kind")]
         if kind is TokenizerKind.tiktoken:
             file = directory / "tokenizer.model"
             return TiktokenTokenizer(file, TokenizerConfig(kind=kind, path=str(file), **description))
         return JsonTokenizer(directory / "tokenizer.json", description["bos"], description["eos"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"the tokenizer in {path} cannot be read ({type(error).__name__}: {error})") from None
 
 

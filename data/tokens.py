@@ -87,6 +87,8 @@ class TokenStream:
         self._ends = list(accumulate(shard.tokens for shard in shards))
         self._maps: list[NDArray[Any]] = []
         for shard in self.shards:
+            if "/" in shard.file or shard.tokens < 0:
+                raise _damaged(directory / "manifest.json", f"names {shard.file} with {shard.tokens} tokens")
             path, wanted = directory / shard.file, shard.tokens * dtype.itemsize
             found = path.stat().st_size if path.exists() else None
             if found != wanted:

@@ -181,7 +181,7 @@ def local_launch(values: dict[str, Any] | None) -> LocalLaunch:
 
 def seconds(time: str) -> int | None:
     """Convert sbatch's time (minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S) to seconds; None if it is none of these."""
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+    if not re.fullmatch(r"(\d{1,9}-)?\d{1,9}(:\d{1,9}){0,2}", time, re.ASCII):
         return None
     days, _, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]

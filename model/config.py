@@ -210,7 +210,7 @@ class UpcycleConfig:
         check_numbers(self, not_negative=("noise_std",))
 
 
-MOST_LAYERS = 10_000
+MOST_LAYERS, MOST_ELEMENTS = 10_000, 1 << 59
 
 
 @dataclass(frozen=True)
@@ -287,6 +287,11 @@ class ModelConfig:
         if self.layer_list is not None and len(self.layer_list) != self.num_layers:
             reason = f"has {len(self.layer_list)} layers, but model.num_layers is {self.num_layers}"
             raise ConfigError("layer_list", None, reason)
+        columns = [self.vocab_size, self.num_heads * self.head_dim, 2 * self.dense_hidden_size]
+        columns += [2 * self.shared_hidden_size, 2 * self.expert_hidden_size * max(self.num_experts, 1)]
+        if self.hidden_size * max(columns) > MOST_ELEMENTS:
+            reason = f"makes a tensor of {self.hidden_size * max(columns):.1e} elements, more than memory can address"
+            raise ConfigError("hidden_size", self.hidden_size, reason)
         if self.has_experts:
             self._check_experts()
         if self.upcycle is not None and self.init_from is None:

@@ -18,9 +18,13 @@ import torch
 from launch.rank_pool import Pool
 from tests.support.fork_server import ForkServer
 
-# the same cases in every run; `HYPOTHESIS=fuzz` draws new ones, many more
+# the same cases in every run; `HYPOTHESIS=fuzz` draws new ones, `EXAMPLES` of them for each test
 hypothesis.settings.register_profile("tests", derandomize=True, deadline=None, database=None, max_examples=25)
-hypothesis.settings.register_profile("fuzz", deadline=None, database=None, max_examples=20_000)
+EXAMPLES = int(os.environ.get("EXAMPLES", 20_000))
+SLOW = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large, hypothesis.HealthCheck.filter_too_much]
+hypothesis.settings.register_profile(
+    "fuzz", deadline=None, database=None, max_examples=EXAMPLES, print_blob=True, suppress_health_check=SLOW
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS", "tests"))
 torch.set_num_threads(1)  # tensors are small, and busy-waiting threads would take cores from other tests
 ROOT = Path(__file__).resolve().parent.parent

@@ -64,7 +64,7 @@ def explain_run(directory: Path, name: str) -> str:
     place = find_place(corpus, name)
     if place is None:
         return "\n".join([*lines, "not in the token stream: it is longer than data.limit_tokens"])
-    steps = max((line.get("step", 0) for line in read_lines(RunDirectory(directory).metrics)), default=0)
+    steps = max((line["step"] for line in read_lines(RunDirectory(directory).metrics, {"step": int})), default=0)
     found = visits(directory, config, corpus, place, steps)
     lines.append(f"trained on in {len(found):,} sequences of the {steps:,} logged steps")
     lines += [f"  step {one.step} ({one.phase}), sequence {one.index} of the batch" for one in found[:_SHOWN]]
@@ -114,7 +114,7 @@ def _taken(
             samples = np.arange(begin, min(begin + _ORDINALS_AT_ONCE, count))
             yield samples, samples
         return
-    for window in read_lines(RunDirectory(directory).online):
+    for window in read_lines(RunDirectory(directory).online, {"first_step": int, "rows": [int]}):
         begin = (window["first_step"] - phase.start) * phase.global_batch_size
         if phase.start <= window["first_step"] < stop:
             ordinals = np.asarray(window["rows"], np.int64)[: count - begin]

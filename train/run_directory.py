@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import re
 import time
@@ -21,7 +20,7 @@ import yaml
 from core.config import absolute, build, differences, plain
 from core.errors import ConfigError, LeviathanError, RenamedKeyError, UnreadableFileError
 from core.exit_codes import CRASHED
-from core.files import locate, read_json, read_text, write_text
+from core.files import locate, misfit, parse_json, read_json, read_text, write_text
 from core.yaml_file import read_yaml
 from train.config import TrainConfig, phases
 from train.metap.hyperparameters import without_derived
@@ -133,15 +132,15 @@ class RunDirectory:
     def is_summed_up(self, steps: int) -> bool:
         """Return whether summary.json covers `steps` steps. A summary of fewer steps is older than an added phase."""
         try:
-            return self.summary.exists() and read_json(self.summary)["steps"] == steps
-        except (ValueError, TypeError, KeyError):
+            return self.summary.exists() and read_json(self.summary, {"steps": int})["steps"] == steps
+        except UnreadableFileError:
             return False
 
     def trim_metrics(self, step: int) -> None:
         """Remove the logged lines of steps after `step`, from which the run resumes."""
         for path, key, last in ((self.metrics, "step", step), (self.online, "first_step", step - 1)):
             if path.exists():
-                kept = [line for line in read_lines(path) if _number(line.get(key)) <= last]
+                kept = [line for line in read_lines(path, {key: int}) if line[key] <= last]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _try_writing(self, elsewhere: str | None) -> None:
@@ -229,28 +228,24 @@ def write_config(path: Path, config: TrainConfig) -> None:
     write_text(path, yaml.safe_dump(plain(config), sort_keys=False))
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete JSON lines of a file, if it exists. Truncated lines (a kill, a full disk) are dropped.
-
-    Raises `UnreadableFileError` if it is not a regular file.
+def read_lines(path: Path, shape: Any = None) -> Iterator[dict[str, Any]]:
+    """Yield the JSON lines of a file, if it exists, that have a shape (`core.files.misfit`; None: any keys). Others are
+    dropped: lines of another kind, and those that a kill or a full disk has truncated. Raises `UnreadableFileError` if
+    it is not a regular file.
     """
-    lines = parse_lines(read_text(path, errors="replace")) if path.exists() else ()
-    return (line for line in lines if line is not None)
+    for line in parse_lines(read_text(path, errors="replace")) if path.exists() else ():
+        if line is not None and not misfit(line, {} if shape is None else shape):
+            yield line
 
 
 def parse_lines(text: str) -> Iterator[dict[str, Any] | None]:
     """Yield each line of JSON, None for one that is truncated or no dict."""
     for part in text.splitlines():
         try:
-            line = json.loads(part)
-        except (ValueError, RecursionError):
+            line = parse_json(part)
+        except ValueError:
             line = None
         yield line if isinstance(line, dict) else None
-
-
-def _number(value: Any) -> float:
-    """Return a stored number, or infinity for anything else."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else math.inf
 
 
 class CommittedCheckpoint(NamedTuple):

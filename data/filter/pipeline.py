@@ -122,7 +122,7 @@ class Filter:
                     self._ingest_part(number, part)
             with barrier(self.workers):
                 for number in range(len(self.job.parts)):
-                    shards |= stage.read_json(_part_name(number))
+                    shards |= stage.read_json(_part_name(number), {str: int})
                 self._check_readable(shards)
                 self._check_unique_ids(shards)
         except ConfigError:
@@ -136,7 +136,7 @@ class Filter:
 
     def _ingest_part(self, number: int, part: InputPart) -> None:
         stage, part_name = self.records, _part_name(number)
-        if (stage.directory / part_name).exists() and all(map(stage.has, stage.read_json(part_name))):
+        if (stage.directory / part_name).exists() and all(map(stage.has, stage.read_json(part_name, {str: int}))):
             return
         shards: dict[str, int] = {}
         records = part.records()

@@ -126,13 +126,13 @@ class StageStore:
         """Raise `ConfigError` if the directory holds a stage with another key."""
         if not (self.directory / KEY).exists():
             return
-        found = self.read_json(KEY)
+        found = self.read_json(KEY, {"key": str, "made_of?": {}})
         if found["key"] != self.key:
             raise ConfigError("out", str(self.directory), self._difference(found.get("made_of", {})))
 
     def _is_stale(self, content: str | None) -> bool:
         """Return whether the stored stage has this key but other content. If so, remove its files, but not `KEY`."""
-        found = self.read_json(KEY)
+        found = self.read_json(KEY, {"key": str, "made_of?": {}})
         if found["key"] != self.key or found.get("content") == content:
             return False
         for path in self.directory.iterdir():
@@ -177,10 +177,10 @@ class StageStore:
         with reading(self.path(name), "remove it and run again"):
             return pyarrow.parquet.read_table(self.path(name), columns=columns)
 
-    def read_json(self, name: str) -> Any:
-        """Read a JSON file of the stage. Raises `DataError` if it is damaged."""
+    def read_json(self, name: str, shape: Any = object) -> Any:
+        """Read a JSON file of the stage. Raises `DataError` if it is damaged or has not the shape."""
         with reading(self.directory / name, f"remove {self.directory} and run again"):
-            return read_json(self.directory / name)
+            return read_json(self.directory / name, shape)
 
     def close(self, shards: dict[str, int], workers: Workers) -> None:
         """Write the manifest, once all shards exist. `shards`: the number of rows of each shard."""
@@ -192,7 +192,7 @@ class StageStore:
     @property
     def shards(self) -> dict[str, int]:
         """Number of rows of each shard of a complete stage, in order."""
-        shards: dict[str, int] = self.read_json(MANIFEST)["shards"]
+        shards: dict[str, int] = self.read_json(MANIFEST, {"shards": {str: int}})["shards"]
         return shards
 
     def make(self, shards: dict[str, int], workers: Workers, shard: Callable[[str], Any]) -> None:

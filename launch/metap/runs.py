@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.config import differences, groups, load, plain
-from core.errors import ConfigError, Diverged, LeviathanError
+from core.errors import ConfigError, Diverged, LeviathanError, UnreadableFileError
 from core.files import read_json
 from core.overrides import expand
 from hparam.axes import SizeAxis
@@ -123,6 +123,6 @@ def loss_of(path: Path) -> float | None:
     if (path / DIVERGED).exists():
         return math.inf
     try:
-        return float(read_json(path / "summary.json")["heldout_loss"])
-    except (OSError, ValueError, TypeError, KeyError):
+        return float(read_json(path / "summary.json", {"heldout_loss": float})["heldout_loss"])
+    except (OSError, UnreadableFileError):
         return None

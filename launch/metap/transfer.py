@@ -12,7 +12,7 @@ import yaml
 
 from core.config import build, load, plain
 from core.errors import ConfigError, UnreadableFileError
-from core.files import write_text
+from core.files import misfit, write_text
 from core.package_guard import sources_digest
 from core.yaml_file import read_yaml
 from hparam.transfer import Resolved, spans
@@ -24,6 +24,7 @@ WRITTEN = ("model", "training", "schedule", "phases", "optimizer", "hparam", "pr
 """Sections that a transfer writes. `data` is omitted: sources in a file would be merged with the default ones."""
 FROM_BASE = ("optimizer", "hparam")
 """Sections that the base gives to the target, besides `model.init`."""
+_BASE: dict[str, Any] = {"optimizer": {}, "hparam": {"provenance?": {}}, "model": {"init": {}}}
 
 
 def transfer(base: str, overrides: list[str], name: str, out: Path) -> int:
@@ -70,10 +71,12 @@ def read_base(path: Path, into: dict[str, Any]) -> None:
     """Replace `optimizer`, `hparam` and `model.init` in the plain configuration `into` by those of the base."""
     try:
         stored = plain(as_base(load_config(path))) if path.is_dir() else read_yaml(path)
+        if problem := misfit(stored, _BASE):
+            raise UnreadableFileError(problem)
         content, init = {key: stored[key] for key in FROM_BASE}, stored["model"]["init"]
     except OSError as error:
         raise ConfigError("base", str(path), f"cannot be read: {error.strerror}") from None
-    except (UnreadableFileError, KeyError, TypeError) as error:
+    except UnreadableFileError as error:
         reason = f"is not a base: it needs optimizer, hparam and model.init, as `metap fit` writes them ({error})"
         raise ConfigError("base", str(path), reason) from None
     into |= content

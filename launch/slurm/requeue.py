@@ -8,7 +8,6 @@ it writes SLURM commands to a file that the batch script executes.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -134,12 +133,10 @@ def main(arguments: list[str]) -> int:
     launch = build(LaunchConfig, config.launch, "launch")
     run = RunDirectory.of(config)
     step = max((step for step, _ in committed(run.checkpoints)), default=-1)
-    path = folder / f"requeue-{task}.json"
-    history = json.loads(path.read_text()) if path.exists() else {"time": _submitted(folder)}
-    since = history.pop("time")
+    before, since = stored_state(folder, task)
     bad = () if code in (0, WARNED) else bad_nodes(folder / f"doctor-{task}", run.logs, since)
     slow = slow_nodes(run.logs / SLOW_HOSTS, since) if code else ()
-    now = RequeueState(**history).after(step, bad, slow)
+    now = before.after(step, bad, slow)
     decision = decide(code, now, launch.slurm.requeues, bad, launch.nodes, (folder / CANCEL).exists())
     if slow:
         print(f"leviathan: slow until the end of this attempt: {', '.join(slow)}")
@@ -147,7 +144,7 @@ def main(arguments: list[str]) -> int:
     if decision.exit_code == AGAIN:
         array = os.environ.get("SLURM_ARRAY_JOB_ID")
         job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
-        write_json(path, {**vars(now), "time": time.time()})
+        write_json(_state_file(folder, task), {**vars(now), "time": time.time()})
         lines = commands(job, decision, now.exclusions(launch.slurm.exclude), folder / "job.sh")
         write_text(folder / f"again-{task}.sh", lines)
     return decision.exit_code
@@ -155,29 +152,43 @@ def main(arguments: list[str]) -> int:
 
 def bad_nodes(doctor: Path, logs: Path, since: float) -> tuple[str, ...]:
     """Return the nodes that the doctor has reported, or that have hung, since the time `since`."""
+    from core.files import read_json
+
     findings = doctor / "findings.json"
-    reports = [json.loads(findings.read_text())] if findings.exists() else []
+    reports = [read_json(findings, {"time": float, "bad_nodes": [str]})] if findings.exists() else []
     named = [(one["time"], one["bad_nodes"]) for one in reports]
-    named += [(one["time"], one["hosts"]) for one in _lines(logs / "hangs.jsonl")]
+    named += [(one["time"], one["hosts"]) for one in _hosts(logs / "hangs.jsonl")]
     return tuple(sorted({host for when, hosts in named if when > since for host in hosts}))
 
 
 def slow_nodes(path: Path, since: float) -> tuple[str, ...]:
     """Return the nodes in the last line of `slow.jsonl` (train/stragglers.py), if this attempt wrote it."""
-    lines = _lines(path)
+    lines = _hosts(path)
     return tuple(lines[-1]["hosts"]) if lines and lines[-1]["time"] > since else ()
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _hosts(path: Path) -> list[dict[str, Any]]:
     from train.run_directory import read_lines
 
-    return list(read_lines(path))
+    return list(read_lines(path, {"time": float, "hosts": [str]}))
 
 
-def _submitted(folder: Path) -> float:
-    """Return the time of submission. Earlier hangs and findings belong to an older job of the same name."""
-    path = folder / "job.json"
-    return float(json.loads(path.read_text())["submitted"]) if path.exists() else 0.0
+def stored_state(folder: Path, task: int) -> tuple[RequeueState, float]:
+    """Return the state after the previous attempt, and when that ended: for the first attempt, when it was submitted.
+    Earlier hangs and findings belong to an older job of the same name.
+    """
+    from core.files import read_json
+
+    path, job = _state_file(folder, task), folder / "job.json"
+    if not path.exists():
+        return RequeueState(), read_json(job, {"submitted": float})["submitted"] if job.exists() else 0.0
+    stored = read_json(path, {"time": float, "step": int, "fruitless": int, "excluded": [str], "slow": [str]})
+    excluded, slow = tuple(stored["excluded"]), tuple(stored["slow"])
+    return RequeueState(stored["step"], stored["fruitless"], excluded, slow), stored["time"]
+
+
+def _state_file(folder: Path, task: int) -> Path:
+    return folder / f"requeue-{task}.json"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError, LeviathanError
+from core.errors import ConfigError, DataError, LeviathanError
 from core.files import read_json, write_json, write_text
 from launch.config import LaunchConfig, SlurmConfig, check_interval
 from launch.slurm.requeue import AGAIN, CANCEL
@@ -244,9 +244,8 @@ def parse_status(answer: str, runs: int) -> list[JobStatus]:
     for line in answer.splitlines():
         fields = dict(re.findall(r"(\w+)=(\S*)", line))
         status = JobStatus(fields.get("JobState", UNKNOWN), fields.get("Reason", "None"))
-        for task in _tasks(fields.get("ArrayTaskId", "0")):
-            if task < runs:
-                found[task] = status
+        for task in _tasks(fields.get("ArrayTaskId", "0"), runs):
+            found[task] = status
     return found
 
 
@@ -257,7 +256,9 @@ def jobs(directory: Path) -> list[SlurmJob]:
 
 
 def load_job(folder: Path) -> SlurmJob:
-    stored = read_json(folder / "job.json")
+    stored = read_json(folder / "job.json", {"number": str, "runs": [str]})
+    if not re.fullmatch(r"\d+", stored["number"], re.ASCII):  # an argument of SLURM's commands
+        raise DataError(f"{folder / 'job.json'} holds no number of a job; remove that folder")
     return SlurmJob(folder.absolute(), stored["number"], [Path(path) for path in stored["runs"]])
 
 
@@ -265,13 +266,15 @@ def _known(folder: Path) -> list[SlurmJob]:
     return [load_job(folder)] if (folder / "job.json").exists() else []
 
 
-def _tasks(text: str) -> list[int]:
-    """Parse SLURM's list of array tasks: 3, 0-2, 1,4-6, 0-6:2, 0-3%2 (at most two concurrently)."""
+def _tasks(text: str, runs: int) -> list[int]:
+    """Parse SLURM's list of array tasks: 3, 0-2, 1,4-6, 0-6:2, 0-3%2 (at most two concurrently). Return those below
+    `runs`.
+    """
     found: list[int] = []
     for part in text.partition("%")[0].split(","):
-        if span := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
+        if span := re.fullmatch(r"(\d{1,9})(?:-(\d{1,9})(?::(\d{1,9}))?)?", part, re.ASCII):
             first, last, step = (int(number or 0) for number in span.groups())
-            found += range(first, max(first, last) + 1, step or 1)
+            found += range(first, min(max(first, last) + 1, runs), step or 1)
     return found
 
 
@@ -314,6 +317,7 @@ def _seconds_per_step(run: RunDirectory) -> float | None:
     """Return the seconds per step, computed from the last speed in the run's metrics file, or None without one."""
     if not run.metrics.exists() or not run.config_file.exists():
         return None
-    rates = [line["tokens_per_second"] for line in read_lines(run.metrics) if line.get("tokens_per_second")]
+    lines = read_lines(run.metrics, {"tokens_per_second": float})
+    rates = [line["tokens_per_second"] for line in lines if line["tokens_per_second"] > 0]
     training = read_config(run.config_file).training
     return training.global_batch_size * training.seq_len / rates[-1] if rates else None

@@ -84,5 +84,5 @@ def table(known: list[SlurmJob]) -> str:
 
 
 def _progress(run: Path) -> tuple[str, str]:
-    lines = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    lines = list(read_lines(run / "metrics.jsonl", {"step": int, "loss": float}))
     return (str(lines[-1]["step"]), f"{lines[-1]['loss']:.4f}") if lines else ("-", "-")

@@ -152,9 +152,6 @@ def _parse(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path.parent} has no config.json")
     try:
-        config = read_json(path)
+        return read_json(path, {})
     except UnreadableFileError as error:
         raise CheckpointError(str(error)) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return config

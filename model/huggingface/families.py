@@ -57,7 +57,7 @@ def read_config(config: Json) -> tuple[Family, ModelConfig]:
         return FAMILIES[kind], compact(FAMILIES[kind].read(text))
     except KeyError as error:
         raise ConfigError("config.json", None, f"lacks {error}") from error
-    except (TypeError, ValueError, IndexError, ArithmeticError) as error:
+    except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         raise ConfigError("config.json", None, f"has an invalid value ({error})") from error
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import CheckpointError
-from core.files import check_regular, read_json, write_all, write_json
+from core.errors import CheckpointError, UnreadableFileError
+from core.files import check_regular, misfit, parse_json, read_json, write_all, write_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -48,14 +48,13 @@ def open_directory(directory: Path) -> dict[str, TensorEntry]:
             raise CheckpointError(f"{directory} holds pickle files ({pickles[0]}), {danger}")
         raise CheckpointError(f"{directory} has neither {SINGLE} nor {INDEX}")
     try:
-        weight_map: dict[str, str] = read_json(directory / INDEX)["weight_map"]
-        if not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise ValueError("a shard's name is not a string")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{directory / INDEX} is not an index of shards ({error})") from error
+        weight_map: dict[str, str] = read_json(directory / INDEX, {"weight_map": {str: str}})["weight_map"]
+    except UnreadableFileError as error:
+        raise CheckpointError(f"{error}, so it is not an index of shards") from error
+    files = {path.name for path in directory.iterdir() if path.is_file()}
     found: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or not (directory / shard).exists():
+        if shard not in files:
             raise CheckpointError(f"{directory / INDEX} names {shard}, which is not there")
         for name, entry in read_header(directory / shard).items():
             if weight_map.get(name) != shard:
@@ -75,24 +74,22 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         if size < 8 or length > min(_HEADER_LIMIT, size - 8):
             raise CheckpointError(f"{path} is truncated or not a safetensors file")
         try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            if not isinstance(header, dict):
-                raise ValueError("not a JSON object")
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} has an unreadable header ({error})") from error
-    header.pop("__metadata__", None)
+            header: dict[str, Any] = parse_json(file.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{path} has an unreadable header, which {error}") from error
+    if isinstance(header, dict):
+        header.pop("__metadata__", None)
+    if problem := misfit(header, {str: {"dtype": str, "shape": [int], "data_offsets": [int]}}, "the header"):
+        raise CheckpointError(f"{path} has a malformed header: {problem}")
     found, reached = {}, 0
-    try:
-        for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
-            begin, end = entry["data_offsets"]
-            if entry["dtype"] not in DTYPES:
-                raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']}; readable are {', '.join(DTYPES)}")
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if begin != reached or end - begin != math.prod(shape) * dtype.itemsize:
-                raise CheckpointError(f"{path}: the bytes of {name} do not fit its shape {list(shape)}")
-            found[name], reached = TensorEntry(path, dtype, shape, 8 + length + begin), end
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has a malformed header ({error!r})") from error
+    for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(f"{path}: {name} is stored as {entry['dtype']}; readable are {', '.join(DTYPES)}")
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        end = reached + math.prod(shape) * dtype.itemsize
+        if entry["data_offsets"] != [reached, end] or any(size < 0 for size in shape):
+            raise CheckpointError(f"{path}: the bytes of {name} do not fit its shape {list(shape)}")
+        found[name], reached = TensorEntry(path, dtype, shape, 8 + length + reached), end
     if 8 + length + reached != size:
         raise CheckpointError(f"{path} is truncated: {size:,} bytes instead of {8 + length + reached:,}")
     return found

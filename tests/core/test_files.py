@@ -7,7 +7,27 @@ from pathlib import Path
 import pytest
 
 from core.errors import ConfigError
-from core.files import new_directory, sha256_file, sha256_text, write_bytes, write_text
+from core.files import misfit, new_directory, sha256_file, sha256_text, write_bytes, write_text
+
+SHAPE = {"step": int, "loss?": (float, None), "hosts": [str], "sizes": {"all": int, str: float}, "any": object}
+FITS = {"step": 1, "loss": None, "hosts": ["a"], "sizes": {"all": 1, "b": 0.5}, "any": [{}]}
+MISFITS = {
+    "it is not an object with keys and values": [],
+    "it has no 'step'": {key: value for key, value in FITS.items() if key != "step"},
+    "step is not a whole number": {**FITS, "step": True},
+    "loss is not a number": {**FITS, "loss": 1 << 63},
+    "hosts is not a list": {**FITS, "hosts": "a"},
+    "hosts.1 is not text": {**FITS, "hosts": ["a", "\ud800"]},
+    "sizes.all is not a whole number": {**FITS, "sizes": {"all": 0.5}},
+    "sizes.b is not a number": {**FITS, "sizes": {"all": 1, "b": None}},
+    "a key is not text": {**FITS, "sizes": {"all": 1, "\udfff": 1}},
+}
+
+
+@pytest.mark.parametrize("problem", MISFITS)
+def test_a_value_of_another_shape_is_described(problem):
+    assert misfit(MISFITS[problem], SHAPE) == problem
+    assert misfit(FITS, SHAPE) == "" == misfit({**FITS, "more": 1}, SHAPE)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ class LoggingCallback(Callback):
             shown = plain(replace(trainer.config, launch={}))  # `launch` may hold secrets in environment variables
             settings = trainer.config.logging
             self.writer = MetricsWriter(trainer.directory.metrics, settings, shown, trainer.log, trainer.step)
-        if steps := [line for line in read_lines(trainer.directory.metrics) if "loss" in line]:
+        if steps := list(read_lines(trainer.directory.metrics, {"loss": float, "tokens_per_second": float})):
             self.last_loss, self.last_rate = steps[-1]["loss"], steps[-1]["tokens_per_second"]
         self._clock, self._paused, self._tokens = time.perf_counter(), trainer.paused_s, trainer.tokens
         self._begin, self._logged = (self._clock, trainer.step), trainer.step

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from core.config import plain
+from core.errors import UnreadableFileError
 from core.files import read_json, write_json
 from core.package_guard import sources_digest
 from model.config import ModelConfig
@@ -18,6 +19,8 @@ from parallel.layout import ParallelConfig
 from precision.config import PrecisionConfig
 from train.certify.plan import shrink, techniques
 from train.optim.config import OptimizerKind
+
+_SHAPE = {"axes": {str: object}, "model": object, "techniques": object, "pass": bool}
 
 
 def save(certificate: Mapping[str, Any], cache: Path) -> Path:
@@ -42,7 +45,10 @@ def find(
     """
     wanted = [plain(shrink(model, parallel)), techniques(parallel, kind, precision)]
     for path in sorted(_folder(cache).glob("*.json")):
-        certificate = read_json(path)
+        try:
+            certificate = read_json(path, _SHAPE)
+        except UnreadableFileError:  # damaged: it certifies nothing
+            continue
         subject = [certificate["model"], certificate["techniques"]]
         if certificate["pass"] and set(axes) <= set(certificate["axes"]) and subject == wanted:
             return _digest(certificate)

@@ -28,7 +28,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from core.errors import CheckpointError, one_line
+from core.errors import CheckpointError, OneLineError, one_line
 from core.files import read_json, write_bytes, write_json
 from train.run_directory import MARKER
 
@@ -55,7 +55,7 @@ _MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 T = TypeVar("T")
 
 
-class Damaged(Exception):
+class Damaged(OneLineError):
     """The files of a checkpoint differ from what was written. The message is one line."""
 
 
@@ -152,7 +152,8 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
     """Return every tensor by name. Raises `Damaged` unless shards cover each tensor and each file exactly once."""
-    sizes = _parsed(checkpoint / MARKER, lambda marker: {name: one["bytes"] for name, one in marker["files"].items()})
+    shape = {"files": {str: {"bytes": int}}}
+    sizes = _parsed(checkpoint / MARKER, lambda marker: {k: one["bytes"] for k, one in marker["files"].items()}, shape)
     index: dict[str, IndexedTensor] = _parsed(
         checkpoint / INDEX, lambda content: {name: _tensor(name, entry) for name, entry in content["tensors"].items()}
     )
@@ -235,9 +236,9 @@ def _tile(shape: tuple[int, ...], shards: Sequence[IndexedShard]) -> bool:
     return not any(corners.values())
 
 
-def _parsed(path: Path, parse: Callable[[Any], T]) -> T:
+def _parsed(path: Path, parse: Callable[[Any], T], shape: Any = object) -> T:
     try:
-        return parse(read_json(path))
+        return parse(read_json(path, shape))
     except _MALFORMED as error:
         raise Damaged(f"{path.name} is unreadable ({one_line(error, 120)})") from None
 

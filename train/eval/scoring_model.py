@@ -19,7 +19,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from core.errors import CheckpointError, ConfigError
+from core.errors import CheckpointError, ConfigError, UnreadableFileError
 from core.files import read_json, sha256_text
 from data.filter.score.factory import Models
 from data.tokenizer import JsonTokenizer
@@ -220,16 +220,19 @@ def _ours(
     return ScoringModel(model.eval(), logits, tokenizer, context, identity)
 
 
+_TOKEN = (str, None, {"content": str})
+
+
 def _tokenizer(folder: Path) -> JsonTokenizer:
     """Open the tokenizer in `tokenizer.json`, with the special tokens that `tokenizer_config.json` names."""
     if not (folder / "tokenizer.json").exists():
         raise CheckpointError(f"{folder} has no tokenizer.json: texts cannot be turned into tokens")
     path = folder / "tokenizer_config.json"
     try:
-        settings = read_json(path)
+        settings = read_json(path, {"bos_token?": _TOKEN, "eos_token?": _TOKEN})
         names = [settings.get(key) for key in ("bos_token", "eos_token")]
         bos, eos = (name["content"] if isinstance(name, dict) else name for name in names)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, UnreadableFileError) as error:
         raise CheckpointError(f"{path} does not say which tokens begin and end a text ({error})") from error
     if not isinstance(eos, str):
         raise CheckpointError(f"{path} names no eos_token: the end of a text is unknown")

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from core.errors import ConfigError
-from core.files import sha256_file, sha256_text
+from core.files import misfit, sha256_file, sha256_text
 from data.files import (
     FileFormat,
     UnreadableFile,
@@ -145,7 +145,8 @@ def _line(row: dict[str, Any], place: str) -> str:
         except TypeError as error:
             reason = f"the column {column!r} holds {error}, which JSON cannot hold: drop that column"
             raise ConfigError("input", place, reason) from None
-    return json.dumps(found, ensure_ascii=False)
+    line = json.dumps(found, ensure_ascii=False)
+    return json.dumps(found) if misfit(line, str) else line  # half of a surrogate pair must stay escaped
 
 
 def _for_json(value: Any) -> Any:

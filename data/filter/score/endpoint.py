@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from core.errors import ConfigError, LeviathanError
+from core.errors import ConfigError, LeviathanError, OneLineError, printable
 from core.files import sha256_text
 
 LONGEST_BACKOFF_S = 60.0
@@ -27,7 +27,7 @@ LARGEST_ANSWER_BYTES = 4 << 20
 _EXCERPT = 200
 
 
-class UnusableAnswer(Exception):
+class UnusableAnswer(OneLineError):
     """No score can be read from an answer. The message is a short reason."""
 
 
@@ -108,7 +108,7 @@ class Endpoint:
 
     def _content(self, status: int, answer: bytes) -> str:
         """Return the text of a chat completion."""
-        excerpt = self._redacted(" ".join(answer[: 4 * _EXCERPT].decode(errors="replace").split()))[:_EXCERPT]
+        excerpt = self._redacted(printable(answer[: 4 * _EXCERPT].decode(errors="replace")))[:_EXCERPT]
         if status in (401, 403):
             what = "rejects the key in" if self._key else "requires a key: set"
             raise LeviathanError(f"{self.shown} {what} {self.key_variable} (HTTP {status})")

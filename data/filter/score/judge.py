@@ -55,7 +55,7 @@ class JudgeScorer(EndpointScorer):
     def requests(self, record: Record) -> dict[str, Request]:
         text, options = judge_prompt(record), {"temperature": 0, "response_format": {"type": "json_object"}}
         key = sha256_text("judge", self.model, REMINDER, text)
-        return {key: Request(text, parse_difficulty, REMINDER, options)}
+        return {key: Request(text, parse_difficulty, REMINDER, options, is_grade)}
 
     def score_from(self, record: Record, answers: Sequence[Any]) -> float:
         return float(answers[0])
@@ -77,6 +77,10 @@ def shortened(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     return text[:begin] + _CUT.format(count=len(text) - limit) + text[len(text) - end :]
 
 
+def is_grade(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 5  # True is an int to Python
+
+
 def parse_difficulty(answer: str) -> int:
     """Return N from an answer that is exactly `{"difficulty": N}`, with an integer N from 1 to 5. Raises
     `UnusableAnswer` for any other answer: prose, strings, fractions and several objects are not interpreted.
@@ -88,6 +92,6 @@ def parse_difficulty(answer: str) -> int:
     if not isinstance(pairs, tuple) or [name for name, _ in pairs] != ["difficulty"]:
         raise UnusableAnswer(f'not {{"difficulty": N}}: {answer[:80]!r}')
     value: Any = pairs[0][1]
-    if type(value) is not int or not 1 <= value <= 5:  # True is an int to Python
+    if not is_grade(value):
         raise UnusableAnswer(f"not an integer from 1 to 5: {answer[:80]!r}")
     return value

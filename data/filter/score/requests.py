@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import DataError, LeviathanError
+from core.files import misfit, parse_json
 from data.filter.config import ScorerConfig
 from data.filter.input.records import Record
 from data.filter.score.endpoint import Endpoint, RetriesExhausted, UnusableAnswer
@@ -39,6 +40,8 @@ class Request:
     parse: Callable[[str], Any]
     reminder: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    is_valid: Callable[[Any], bool] = lambda value: isinstance(value, str)
+    """Whether a value can be cached: others are in a damaged cache, and are not used."""
 
 
 class AnswerCache(dict[str, Any]):
@@ -59,9 +62,10 @@ class AnswerCache(dict[str, Any]):
             except OSError as error:
                 raise DataError(f"{path} cannot be read ({error.strerror or error}): fix or remove it") from None
             for line in content.splitlines():
-                with suppress(ValueError, TypeError, KeyError):  # incomplete
-                    entry = json.loads(line)
-                    self[entry["key"]] = entry["answer"]
+                with suppress(ValueError):  # incomplete
+                    entry = parse_json(line)
+                    if not misfit(entry, {"key": str, "answer": (str, int)}):
+                        self[entry["key"]] = entry["answer"]
 
     def add(self, key: str, answer: Any) -> None:
         """Write an answer to disk, then add it to this dictionary. Raises `DataError` if it cannot be written."""
@@ -91,7 +95,8 @@ class CachedEndpoint:
         Raises `LeviathanError` with the fix if the endpoint cannot be reached, rejects the key or the model, or sends
         mostly unusable answers at first. All answers received until then are cached, and no more requests are sent.
         """
-        found = {key: self.cache[key] for key in requests if key in self.cache}
+        cached = {key: self.cache[key] for key in requests if key in self.cache}
+        found = {key: value for key, value in cached.items() if requests[key].is_valid(value)}
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             keys = {pool.submit(self._request, key, one): key for key, one in requests.items() if key not in found}

@@ -1,0 +1,98 @@
+"""Answers of judges and models, the cache of answers, what a server sends, and what a verifier returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import Mock
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from core.errors import LeviathanError
+from data.filter.config import ScorerConfig, ScorerKind
+from data.filter.input.records import Record
+from data.filter.score.endpoint import LONGEST_RETRY_AFTER_S, Endpoint, UnusableAnswer, _retry_after_s
+from data.filter.score.judge import JudgeScorer, parse_difficulty
+from data.filter.score.pass_rate import PassRateScorer
+from data.filter.score.requests import AnswerCache
+from tests.fuzz.mutations import files, hostile, json_bytes, json_files, reads_or_refuses
+
+RECORD = Record("1", "all", "a:1", "prompt answer", 7)
+ANSWER = {"choices": [{"index": 0, "message": {"role": "assistant", "content": '{"difficulty": 3}'}}]}
+URL = "http://localhost:1/v1"
+ENDPOINT = Endpoint(URL, "m", "NO_SUCH_KEY")
+
+
+@given(json_files({"difficulty": 3}))
+def test_any_answer_of_a_judge_is_a_grade_or_unusable(content):
+    found = reads_or_refuses(lambda: parse_difficulty(content.decode(errors="replace")), UnusableAnswer)
+    assert found is None or (type(found) is int and 1 <= found <= 5)
+
+
+@example(b"\0\x1b", 404)
+@given(json_files(ANSWER), st.sampled_from([200, 200, 200, 400, 401, 404, 422]))
+def test_any_response_is_text_or_unusable(content, status):
+    found = reads_or_refuses(lambda: ENDPOINT._content(status, content), UnusableAnswer, LeviathanError)
+    assert found is None or isinstance(found, str)
+
+
+DATES = [b"120", b"1.5", b"Fri, 31 Dec 1999 23:59:59 GMT", b"31 Dec 99999 23:59:59 -9999"]
+
+
+@given(st.sampled_from(DATES).flatmap(files))
+def test_any_retry_after_is_a_wait_or_ignored(content):
+    response = Mock(headers=httpx.Headers([(b"Retry-After", content)]))
+    found = reads_or_refuses(lambda: _retry_after_s(response))
+    assert found is None or 0 <= found <= LONGEST_RETRY_AFTER_S
+
+
+JUDGE = JudgeScorer(ScorerConfig(kind=ScorerKind.judge, url=URL, judge="m", retries=0), Path("none"))
+JUDGE.endpoint.endpoint.complete = lambda *_, **__: '{"difficulty": 4}'
+
+
+KEY = next(iter(JUDGE.requests(RECORD)))
+
+
+@given(json_files({"key": KEY, "answer": 3}))
+@example(json_bytes({"key": KEY, "answer": {}}))
+@example(json_bytes({"key": KEY, "answer": 9}))
+@example(b"[" * 100_000)
+def test_any_cached_answer_is_a_score_or_asked_again(place, content):
+    folder = place / "answers"
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "a.jsonl").write_bytes(content + b"\n")
+
+    def again() -> NDArray[np.float64]:
+        JUDGE.endpoint.cache = AnswerCache(folder)
+        return JUDGE.score([RECORD])
+
+    score = reads_or_refuses(again)
+    assert score is not None and score[0] in (1, 2, 3, 4, 5)
+
+
+PASS_RATE = ScorerConfig(kind=ScorerKind.pass_rate, url=URL, judge="m", verifier=f"{__name__}:verify", samples=1)
+
+
+@pytest.fixture(scope="module")
+def pass_rate(place):
+    return PassRateScorer(PASS_RATE, place / "none")
+
+
+def verify(record: Record, answer: str) -> object:
+    return VERDICTS.pop()
+
+
+VERDICTS: list[object] = []
+
+
+@given(hostile() | st.just(np.True_))
+def test_any_verdict_is_a_score_or_unusable(pass_rate, verdict):
+    VERDICTS[:] = [verdict]
+    found = reads_or_refuses(lambda: pass_rate.score_from(RECORD, ["b"]), UnusableAnswer)
+    assert found in (None, 0, 1)
