@@ -378,7 +378,7 @@ def test_a_range_is_few_blocks(shape):
         (["precision=fp64"], r"precision.*keeps master weights in fp32, not float64"),
         (["parallel.pp=2", "parallel.zero.stage=2", "parallel.dp_shard=1"], r"zero.stage=2: .*pipeline.*try 1"),
         (["parallel.zero.stage=3"], r"zero.stage=3: does not support routed experts; parallel.engine=fsdp2"),
-        ([*ZERO3, "parallel.compile=true"], r"parallel.compile=True: .*stage 3; parallel.engine=fsdp2"),
+        ([*ZERO3, "parallel.compile=true"], r"parallel.compile=true: .*stage 3; parallel.engine=fsdp2"),
         ([*ZERO3, "precision=fp8"], r"zero.stage=3: FP8 is untested.*parallel.engine=fsdp2"),
         ([*ZERO3, "+parallel.zero.extra.overlap_comm=true"], r"extra.overlap_comm.*does not apply to stage 3"),
         (["parallel.zero.offload_parameters=cpu"], r"zero.offload_parameters=cpu: .*whole on every rank.*try none"),

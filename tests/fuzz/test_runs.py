@@ -94,4 +94,4 @@ def report(run: RunDirectory) -> None:
     ]
     numbers += [value for key in (*LOAD, "router_z") for row in data.by_layer(key) for value in row]
     assert all(isinstance(number, int | float) for number in numbers)
-    _page([data], [], run.path)
+    _page([data], [], run.path, None)

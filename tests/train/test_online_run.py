@@ -199,7 +199,7 @@ def compare_with_batches(directory: Path, windows: list[dict[str, Any]]) -> None
 
 def test_baselines_of_other_tokens_are_rejected(small_corpus, tmp_path):
     words = overrides(small_corpus, "evaluation.baselines=true")
-    with pytest.raises(ConfigError, match=r"evaluation\.baselines=True: would be fitted to other tokens.*; try False"):
+    with pytest.raises(ConfigError, match=r"evaluation\.baselines=true: would be fitted to other tokens.*; try false"):
         check(config(tmp_path, "run", *words), 1)
     check(config(tmp_path, "run", *words, "online.every=0"), 1)
 

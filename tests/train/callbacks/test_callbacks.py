@@ -34,5 +34,5 @@ def test_the_profiler_writes_its_files(tmp_path, small_corpus):
     assert run.fit() == 0
     written = sorted(path.name for path in (tmp_path / "run" / "profile").iterdir())
     assert written == ["step-00000001.memory.txt", "step-00000001.trace.json"]
-    with pytest.raises(ConfigError, match=r"profile\.memory=True: memory snapshots need a GPU"):
+    with pytest.raises(ConfigError, match=r"profile\.memory=true: memory snapshots need a GPU"):
         trainer(tmp_path, "other", [*small_corpus, "profile.steps=[1]", "profile.memory=true"])

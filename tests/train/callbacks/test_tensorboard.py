@@ -154,7 +154,7 @@ def test_without_the_package_it_is_refused(tmp_path, monkeypatch, capsys):
     assert main([*words, "--cfg"]) == 0, "control"
     assert main([*words, "logging=tensorboard"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    wanted = "logging.tensorboard=True: TensorBoard is not installed: pip install 'leviathan[tensorboard]'"
+    wanted = "logging.tensorboard=true: TensorBoard is not installed: pip install 'leviathan[tensorboard]'"
     assert line == f"leviathan: error: {wanted}"
     assert not (tmp_path / "runs").exists()
 
