@@ -22,7 +22,7 @@ from train.optim.config import OptimizerKind
 
 MODEL, LAYOUT = ModelConfig(num_layers=2), ParallelConfig()
 CERTIFICATE = {
-    **{"axes": {"dp": 2}, "model": plain(shrink(MODEL, LAYOUT)), "pass": True},
+    **{"axes": ["dp"], "model": plain(shrink(MODEL, LAYOUT)), "pass": True},
     "techniques": techniques(LAYOUT, OptimizerKind.adamw, None),
 }
 

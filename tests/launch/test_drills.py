@@ -1,4 +1,4 @@
-"""Kills at random moments, lost folders, full and read-only disks, and clocks that jump: the losses stay the same."""
+"""Kills at random moments, lost folders, full and read-only disks: the losses stay the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from tests.support.drills import STARTED, STEPS, TWO_RANKS, ended, figures, has_
 
 pytestmark = pytest.mark.slow
 KILLS = 20
-FAKETIME = [path for path in Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")]
 
 
 @pytest.fixture(autouse=True)
@@ -132,24 +131,4 @@ def test_a_disk_that_turns_read_only_is_told_and_nothing_is_lost(words, undistur
     assert process.returncode == 1 and "read-only" in (output + errors).lower() and "Traceback" not in output + errors
     disk("rw,size=100m")
     ended(start([*words, elsewhere], root.parent))
-    assert figures(run) == undisturbed
-
-
-@pytest.mark.skipif(not FAKETIME, reason="needs libfaketime (Debian: apt install faketime)")
-def test_a_clock_that_jumps_changes_nothing(words, undisturbed, tmp_path, monkeypatch):
-    clock = tmp_path / "clock"
-    clock.write_text("+0\n")
-    for name, value in {
-        "LD_PRELOAD": str(FAKETIME[0]),
-        "FAKETIME_TIMESTAMP_FILE": str(clock),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    run = tmp_path / "runs" / "x"
-    process = start(words, tmp_path)
-    for step, jump in ((15, "-1d"), (40, "+400d"), (70, "-3600")):
-        wait_for(has_step(run, step), process)
-        clock.write_text(f"{jump}\n")
-    ended(process)
     assert figures(run) == undisturbed

@@ -192,7 +192,7 @@ DAMAGE = {
     "moe_fraction": (lambda d: edit_config(d, moe_layers=[1.0, 3]), "moe_layers: must list layers between 0 and 3"),
     "top_k": (lambda d: edit_config(d, num_experts_per_tok=1.7), "num_experts_per_tok=1.7: must be a whole number"),
     "text_number": (lambda d: edit_config(d, hidden_size="64"), "hidden_size=64: must be a whole number"),
-    "flag": (lambda d: edit_config(d, num_local_experts=True), "num_local_experts=true: must be a whole number"),
+    "flag": (lambda d: edit_config(d, num_local_experts=True), "num_local_experts=True: must be a whole number"),
     "no_chunk": (lambda d: edit_config(d, attention_chunk_size=0), "attention_chunk_size=0: must be positive"),
     "theta": (lambda d: edit_config(d, rope_theta=1e6), "rope_theta.*contradicts rope_parameters"),
     "rope": (lambda d: edit_config(d, rope_scaling={**SCALED, "rope_theta": 5e5}), "rope_scaling.*contradicts rope_p"),

@@ -20,7 +20,7 @@ from precision.config import PrecisionConfig
 from train.certify.plan import shrink, techniques
 from train.optim.config import OptimizerKind
 
-_SHAPE = {"axes": {str: object}, "model": object, "techniques": object, "pass": bool}
+_SHAPE = {"axes": [str], "model": object, "techniques": object, "pass": bool}
 
 
 def save(certificate: Mapping[str, Any], cache: Path) -> Path:
