@@ -137,7 +137,9 @@ def compare_logits(source: TensorSource, directory: Path, dtype: torch.dtype | N
     Raises `CheckpointError` if it exceeds `TOLERANCE`, or if transformers misses or ignores a tensor.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # it would appear among the lines of the command
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,
