@@ -228,13 +228,13 @@ def write_config(path: Path, config: TrainConfig) -> None:
     write_text(path, yaml.safe_dump(plain(config), sort_keys=False))
 
 
-def read_lines(path: Path, shape: Any = None) -> Iterator[dict[str, Any]]:
-    """Yield the JSON lines of a file, if it exists, that have a shape (`core.files.misfit`; None: any keys). Others are
+def read_lines(path: Path, shape: Any = object) -> Iterator[dict[str, Any]]:
+    """Yield the JSON lines of a file, if it exists, that have a shape (`core.files.misfit`). Others are
     dropped: lines of another kind, and those that a kill or a full disk has truncated. Raises `UnreadableFileError` if
     it is not a regular file.
     """
     for line in parse_lines(read_text(path, errors="replace")) if path.exists() else ():
-        if line is not None and not misfit(line, {} if shape is None else shape):
+        if line is not None and not misfit(line, shape):
             yield line
 
 

@@ -161,7 +161,7 @@ def files(content: bytes) -> st.SearchStrategy[bytes]:
     return st.one_of(damaged(content), damaged(content), damaged(content), st.binary(max_size=64))
 
 
-def reads_or_refuses(read: Callable[[], T], *errors: type[Exception]) -> T | None:
+def assert_reads_or_refuses(read: Callable[[], T], *errors: type[Exception]) -> T | None:
     """Return what `read` returns, or None if it raises one of `errors` with a message of one line."""
     with _bounded():
         try:

@@ -19,7 +19,7 @@ from data.filter.score.endpoint import LONGEST_RETRY_AFTER_S, Endpoint, Unusable
 from data.filter.score.judge import JudgeScorer, parse_difficulty
 from data.filter.score.pass_rate import PassRateScorer
 from data.filter.score.requests import AnswerCache
-from tests.fuzz.mutations import files, hostile, json_bytes, json_files, reads_or_refuses
+from tests.fuzz.mutations import assert_reads_or_refuses, files, hostile, json_bytes, json_files
 
 RECORD = Record("1", "all", "a:1", "prompt answer", 7)
 ANSWER = {"choices": [{"index": 0, "message": {"role": "assistant", "content": '{"difficulty": 3}'}}]}
@@ -29,14 +29,14 @@ ENDPOINT = Endpoint(URL, "m", "NO_SUCH_KEY")
 
 @given(json_files({"difficulty": 3}))
 def test_any_answer_of_a_judge_is_a_grade_or_unusable(content):
-    found = reads_or_refuses(lambda: parse_difficulty(content.decode(errors="replace")), UnusableAnswer)
+    found = assert_reads_or_refuses(lambda: parse_difficulty(content.decode(errors="replace")), UnusableAnswer)
     assert found is None or (type(found) is int and 1 <= found <= 5)
 
 
 @example(b"\0\x1b", 404)
 @given(json_files(ANSWER), st.sampled_from([200, 200, 200, 400, 401, 404, 422]))
 def test_any_response_is_text_or_unusable(content, status):
-    found = reads_or_refuses(lambda: ENDPOINT._content(status, content), UnusableAnswer, LeviathanError)
+    found = assert_reads_or_refuses(lambda: ENDPOINT._content(status, content), UnusableAnswer, LeviathanError)
     assert found is None or isinstance(found, str)
 
 
@@ -46,7 +46,7 @@ DATES = [b"120", b"1.5", b"Fri, 31 Dec 1999 23:59:59 GMT", b"31 Dec 99999 23:59:
 @given(st.sampled_from(DATES).flatmap(files))
 def test_any_retry_after_is_a_wait_or_ignored(content):
     response = Mock(headers=httpx.Headers([(b"Retry-After", content)]))
-    found = reads_or_refuses(lambda: _retry_after_s(response))
+    found = assert_reads_or_refuses(lambda: _retry_after_s(response))
     assert found is None or 0 <= found <= LONGEST_RETRY_AFTER_S
 
 
@@ -72,7 +72,7 @@ def test_any_cached_answer_is_a_score_or_asked_again(place, content):
         JUDGE.endpoint.cache = AnswerCache(folder)
         return JUDGE.score([RECORD])
 
-    score = reads_or_refuses(again)
+    score = assert_reads_or_refuses(again)
     assert score is not None and score[0] in (1, 2, 3, 4, 5)
 
 
@@ -94,5 +94,5 @@ VERDICTS: list[object] = []
 @given(hostile() | st.just(np.True_))
 def test_any_verdict_is_a_score_or_unusable(pass_rate, verdict):
     VERDICTS[:] = [verdict]
-    found = reads_or_refuses(lambda: pass_rate.score_from(RECORD, ["b"]), UnusableAnswer)
+    found = assert_reads_or_refuses(lambda: pass_rate.score_from(RECORD, ["b"]), UnusableAnswer)
     assert found in (None, 0, 1)

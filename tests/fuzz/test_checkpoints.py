@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from core.config import plain
 from core.errors import CheckpointError, ConfigError
 from model.config import ModelConfig
-from tests.fuzz.mutations import files, json_bytes, json_files, reads_or_refuses
+from tests.fuzz.mutations import assert_reads_or_refuses, files, json_bytes, json_files
 from train.checkpoint.files import read_shard, read_state, write_shards
 from train.checkpoint.index import INDEX, PROGRESS, Damaged, commit, problem, read_index, read_progress
 from train.checkpoint.reader import IMPORTED, load_imported, load_origin
@@ -84,9 +84,9 @@ def test_any_checkpoint_is_read_or_refused(checkpoint, name):
             found[MARKER] = signed(whole[MARKER], found)
         for file, bytes_ in found.items():
             (path / file).write_bytes(bytes_)
-        reads_or_refuses(lambda: read(path), CheckpointError, Damaged)
-        reads_or_refuses(lambda: read_index(path), Damaged)
-        reads_or_refuses(lambda: read_progress(path), CheckpointError)
+        assert_reads_or_refuses(lambda: read(path), CheckpointError, Damaged)
+        assert_reads_or_refuses(lambda: read_index(path), Damaged)
+        assert_reads_or_refuses(lambda: read_progress(path), CheckpointError)
 
     check()
 
@@ -100,5 +100,5 @@ DESCRIBED = {
 @given(json_files(DESCRIBED))
 def test_any_description_of_a_model_is_read_or_refused(place, content):
     (place / IMPORTED).write_bytes(content)
-    reads_or_refuses(lambda: load_imported(place), CheckpointError, ConfigError)
-    reads_or_refuses(lambda: load_origin(place), CheckpointError)
+    assert_reads_or_refuses(lambda: load_imported(place), CheckpointError, ConfigError)
+    assert_reads_or_refuses(lambda: load_origin(place), CheckpointError)

@@ -13,7 +13,7 @@ from core.files import read_json, read_text
 from core.overrides import expand, parse
 from core.yaml_file import read_yaml
 from launch.metap.transfer import read_base
-from tests.fuzz.mutations import FEWER, files, hostile, json_bytes, json_files, reads_or_refuses, spoiled
+from tests.fuzz.mutations import FEWER, assert_reads_or_refuses, files, hostile, json_bytes, json_files, spoiled
 from train.config import TrainConfig
 from train.metap.hyperparameters import as_base
 from train.run_directory import read_config
@@ -55,10 +55,10 @@ class Mixed:
 @example(b"a=" + b"9" * 5000, False)
 def test_any_override_is_parsed_or_refused(content, sweeps):
     text = content.decode(errors="surrogateescape")  # as Python decodes the command line
-    if not reads_or_refuses(lambda: parse(text, GROUPS, sweeps), ConfigError):
+    if not assert_reads_or_refuses(lambda: parse(text, GROUPS, sweeps), ConfigError):
         return
-    for one in reads_or_refuses(lambda: expand([text], GROUPS), ConfigError) or []:
-        reads_or_refuses(lambda one=one: load("mixed", Mixed, one), ConfigError)
+    for one in assert_reads_or_refuses(lambda: expand([text], GROUPS), ConfigError) or []:
+        assert_reads_or_refuses(lambda one=one: load("mixed", Mixed, one), ConfigError)
         break
 
 
@@ -68,7 +68,7 @@ def test_any_override_is_parsed_or_refused(content, sweeps):
 @FEWER
 def test_any_value_of_a_key_is_parsed_or_refused(key, value):
     word = f"{key}={value}" if isinstance(value, str) else f"{key}={json_bytes(value).decode()}"
-    reads_or_refuses(lambda: load("mixed", Mixed, [word]), ConfigError)
+    assert_reads_or_refuses(lambda: load("mixed", Mixed, [word]), ConfigError)
 
 
 @given(st.one_of(files(YAML), files(json_bytes({"a": [1, {"b": None}], "c": 1.5}))))
@@ -76,7 +76,7 @@ def test_any_file_is_text_yaml_or_json_or_refused(place, content):
     path = place / "any"
     path.write_bytes(content)
     for read in (read_text, read_yaml, read_json):
-        reads_or_refuses(lambda read=read: read(path), UnreadableFileError)
+        assert_reads_or_refuses(lambda read=read: read(path), UnreadableFileError)
 
 
 MIXED = {
@@ -94,9 +94,9 @@ MIXED = {
 @example({**MIXED, "leaf": []})
 @FEWER
 def test_any_plain_values_are_built_or_refused(values):
-    reads_or_refuses(lambda: build(Mixed, values), ConfigError)
+    assert_reads_or_refuses(lambda: build(Mixed, values), ConfigError)
     if isinstance(values, dict):
-        reads_or_refuses(lambda: load_stored(values, Mixed, ["leaf.path=b"]), ConfigError)
+        assert_reads_or_refuses(lambda: load_stored(values, Mixed, ["leaf.path=b"]), ConfigError)
 
 
 def sections(tree: dict) -> st.SearchStrategy[dict]:
@@ -113,7 +113,7 @@ RUN = load("train", TrainConfig, ["hparam=none", "+phases=[{name: b, steps: 4}]"
 def test_any_stored_configuration_is_read_or_refused(place, content):
     path = place / "config.yaml"
     path.write_bytes(content)  # JSON is YAML, and is written much faster
-    reads_or_refuses(lambda: read_config(path), ConfigError)
+    assert_reads_or_refuses(lambda: read_config(path), ConfigError)
 
 
 BASED = plain(as_base(load("train", TrainConfig, ["hparam=none"])))
@@ -131,4 +131,4 @@ def test_any_base_of_a_transfer_is_read_or_refused(place, content):
         read_base(path, merged)
         return build(TrainConfig, merged)
 
-    reads_or_refuses(read, ConfigError)
+    assert_reads_or_refuses(read, ConfigError)

@@ -20,7 +20,7 @@ from data.filter.input.readers import MalformedRecord, RecordPart, json_keys, re
 from data.filter.input.records import Record
 from data.filter.screen.contamination import _ngrams
 from data.sources import FileSource
-from tests.fuzz.mutations import files, hostile, json_bytes, json_files, reads_or_refuses, spoiled
+from tests.fuzz.mutations import assert_reads_or_refuses, files, hostile, json_bytes, json_files, spoiled
 
 CHAT = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}]
 ROW = {
@@ -79,18 +79,18 @@ def test_any_file_of_documents_is_read_or_refused(place, name):
     @given(files(FILES[name]), st.sampled_from(Undecodable), st.sampled_from(KEYS))
     def check(content, undecodable, config):
         path.write_bytes(content)
-        for text in reads_or_refuses(lambda: documents(path, undecodable), ConfigError) or []:
+        for text in assert_reads_or_refuses(lambda: documents(path, undecodable), ConfigError) or []:
             text.encode()  # the tokenizer takes UTF-8
-        for text in reads_or_refuses(lambda: records(path, config), ConfigError) or []:
+        for text in assert_reads_or_refuses(lambda: records(path, config), ConfigError) or []:
             assert isinstance(text, str)
-        reads_or_refuses(lambda: _ngrams("a", str(path), 3), ConfigError)
+        assert_reads_or_refuses(lambda: _ngrams("a", str(path), 3), ConfigError)
 
     check()
 
 
 @given(json_files(ROW), st.sampled_from(KEYS))
 def test_any_line_is_a_record_or_malformed(content, config):
-    found = reads_or_refuses(lambda: read_record(config, content, "a:1"))
+    found = assert_reads_or_refuses(lambda: read_record(config, content, "a:1"))
     assert isinstance(found, Record | MalformedRecord)
     if isinstance(found, Record):
         (found.id + found.domain + found.text).encode()
@@ -104,5 +104,5 @@ def test_any_line_is_a_record_or_malformed(content, config):
 @given(spoiled(ROW) | st.dictionaries(st.text(), hostile() | st.dates() | st.decimals() | st.uuids() | st.binary()))
 def test_any_row_is_a_record_or_malformed(row):
     row = row if isinstance(row, dict) else {"text": row}
-    found = reads_or_refuses(lambda: read_record(InputConfig(input="x"), row, "a:1"), ConfigError)
+    found = assert_reads_or_refuses(lambda: read_record(InputConfig(input="x"), row, "a:1"), ConfigError)
     assert found is None or isinstance(found, Record | MalformedRecord)

@@ -15,7 +15,7 @@ from core.errors import CheckpointError, ConfigError
 from model.huggingface import HuggingFaceCheckpoint, read_config
 from model.huggingface.files import INDEX, SINGLE, open_directory, read_rows
 from model.tensor_source import parameter_shapes
-from tests.fuzz.mutations import files, json_bytes, json_files, reads_or_refuses, spoiled
+from tests.fuzz.mutations import assert_reads_or_refuses, files, json_bytes, json_files, spoiled
 
 SCALED = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 COMMON: dict[str, Any] = {
@@ -53,9 +53,9 @@ CONFIGS = [
 @given(st.sampled_from(CONFIGS).flatmap(spoiled))
 def test_any_config_json_is_a_model_or_refused(config):
     if isinstance(config, dict):
-        found = reads_or_refuses(lambda: read_config(config), ConfigError)
+        found = assert_reads_or_refuses(lambda: read_config(config), ConfigError)
         if found and found[1].num_layers < 99:
-            reads_or_refuses(lambda: parameter_shapes(found[1]), ConfigError)
+            assert_reads_or_refuses(lambda: parameter_shapes(found[1]), ConfigError)
 
 
 TENSORS = {"a": torch.ones(3, 4), "b": torch.zeros(2, 2, 2, dtype=torch.bfloat16), "c": torch.ones(())}
@@ -81,7 +81,7 @@ def read_all(directory: Path) -> None:
 @given(files(FILE) | json_files(HEADER).map(with_header))
 def test_any_safetensors_file_is_read_or_refused(place, content):
     (place / SINGLE).write_bytes(content)
-    reads_or_refuses(lambda: read_all(place), CheckpointError)
+    assert_reads_or_refuses(lambda: read_all(place), CheckpointError)
 
 
 SHARDED = {"metadata": {"total_size": 68}, "weight_map": {name: "x.safetensors" for name in TENSORS}}
@@ -96,7 +96,7 @@ def test_any_index_of_shards_is_read_or_refused(place, content):
     folder.mkdir(exist_ok=True)
     (folder / "x.safetensors").write_bytes(FILE)
     (folder / INDEX).write_bytes(content)
-    reads_or_refuses(lambda: read_all(folder), CheckpointError)
+    assert_reads_or_refuses(lambda: read_all(folder), CheckpointError)
 
 
 @example(b"[" * 100_000)
@@ -107,4 +107,4 @@ def test_any_folder_of_a_model_is_read_or_refused(place, content):
     folder.mkdir(exist_ok=True)
     (folder / SINGLE).write_bytes(FILE)
     (folder / "config.json").write_bytes(content)
-    reads_or_refuses(lambda: HuggingFaceCheckpoint(folder), CheckpointError, ConfigError)
+    assert_reads_or_refuses(lambda: HuggingFaceCheckpoint(folder), CheckpointError, ConfigError)

@@ -10,7 +10,7 @@ from hypothesis import Phase, find, settings
 
 from core.errors import CheckpointError, ConfigError, DataError
 from tests.fuzz import mutations
-from tests.fuzz.mutations import Endless, damaged, json_bytes, reads_or_refuses, spoiled
+from tests.fuzz.mutations import Endless, assert_reads_or_refuses, damaged, json_bytes, spoiled
 
 QUICK = settings(max_examples=5000, database=None, derandomize=True, phases=[Phase.generate])
 TREE = {"a": [1, {"b": "x"}], "c": None}
@@ -23,7 +23,7 @@ def fails(error: Exception) -> None:
 @pytest.mark.parametrize("kind", [DataError, CheckpointError, lambda text: ConfigError("key", text, text)])
 def test_errors_of_ours_are_one_printable_line(kind):
     assert (
-        reads_or_refuses(
+        assert_reads_or_refuses(
             lambda: fails(kind("a\nb\x1b[2J\ud800\u202e" + "x" * 10**6)), DataError, CheckpointError, ConfigError
         )
         is None
@@ -32,20 +32,20 @@ def test_errors_of_ours_are_one_printable_line(kind):
 
 def test_other_errors_and_messages_are_failures():
     with pytest.raises(KeyError):
-        reads_or_refuses(lambda: fails(KeyError("a")), DataError)
+        assert_reads_or_refuses(lambda: fails(KeyError("a")), DataError)
     for message in ("a\nb", "\x1b[2J", "\ud800", "x" * 10_000, ""):
         with pytest.raises(AssertionError):
-            reads_or_refuses(lambda message=message: fails(ValueError(message)), ValueError)
+            assert_reads_or_refuses(lambda message=message: fails(ValueError(message)), ValueError)
 
 
 def test_an_endless_loop_and_much_memory_are_failures(monkeypatch):
     monkeypatch.setattr(mutations, "LONGEST_S", 0.05)
     with pytest.raises(Endless):
-        reads_or_refuses(lambda: time.sleep(1))
+        assert_reads_or_refuses(lambda: time.sleep(1))
     sizes = iter([100 << 10, 700 << 10])
     monkeypatch.setattr(mutations.resource, "getrusage", lambda _: type("Usage", (), {"ru_maxrss": next(sizes)}))
     with pytest.raises(AssertionError, match="600 MiB"):
-        reads_or_refuses(lambda: None)
+        assert_reads_or_refuses(lambda: None)
 
 
 WANTED = {

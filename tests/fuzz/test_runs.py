@@ -10,7 +10,7 @@ from core.errors import ConfigError, DataError
 from launch.metap.runs import loss_of
 from launch.slurm.submit import _seconds_per_step
 from launch.verbs.jobs import _progress
-from tests.fuzz.mutations import files, json_bytes, json_files, reads_or_refuses
+from tests.fuzz.mutations import assert_reads_or_refuses, files, json_bytes, json_files
 from tests.support.tiny import config
 from train.report.page import _page
 from train.report.run import RunData
@@ -63,10 +63,10 @@ LOGGED = st.one_of(
 def test_any_metrics_are_lines_for_all_who_read_them(run, content):
     run.metrics.write_bytes(content)
     run.online.write_bytes(content)
-    reads_or_refuses(lambda: list(read_lines(run.metrics)))
-    reads_or_refuses(lambda: _progress(run.path))
-    reads_or_refuses(lambda: _seconds_per_step(run), ConfigError)
-    reads_or_refuses(lambda: run.trim_metrics(1))
+    assert_reads_or_refuses(lambda: list(read_lines(run.metrics)))
+    assert_reads_or_refuses(lambda: _progress(run.path))
+    assert_reads_or_refuses(lambda: _seconds_per_step(run), ConfigError)
+    assert_reads_or_refuses(lambda: run.trim_metrics(1))
 
 
 @given(LOGGED, json_files(SUMMARY))
@@ -77,9 +77,9 @@ def test_any_metrics_are_lines_for_all_who_read_them(run, content):
 def test_any_run_is_reported_or_refused(run, content, summary):
     run.metrics.write_bytes(content + b"\n" + LINES[1])
     run.summary.write_bytes(summary)
-    assert reads_or_refuses(lambda: run.is_summed_up(2)) in (True, False)
-    reads_or_refuses(lambda: loss_of(run.path))
-    reads_or_refuses(lambda: report(run), ConfigError, DataError)
+    assert assert_reads_or_refuses(lambda: run.is_summed_up(2)) in (True, False)
+    assert_reads_or_refuses(lambda: loss_of(run.path))
+    assert_reads_or_refuses(lambda: report(run), ConfigError, DataError)
 
 
 def report(run: RunDirectory) -> None:

@@ -9,7 +9,7 @@ from core.errors import LeviathanError
 from launch.config import seconds
 from launch.slurm.requeue import bad_nodes, commands, decide, slow_nodes, stored_state
 from launch.slurm.submit import jobs, parse_status
-from tests.fuzz.mutations import files, json_bytes, json_files, reads_or_refuses
+from tests.fuzz.mutations import assert_reads_or_refuses, files, json_bytes, json_files
 
 STATUS = (
     b"JobId=7 ArrayJobId=7 ArrayTaskId=1,3-6:2%2 JobName=a UserId=me(1) JobState=PENDING Reason=Priority TimeLimit=1:00\n"
@@ -21,14 +21,14 @@ STATUS = (
 @example("ArrayTaskId=\u0661 JobState=RUNNING".encode(), 3)
 @given(files(STATUS), st.integers(1, 9))
 def test_any_answer_of_scontrol_is_a_status_per_run(content, runs):
-    found = reads_or_refuses(lambda: parse_status(content.decode(errors="replace"), runs))
+    found = assert_reads_or_refuses(lambda: parse_status(content.decode(errors="replace"), runs))
     assert found is not None and len(found) == runs
 
 
 @example(b"9" * 5000)
 @given(st.sampled_from([b"90", b"1:30:00", b"2-00:00:00"]).flatmap(files))
 def test_any_time_limit_is_seconds_or_nothing(content):
-    found = reads_or_refuses(lambda: seconds(content.decode(errors="replace")))
+    found = assert_reads_or_refuses(lambda: seconds(content.decode(errors="replace")))
     assert found is None or found >= 0
 
 
@@ -38,7 +38,7 @@ def test_any_time_limit_is_seconds_or_nothing(content):
 def test_any_file_of_a_job_is_read_or_refused(place, content):
     (place / "jobs" / "a").mkdir(parents=True, exist_ok=True)
     (place / "jobs" / "a" / "job.json").write_bytes(content)
-    for job in reads_or_refuses(lambda: jobs(place / "jobs"), LeviathanError) or []:
+    for job in assert_reads_or_refuses(lambda: jobs(place / "jobs"), LeviathanError) or []:
         assert job.number.isdecimal() and all(str(path).encode() for path in job.runs)
 
 
@@ -62,4 +62,4 @@ def test_any_state_of_a_job_is_decided_on_or_refused(place, state, findings, han
         now = before.after(7, bad, slow)
         commands("7", decide(1, now, 3, bad, 2, False), now.exclusions(["n0"]), place / "job.sh").encode()
 
-    reads_or_refuses(requeue, LeviathanError)
+    assert_reads_or_refuses(requeue, LeviathanError)

@@ -15,7 +15,7 @@ from data.corpus import Corpus, open_corpus
 from data.filter.store import KEY, MANIFEST, OneWorker, StageStore
 from model.config import ModelConfig
 from parallel.layout import ParallelConfig
-from tests.fuzz.mutations import json_bytes, json_files, reads_or_refuses
+from tests.fuzz.mutations import assert_reads_or_refuses, json_bytes, json_files
 from train.certify.plan import shrink, techniques
 from train.certify.store import find, save
 from train.optim.config import OptimizerKind
@@ -41,7 +41,7 @@ def test_any_certificate_is_found_or_passed_over(place, certificate, content):
     path = save(CERTIFICATE, place)
     assert find({"dp": 2}, MODEL, LAYOUT, place)
     path.write_bytes(content)
-    found = reads_or_refuses(lambda: find({"dp": 2}, MODEL, LAYOUT, place))
+    found = assert_reads_or_refuses(lambda: find({"dp": 2}, MODEL, LAYOUT, place))
     assert found is None or isinstance(found, str)
 
 
@@ -64,9 +64,9 @@ CORPUS = {
 def test_any_manifest_of_a_corpus_is_opened_or_refused(place, content):
     (place / "a-train-00000.bin").write_bytes(TOKENS)
     (place / "manifest.json").write_bytes(content)
-    corpus = reads_or_refuses(lambda: open_corpus(place), DataError)
+    corpus = assert_reads_or_refuses(lambda: open_corpus(place), DataError)
     if corpus is not None:
-        reads_or_refuses(lambda: used(corpus), DataError, ConfigError)
+        assert_reads_or_refuses(lambda: used(corpus), DataError, ConfigError)
 
 
 def used(corpus: Corpus) -> None:
@@ -97,4 +97,4 @@ def test_any_stage_is_opened_or_refused(place, key, manifest):
         stage.open(OneWorker(), "c")
         return stage.is_complete
 
-    reads_or_refuses(read, DataError, ConfigError)
+    assert_reads_or_refuses(read, DataError, ConfigError)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from core.errors import CheckpointError, ConfigError, DataError
 from data.config import TokenizerConfig, TokenizerKind
 from data.tokenizer import Tokenizer, from_file, load_tokenizer, vocabulary_of_file
-from tests.fuzz.mutations import files, json_files, reads_or_refuses
+from tests.fuzz.mutations import assert_reads_or_refuses, files, json_files
 from train.eval.scoring_model import _tokenizer
 
 
@@ -51,8 +51,8 @@ def test_any_tokenizer_json_is_read_or_refused(place, content):
     path = place / "tokenizer.json"
     path.write_bytes(content)
     config = TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(path), bos="<s>", eos="</s>")
-    reads_or_refuses(lambda: used(from_file(config)), ConfigError, DataError)
-    reads_or_refuses(lambda: vocabulary_of_file(path))
+    assert_reads_or_refuses(lambda: used(from_file(config)), ConfigError, DataError)
+    assert_reads_or_refuses(lambda: vocabulary_of_file(path))
 
 
 @given(files(RANKS))
@@ -60,7 +60,7 @@ def test_any_rank_file_is_read_or_refused(place, content):
     path = place / "ranks"
     path.write_bytes(content)
     config = TokenizerConfig(kind=TokenizerKind.tiktoken, path=str(path), bos="<s>", eos="</s>")
-    reads_or_refuses(lambda: used(from_file(config)), ConfigError, DataError)
+    assert_reads_or_refuses(lambda: used(from_file(config)), ConfigError, DataError)
 
 
 @example(json.dumps({**SAVED_RANKS, "special_tokens": 10**12}).encode())
@@ -70,7 +70,7 @@ def test_any_stored_tokenizer_is_read_or_refused(place, content):
     (place / "tokenizer.json").write_text(json.dumps(JSON))
     (place / "tokenizer.model").write_bytes(RANKS)
     (place / "tokenizer_source.json").write_bytes(content)
-    reads_or_refuses(lambda: used(load_tokenizer(place)), ConfigError, DataError)
+    assert_reads_or_refuses(lambda: used(load_tokenizer(place)), ConfigError, DataError)
 
 
 @given(json_files(FOR_TRANSFORMERS))
@@ -78,4 +78,4 @@ def test_any_stored_tokenizer_is_read_or_refused(place, content):
 def test_any_tokenizer_of_transformers_is_read_or_refused(place, content):
     (place / "tokenizer.json").write_text(json.dumps(JSON))
     (place / "tokenizer_config.json").write_bytes(content)
-    reads_or_refuses(lambda: used(_tokenizer(place)), ConfigError, DataError, CheckpointError)
+    assert_reads_or_refuses(lambda: used(_tokenizer(place)), ConfigError, DataError, CheckpointError)

@@ -18,19 +18,13 @@ import pytest
 
 from core.process import run_process
 from launch.agent import Node, Unreachable, _check_port, _endpoint, _interface, _own_address, failure_lines
-from tests.support.drills import STARTED, STEPS, TWO_RANKS, ended, figures, has_step, ranks_of, start, wait_for
+from tests.support.drills import STEPS, TWO_RANKS, ended, figures, has_step, kill_started, ranks_of, start, wait_for
 
 
 @pytest.fixture(autouse=True)
 def nothing_left():
-    """Kill what a failed test left running."""
     yield
-    for process in STARTED:
-        if process.poll() is None:
-            for rank in ranks_of(process):
-                os.kill(rank, signal.SIGKILL)  # the agent's end does not end a stopped rank
-            process.kill()
-    STARTED.clear()
+    kill_started()
 
 
 STAGES = ["launch=torchrun", "launch.processes=4", "parallel.pp=2", "parallel.ep=2"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.drills import STARTED, STEPS, TWO_RANKS, ended, figures, has_step, ranks_of, start, wait_for
+from tests.support.drills import STEPS, TWO_RANKS, ended, figures, has_step, kill_started, ranks_of, start, wait_for
 
 pytestmark = pytest.mark.slow
 KILLS = 20
@@ -23,10 +23,7 @@ KILLS = 20
 @pytest.fixture(autouse=True)
 def nothing_left():
     yield
-    for process in STARTED:
-        if process.poll() is None:
-            process.kill()
-    STARTED.clear()
+    kill_started()
 
 
 @pytest.fixture(scope="module")

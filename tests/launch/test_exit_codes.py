@@ -13,16 +13,9 @@ from core import exit_codes
 from core.errors import CheckpointError, ConfigError
 from core.exit_codes import CRASHED, DONE, FAILED, INTERRUPTED, INVALID
 from launch.cli import VERBS, main
+from tests.support.verbs import GIVEN
 
 PAGE = (Path(__file__).parents[2] / "docs" / "exit_codes.md").read_text()
-GIVEN = {
-    "evaluate": ["run=r"],
-    "generate": ["run=r"],
-    "import": ["source=s", "out=o"],
-    "export": ["source=s", "out=o"],
-    "filter": ["input=x"],
-}
-"""Arguments without which a verb's configuration is incomplete."""
 
 
 def codes_in(page: str) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +31,16 @@ def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
     pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
     STARTED.append(subprocess.Popen(line, cwd=cwd, stdout=pipe, stderr=pipe, text=True, env=environment))
     return STARTED[-1]
+
+
+def kill_started() -> None:
+    """Kill what a failed test left running."""
+    for process in STARTED:
+        if process.poll() is None:
+            for rank in ranks_of(process):
+                os.kill(rank, signal.SIGKILL)  # the agent's end does not end a stopped rank
+            process.kill()
+    STARTED.clear()
 
 
 def figures(run: Path) -> dict[int, tuple[float, float]]:

@@ -23,16 +23,9 @@ from core.config import build, compose_plain, plain
 from core.errors import ConfigError
 from launch.cli import VERBS
 from launch.config import LaunchConfig
+from tests.support.verbs import GIVEN
 from train.config import check
 
-GIVEN = {
-    "evaluate": ["run=r"],
-    "generate": ["run=r"],
-    "import": ["source=s", "out=o"],
-    "export": ["source=s", "out=o"],
-    "filter": ["input=x"],
-}
-"""Overrides without which a verb's configuration is incomplete."""
 VALUES: dict[str, Any] = {
     "null": None,
     "empty": "",

@@ -1,0 +1,10 @@
+"""What verbs cannot do without."""
+
+GIVEN = {
+    "evaluate": ["run=r"],
+    "generate": ["run=r"],
+    "import": ["source=s", "out=o"],
+    "export": ["source=s", "out=o"],
+    "filter": ["input=x"],
+}
+"""Overrides without which a verb's configuration is incomplete."""
