@@ -54,12 +54,15 @@ def find_files(pattern: str) -> list[tuple[str, Path]]:
     empty key if nothing is found, or if the path or the pattern leads to a file with an unknown suffix.
     """
     place = locate(pattern)
-    if place.is_file():
-        found = [(place.name, place)]
-    elif place.is_dir():
-        found = [(path.relative_to(place).as_posix(), path) for path in files_in(place) if file_format(path)]
-    else:
-        found = [(path.as_posix() if is_local(path) else str(path), path) for path in files_like(place)]
+    try:
+        if place.is_file():
+            found = [(place.name, place)]
+        elif place.is_dir():
+            found = [(path.relative_to(place).as_posix(), path) for path in files_in(place) if file_format(path)]
+        else:
+            found = [(path.as_posix() if is_local(path) else str(path), path) for path in files_like(place)]
+    except ValueError as error:  # a store does not take the name
+        raise ConfigError("", pattern, str(error)) from None
     if not found:
         reason = "the folder holds no jsonl, parquet or text file" if place.is_dir() else "no such file or folder"
         raise ConfigError("", pattern, reason)
