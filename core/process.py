@@ -6,6 +6,7 @@ with the traceback.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import platform
@@ -18,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from core.errors import LeviathanError, one_line
 from core.exit_codes import CRASHED, FAILED, INTERRUPTED, has_agent, is_consequence, is_rank
@@ -84,6 +86,20 @@ def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | Non
             line.everywhere = getattr(error, "everywhere", False)
             report(line)
         return CRASHED if has_agent() else FAILED
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code, and one of several ranks without Python's finalisation.
+
+    A thread of gloo that frees a tensor while Python finalises aborts the process: pytorch/pytorch#190489.
+    """
+    if is_rank():
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # a closed or full stream
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextmanager

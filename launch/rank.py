@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 
 
@@ -24,6 +23,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from core.process import run_process
+    from core.process import end_process, run_process
 
-    sys.exit(run_process(main))
+    end_process(run_process(main))

@@ -11,7 +11,6 @@ import platform
 import resource
 import shutil
 import statistics
-import sys
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -214,6 +213,6 @@ def _disk(folder: Path, rank: int) -> float | None:
 
 
 if __name__ == "__main__":
-    from core.process import run_process
+    from core.process import end_process, run_process
 
-    sys.exit(run_process(main))
+    end_process(run_process(main))

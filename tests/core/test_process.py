@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,48 @@ def test_a_working_directory_that_is_gone_is_one_line(tmp_path):
     code, errors = run_in("mkdir gone; cd gone; rmdir ../gone; COMMAND", tmp_path)
     assert code == 1
     assert errors.endswith("leviathan: error: the working directory no longer exists: change to another one (cd)\n")
+
+
+RANK = """
+import atexit, os, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from core.process import end_process
+
+rank, ready = int(os.environ["RANK"]), Path("ready")
+dist.init_process_group("gloo", store=dist.FileStore("store", 2), rank=rank, world_size=2)
+
+def compute():
+    ready.touch()
+    sys.setswitchinterval(1000)  # a thread that asks for the interpreter's lock gets it only after this function
+    begun = time.monotonic()
+    while time.monotonic() - begun < 1:
+        pass
+
+if rank:
+    while not ready.exists():
+        time.sleep(0.01)
+    dist.all_reduce(torch.ones(3))
+    os._exit(0)
+atexit.register(compute)
+dist.all_reduce(torch.ones(3), async_op=True)  # gloo's thread frees the tensor while the process ends
+{end}(0)
+"""
+
+
+@pytest.mark.parametrize("end, code", [("end_process", 0), ("sys.exit", -signal.SIGABRT)], ids=["ours", "control"])
+def test_a_rank_ends_although_gloo_frees_a_tensor(tmp_path, end, code):
+    ranks = []
+    for rank in "01":
+        environment = {**os.environ, "RANK": rank, "WORLD_SIZE": "2"}
+        command = [sys.executable, "-c", RANK.replace("{end}", end)]
+        ranks.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE))
+    errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert ranks[0].returncode == code, errors
+
+
+def test_a_rank_flushes_and_runs_its_exit_handlers(tmp_path):
+    script = "import atexit; from core.process import end_process; atexit.register(print, 'handler'); end_process(7)"
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (7, "handler\n")
