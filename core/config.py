@@ -64,10 +64,14 @@ def load_stored(values: dict[str, Any], schema: type[T], overrides: Sequence[str
     return build(schema, _compose("stored", schema, overrides))
 
 
-@cache
 def groups() -> dict[str, list[str]]:
     """Return the configuration groups with the names of their presets."""
-    folders = (path for path in sorted(config_directory().iterdir()) if path.is_dir())
+    return _groups_in(config_directory())
+
+
+@cache
+def _groups_in(directory: Path) -> dict[str, list[str]]:
+    folders = (path for path in sorted(directory.iterdir()) if path.is_dir())
     found = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
     return {name: presets for name, presets in found.items() if presets}
 
@@ -306,17 +310,19 @@ def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
         parent, _, name = key.rpartition(".")
         owner = _kind_at(schema, parent)
         if (new := old_fields(owner, parent).get(name)) is not None:
-            full = ".".join(part for part in (path, parent, new) if part)
-            return RenamedKeyError(key, None, f"was renamed to {full}")
+            return RenamedKeyError(key, None, f"was renamed to {_joined(path, parent, new)}")
+        node = getattr(cause, "parent_node", None)
+        composed = [str(k) for k in node] if isinstance(node, DictConfig) and not node._is_none() else []
         if typing.get_origin(owner) is dict:
-            return ConfigError(key, None, "no such entry", [f"+{key}=... to add one"])
-        known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else []
+            near = [_joined(path, parent, n) for n in difflib.get_close_matches(name, composed, n=3, cutoff=0.5)]
+            return ConfigError(key, None, "no such entry", [*near, f"+{key}=... to add one"])
+        known = [f.name for f in dataclasses.fields(owner)] if dataclasses.is_dataclass(owner) else composed
         if name in known:
             return ConfigError(key, None, "is unset by default", [f"+{key}=... to set it"])
         renamed = old_fields(owner)
         near = difflib.get_close_matches(name, [*known, *renamed], n=3, cutoff=0.5)
         near = list(dict.fromkeys(renamed.get(n, n) for n in near))
-        return ConfigError(key, None, "no such key", [f"{parent}.{n}" if parent else n for n in near or known])
+        return ConfigError(key, None, "no such key", [_joined(path, parent, n) for n in near or known])
     value = getattr(cause, "value", None)
     if re.search(r"is not Optional|is not a subclass of", reason):
         kind = _kind_at(schema, key)
@@ -333,6 +339,10 @@ def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
     if (new := new_value(_kind_at(schema, key), value)) is not None:
         return RenamedKeyError(key, str(value), f"was renamed to {new}")
     return ConfigError(key, value if isinstance(value, str | int | float) else None, reason)
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
 
 
 def _kind_at(schema: type, path: str) -> Any:

@@ -22,6 +22,7 @@ Groups = Mapping[str, Sequence[str]]
 """The names of the presets in each configuration group."""
 
 MOST_RUNS = 10_000
+LONGEST_KEY = 200
 _FORM = re.compile(r"(~|\+{0,2})([^=]*)(=?)(.*)", re.DOTALL)
 _KEY = re.compile(r"[A-Za-z_]\w*([./@:-]?\w+)*", re.ASCII)
 _STRUCTURED = ("[", "{", "'", '"')
@@ -46,6 +47,8 @@ def parse(override: str, groups: Groups, sweeps: bool = False) -> tuple[str, Ove
     sign, key, equals, value = typing.cast(re.Match[str], _FORM.fullmatch(override)).groups()
     if not _KEY.fullmatch(key) or (not equals and sign != "~"):
         raise ConfigError("", None, f"{override!r} is not KEY=VALUE; keys are written as in model.hidden_size=256")
+    if len(key) > LONGEST_KEY:  # Hydra looks for a folder of that name
+        raise ConfigError("", None, f"{key[:40]}...: no such key; this one has {len(key)} characters")
     if re.match(r"hydra\b", key) and key != "hydra.searchpath":
         raise ConfigError(key, None, "has no effect here; remove it")
     try:
@@ -65,6 +68,8 @@ def parse(override: str, groups: Groups, sweeps: bool = False) -> tuple[str, Ove
         raise ConfigError(key, value, "has no definite values; list them, as in 1e-3,2e-3")
     if key in groups and sign != "~" and not (isinstance(parsed.value(), str) or parsed.is_sweep_override()):
         raise ConfigError(key, value, "must be the name of a preset", groups[key])
+    if key in groups and len(value) > LONGEST_KEY and not parsed.is_sweep_override():
+        raise ConfigError(key, value, "no such choice", groups[key])
     return override, parsed
 
 

@@ -140,6 +140,24 @@ def told_after(seconds: float, line: str) -> Iterator[None]:
         timer.cancel()
 
 
+@contextmanager
+def told_every(seconds: float, line: Callable[[], str]) -> Iterator[None]:
+    """Print what `line` returns on stderr at every interval of this length until the block ends."""
+    done = threading.Event()
+
+    def tell() -> None:
+        while not done.wait(seconds):
+            print(line(), file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tell, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def _consequence(error: BaseException | None) -> str | None:
     """Return the message of the first error in the chain that only says that another rank is gone, if there is one."""
     while error is not None and not is_consequence(str(error)):

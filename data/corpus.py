@@ -16,7 +16,8 @@ from typing import Any
 from core.config import plain
 from core.errors import ConfigError, DataError
 from core.files import misfit, new_directory, read_json, sha256_text, write_json
-from data.config import DataConfig, LongDocuments, Packing, TokenizerKind
+from data.config import DataConfig, LongDocuments, Packing, SourceKind, TokenizerKind
+from data.files import skipped_files
 from data.filter.corpus import SourcePart, describe_filter, filter_sources, rules_fingerprint
 from data.filter.score.factory import Models
 from data.packing import PackedSequence, Packer
@@ -128,6 +129,18 @@ def find_corpus(cache: Path, fingerprint: str) -> Corpus | None:
     return None
 
 
+def check_found(config: DataConfig) -> None:
+    """Raise `ConfigError` if the tokens, the files of a source or the tokenizer are not there."""
+    if config.tokens:
+        _tokens_directory(config.tokens)
+        return
+    for name, part in config.sources.items():
+        if part.kind is SourceKind.files:
+            make_source(name, part, config)
+    if config.tokenizer.kind is not TokenizerKind.bpe:
+        from_file(config.tokenizer)
+
+
 def prepare(config: DataConfig, report: Callable[[str], None], models: Models | None = None) -> Corpus:
     """Tokenise the sources, or open the corpus made from the same sources before. Only one process may call it.
 
@@ -135,11 +148,7 @@ def prepare(config: DataConfig, report: Callable[[str], None], models: Models | 
     with the key of an invalid source, `DataError` if a cached corpus is damaged or a new one cannot be written.
     """
     if config.tokens:
-        given = Path(config.tokens).expanduser()
-        if not (given / MANIFEST).exists():
-            reason = f"is not a directory of tokens ({MANIFEST} is missing): make one with `leviathan tokenize`"
-            raise ConfigError("data.tokens", config.tokens, reason)
-        return open_corpus(given)
+        return open_corpus(_tokens_directory(config.tokens))
     cache = Path(config.cache).expanduser()
     sources = [make_source(name, part, config) for name, part in config.sources.items()]
     fingerprints = [source.fingerprint() for source in sources]  # may hash all of the files
@@ -150,6 +159,8 @@ def prepare(config: DataConfig, report: Callable[[str], None], models: Models | 
         key = sha256_text(key, tokenizer.fingerprint)
     directory = cache / "tokens" / key[:32]
     if not directory.exists():
+        for line in _skipped_lines(config):
+            report(line)
         try:
             if tokenizer is None:
                 report(f"training a tokenizer of {config.tokenizer.vocab_size} tokens")
@@ -162,9 +173,27 @@ def prepare(config: DataConfig, report: Callable[[str], None], models: Models | 
         except OSError as error:
             raise DataError(f"cannot make {directory} ({error}): free some space or set data.cache") from error
     corpus = open_corpus(directory)
+    for name, splits in corpus.manifest["sources"].items():
+        if config.held_out and not splits[HELD_OUT]["counts"]["tokens"]:
+            report(f"data.sources.{name}: no document is held out (data.held_out={config.held_out})")
     for line in _packing_lines(config, corpus):
         report(line)
     return corpus
+
+
+def _tokens_directory(text: str) -> Path:
+    given = Path(text).expanduser()
+    if not (given / MANIFEST).exists():
+        reason = f"is not a directory of tokens ({MANIFEST} is missing): make one with `leviathan tokenize`"
+        raise ConfigError("data.tokens", text, reason)
+    return given
+
+
+def _skipped_lines(config: DataConfig) -> Iterator[str]:
+    for name, part in config.sources.items():
+        if part.kind is SourceKind.files and (skipped := skipped_files(str(part.path))):
+            named = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+            yield f"data.sources.{name}: {len(skipped)} files are skipped, because their suffixes are unknown: {named}"
 
 
 def _packing_lines(config: DataConfig, corpus: Corpus) -> Iterator[str]:

@@ -72,6 +72,15 @@ def find_files(pattern: str) -> list[tuple[str, Path]]:
     return found
 
 
+def skipped_files(pattern: str) -> list[str]:
+    """List the names of the files that `find_files` skips in a folder, except hidden ones."""
+    place = locate(pattern)
+    if not place.is_dir():
+        return []
+    names = [path.relative_to(place).as_posix() for path in files_in(place) if file_format(path) is None]
+    return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+
+
 def json_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Yield for each line that is not blank its number (from 1), the offset of its first byte in the uncompressed file,
     and its bytes, without the line end and the file's byte order mark.

@@ -131,6 +131,7 @@ def _run(arguments: list[str]) -> int:
         launch = LaunchConfig if verb.sweeps else LocalLaunch
         print(describe(schema, compose_plain(name, schema, overrides), config_directory(), {"launch": launch}))
         return 0
+    _check_prompt(verb, schema, overrides)
     read = partial(load, name, schema) if stored is None else partial(getattr(module, verb.stored or ""), stored)
     configs = [read(point) for point in (expand(overrides, groups()) if verb.sweeps else [overrides])]
     if "--cfg" in options:
@@ -170,6 +171,16 @@ def _named(verb: Verb, arguments: list[str]) -> list[str]:
     if values:
         raise ConfigError(bare[-1], None, f"is one argument too many; this verb takes {' '.join(verb.positional)}")
     return named
+
+
+def _check_prompt(verb: Verb, schema: type, overrides: list[str]) -> None:
+    """Raise `ConfigError` if what looks like an override may be the text that the verb takes last."""
+    known = {one.name for one in dataclasses.fields(schema)}
+    given = {re.split(r"[.=@]", word.lstrip("+~"))[0]: word for word in overrides}
+    last = verb.positional[-1] if verb.positional else ""
+    for key, word in given.items():
+        if last == "prompt" and last not in given and key not in known:
+            raise ConfigError(key, None, f"no such key; if this is the prompt, write 'prompt={word}'")
 
 
 def _as_text(verb: Verb, argument: str) -> str:

@@ -90,7 +90,9 @@ class SlurmConfig:
 
 @dataclass(frozen=True)
 class LocalLaunch:
-    """launch=inline: in this process. launch=torchrun: in ranks of this machine."""
+    """launch=inline: in this process. launch=torchrun: in ranks of this machine. launch=slurm is for `train`
+    only.
+    """
 
     kind: LaunchKind = LaunchKind.inline
     """Where the ranks run."""

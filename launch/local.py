@@ -44,6 +44,11 @@ def train(configs: list[TrainConfig]) -> int:
         from launch.slurm.submit import submit_and_follow
 
         return submit_and_follow(configs, launch)
+    if launch.nodes == 1:
+        from data.corpus import check_found
+
+        for config in configs:
+            check_found(config.data)
     if launch.kind is LaunchKind.torchrun:
         check_processes("launch.processes", launch.ranks_per_node, launch.oversubscribe)
     start = partial(_torchrun, launch) if launch.kind is LaunchKind.torchrun else _inline
@@ -52,9 +57,12 @@ def train(configs: list[TrainConfig]) -> int:
 
 def read_stored(path: Path, overrides: Sequence[str]) -> TrainConfig:
     """Return the configuration in `path` with `overrides` applied. Hyperparameters derived from `hparam.base` are
-    derived again if anything outside the sections `run` and `launch` is overridden.
+    derived again if anything outside the sections `run` and `launch` is overridden. A configuration in the directory of
+    a run names that run, wherever the directory and the user are now.
     """
-    config = read_config(path)
+    config, directory = read_config(path), path.absolute().parent
+    if config.run.name == directory.name:
+        config = replace(config, run=replace(config.run, root=str(directory.parent)))
     if not all(one.startswith(("run.", "launch.")) for one in overrides):
         config = without_derived(config)
     return load_stored(plain(config), TrainConfig, overrides)
@@ -109,6 +117,7 @@ def _torchrun(launch: LaunchConfig, config: TrainConfig) -> int:
         restarts=launch.restarts,
         job=directory.path.name,
     )
+    print(f"starting {node.ranks} ranks; their output: {node.logs}", flush=True)
     code = run_ranks(node, lambda path: write_config(path, config))
     if code == CRASHED:
         name = directory.path.name

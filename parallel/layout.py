@@ -266,7 +266,7 @@ class Layout(ParallelConfig):
         too few micro-batches to fill the pipeline, and a number that its schedule cannot run in equal rounds.
         """
         if global_batch_size % self.dp:
-            reason = f"must divide into dp_replicate * dp_shard = {self.dp} equal parts"
+            reason = f"must divide into dp_replicate * dp_shard = {self.dp} equal parts, or change launch.processes"
             legal = nearest([self.dp * n for n in range(1, global_batch_size // self.dp + 2)], global_batch_size)
             raise ConfigError("training.global_batch_size", global_batch_size, reason, legal)
         count = global_batch_size // self.dp

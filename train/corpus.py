@@ -40,22 +40,23 @@ def get_corpus(
 def stored_corpus(
     directory: Path, config: TrainConfig, world: World, report: Callable[[str], None], models: Models | None = None
 ) -> Corpus:
-    """Open the corpus of a stored run. Its configuration is untrusted, so import paths in it are not imported. With
-    import paths the corpus must be in the cache; if it is not, raises `ConfigError`.
+    """Open the corpus of a stored run: from the cache, whether or not its sources still exist, else from its sources.
+    The configuration is untrusted, so import paths in it are not imported: with some, the corpus must be in the cache.
+    Raises `ConfigError` if it is not there.
     """
-    paths = config.data.import_paths()
-    if config.data.tokens is not None or not paths:
+    if config.data.tokens is not None:
         return get_corpus(config, world, report, models)
     done = committed(RunDirectory(directory, config.checkpoint.directory).checkpoints)
     fingerprint = read_progress(done[-1].path).get("corpus", "") if done else ""
     corpus = find_corpus(Path(config.data.cache), fingerprint)
     if corpus is None:
-        key, path = next(iter(paths.items()))
-        reason = (
-            f"the corpus of {directory} is not in {config.data.cache}, and import paths of a stored run are not "
-            "imported: make it again by `leviathan tokenize` with the run's data settings"
-        )
-        raise ConfigError(f"data.{key}", path, reason)
+        for key, path in config.data.import_paths().items():
+            reason = (
+                f"the corpus of {directory} is not in {config.data.cache}, and import paths of a stored run are not "
+                "imported: make it again by `leviathan tokenize` with the run's data settings"
+            )
+            raise ConfigError(f"data.{key}", path, reason)
+        return get_corpus(config, world, report, models)
     if config.data.verify:
         corpus.verify(world.rank, world.size)
     return corpus
@@ -97,7 +98,7 @@ def check_same_data(progress: dict[str, Any], corpus: Corpus) -> None:
     if then != corpus.fingerprint:
         reason = (
             f"the corpus is not the one this run was trained on (now {corpus.fingerprint[:12]}, "
-            f"then {then[:12]}); restore the data, or name a new run (run.name)"
+            f"then {then[:12]}); restore the data; to train on other data, name a new run"
         )
         raise ConfigError("data", None, reason)
 

@@ -50,6 +50,7 @@ FREE = (
     "precision.kernels",
     "training.micro_batch_size",
     "phases.*.micro_batch_size",
+    "data.tokens",  # a checkpoint names the tokens that it was trained on by their hash
     "data.cache",
     "data.prefetch",
     "data.verify",
@@ -162,7 +163,8 @@ class RunDirectory:
         was, is_now = (_indexed(plain(without_derived(one))) for one in (stored, config))
         said = differences(was, is_now)  # report these first, because derived keys follow from them
         for key, (before, after) in {**said, **differences(_indexed(plain(stored)), _indexed(plain(config)))}.items():
-            if _is_fixed(key, begun):
+            is_gone = isinstance(before, str) and isinstance(after, str) and os.path.abspath(after) == before
+            if _is_fixed(key, begun) and not is_gone:  # the path of a file that is gone stays as the user wrote it
                 reason = f"the run in {self.path} was started with {before}; restore it, or name a new run (run.name)"
                 raise ConfigError(key, after, reason)
 

@@ -22,7 +22,7 @@ from core.exit_codes import INTERRUPTED, has_agent
 from core.files import write_json
 from core.package_guard import sources_digest
 from core.process import ending_with_parent
-from data.corpus import Corpus
+from data.corpus import Corpus, check_found
 from data.filter.audit.outputs import keep_audit
 from data.tokenizer import vocabulary_fingerprint
 from model.load_balance import Balancer
@@ -305,6 +305,7 @@ def _identity(config: TrainConfig, device: torch.device) -> dict[str, str]:
 
 def _claim(directory: RunDirectory, config: TrainConfig) -> None:
     """Lock and open the directory. After a restart, wait for the previous attempt to release the lock."""
+    check_found(config.data)  # before the directory is made
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
     directory.lock(0.0 if restarts == ("0", "0") else LOCK_PATIENCE_S)
     directory.check(config)

@@ -229,7 +229,9 @@ class SelectConfig:
 @dataclass(frozen=True)
 class FilterRules:
     keep: float = 0.5
-    """Fraction to keep of the records that pass gates, deduplication and decontamination, counted in `unit`."""
+    """Fraction to keep of the records that pass gates, deduplication and decontamination, counted in `unit`. Those
+    without a score count too.
+    """
     unit: KeepUnit = KeepUnit.tokens
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     gates: GateConfig = field(default_factory=GateConfig)

@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
     from core.exit_codes import CRASHED, host_name
     from core.process import report
     from launch.agent import AgentInterrupted, NodesNotMet, Unreachable, run
+    from launch.slurm.submit import record_this_job
 
     what, folder = arguments[0], Path(arguments[1])
     task = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
@@ -45,6 +46,8 @@ def main(arguments: list[str]) -> int:
         if os.environ.get("SLURM_NODEID") == "0":
             report(error)
         return FINAL + error.exit_code
+    if described.is_first:
+        record_this_job(folder)
     try:
         return code_for(run(described))
     except AgentInterrupted as error:

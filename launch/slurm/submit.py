@@ -116,9 +116,22 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
         number = command("sbatch", "--parsable", str(job.script)).strip().partition(";")[0]
     except LeviathanError as error:
         raise ConfigError("launch", "slurm", f"the job was rejected: {error}") from None
-    stored = {"number": number, "runs": [str(path) for path in job.runs], "submitted": time.time()}
-    write_json(job.folder / "job.json", stored)
+    record(job.folder, number, job.runs)
     return replace(job, number=number)
+
+
+def record(folder: Path, number: str, runs: list[Path]) -> None:
+    """Write what `leviathan jobs` needs to know of a job."""
+    stored = {"number": number, "runs": [str(path) for path in runs], "submitted": time.time()}
+    write_json(folder / "job.json", stored)
+
+
+def record_this_job(folder: Path) -> None:
+    """Record the job in which this process runs, if a user submitted its script (`launch.slurm.submit=false`)."""
+    number = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
+    if [job.number for job in _known(folder)] != [number]:
+        configs = sorted(folder.glob("config-*.yaml"), key=lambda path: int(path.stem.removeprefix("config-")))
+        record(folder, number, [RunDirectory.of(read_config(path)).path.absolute() for path in configs])
 
 
 def prepare(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
@@ -137,7 +150,7 @@ def prepare(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
     folder.mkdir(parents=True, exist_ok=True)
     job = SlurmJob(folder, "", [run.path.absolute() for run in runs])
     for stale in folder.glob("*"):
-        if stale.name.startswith(("config-", "requeue-", "again-", "log-", CANCEL)):
+        if stale.name.startswith(("config-", "requeue-", "again-", "log-", "job.json", CANCEL)):
             stale.unlink()
     for index, config in enumerate(configs):
         write_config(job.config(index), config)
@@ -161,6 +174,7 @@ def render(job: SlurmJob, launch: LaunchConfig) -> str:
         "exclude": ",".join(slurm.exclude) or None,
         "dependency": _dependency(slurm, job.folder.parent),
         "array": f"0-{len(job.runs) - 1}{at_once}" if array else None,
+        "chdir": shlex.quote(os.getcwd()),
         "output": job.folder / ("log-%a.txt" if array else "log-0.txt"),
         "open-mode": "append",
         "signal": f"USR1@{slurm.save_s}",

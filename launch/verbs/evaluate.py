@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from parallel.comm.world import World
 
 
+_OTHERWISE = ". To evaluate without the run's corpus, add text=FILES; if its tokens were moved, tokens=DIRECTORY"
+
+
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Compute the held-out loss of a run's last checkpoint, the loss of a text, or run tasks of the evaluation harness
@@ -30,6 +33,8 @@ class EvaluateConfig:
     """Compute the loss of this text: a file, a folder or a glob pattern of text, jsonl or parquet files with a column
     `text`.
     """
+    tokens: str | None = None
+    """Directory of the run's tokens (`data.tokens`) if it was moved; null: where it was during the run."""
     sequences: int | None = None
     """Held-out sequences per source; null: as many as during the run."""
     micro_batch_size: int | None = None
@@ -55,9 +60,10 @@ class EvaluateConfig:
         check_numbers(self, positive=("sequences", "micro_batch_size", "limit"), not_negative=("few_shot",))
         if self.tasks and self.text is not None:
             raise ConfigError("text", self.text, "cannot be combined with tasks; drop one")
-        if self.sequences is not None and (self.tasks or self.text is not None):
-            what = "tasks" if self.tasks else "a text"
-            raise ConfigError("sequences", self.sequences, f"applies to the held-out loss, not to {what}; drop it")
+        for key in ("sequences", "tokens"):
+            if getattr(self, key) is not None and (self.tasks or self.text is not None):
+                what = "tasks" if self.tasks else "a text"
+                raise ConfigError(key, getattr(self, key), f"applies to the held-out loss, not to {what}; drop it")
         for key in ("task_path", "limit", "few_shot", "out"):
             value = getattr(self, key)
             if value is not None and not self.tasks:
@@ -94,14 +100,18 @@ def _run_loss(config: EvaluateConfig, world: World) -> dict[str, Any]:
     from train.eval.held_out import held_out_loss
     from train.eval.text_files import text_loss
 
-    restored = restore(Path(config.run).expanduser(), world, config.backend, MODELS)
+    restored = restore(Path(config.run).expanduser(), world, config.backend, MODELS, config.tokens)
     micro_batch_size = config.micro_batch_size or restored.phase.micro_batch_size
     if config.text is not None:
         found = text_loss(restored.placed, restored.tokenizer, restored.phase.seq_len, config.text, micro_batch_size)
         return {"step": restored.step, **plain(found)}
+    try:
+        loader = restored.loader()
+    except ConfigError as error:
+        raise ConfigError(error.key, error.value, f"{error.reason}{_OTHERWISE}", error.legal) from None
     result = held_out_loss(
         restored.placed,
-        restored.loader(),
+        loader,
         torch.from_numpy(restored.tokenizer.token_bytes()),
         config.sequences or restored.config.evaluation.sequences,
         micro_batch_size,

@@ -53,6 +53,8 @@ class Mixed:
 @example(b"~data.s/urces.a", False)
 @example(b"optimi:er.lr=3e-4", True)
 @example(b"a=" + b"9" * 5000, False)
+@example(b"o" + b"9" * 5000 + b"ptimizer.lr=3e-4", False)
+@example(b"model=" + b"9" * 5000, False)
 def test_any_override_is_parsed_or_refused(content, sweeps):
     text = content.decode(errors="surrogateescape")  # as Python decodes the command line
     if not assert_reads_or_refuses(lambda: parse(text, GROUPS, sweeps), ConfigError):

@@ -31,7 +31,7 @@ def refusal(world_size: int, *overrides: str) -> str:
         (3, ["parallel.ep=3", "training.global_batch_size=6"], "parallel.ep=3: must divide the model's 8 experts; try 1, 2"),
         (2, ["parallel.ep=2", "model.moe_every=0"], "parallel.ep=2: the model has no routed experts; try 1"),
         (4, ["parallel.etp=4", "model.expert_hidden_size=48"], "must split the expert hidden size of 48 into multiples of 8; try 1"),
-        (3, [], "training.global_batch_size=8: must divide into dp_replicate * dp_shard = 3 equal parts; try 3, 6 or 9"),
+        (3, [], "training.global_batch_size=8: must divide into dp_replicate * dp_shard = 3 equal parts, or change launch.processes; try 3, 6 or 9"),
         (4, ["training.micro_batch_size=3"], "training.micro_batch_size=3: must divide a rank's 2 sequences; try 1 or 2"),
         (2, ["parallel.tp=2", "training.seq_len=63"], "training.seq_len=63: must divide into tp=2 equal parts of the"),
         (2, ["parallel.cp=2", "model.attention_chunk_size=32", "training.seq_len=80"], "training.seq_len=80: must divide into cp=2 parts of whole chunks of 32; try 64 or 128"),

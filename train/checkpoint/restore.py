@@ -51,12 +51,21 @@ class RestoredRun:
         return source_weights(self.config, self.corpus)
 
 
-def restore(directory: Path, world: World, backend: Backend | None = None, models: Models | None = None) -> RestoredRun:
+def restore(
+    directory: Path,
+    world: World,
+    backend: Backend | None = None,
+    models: Models | None = None,
+    tokens: str | None = None,
+) -> RestoredRun:
     """Restore the model from the run's newest intact checkpoint.
 
-    `backend`: the GEMM backend; None: the one used in training. `models`: as in `get_corpus`.
+    `backend`: the GEMM backend; None: the one used in training. `models`: as in `get_corpus`. `tokens`: the directory
+    of the run's tokens; None: as in the run.
     """
     config = load_config(directory)
+    if tokens is not None:
+        config = replace(config, data=replace(config.data, tokens=tokens))
     if backend is not None:
         config = replace(config, precision=replace(config.precision, backend=backend))
     run = RunDirectory(directory, config.checkpoint.directory)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from core.errors import DataError, LeviathanError
 from core.files import misfit, parse_json
+from core.process import told_every
 from data.filter.config import ScorerConfig
 from data.filter.input.records import Record
 from data.filter.score.endpoint import Endpoint, RetriesExhausted, UnusableAnswer
@@ -26,6 +27,8 @@ from data.filter.store import writing
 
 FIRST_ANSWERS = 20
 """Number of first answers to check. If more than half are unusable, stop: it is probably the wrong endpoint."""
+PROGRESS_S = 10.0
+"""Seconds between two lines of progress."""
 FAILURES_IN_A_ROW = 5
 """Consecutive requests without an answer after which the endpoint counts as down. Fewer may be due to the requests."""
 
@@ -100,9 +103,10 @@ class CachedEndpoint:
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             keys = {pool.submit(self._request, key, one): key for key, one in requests.items() if key not in found}
-            for future in as_completed(keys):
-                found[keys[future]] = answer = future.result()
-                self._check_endpoint(answer)
+            with told_every(PROGRESS_S, lambda: f"{self.endpoint.shown}: {len(found)} of {len(requests)} answers"):
+                for future in as_completed(keys):
+                    found[keys[future]] = answer = future.result()
+                    self._check_endpoint(answer)
         except BaseException:
             self.endpoint.stopped.set()
             raise

@@ -141,7 +141,7 @@ WRONG_LAUNCH = {
     "launch=torchrun launch.rendezvous=a:1": "launch.rendezvous=a:1: this verb runs on this machine only",
     "launch=torchrun launch.processes=100000": "launch.processes=100000: this machine has",
     "launch=torchrun launch.processes=0": "launch.processes=0: must be positive",
-    "launch=torchrun +launch.proceses=2": "launch.proceses: no such key; try processes",
+    "launch=torchrun +launch.proceses=2": "launch.proceses: no such key; try launch.processes",
     "launch=x": "launch=x: no such choice",
     "launch=null": "launch",
 }
