@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     from core.exit_codes import CRASHED, host_name
     from core.process import report
     from launch.agent import AgentInterrupted, NodesNotMet, Unreachable, run
-    from launch.slurm.submit import record_this_job
+    from launch.slurm.job import record_this_job
 
     what, folder = arguments[0], Path(arguments[1])
     task = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))

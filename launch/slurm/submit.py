@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError, DataError, LeviathanError
-from core.files import read_json, write_json, write_text
+from core.errors import ConfigError, LeviathanError
+from core.files import write_text
 from launch.config import LaunchConfig, SlurmConfig, check_interval
+from launch.slurm.job import SlurmJob, jobs, known, load_job, record
 from launch.slurm.requeue import AGAIN, CANCEL
 from train.config import TrainConfig
 from train.run_directory import RunDirectory, read_config, read_lines, write_config
@@ -29,33 +30,6 @@ from train.run_directory import RunDirectory, read_config, read_lines, write_con
 UNKNOWN, SILENT = "UNKNOWN", "SILENT"
 FAILURES = ["BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"]
 NO_LOG = "is it on a file system that the nodes share?"
-
-
-@dataclass(frozen=True)
-class SlurmJob:
-    """A submitted job. `runs`: the directories of its runs, one per array task."""
-
-    folder: Path
-    number: str
-    runs: list[Path]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def script(self) -> Path:
-        return self.folder / "job.sh"
-
-    def log(self, task: int) -> Path:
-        return self.folder / f"log-{task}.txt"
-
-    def config(self, task: int) -> Path:
-        return self.folder / f"config-{task}.yaml"
-
-    def id_of(self, task: int) -> str:
-        """Return SLURM's id of one run."""
-        return f"{self.number}_{task}" if len(self.runs) > 1 else self.number
 
 
 @dataclass(frozen=True)
@@ -120,20 +94,6 @@ def submit(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
     return replace(job, number=number)
 
 
-def record(folder: Path, number: str, runs: list[Path]) -> None:
-    """Write what `leviathan jobs` needs to know of a job."""
-    stored = {"number": number, "runs": [str(path) for path in runs], "submitted": time.time()}
-    write_json(folder / "job.json", stored)
-
-
-def record_this_job(folder: Path) -> None:
-    """Record the job in which this process runs, if a user submitted its script (`launch.slurm.submit=false`)."""
-    number = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ["SLURM_JOB_ID"])
-    if [job.number for job in _known(folder)] != [number]:
-        configs = sorted(folder.glob("config-*.yaml"), key=lambda path: int(path.stem.removeprefix("config-")))
-        record(folder, number, [RunDirectory.of(read_config(path)).path.absolute() for path in configs])
-
-
 def prepare(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
     """Write the folder of a job: its script and a configuration for each run. Needs no cluster."""
     slurm = launch.slurm
@@ -142,7 +102,7 @@ def prepare(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
         check_interval(config, slurm, _seconds_per_step(run))
     name = runs[0].path.name.removesuffix("-0" if len(runs) > 1 else "")
     folder = Path(slurm.directory).expanduser().absolute() / name
-    for before in _known(folder):
+    for before in known(folder):
         if not all(status.is_over for status in ask(before)):
             raise ConfigError("run.name", name, f"job {before.number} of that name has not ended", ["another name"])
     if any(sign in str(folder) for sign in " %"):
@@ -154,13 +114,14 @@ def prepare(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
             stale.unlink()
     for index, config in enumerate(configs):
         write_config(job.config(index), config)
-    write_text(job.script, render(job, launch))
+    write_text(job.script, render(job, launch, Path.cwd()))
     return job
 
 
-def render(job: SlurmJob, launch: LaunchConfig) -> str:
-    """Return the batch script. SLURM copies the script at submission, so anything that may change later is read from
-    the job's folder.
+def render(job: SlurmJob, launch: LaunchConfig, cwd: Path) -> str:
+    """Return the batch script of a job that runs in the folder `cwd`.
+
+    SLURM copies the script at submission, so what may change later is read from the job's folder.
     """
     slurm, array = launch.slurm, len(job.runs) > 1
     at_once = f"%{slurm.max_concurrent}" if slurm.max_concurrent else ""
@@ -174,7 +135,7 @@ def render(job: SlurmJob, launch: LaunchConfig) -> str:
         "exclude": ",".join(slurm.exclude) or None,
         "dependency": _dependency(slurm, job.folder.parent),
         "array": f"0-{len(job.runs) - 1}{at_once}" if array else None,
-        "chdir": shlex.quote(os.getcwd()),
+        "chdir": shlex.quote(str(cwd)),
         "output": job.folder / ("log-%a.txt" if array else "log-0.txt"),
         "open-mode": "append",
         "signal": f"USR1@{slurm.save_s}",
@@ -261,23 +222,6 @@ def parse_status(answer: str, runs: int) -> list[JobStatus]:
         for task in _tasks(fields.get("ArrayTaskId", "0"), runs):
             found[task] = status
     return found
-
-
-def jobs(directory: Path) -> list[SlurmJob]:
-    """Return every job in `directory`, oldest first."""
-    found = [job for folder in directory.glob("*") for job in _known(folder)]
-    return sorted(found, key=lambda job: (len(job.number), job.number))
-
-
-def load_job(folder: Path) -> SlurmJob:
-    stored = read_json(folder / "job.json", {"number": str, "runs": [str]})
-    if not re.fullmatch(r"\d+", stored["number"], re.ASCII):  # an argument of SLURM's commands
-        raise DataError(f"{folder / 'job.json'} holds no number of a job; remove that folder")
-    return SlurmJob(folder.absolute(), stored["number"], [Path(path) for path in stored["runs"]])
-
-
-def _known(folder: Path) -> list[SlurmJob]:
-    return [load_job(folder)] if (folder / "job.json").exists() else []
 
 
 def _tasks(text: str, runs: int) -> list[int]:

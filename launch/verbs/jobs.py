@@ -7,8 +7,9 @@ from enum import Enum
 from pathlib import Path
 
 from core.errors import ConfigError
+from launch.slurm.job import SlurmJob, jobs
 from launch.slurm.requeue import CANCEL
-from launch.slurm.submit import UNKNOWN, SlurmJob, ask, command, follow, jobs
+from launch.slurm.submit import UNKNOWN, ask, command, follow
 from train.run_directory import read_lines
 
 

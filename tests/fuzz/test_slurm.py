@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from core.errors import LeviathanError
 from launch.config import seconds
+from launch.slurm.job import jobs
 from launch.slurm.requeue import bad_nodes, commands, decide, slow_nodes, stored_state
-from launch.slurm.submit import jobs, parse_status
+from launch.slurm.submit import parse_status
 from tests.fuzz.mutations import assert_reads_or_refuses, files, json_bytes, json_files
 
 STATUS = (

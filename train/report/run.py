@@ -95,7 +95,8 @@ class RunData:
             yield f"The held-out loss {held_out:.3f} is not below the bigram model's {bigram:.3f}."
         for index, load in zip(self.layers, last.get("expert_load", []), strict=False):
             if load["dead"]:
-                yield f"Layer {index}: {load['dead']} of {self.config.model.num_experts} experts got no token in the last logged step."
+                total = self.config.model.num_experts
+                yield f"Layer {index}: {load['dead']} of {total} experts got no token in the last logged step."
             elif load["max_over_mean"] > UNEVEN:
                 yield f"Layer {index}: the busiest expert gets {load['max_over_mean']:.1f} times the mean."
         for place in range(10, len(self.lines)):

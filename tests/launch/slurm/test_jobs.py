@@ -155,6 +155,17 @@ def test_the_time_limit_is_no_end(user, undisturbed):
     assert 1 <= log.count("leviathan: requeued to resume from step") == log.count("resuming from step-")
 
 
+def test_a_script_submitted_by_hand_is_known(cluster, user, tmp_path):
+    """It runs in the folder in which it was written."""
+    assert "written, not submitted" in user.leviathan("train", *user.job("later"), "launch.slurm.submit=false").stdout
+    assert user.leviathan("jobs", "show", "later").returncode == 2
+    script = str(user.home / "jobs" / "later" / "job.sh")
+    number = cluster.client("sbatch", "--parsable", script).strip()
+    user.ended("later", number)
+    assert (user.home / "runs" / "later" / "summary.json").exists()
+    assert number in user.leviathan("jobs").stdout
+
+
 def test_an_array_job_is_a_sweep_and_is_laid_side_by_side(cluster, user):
     rates = (0.001, 0.002, 0.004, 0.008)
     one_node = ["launch.nodes=1", "launch.slurm.cpus=1", "launch.slurm.memory=2000", "parallel.ep=1"]

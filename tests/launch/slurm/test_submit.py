@@ -21,9 +21,10 @@ from launch import agent
 from launch.cli import main
 from launch.config import LaunchConfig, seconds
 from launch.slurm import job_step, requeue
+from launch.slurm.job import SlurmJob, load_job
 from launch.slurm.job_step import CANCELLED, FAILED_NODE, FINAL, WARNED, code_for
 from launch.slurm.requeue import AGAIN, RequeueDecision, RequeueState, bad_nodes, commands, decide, slow_nodes
-from launch.slurm.submit import SILENT, UNKNOWN, JobStatus, SlurmJob, ask, follow, load_job, parse_status, render
+from launch.slurm.submit import SILENT, UNKNOWN, JobStatus, ask, follow, parse_status, render
 from train.config import TrainConfig
 from train.environment import environment
 from train.run_directory import write_config
@@ -35,14 +36,15 @@ def test_the_script_asks_for_what_was_configured():
     slurm = yaml.safe_load((GOLDEN / "slurm.yaml").read_text())
     launch = build(LaunchConfig, {"kind": "slurm", "nodes": 4, "processes": 8, "slurm": slurm})
     job = SlurmJob(Path("/jobs/big"), "", [Path(f"/runs/big-{i}") for i in range(4)])
-    assert render(job, launch) == (GOLDEN / "job.sh").read_text()
+    assert render(job, launch, Path("/home/me")) == (GOLDEN / "job.sh").read_text()
 
 
 def test_what_is_not_configured_is_not_asked_for():
     launch = build(LaunchConfig, {"kind": "slurm", "processes": 8})
-    lines = render(SlurmJob(Path("/jobs/x"), "", [Path("/runs/x")]), launch).splitlines()
+    lines = render(SlurmJob(Path("/jobs/x"), "", [Path("/runs/x")]), launch, Path("/a b")).splitlines()
     asked = [line.split("--")[1].split("=")[0] for line in lines if line.startswith("#SBATCH")]
-    assert asked == ["job-name", "nodes", "ntasks-per-node", "output", "open-mode", "signal", "requeue"]
+    assert asked == ["job-name", "nodes", "ntasks-per-node", "chdir", "output", "open-mode", "signal", "requeue"]
+    assert "#SBATCH --chdir='/a b'" in lines
     assert any(line.endswith(f'{sys.executable} -u -m launch.slurm.job_step "$1" /jobs/x &') for line in lines)
     assert "step train" in lines and "step doctor" not in lines
 

@@ -193,10 +193,14 @@ class User:
         line = [str(Path(sys.executable).with_name("leviathan")), *arguments]
         return subprocess.run(line, cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=300)
 
+    def job(self, name: str) -> list[str]:
+        """Return the words of `leviathan train` for a job on two nodes."""
+        slurm = ["launch=slurm", "launch.slurm.follow=false", *TWO_NODES, "launch.slurm.time=20"]
+        return [*SMOKE, f"run.name={name}", *slurm]
+
     def submit(self, name: str, *overrides: str, until: int = 0) -> str:
         """Submit a run and, unless `until` is 0, wait for that step; return the job's number."""
-        slurm = ["launch=slurm", "launch.slurm.follow=false", *TWO_NODES, "launch.slurm.time=20"]
-        done = self.leviathan("train", *SMOKE, f"run.name={name}", *slurm, *overrides)
+        done = self.leviathan("train", *self.job(name), *overrides)
         assert done.returncode == 0, done.stderr
         if until:
             self.reach(name, until)

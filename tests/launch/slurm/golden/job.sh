@@ -13,6 +13,7 @@
 #SBATCH --exclude=bad1,bad2
 #SBATCH --dependency=afterok:17
 #SBATCH --array=0-3%2
+#SBATCH --chdir=/home/me
 #SBATCH --output=/jobs/big/log-%a.txt
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@600
