@@ -82,7 +82,7 @@ def test_text_from_files_is_escaped(tmp_path, undrawn):
 @pytest.mark.parametrize(
     "cause, warning",
     [
-        (lambda d: make_run(d, dead=2), "2 of 16 experts got no token"),
+        (lambda d: make_run(d, dead=2), "2 of 8 experts got no token"),
         (lambda d: make_run(d, max_over_mean=7.5), "busiest expert gets 7.5 times the mean"),
         (lambda d: make_run(d, loss=lambda step: 9.0 if step == 40 else 5.0), "to 9.00 at step 40"),
         (lambda d: (make_run(d) / "log.txt").write_text("2026-01-01 00:00:00 could not save x: full\n"), "could not"),
