@@ -51,6 +51,17 @@ def local_path(key: str, text: str) -> Path:
     return Path(text).expanduser()
 
 
+def check_target(key: str, text: str) -> None:
+    """Raise `ConfigError` if a file cannot be written in this place, so that no work is lost when it is."""
+    path = local_path(key, text)
+    if path.is_dir():
+        raise ConfigError(key, text, "is a folder, but must be a file")
+    if not path.parent.is_dir():
+        raise ConfigError(key, text, f"the folder {path.parent} does not exist; make it, or choose another")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(key, text, "cannot be written: change the permissions, or choose another place")
+
+
 def is_local(path: Path) -> bool:
     """Return whether `path` is a local `Path`, not a URL. Only local writes need a temporary file to be atomic."""
     return isinstance(path, Path)

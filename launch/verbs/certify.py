@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.files import local_path, write_json
+from core.files import check_target, local_path, write_json
 from core.package_guard import sources_digest
 from parallel.layout import EngineKind
 from train.certify.config import CertifyConfig
@@ -29,6 +29,7 @@ def run(config: CertifyConfig) -> int:
         stored = load_config(Path(config.run))
         config = replace(config, model=stored.model, parallel=stored.parallel, cache=stored.data.cache)
         config = replace(config, optimizer=stored.optimizer, precision=stored.precision)
+    check_target("out", config.out)
     _, omitted = trials(config)
     for line in omitted:
         print(f"omitted  {line}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from core.config import load
 from core.errors import ConfigError
@@ -57,13 +60,27 @@ def run(config: MetapConfig) -> int:
     from launch.metap.transfer import transfer
 
     out = local_path("out", config.out)
-    (out / "experiment" if config.action is MetapAction.transfer else out).mkdir(parents=True, exist_ok=True)
-    match config.action:
-        case MetapAction.transfer:
-            return transfer(str(config.base), config.train, config.name, out)
-        case MetapAction.fit:
-            return fit(config.fit, out)
-        case MetapAction.sweep:
-            return sweep(config.sweep, bases(config.train), out)
-        case MetapAction.check:
-            return check(config.check, load("train", TrainConfig, config.train), out)
+    with _folder(out / "experiment" if config.action is MetapAction.transfer else out):
+        match config.action:
+            case MetapAction.transfer:
+                return transfer(str(config.base), config.train, config.name, out)
+            case MetapAction.fit:
+                return fit(config.fit, out)
+            case MetapAction.sweep:
+                return sweep(config.sweep, bases(config.train), out)
+            case MetapAction.check:
+                return check(config.check, load("train", TrainConfig, config.train), out)
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make a folder for the results. After a `ConfigError` remove what was made, if nothing is in it."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except ConfigError:
+        with suppress(OSError):  # not empty
+            for folder in missing:
+                folder.rmdir()
+        raise

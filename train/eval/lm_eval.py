@@ -16,6 +16,7 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 
 from core.errors import CheckpointError, ConfigError
+from core.files import check_target, local_path, write_text
 from parallel.comm.world import World
 from precision.config import Backend
 from train.eval.config import GenerateConfig
@@ -106,11 +107,15 @@ def run_tasks(
     out: str | None = None,
 ) -> int:
     """Evaluate tasks in one process, print a table, and write results and samples to `out` as JSON."""
+    import huggingface_hub
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     if world.size > 1:
         raise ConfigError("tasks", None, "are evaluated by one process: start it without torchrun")
+    if out is not None:
+        check_target("out", out)
+    huggingface_hub.logging.set_verbosity_error()  # it logs each of its retries
     own = None if task_path is None else str(Path(task_path).expanduser())
     if own is not None and not Path(own).is_dir():
         raise ConfigError("task_path", task_path, "no such directory")
@@ -131,7 +136,7 @@ def run_tasks(
     print(utils.make_table(found))
     if out is not None:
         figures = {"results": found["results"], "samples": found.get("samples", {})}
-        Path(out).expanduser().write_text(json.dumps(figures, indent=2, default=str) + "\n")
+        write_text(local_path("out", out), json.dumps(figures, indent=2, default=str) + "\n")
     return 0
 
 
