@@ -24,6 +24,19 @@ ATTEMPT = "LEVIATHAN_ATTEMPT"
 """Environment variable: id of this start of the ranks, equal on all. Part of the key prefix in torch's store."""
 
 
+AGENT = "LEVIATHAN_AGENT"
+"""Environment variable of a rank: the process id of its agent."""
+
+
+def parent_id() -> int:
+    """Return the id of the process that started this one. Once that has ended, `os.getppid` returns another.
+
+    Our agent tells its ranks, so that a rank also notices an agent that ended while the rank was starting.
+    """
+    told = os.environ.get(AGENT, "")
+    return int(told) if has_agent() and told.isdecimal() else os.getppid()
+
+
 def has_agent() -> bool:
     """Return whether torchrun's agent, ours or another, started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from core.errors import LeviathanError, one_line
-from core.exit_codes import CRASHED, FAILED, INTERRUPTED, has_agent, is_consequence, is_rank
+from core.exit_codes import CRASHED, FAILED, INTERRUPTED, has_agent, is_consequence, is_rank, parent_id
 from core.openmp import share_cores
 from core.package_guard import check_packages, drop_working_directory
 
@@ -107,15 +107,18 @@ def ending_with_parent(parent_is_ours: bool = True) -> Iterator[None]:
     """In the block, end this process a few seconds after its parent, even if SIGKILL ended that.
 
     The seconds let a process that notices by itself end in order. `parent_is_ours` False: do nothing, because a user's
-    shell may end before its background jobs.
+    shell may end before its background jobs. The parent of a process of `multiprocessing` is the one that asked for it:
+    a fork server lives as long as its children.
     """
+    from multiprocessing import parent_process
+
     if not parent_is_ours:
         yield
         return
-    parent, done = os.getppid(), threading.Event()
+    asked, parent, done = parent_process(), parent_id(), threading.Event()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent if asked is None else asked.is_alive():
             if done.wait(1.0):
                 return
         if not done.wait(ORPHANED_S):

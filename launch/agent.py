@@ -32,7 +32,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from core.errors import ConfigError, LeviathanError
-from core.exit_codes import ATTEMPT, CRASHED, HUNG, INTERRUPTED, is_consequence
+from core.exit_codes import AGENT, ATTEMPT, CRASHED, HUNG, INTERRUPTED, is_consequence
 from core.process import told_after
 from launch.diagnose.machine import cores
 
@@ -205,6 +205,7 @@ class RankLogs(LogsSpecs):
             stem = folder / f"{number:03d}-{stamp}"
             found.stdouts[local], found.stderrs[local] = f"{stem}.out", f"{stem}.err"
             found.error_files[local] = env["TORCHELASTIC_ERROR_FILE"] = f"{stem}.json"
+            env[AGENT] = str(os.getpid())
             if env["RANK"] == "0":
                 found.tee_stdouts |= {local: f"{stem}.out"} if self.node.shows_output else {}
                 found.tee_stderrs |= {local: f"{stem}.err"} if self.node.shows_errors else {}

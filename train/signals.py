@@ -12,7 +12,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from core.exit_codes import has_agent
+from core.exit_codes import has_agent, parent_id
 
 
 class SignalFlag:
@@ -21,7 +21,7 @@ class SignalFlag:
     def __init__(self) -> None:
         self._signalled = False
         self._previous: dict[int, Any] = {}
-        self._agent = os.getppid() if has_agent() else None
+        self._agent = parent_id() if has_agent() else None
 
     @property
     def requested(self) -> bool:

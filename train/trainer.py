@@ -258,7 +258,8 @@ def run(config: TrainConfig) -> int:
     list(imported_callbacks(config))
     if config.run.name is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         raise ConfigError("run.name", None, "with restarts a run needs a name, or each restart begins a new run")
-    world = connect()
+    with ending_with_parent(has_agent()):
+        world = connect()
     directory = RunDirectory(world.from_main(lambda: RunDirectory.of(config).path), config.checkpoint.directory)
     try:
         with world.watch(config.parallel.timeout_s, directory.logs):

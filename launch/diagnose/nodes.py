@@ -20,8 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from core.exit_codes import host_name
+from core.exit_codes import has_agent, host_name
 from core.files import is_local, open_raw, write_json
+from core.process import ending_with_parent
 from launch.diagnose.links import MESSAGE_BYTES, SLOW, Link, distinct, measure, seconds_of, slow_links
 from launch.diagnose.machine import FEW_FILES, driver, free_space
 from launch.slurm.job_step import FAILED_NODE
@@ -163,7 +164,7 @@ def table(readings: list[NodeReading], faults: dict[str, list[str]]) -> str:
 def main(arguments: list[str]) -> int:
     """Measure all nodes, judge them, and print and write the findings. Every rank returns the same exit code."""
     config, folder = read_config(Path(arguments[0])), Path(arguments[1])
-    with closing(connect()) as world:
+    with ending_with_parent(has_agent()), closing(connect()) as world:
         with world.watch(TIMEOUT_S, folder):
             own = read(config, world)
             readings: list[Any] = [own]

@@ -23,8 +23,12 @@ VERBS = {
     "filter": ["filter", "input=records.jsonl", "processes=2", "out=filtered"],
     "evaluate": ["evaluate", "runs/x", "text=records.jsonl", "launch=torchrun", "launch.processes=2"],
     "certify": ["certify", "ranks=2", "parallel.dp_shard=2", "steps=20"],
+    "doctor": ["doctor", "ranks=2"],
     "sweep": ["metap", "sweep", *tiny.TINY, *LONG[:1], "hparam=none", "sweep.processes=2", "sweep.seeds=1"],
 }
+
+STARTING = [("doctor", 1), ("train", 0), ("evaluate", 0), ("doctor", 0)]
+"""Verbs that are killed while their ranks are still starting, and the seconds before that."""
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -47,9 +51,49 @@ def until(condition, seconds: float) -> bool:
     return True
 
 
+def assert_a_kill_leaves_nothing(command: list[str], cwd: Path, pause_s: float = 5) -> None:
+    """Kill the first process of a command some seconds after it has two others, and check that all end within 10 s."""
+    mark, log = uuid.uuid4().hex, cwd / "log"
+    environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as file:
+        launcher = subprocess.Popen(command, cwd=cwd, env=environment, stdout=file, stderr=file)
+    try:
+        assert until(lambda: len(marked(mark)) >= 3, 90), log.read_text()
+        time.sleep(pause_s)
+        assert launcher.poll() is None, log.read_text()
+        launcher.kill()
+        launcher.wait()
+        assert until(lambda: not marked(mark), 10), [process.cmdline() for process in marked(mark)]
+    finally:
+        for process in [launcher, *marked(mark)]:
+            process.kill()
+
+
+POOL = """
+import time
+from launch.rank_pool import Pool
+
+if __name__ == "__main__":
+    Pool()(2, time.sleep, 60)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_killed_launcher_leaves_no_process(small_corpus, tmp_path, verb):
+def test_a_killed_pool_leaves_no_process(tmp_path):
+    (tmp_path / "pool.py").write_text(POOL)
+    assert_a_kill_leaves_nothing([sys.executable, "pool.py"], tmp_path)
+
+
+@pytest.mark.slow
+def test_the_check_notices_a_process_that_lives_on(tmp_path):
+    sleeper = "import subprocess, time; [subprocess.Popen(['sleep', '60']) for _ in range(2)]; time.sleep(60)"
+    with pytest.raises(AssertionError, match="sleep"):
+        assert_a_kill_leaves_nothing([sys.executable, "-c", sleeper], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb, pause_s", [*((verb, 5) for verb in VERBS if verb != "doctor"), *STARTING])
+def test_a_killed_launcher_leaves_no_process(small_corpus, tmp_path, verb, pause_s):
     if verb == "evaluate":
         assert (
             main(["train", *tiny.TINY, *small_corpus, *LONG, "training.steps=1", f"run.root={tmp_path / 'runs'}"]) == 0
@@ -58,19 +102,4 @@ def test_a_killed_launcher_leaves_no_process(small_corpus, tmp_path, verb):
         line = json.dumps({"text": "a line of text that is long enough to be kept by the gates " * 40})
         (tmp_path / "records.jsonl").write_text((line + "\n") * 60_000)
     words = [*VERBS[verb], *(small_corpus if verb in ("train", "sweep") else [])]
-    mark = uuid.uuid4().hex
-    command = [str(Path(sys.executable).parent / "leviathan"), *words]
-    with (tmp_path / "log").open("wb") as log:
-        launcher = subprocess.Popen(
-            command, cwd=tmp_path, env={**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
-        )
-    try:
-        assert until(lambda: len(marked(mark)) >= 3, 90), (tmp_path / "log").read_text()
-        time.sleep(5)
-        assert launcher.poll() is None, (tmp_path / "log").read_text()
-        launcher.kill()
-        launcher.wait()
-        assert until(lambda: not marked(mark), 10), [process.cmdline() for process in marked(mark)]
-    finally:
-        for process in [launcher, *marked(mark)]:
-            process.kill()
+    assert_a_kill_leaves_nothing([str(Path(sys.executable).parent / "leviathan"), *words], tmp_path, pause_s)

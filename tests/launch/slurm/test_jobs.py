@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +71,17 @@ def test_a_dead_node_is_replaced_and_a_dead_daemon_ignored(cluster, user, undist
         cluster.start_node(victim)
     assert user.results(name) == undisturbed
     assert user.log(name).count("resuming from step-00000020") == (what == "node")
+
+
+def test_a_killed_step_leaves_no_rank(cluster, user, undisturbed):
+    number = user.submit("orphans", until=5)
+    node, ranks = user.nodes_of(number)[1], b"\0train\0--config\0"
+    assert cluster.processes(node, ranks)
+    for pid in cluster.processes(node, b"\0launch.slurm.job_step\0train"):
+        os.kill(pid, signal.SIGKILL)
+    cluster.wait(lambda: not cluster.processes(node, ranks), "end of the ranks", 10)
+    user.ended("orphans", number)
+    assert user.results("orphans") == undisturbed
 
 
 def test_a_hanging_node_is_named_and_excluded(cluster, user, undisturbed):

@@ -103,11 +103,14 @@ class Cluster:
 
     def stop_ranks(self, name: str) -> None:
         """Stop the ranks on a node by SIGSTOP, as if they hung."""
-        lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in self._processes_of(name)}
-        ranks = [pid for pid, line in lines.items() if b"\0train\0--config\0" in line]
+        ranks = self.processes(name, b"\0train\0--config\0")
         assert ranks
         for pid in ranks:
             os.kill(pid, signal.SIGSTOP)
+
+    def processes(self, name: str, words: bytes) -> list[int]:
+        """Return the processes on a node with `words` in their command lines, which are separated by zero bytes."""
+        return [pid for pid in self._processes_of(name) if words in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
     def kill_daemon(self, name: str) -> None:
         """Kill the daemon only. The jobs on the node go on until SLURM declares the node down."""
