@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from core.config import build, load
@@ -21,6 +21,7 @@ class Texts:
     many: list[str] = field(default_factory=list)
 
 
+@settings(max_examples=20)
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
 @example("${oc.env:HOME}")
 @example(r"\${text}")

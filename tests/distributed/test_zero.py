@@ -65,7 +65,7 @@ for stage in (1, 2):  # many buckets, and parameters larger than a bucket
     for key in ("extra.use_multi_rank_bucket_allreduce=false", "extra.allgather_bucket_size=100", "bucket_size=100"):
         changed = f"{'+' if key.startswith('extra') else ''}parallel.zero.{key}"
         LAYOUTS[f"zero{stage}, {key}"] = [f"parallel.zero.stage={stage}", changed, "parallel.dp_shard=2"]
-QUICK = ("zero2", "pp2 and ep2")
+QUICK = ("zero2",)
 
 
 def outcome(ranks: Any, overrides: list[str], bug: str | None = None) -> Outcome:

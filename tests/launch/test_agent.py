@@ -121,10 +121,10 @@ def test_a_stopped_rank_is_reported_and_restarted(hit, tmp_path, undisturbed, la
 
 
 @pytest.mark.slow
-def test_twenty_of_twenty_pipelines_end_cleanly(small_corpus, tmp_path):
+def test_pipelines_end_cleanly(small_corpus, tmp_path):
     """Some such runs were aborted at their end by a thread of gloo: see `core.process.end_process`."""
     schedule = ["launch.processes=2", "parallel.ep=1", "parallel.schedule=interleaved_zero_bubble"]
-    for number in range(20):
+    for number in range(5):
         process = start([*small_corpus, *STAGES, *schedule, "training.steps=2", f"run.name=x{number}"], tmp_path)
         assert "terminate" not in ended(process), f"run {number}"
 

@@ -1,4 +1,4 @@
-"""Kills at random moments, lost folders, full and read-only disks: the losses stay the same."""
+"""Kills at random moments, lost folders, full and read-only disks, a clock that jumps: the losses stay the same."""
 
 from __future__ import annotations
 
@@ -129,3 +129,61 @@ def test_a_disk_that_turns_read_only_is_told_and_nothing_is_lost(words, undistur
     disk("rw,size=100m")
     ended(start([*words, elsewhere], root.parent))
     assert figures(run) == undisturbed
+
+
+CLOCK = """
+#define _GNU_SOURCE
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+static long jump(void) {
+    long seconds = 0;
+    FILE *file = fopen(getenv("CLOCK_JUMP"), "r");
+    if (file) { if (fscanf(file, "%ld", &seconds) != 1) seconds = 0; fclose(file); }
+    return seconds;
+}
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int code = syscall(SYS_clock_gettime, clock, now);
+    if (clock == CLOCK_REALTIME) now->tv_sec += jump();
+    return code;
+}
+int gettimeofday(struct timeval *now, void *zone) {
+    struct timespec exact;
+    int code = clock_gettime(CLOCK_REALTIME, &exact);
+    now->tv_sec = exact.tv_sec;
+    now->tv_usec = exact.tv_nsec / 1000;
+    return code;
+}
+time_t time(time_t *into) {
+    struct timespec exact;
+    clock_gettime(CLOCK_REALTIME, &exact);
+    if (into) *into = exact.tv_sec;
+    return exact.tv_sec;
+}
+"""
+
+
+def test_a_clock_that_jumps_changes_nothing(words, undisturbed, tmp_path, monkeypatch):
+    """The wall clock of the agent and its ranks jumps by days, forward and back, while the run trains and saves."""
+    (tmp_path / "clock.c").write_text(CLOCK)
+    jump, library = tmp_path / "jump", tmp_path / "clock.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "clock.c")], check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    monkeypatch.setenv("CLOCK_JUMP", str(jump))
+    process = start([*words, "parallel.timeout_s=20"], tmp_path)
+    run = tmp_path / "runs" / "x"
+    for step, days in ((10, 3), (35, -3), (60, 365), (80, 0)):
+        wait_for(has_step(run, step), process)
+        jump.write_text(str(days * 86400))
+    assert "restarting" not in ended(process)
+    assert figures(run) == undisturbed
+    days = {line.split()[0] for line in (run / "log.txt").read_text().splitlines()}
+    assert len(days) >= 3, "control: the processes have seen the jumps"
+    rates = [
+        json.loads(line).get("tokens_per_second", 1.0) for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert all(0 < rate < 1e9 for rate in rates)

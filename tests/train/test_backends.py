@@ -51,6 +51,7 @@ def test_other_changes_of_precision_are_rejected(tmp_path, small_corpus):
         trainer(tmp_path, "run", [*small_corpus, *WIDE, "precision=fp32"])
 
 
+@pytest.mark.slow
 def test_neither_recomputation_nor_padding_changes_a_bit(tmp_path, small_corpus, monkeypatch):
     """In the last run, padding to 64 rows per expert makes up most of the experts' input."""
     words, made = [*small_corpus, *WIDE, *EIGHT, "model.num_experts=8"], fp8_emulated.EmulatedArithmetic.__init__
