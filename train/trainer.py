@@ -212,7 +212,8 @@ class Trainer:
         try:
             yield
         except LeviathanError as error:
-            self.checkpointer.wait()
+            if error.everywhere or self.world.size == 1:  # else the other ranks do not wait with this one
+                self.checkpointer.wait()
             if isinstance(error, Diverged) and self.world.is_main:
                 write_json(self.directory.path / DIVERGED, {"step": self.step, "reason": str(error)})
             raise
