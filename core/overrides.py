@@ -24,19 +24,19 @@ Groups = Mapping[str, Sequence[str]]
 MOST_RUNS = 10_000
 LONGEST_KEY = 200
 _FORM = re.compile(r"(~|\+{0,2})([^=]*)(=?)(.*)", re.DOTALL)
-_KEY = re.compile(r"[A-Za-z_]\w*([./@:-]?\w+)*", re.ASCII)
+_KEY = re.compile(r"[A-Za-z_]\w*([./@:-]\w+)*", re.ASCII)  # each character has one meaning: no backtracking
 _STRUCTURED = ("[", "{", "'", '"')
 
 
 def quoted(text: str) -> str:
-    """Quote a string for Hydra's override grammar."""
-    text = escaped(re.sub(r"(\\*)'", r"\1\1\\'", text))
-    return "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
+    """Quote a string for Hydra's override grammar. A run of backslashes is tried once, from its beginning."""
+    text = escaped(re.sub(r"(?<!\\)(\\*)'", r"\1\1\\'", text))
+    return "'" + re.sub(r"(?<!\\)(\\+)\Z", r"\1\1", text) + "'"
 
 
 def escaped(text: str) -> str:
     """Return text that OmegaConf resolves to `text`: `${` would begin an interpolation."""
-    return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + "\\${", text)
+    return re.sub(r"(?<!\\)(\\*)\$\{", lambda found: 2 * found[1] + "\\${", text)
 
 
 def parse(override: str, groups: Groups, sweeps: bool = False) -> tuple[str, Override]:

@@ -27,6 +27,7 @@ class Texts:
 @example(r"\${text}")
 @example(r"\\${text}'\'${")
 @example("it's a \\")
+@example("a line that ends in \\\n")
 def test_quoted_text_stays_text(text):
     assert load("texts", Texts, [f"text={quoted(text)}"]).text == text
     assert load("texts", Texts, [f"many=[{quoted(text)},y]"]).many == [text, "y"]

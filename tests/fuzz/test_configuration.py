@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from core.config import build, load, load_stored, plain
 from core.errors import ConfigError, UnreadableFileError
 from core.files import read_json, read_text
-from core.overrides import expand, parse
+from core.overrides import expand, parse, quoted
 from core.yaml_file import read_yaml
 from launch.metap.transfer import read_base
 from tests.fuzz.mutations import FEWER, assert_reads_or_refuses, files, hostile, json_bytes, json_files, spoiled
@@ -55,6 +56,7 @@ class Mixed:
 @example(b"a=" + b"9" * 5000, False)
 @example(b"o" + b"9" * 5000 + b"ptimizer.lr=3e-4", False)
 @example(b"model=" + b"9" * 5000, False)
+@example(b"a" + b"9" * 5000 + b"[=1,2", False)
 def test_any_override_is_parsed_or_refused(content, sweeps):
     text = content.decode(errors="surrogateescape")  # as Python decodes the command line
     if not assert_reads_or_refuses(lambda: parse(text, GROUPS, sweeps), ConfigError):
@@ -134,3 +136,8 @@ def test_any_base_of_a_transfer_is_read_or_refused(place, content):
         return build(TrainConfig, merged)
 
     assert_reads_or_refuses(read, ConfigError)
+
+
+@pytest.mark.parametrize("text", ["\\" * 100_000, "\\" * 100_000 + "x", "\\'" * 50_000, "$" * 100_000])
+def test_quoting_a_long_text_takes_no_time(text):
+    assert assert_reads_or_refuses(lambda: quoted(text), ConfigError)
