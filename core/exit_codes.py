@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 DONE = 0
 FAILED = 1
@@ -28,13 +29,20 @@ AGENT = "LEVIATHAN_AGENT"
 """Environment variable of a rank: the process id of its agent."""
 
 
-def parent_id() -> int:
-    """Return the id of the process that started this one. Once that has ended, `os.getppid` returns another.
+def parent_watch() -> Callable[[], bool]:
+    """Return a function that tells whether the process that started this one has ended.
 
-    Our agent tells its ranks, so that a rank also notices an agent that ended while the rank was starting.
+    Our agent tells its ranks its id, so that a rank also notices an agent that ended while the rank was starting.
     """
-    told = os.environ.get(AGENT, "")
-    return int(told) if has_agent() and told.isdecimal() else os.getppid()
+    parent, agent = os.getppid(), os.environ.get(AGENT, "")
+    if has_agent() and agent.isdecimal():
+        try:
+            os.kill(int(agent), 0)  # sends nothing
+        except ProcessLookupError:
+            return lambda: True
+        except (PermissionError, OverflowError):
+            pass
+    return lambda: os.getppid() != parent
 
 
 def has_agent() -> bool:

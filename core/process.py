@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from core.errors import LeviathanError, one_line
-from core.exit_codes import CRASHED, FAILED, INTERRUPTED, has_agent, is_consequence, is_rank, parent_id
+from core.exit_codes import CRASHED, FAILED, INTERRUPTED, has_agent, is_consequence, is_rank, parent_watch
 from core.openmp import share_cores
 from core.package_guard import check_packages, drop_working_directory
 
@@ -115,10 +115,10 @@ def ending_with_parent(parent_is_ours: bool = True) -> Iterator[None]:
     if not parent_is_ours:
         yield
         return
-    asked, parent, done = parent_process(), parent_id(), threading.Event()
+    asked, has_ended, done = parent_process(), parent_watch(), threading.Event()
 
     def watch() -> None:
-        while os.getppid() == parent if asked is None else asked.is_alive():
+        while not has_ended() if asked is None else asked.is_alive():
             if done.wait(1.0):
                 return
         if not done.wait(ORPHANED_S):

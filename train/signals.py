@@ -6,13 +6,12 @@ agent sets the flag as well: orphaned workers would otherwise keep writing into 
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
-from core.exit_codes import has_agent, parent_id
+from core.exit_codes import has_agent, parent_watch
 
 
 class SignalFlag:
@@ -21,11 +20,11 @@ class SignalFlag:
     def __init__(self) -> None:
         self._signalled = False
         self._previous: dict[int, Any] = {}
-        self._agent = parent_id() if has_agent() else None
+        self._agent_has_ended = parent_watch() if has_agent() else lambda: False
 
     @property
     def requested(self) -> bool:
-        return self._signalled or (self._agent is not None and os.getppid() != self._agent)
+        return self._signalled or self._agent_has_ended()
 
     def __enter__(self) -> SignalFlag:
         if threading.current_thread() is threading.main_thread():

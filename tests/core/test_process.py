@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import LeviathanError
+from core.exit_codes import AGENT, parent_watch
 from core.process import run_process
 
 
@@ -150,3 +151,15 @@ def test_a_rank_flushes_and_runs_its_exit_handlers(tmp_path):
     environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (7, "handler\n")
+
+
+def test_an_agent_that_ended_before_its_rank_began_is_noticed(monkeypatch):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for agent, has_ended in ((ended.pid, True), (os.getpid(), False), ("9" * 30, False), ("x", False), ("", False)):
+        monkeypatch.setenv(AGENT, str(agent))
+        assert parent_watch()() is has_ended, agent
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setenv(AGENT, str(ended.pid))
+    assert parent_watch()() is False, "not a rank"

@@ -29,7 +29,7 @@ def test_shipped_configurations_fit_the_schema(name):
         ({"max_epochs": 0.0}, r"max_epochs=0.0: must be positive"),
         ({"max_bytes": 0}, r"max_bytes=0: must be positive"),
         ({"kind": "huggingface", "path": "a", "held_out_path": "b"}, r"held_out_path=b: requires kind=files"),
-        ({"wieght": 1.0}, r"wieght: no such key; try weight"),
+        ({"wieght": 1.0}, r"wieght: no such key; try data.sources.x.weight"),
         ({"kind": "csv"}, r"kind"),
     ],
 )

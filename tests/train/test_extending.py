@@ -104,7 +104,7 @@ def test_paths_of_a_stored_run_are_not_imported(root, tmp_path, small_corpus, ca
     "override, message",
     [
         ("callbacks=[acme]", "callbacks.0.target=acme: must be an import path, module:Name"),
-        ("callbacks=[{target: a:B, option: 1}]", "callbacks.0.option: no such key; try options"),
+        ("callbacks=[{target: a:B, option: 1}]", "callbacks.0.option: no such key; try callbacks.0.options"),
         ("callbacks=[a:B, a:B]", "callbacks=a:B: is named twice"),
         ("callbacks=[acme.none:Mine]", "callbacks.0=acme.none:Mine: no module 'acme.none': install its package, or"),
         ("callbacks=[broken:Mine]", "callbacks.0=broken:Mine: cannot be imported: NameError: name 'nothing'"),
