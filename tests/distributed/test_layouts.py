@@ -114,7 +114,8 @@ def test_every_listed_layout(ranks, name):
             assert_as_one_process(ranks, count, replace(config, recompute=mode, dispatch=dispatch), deep(2))
 
 
-@pytest.mark.parametrize("names", [["fsdp2", "tp2 + ep2", "etp2"], pytest.param([*RESUMED], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [["fsdp2", "tp2 + ep2", "etp2"], [*RESUMED]])
 def test_a_checkpoint_resumes_under_other_layouts(ranks, names):
     found = list(resumes(ranks, names))
     assert len(found) == len(names) ** 2

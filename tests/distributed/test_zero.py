@@ -207,7 +207,8 @@ def offloaded(root: Path, overrides: list[str]) -> tuple[list[float], tuple[bool
     return losses, (all(isinstance(one.optimizer, PagedAdamW) for one in wrappers), shards <= set(memory))
 
 
-@pytest.mark.parametrize("stage", [[], pytest.param(SHARDED3, marks=pytest.mark.slow)], ids=["1", "3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [[], SHARDED3], ids=["1", "3"])
 def test_offloaded_state_is_the_same_state(ranks, small_corpus, tmp_path, stage):
     """Offload masters and moments to the host or to disk; in stage 3 also parameters, alone or with the masters."""
     usual = [*small_corpus, "precision=bf16", "optimizer=adamw", "optimizer.lr=1e-3", ZERO, *stage]
