@@ -28,14 +28,15 @@ import torch
 import xxhash
 from torch import Tensor
 
-from core.errors import CheckpointError, OneLineError, one_line
+from core.errors import CheckpointError, OneLineError, UnreadableFileError, one_line
 from core.files import read_json, write_bytes, write_json
 from train.run_directory import MARKER
 
 FORMAT = 2
 INDEX = "index.json"
 PROGRESS = "progress.json"
-_PROGRESS_KEYS = {"tokens": int, "corpus": str, "vocabulary": str, "settings": dict, "layout": dict, "callbacks": dict}
+_TEXTS, _OBJECTS = dict.fromkeys(("corpus?", "vocabulary?"), str), {"settings?": {}, "layout?": {}, "callbacks?": {}}
+_PROGRESS_SHAPE = {"step": int, "tokens?": int, **_TEXTS, **_OBJECTS}
 _OLD_FORMAT = (
     "was written by an older version of Leviathan, whose checkpoints could run code: "
     "train again, or export the model with that version"
@@ -172,13 +173,9 @@ def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
 
 
 def _progress(checkpoint: Path) -> dict[str, Any]:
-    progress = _parsed(checkpoint / PROGRESS, dict)
-    step = progress.get("step")
-    if type(step) is not int or step != int(checkpoint.name.removeprefix("step-")):
-        raise Damaged(f"{PROGRESS} is of step {str(step)[:20]}")
-    for key, kind in _PROGRESS_KEYS.items():
-        if key in progress and type(progress[key]) is not kind:
-            raise Damaged(f"{PROGRESS} has {key}={str(progress[key])[:20]}, which is no {kind.__name__}")
+    progress: dict[str, Any] = _parsed(checkpoint / PROGRESS, dict, _PROGRESS_SHAPE)
+    if progress["step"] != int(checkpoint.name.removeprefix("step-")):
+        raise Damaged(f"{PROGRESS} is of step {progress['step']}")
     return progress
 
 
@@ -239,6 +236,8 @@ def _tile(shape: tuple[int, ...], shards: Sequence[IndexedShard]) -> bool:
 def _parsed(path: Path, parse: Callable[[Any], T], shape: Any = object) -> T:
     try:
         return parse(read_json(path, shape))
+    except UnreadableFileError as error:
+        raise Damaged(str(error).replace(str(path), path.name, 1)) from None
     except _MALFORMED as error:
         raise Damaged(f"{path.name} is unreadable ({one_line(error, 120)})") from None
 

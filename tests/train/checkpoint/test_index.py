@@ -115,9 +115,9 @@ FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "marker without sizes": (marker({"rank_0.bin": 3}), "does not say how long"),
     "other format": (in_json(MARKER, lambda c: c.update(format=99)), f"{MARKER} is not that of a checkpoint of format"),
     "other step": (in_json(PROGRESS, lambda content: content.update(step=7)), f"{PROGRESS} is of step 7"),
-    "step is no integer": (in_json(PROGRESS, lambda content: content.update(step=2.0)), f"{PROGRESS} is of step 2.0"),
-    "tokens are text": (in_json(PROGRESS, lambda content: content.update(tokens="9")), "has tokens=9, which is no int"),
-    "settings are a list": (in_json(PROGRESS, lambda c: c.update(settings=[1])), "has settings=[1], which is no dict"),
+    "step is no integer": (in_json(PROGRESS, lambda content: content.update(step=2.0)), "step is not a whole number"),
+    "tokens are text": (in_json(PROGRESS, lambda content: content.update(tokens="9")), "tokens is not a whole number"),
+    "settings are a list": (in_json(PROGRESS, lambda c: c.update(settings=[1])), "settings is not an object with keys"),
 }
 
 
