@@ -35,8 +35,10 @@ from train.run_directory import MARKER
 FORMAT = 2
 INDEX = "index.json"
 PROGRESS = "progress.json"
-_TEXTS, _OBJECTS = dict.fromkeys(("corpus?", "vocabulary?"), str), {"settings?": {}, "layout?": {}, "callbacks?": {}}
-_PROGRESS_SHAPE = {"step": int, "tokens?": int, **_TEXTS, **_OBJECTS}
+_PROGRESS_SHAPE: dict[str, Any] = {
+    **{"step": int, "tokens?": int, "corpus?": str, "vocabulary?": str},
+    **{"settings?": {}, "layout?": {}, "callbacks?": {}},
+}
 _OLD_FORMAT = (
     "was written by an older version of Leviathan, whose checkpoints could run code: "
     "train again, or export the model with that version"

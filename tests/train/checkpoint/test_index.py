@@ -87,9 +87,9 @@ def marker(files: dict[str, object]) -> Callable[[Path], None]:
 
 
 FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no JSON": (text(INDEX, b"\x80\x04\x95"), f"{INDEX} is unreadable (UnreadableFileError"),
-    "cut JSON": (text(INDEX, b"{"), f"{INDEX} is unreadable (UnreadableFileError"),
-    "deep JSON": (text(INDEX, b"[" * 200_000), f"{INDEX} is unreadable (UnreadableFileError"),
+    "no JSON": (text(INDEX, b"\x80\x04\x95"), f"{INDEX}: is not UTF-8 text"),
+    "cut JSON": (text(INDEX, b"{"), f"{INDEX}: is not JSON"),
+    "deep JSON": (text(INDEX, b"[" * 200_000), f"{INDEX}: is nested too deeply"),
     "tensors are a list": (text(INDEX, b'{"tensors": []}'), f"{INDEX} is unreadable (AttributeError"),
     "unknown dtype": (tensor(dtype="object"), f"{INDEX} is unreadable (KeyError: 'object')"),
     "negative shape": (tensor(shape=[-4, 3]), f"{INDEX} is unreadable (ValueError"),
@@ -110,7 +110,7 @@ FORGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "data is a pipe": (in_place("rank_0.bin", os.mkfifo), "rank_0.bin is not a file"),
     "marker is a folder": (in_place(MARKER, Path.mkdir), f"{MARKER} is not a file"),
     "marker of a file elsewhere": (marker({"../x": {"bytes": 1}}), f"{MARKER} names '../x', which is not a file"),
-    "marker is no text": (text(MARKER, b"\xff\xfe"), f"{MARKER} is unreadable (UnreadableFileError"),
+    "marker is no text": (text(MARKER, b"\xff\xfe"), f"{MARKER}: is not UTF-8 text"),
     "marker without files": (in_json(MARKER, lambda c: c.update(files=None)), "not that of a checkpoint of format"),
     "marker without sizes": (marker({"rank_0.bin": 3}), "does not say how long"),
     "other format": (in_json(MARKER, lambda c: c.update(format=99)), f"{MARKER} is not that of a checkpoint of format"),
