@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 
 DONE = 0
 FAILED = 1
@@ -36,12 +37,11 @@ def parent_watch() -> Callable[[], bool]:
     """
     parent, agent = os.getppid(), os.environ.get(AGENT, "")
     if has_agent() and agent.isdecimal():
-        try:
-            os.kill(int(agent), 0)  # sends nothing
-        except ProcessLookupError:
-            return lambda: True
-        except (PermissionError, OverflowError):
-            pass
+        with suppress(PermissionError, OverflowError):
+            try:
+                os.kill(int(agent), 0)  # sends nothing
+            except ProcessLookupError:
+                return lambda: True
     return lambda: os.getppid() != parent
 
 

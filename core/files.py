@@ -51,9 +51,13 @@ def local_path(key: str, text: str) -> Path:
     return Path(text).expanduser()
 
 
-def check_target(key: str, text: str) -> None:
-    """Raise `ConfigError` if a file cannot be written in this place, so that no work is lost when it is."""
+def check_target(key: str, text: str, suffix: str) -> None:
+    """Raise `ConfigError` if a file cannot be written in this place, so that no work is lost when it is, or if its name
+    does not end in `suffix`: a mistyped place must not replace a file of another kind.
+    """
     path = local_path(key, text)
+    if path.suffix != suffix and (path.is_file() or not path.exists()):
+        raise ConfigError(key, text, f"must end in {suffix}")
     if path.is_dir():
         raise ConfigError(key, text, "is a folder, but must be a file")
     if not path.parent.is_dir():

@@ -62,6 +62,7 @@ def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | Non
     """
     # c10d logs each try to reach a store as a warning with a stack trace; the errors that follow are reported
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _open_streams()
     try:
         drop_working_directory()
         share_cores()
@@ -202,6 +203,28 @@ def _internal(error: Exception) -> str:
         return f"internal error, {one_line(error, 300)}; please report it with its traceback, {path}"
     traceback.print_exception(error)
     return f"internal error, {one_line(error, 300)}; please report it with the traceback above"
+
+
+def say(line: str) -> None:
+    """Print a line of progress. A full disk under `> FILE` must not end what reports it: later lines go nowhere."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # `leviathan ... | head`
+        raise
+    except OSError:
+        _discard_output()
+        print("standard output cannot be written: later lines are not shown", file=sys.stderr)
+
+
+def _open_streams() -> None:
+    """Open standard streams that are closed (`>&-`): else a file that is opened later gets their number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - stays open as long as this process
 
 
 def _discard_output() -> None:

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from core.config import build
-from core.errors import ConfigError, check_numbers
+from core.errors import ConfigError, check_local, check_numbers
 from launch.diagnose.machine import cores
 from train.config import TrainConfig
 
@@ -79,6 +79,7 @@ class SlurmConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("cpus", "max_concurrent"), not_negative=("save_s", "requeues"))
+        check_local("directory", self.directory)
         if self.time is not None:
             limit = seconds(self.time)
             if limit is None:

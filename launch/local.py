@@ -10,7 +10,7 @@ from pathlib import Path
 from core.config import absolute, build, differences, load_stored, plain
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import CRASHED, INTERRUPTED
-from core.process import report
+from core.process import report, say
 from launch.config import LaunchConfig, LaunchKind
 from launch.diagnose.machine import check_processes
 from launch.ranks import run_ranks
@@ -117,7 +117,7 @@ def _torchrun(launch: LaunchConfig, config: TrainConfig) -> int:
         restarts=launch.restarts,
         job=directory.path.name,
     )
-    print(f"starting {node.ranks} ranks; their output: {node.logs}", flush=True)
+    say(f"starting {node.ranks} ranks; their output: {node.logs}")
     code = run_ranks(node, lambda path: write_config(path, config))
     if code == CRASHED:
         name = directory.path.name

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from core.errors import Diverged
 from core.files import append_json_line, append_text
+from core.process import say
 from model.config import ModelConfig
 from model.flops import training_flops
 from train.config import LoggingConfig, Wandb
@@ -94,13 +95,7 @@ class Log:
     def __call__(self, line: str) -> None:
         if self.path is None:
             return
-        try:
-            print(line, flush=True)
-        except BrokenPipeError:  # `leviathan ... | head`
-            raise
-        except OSError:  # a full disk under `> FILE` must not end the run
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print("standard output cannot be written: the lines go on in log.txt", file=sys.stderr)
+        say(line)
         try:
             append_text(self.path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         except OSError as error:  # a full disk must not end the run

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError, LeviathanError
-from core.files import write_text
+from core.errors import ConfigError, LeviathanError, UnreadableFileError
+from core.files import read_text, write_text
 from launch.config import LaunchConfig, SlurmConfig, check_interval
 from launch.slurm.job import SlurmJob, jobs, known, load_job, record
 from launch.slurm.requeue import AGAIN, CANCEL
@@ -29,6 +29,9 @@ from train.run_directory import RunDirectory, read_config, read_lines, write_con
 
 UNKNOWN, SILENT = "UNKNOWN", "SILENT"
 FAILURES = ["BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"]
+RENDERED = "# Rendered by `leviathan train launch=slurm`"
+_STALE = re.compile(rf"config-\d+\.yaml|requeue-\d+\.json|again-\d+\.sh|log-\d+\.txt|job\.json|{CANCEL}")
+"""Files of the job before in a folder. They are removed when it is used again."""
 NO_LOG = "is it on a file system that the nodes share?"
 
 
@@ -107,15 +110,25 @@ def prepare(configs: list[TrainConfig], launch: LaunchConfig) -> SlurmJob:
             raise ConfigError("run.name", name, f"job {before.number} of that name has not ended", ["another name"])
     if any(sign in str(folder) for sign in " %"):
         raise ConfigError("launch.slurm.directory", str(folder), "must not contain spaces or %; neither must run.name")
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir() and any(folder.iterdir()) and not _is_rendered(folder / "job.sh"):
+        raise ConfigError("run.name", name, f"{folder} holds files that are not of a job; choose another name")
     job = SlurmJob(folder, "", [run.path.absolute() for run in runs])
+    script = render(job, launch, Path.cwd())
+    folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*"):
-        if stale.name.startswith(("config-", "requeue-", "again-", "log-", "job.json", CANCEL)):
+        if _STALE.fullmatch(stale.name):
             stale.unlink()
     for index, config in enumerate(configs):
         write_config(job.config(index), config)
-    write_text(job.script, render(job, launch, Path.cwd()))
+    write_text(job.script, script)
     return job
+
+
+def _is_rendered(script: Path) -> bool:
+    try:
+        return RENDERED in read_text(script)
+    except (OSError, UnreadableFileError):
+        return False
 
 
 def render(job: SlurmJob, launch: LaunchConfig, cwd: Path) -> str:
@@ -149,7 +162,7 @@ def render(job: SlurmJob, launch: LaunchConfig, cwd: Path) -> str:
     return "\n".join(
         [
             "#!/bin/bash",
-            f"# Rendered by `leviathan train launch=slurm`; the configuration is in {job.folder}.",
+            f"{RENDERED}; the configuration is in {job.folder}.",
             *(f"#SBATCH {line}" for line in lines),
             "",
             "set -e",

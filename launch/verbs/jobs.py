@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from core.errors import ConfigError
+from core.files import local_path
 from launch.slurm.job import SlurmJob, jobs
 from launch.slurm.requeue import CANCEL
 from launch.slurm.submit import UNKNOWN, ask, command, follow
@@ -32,7 +33,7 @@ class JobsConfig:
 
 
 def run(config: JobsConfig) -> int:
-    directory = Path(config.directory).expanduser().absolute()
+    directory = local_path("directory", config.directory).absolute()
     known = jobs(directory)
     if config.action is JobsAction.list:
         print(table(known) if known else f"no job was submitted from here ({directory})")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import ConfigError
-from core.files import local_path
+from core.files import check_target, local_path
 
 LONGEST_S = 86_400
 """Longest time between two pages."""
@@ -39,6 +39,8 @@ def run(config: ReportConfig) -> int:
     directories = [Path(os.path.expanduser(directory)) for directory in config.runs]
     default = (directories[0] if len(directories) == 1 else Path()) / PAGE
     out = default if config.out is None else local_path("out", config.out)
+    if config.out is not None:
+        check_target("out", config.out, ".html")
     if config.refresh is not None:
         return refresh_report(directories, out, config.refresh)
     write_report(directories, out)

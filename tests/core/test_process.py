@@ -163,3 +163,24 @@ def test_an_agent_that_ended_before_its_rank_began_is_noticed(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     monkeypatch.setenv(AGENT, str(ended.pid))
     assert parent_watch()() is False, "not a rank"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error_and_their_numbers_stay_free(tmp_path, closed):
+    """Else the first file that a run opens is its standard output."""
+    script = (
+        "import os, sys\nfrom core.process import run_process\n"
+        "def act(arguments):\n    print('said'); print('told', file=sys.stderr)\n"
+        "    with open('file', 'w') as file:\n        assert file.fileno() > 2, file.fileno()\n    return 0\n"
+        "raise SystemExit(run_process(act, []))"
+    )
+    line = f"exec {subprocess.list2cmdline([sys.executable])} -c '{script.replace(chr(39), chr(34))}' {closed}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_progress_goes_on_without_a_standard_output(tmp_path):
+    command = f'exec {sys.executable} -c \'from core.process import say; say("a"); say("b")\' > /dev/full'
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "standard output cannot be written: later lines are not shown\n"

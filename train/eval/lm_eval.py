@@ -114,7 +114,7 @@ def run_tasks(
     if world.size > 1:
         raise ConfigError("tasks", None, "are evaluated by one process: start it without torchrun")
     if out is not None:
-        check_target("out", out)
+        check_target("out", out, ".json")
     huggingface_hub.logging.set_verbosity_error()  # it logs each of its retries
     own = None if task_path is None else str(Path(task_path).expanduser())
     if own is not None and not Path(own).is_dir():

@@ -90,6 +90,23 @@ def test_a_job_keeps_what_was_submitted(stand_ins, tmp_path, capsys):
     assert (tmp_path / "asked").read_text().split() == ["17"], "one scontrol call for all runs of a job"
 
 
+def test_files_that_are_not_of_a_job_are_kept(stand_ins, tmp_path, capsys):
+    folder = tmp_path / "jobs" / "x"
+    folder.mkdir(parents=True)
+    for name in ("log-book.txt", "config-1.yaml"):
+        (folder / name).write_text("mine")
+    assert main([*SUBMIT, "launch.slurm.submit=false"]) == 2
+    assert "holds files that are not of a job; choose another name" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["config-1.yaml", "log-book.txt"]
+    (folder / "config-1.yaml").unlink()
+    (folder / "log-book.txt").rename(tmp_path / "log-book.txt")
+    assert main([*SUBMIT, "launch.slurm.submit=false"]) == 0
+    (tmp_path / "log-book.txt").rename(folder / "log-book.txt")
+    (folder / "log-3.txt").write_text("of the job before")
+    assert main([*SUBMIT, "launch.slurm.submit=false"]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["config-0.yaml", "job.sh", "log-book.txt"]
+
+
 def test_a_followed_job_is_one_question_a_look(stand_ins, tmp_path, capsys):
     """`follow` asks four times about two runs, and SLURM's answer may lack a run that has ended."""
     assert main([*SUBMIT, "optimizer.lr=1e-3,2e-3"]) == 0
