@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import io
 import os
 import platform
 import shlex
@@ -213,7 +214,8 @@ def say(line: str) -> None:
         raise
     except OSError:
         _discard_output()
-        print("standard output cannot be written: later lines are not shown", file=sys.stderr)
+        with suppress(OSError):  # it may be the same full disk
+            print("standard output cannot be written: later lines are not shown", file=sys.stderr)
 
 
 def _open_streams() -> None:
@@ -225,6 +227,9 @@ def _open_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - stays open as long as this process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # tests replace it
+            stream.reconfigure(errors="backslashreplace")  # the locale may lack a character
 
 
 def _discard_output() -> None:

@@ -64,7 +64,11 @@ def find_files(pattern: str) -> list[tuple[str, Path]]:
     except ValueError as error:  # a store does not take the name
         raise ConfigError("", pattern, str(error)) from None
     if not found:
-        reason = "the folder holds no jsonl, parquet or text file" if place.is_dir() else "no such file or folder"
+        reason = "no such file or folder"
+        if place.exists():
+            reason = (
+                "the folder holds no jsonl, parquet or text file" if place.is_dir() else "is neither file nor folder"
+            )
         raise ConfigError("", pattern, reason)
     for _, path in found:
         if file_format(path) is None:

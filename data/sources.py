@@ -179,6 +179,8 @@ class FileSource:
         with open_parquet(path) as table:
             column = self._column(table.schema_arrow.names, str(path))
             kind = table.schema_arrow.field(column).type
+            if types.is_dictionary(kind):  # as pandas stores categories
+                kind = kind.value_type
             is_text = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
             if not any(check(kind) for check in is_text):
                 raise self._error("text_key", self.config.text_key, f"{path} holds {kind} there, not text")

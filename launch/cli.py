@@ -8,9 +8,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -103,6 +106,8 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] in ("--version", "version"):
         print(f"leviathan {metadata.version('leviathan')}, code {sources_digest()}, torch {metadata.version('torch')}")
         return 0
+    with suppress(UnicodeDecodeError):  # the locale may not be UTF-8, although the arguments are
+        arguments = [os.fsencode(argument).decode() for argument in arguments]
     for argument in arguments:
         if any("\ud800" <= character <= "\udfff" for character in argument):
             raise ConfigError("argument", ascii(argument), "is not UTF-8 text")
@@ -116,7 +121,10 @@ def _run(arguments: list[str]) -> int:
     overrides = _named(verb, [argument for argument in arguments if not argument.startswith("-")])
     unknown = [option for option in options if option not in ("-h", "--help", "--cfg")]
     if unknown:
-        raise ConfigError(unknown[0], None, "no such option; keys are written KEY=VALUE", ["--help", "--cfg"])
+        reason = "no such option; keys are written KEY=VALUE"
+        if "prompt" in verb.positional:
+            reason += f", and a prompt that begins so {shlex.quote('prompt=' + unknown[0])}"
+        raise ConfigError(unknown[0], None, reason, ["--help", "--cfg"])
     module = importlib.import_module(f"launch.verbs.{verb.module or name}")
     schema = getattr(module, verb.config)
     overrides = _collected(verb, schema, overrides)
@@ -152,7 +160,10 @@ def _stored(verb: Verb, arguments: list[str]) -> tuple[Path | None, list[str]]:
     at = arguments.index("--config")
     if len(arguments) == at + 1:
         raise ConfigError("--config", None, "name a stored configuration: --config RUN/config.yaml")
-    return Path(arguments[at + 1]), arguments[:at] + arguments[at + 2 :]
+    rest = arguments[:at] + arguments[at + 2 :]
+    if "--config" in rest:
+        raise ConfigError("--config", None, "name one stored configuration only")
+    return Path(arguments[at + 1]), rest
 
 
 def _named(verb: Verb, arguments: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -80,6 +80,11 @@ class SlurmConfig:
     def __post_init__(self) -> None:
         check_numbers(self, positive=("cpus", "max_concurrent"), not_negative=("save_s", "requeues"))
         check_local("directory", self.directory)
+        for name in (one.name for one in fields(self)):
+            value = getattr(self, name)
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and not text.isprintable():
+                    raise ConfigError(name, text, "must be one line: it becomes a line of the batch script")
         if self.time is not None:
             limit = seconds(self.time)
             if limit is None:

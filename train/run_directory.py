@@ -224,6 +224,8 @@ def read_config(path: Path) -> TrainConfig:
         raise ConfigError("run", str(path.parent), f"{path.name} is of an older format: {error}") from None
     except UnreadableFileError as error:
         raise ConfigError("config", None, str(error)) from None
+    except ConfigError as error:
+        raise error if error.key == "config" else ConfigError("config", str(path), str(error)) from None
 
 
 def write_config(path: Path, config: TrainConfig) -> None:

@@ -1,7 +1,8 @@
 """Turn signals into a flag that the training loop reads between steps, so that it saves before it ends.
 
-The signals are SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (SLURM's warning before the time limit). The death of torchrun's
-agent sets the flag as well: orphaned workers would otherwise keep writing into a run that has been restarted.
+The signals are SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone) and SIGUSR1 (SLURM's warning before the time
+limit). The death of torchrun's agent sets the flag as well: orphaned workers would otherwise keep writing into a run
+that has been restarted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from core.exit_codes import has_agent, parent_watch
 
 
 class SignalFlag:
-    """A context in which SIGINT, SIGTERM and SIGUSR1 set `requested`. Outside the main thread it handles no signals."""
+    """A context in which these signals set `requested`. Outside the main thread it handles no signals."""
 
     def __init__(self) -> None:
         self._signalled = False
@@ -28,8 +29,9 @@ class SignalFlag:
 
     def __enter__(self) -> SignalFlag:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._previous[number] = signal.signal(number, self._request)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -8,7 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from train.batches import StepBatches
 from train.callbacks import imported_callbacks, make_callbacks
 from train.callbacks.base import Callback
 from train.certify import store
-from train.checkpoint.index import read_progress
+from train.checkpoint.index import check_run
 from train.checkpoint.init_from import compare_vocabularies, copy_selection_biases, initial_source
 from train.checkpoint.manager import Checkpointer
 from train.config import Phase, TrainConfig, check, phase_of, phases
@@ -49,7 +49,7 @@ from train.environment import environment
 from train.eval.contamination import MODELS
 from train.metap import hyperparameters
 from train.metrics import Log, StepMetrics
-from train.run_directory import DIVERGED, RunDirectory, check_settings, committed, settings
+from train.run_directory import DIVERGED, RunDirectory, committed, settings
 from train.signals import SignalFlag
 from train.stragglers import Stragglers
 
@@ -311,11 +311,7 @@ def _claim(directory: RunDirectory, config: TrainConfig) -> None:
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
     directory.lock(0.0 if restarts == ("0", "0") else LOCK_PATIENCE_S)
     directory.check(config)
-    for found in reversed(committed(directory.checkpoints)):
-        with suppress(CheckpointError):  # a damaged one is reported when it is restored
-            progress = read_progress(found.path)
-            check_settings(progress.get("settings") or {}, config, found.step, found.path)
-            break
+    check_run(config, directory.checkpoints)
     directory.open(config)
     directory.logs.mkdir(exist_ok=True)
     write_json(directory.environment, environment())

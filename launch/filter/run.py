@@ -26,7 +26,7 @@ from data.filter.pipeline import Filter, FilterJob
 from data.filter.score.factory import check_models, make_scorer
 from data.filter.score.scorer import Scorer
 from data.filter.select.lines import COUNTS, LineFilter
-from data.filter.store import OneWorker, Workers, barrier
+from data.filter.store import KEY, OneWorker, Workers, barrier
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
 from launch.diagnose.machine import check_processes
 from launch.filter.config import FilterConfig, command_of
@@ -45,6 +45,9 @@ def run_filter(config: FilterConfig, out: Path) -> int:
 
 
 def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
+    ours = [name for name in (KEPT, SCORES, AUDIT_PAGE) if (out / name).exists()]
+    if ours and not any((out / STAGES).glob(f"*/{KEY}")):
+        raise ConfigError("out", str(out), f"holds {ours[0]}, but no filter run; choose another folder")
     tokenizer = _tokenizer(config)
     job = FilterJob(
         parts=input_parts(config),

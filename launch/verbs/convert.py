@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -84,6 +85,6 @@ def run_export(config: ExportConfig) -> int:
 
 def _new_directory(path: str) -> Path:
     out = local_path("out", path)
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError("out", path, "exists already; name a new directory")
     return out

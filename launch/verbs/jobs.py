@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from core.errors import ConfigError
+from core.errors import ConfigError, LeviathanError
+from core.exit_codes import FAILED
 from core.files import local_path
 from launch.slurm.job import SlurmJob, jobs
 from launch.slurm.requeue import CANCEL
-from launch.slurm.submit import UNKNOWN, ask, command, follow
+from launch.slurm.submit import SILENT, UNKNOWN, JobStatus, ask, command, follow
 from train.run_directory import read_lines
 
 
@@ -36,10 +37,13 @@ def run(config: JobsConfig) -> int:
     directory = local_path("directory", config.directory).absolute()
     known = jobs(directory)
     if config.action is JobsAction.list:
-        print(table(known) if known else f"no job was submitted from here ({directory})")
-        return 0
+        answers = [ask(job) for job in known]
+        print(table(known, answers) if known else f"no job was submitted from here ({directory})")
+        return FAILED if any(is_silent(answer) for answer in answers) else 0
     job = _find(known, config)
     if config.action is JobsAction.show:
+        if is_silent(ask(job)):
+            raise LeviathanError(f"SLURM does not answer about job {job.number}; its log: {job.log(0)}")
         try:
             return follow(job, print)
         except KeyboardInterrupt:
@@ -73,11 +77,15 @@ def cancel(job: SlurmJob) -> int:
     return 0
 
 
-def table(known: list[SlurmJob]) -> str:
+def is_silent(answer: list[JobStatus]) -> bool:
+    return any(status.state == SILENT for status in answer)
+
+
+def table(known: list[SlurmJob], answers: list[list[JobStatus]]) -> str:
     """Return a line per run: its number, name, SLURM state, and the step and loss of its last log line."""
     lines = [("job", "run", "state", "step", "loss")]
-    for job in known:
-        for task, (path, status) in enumerate(zip(job.runs, ask(job), strict=True)):
+    for job, answer in zip(known, answers, strict=True):
+        for task, (path, status) in enumerate(zip(job.runs, answer, strict=True)):
             state = "ended, SLURM no longer knows how" if status.state == UNKNOWN else status.state
             lines.append((job.id_of(task), path.name, state, *_progress(path)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

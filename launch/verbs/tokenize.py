@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ def run(config: TokenizeConfig) -> int:
     from train.eval.contamination import MODELS
 
     out = local_path("out", config.out) if config.out else None
-    if out is not None and out.exists():
+    if out is not None and os.path.lexists(out):
         raise ConfigError("out", config.out, "exists already; choose another directory or remove it")
     corpus = prepare(config.data, print, MODELS)
     corpus.verify()

@@ -2,12 +2,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from core.errors import ConfigError
-from core.files import misfit, new_directory, sha256_file, sha256_text, write_bytes, write_text
+from core.files import (
+    append_text,
+    check_target,
+    misfit,
+    new_directory,
+    sha256_file,
+    sha256_text,
+    write_bytes,
+    write_text,
+)
 
 SHAPE = {"step": int, "loss?": (float, None), "hosts": [str], "sizes": {"all": int, str: float}, "any": object}
 FITS = {"step": 1, "loss": None, "hosts": ["a"], "sizes": {"all": 1, "b": 0.5}, "any": [{}]}
@@ -85,8 +95,11 @@ def test_digests(tmp_path):
 def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(OSError, match="No such device"):
-        write_bytes(pipe, b"nobody reads")
+    for write in (lambda: write_bytes(pipe, b"nobody reads"), lambda: append_text(pipe, "nobody reads")):
+        signal.alarm(5)  # to wait for a reader would be for ever
+        with pytest.raises(OSError, match="No such device"):
+            write()
+        signal.alarm(0)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     write_bytes(pipe, b"text")
     assert os.read(reader, 10) == b"text" and not pipe.is_file()
@@ -97,3 +110,18 @@ def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):
         write_bytes(tmp_path / "folder", b"text")
+
+
+def test_a_place_for_results_is_checked_before_the_work(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine")
+    (tmp_path / "folder.json").mkdir()
+    for name, reason in {
+        "config.yaml": "must end in .json",
+        "x": "must end in .json",
+        "folder.json": "is a folder",
+        "none/x.json": "does not exist; make it",
+    }.items():
+        with pytest.raises(ConfigError, match=reason):
+            check_target("out", str(tmp_path / name), ".json")
+    check_target("out", str(tmp_path / "x.json"), ".json")
+    check_target("out", "/dev/null", ".json")

@@ -90,6 +90,19 @@ def test_expected_errors_keep_their_codes(ended):
     ]
 
 
+@pytest.mark.parametrize("rank, everywhere, lines", [("0", True, 1), ("1", True, 0), ("1", False, 1)])
+def test_an_error_of_all_ranks_is_printed_by_the_first(ended, monkeypatch, rank, everywhere, lines):
+    def refuse():
+        error = LeviathanError("this is wrong")
+        error.everywhere = everywhere
+        raise error
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, said = ended(refuse)
+    assert code == 1 and len(said) == lines
+
+
 def run_in(shell: str, cwd: Path) -> tuple[int, str]:
     command = [sys.executable, "-c", "from launch.cli import main; raise SystemExit(main(['--help']))"]
     script = f"{shell.replace('COMMAND', subprocess.list2cmdline(command))}"

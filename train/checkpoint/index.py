@@ -20,6 +20,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,7 +31,8 @@ from torch import Tensor
 
 from core.errors import CheckpointError, OneLineError, UnreadableFileError, one_line
 from core.files import read_json, write_bytes, write_json
-from train.run_directory import MARKER
+from train.config import TrainConfig
+from train.run_directory import MARKER, check_settings, committed
 
 FORMAT = 2
 INDEX = "index.json"
@@ -151,6 +153,15 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
         return _progress(checkpoint)
     except (Damaged, OSError) as error:
         raise CheckpointError(f"{checkpoint} is damaged: {error}") from None
+
+
+def check_run(config: TrainConfig, checkpoints: Path) -> None:
+    """Raise `ConfigError` if a run's config.yaml is not the one that its newest readable checkpoint was made with."""
+    for found in reversed(committed(checkpoints)):
+        with suppress(CheckpointError):  # a damaged one is reported when it is restored
+            settings = read_progress(found.path).get("settings") or {}
+            check_settings(settings, config, found.step, found.path)
+            return
 
 
 def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:

@@ -15,7 +15,7 @@ from model.huggingface import HuggingFaceCheckpoint, model_differences
 from model.tensor_source import TensorSource
 from model.transformer import Transformer
 from model.upcycle import Upcycled, keeps_the_function
-from train.checkpoint.index import read_progress
+from train.checkpoint.index import check_run, read_progress
 from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_imported
 from train.config import phase_of
 from train.run_directory import RunDirectory, committed, load_config
@@ -31,6 +31,7 @@ def open_model(path: Path, text_only: bool = False) -> TensorSource:
     if (path / "config.yaml").exists():
         config = load_config(path)
         checkpoints = RunDirectory(path, config.checkpoint.directory).checkpoints
+        check_run(config, checkpoints)
         return _newest(checkpoints, lambda step: phase_of(config, step).model)
     return HuggingFaceCheckpoint(path, text_only)
 

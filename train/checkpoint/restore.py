@@ -19,6 +19,7 @@ from parallel.layout import EngineKind, Layout, ParallelConfig
 from parallel.mesh import make_meshes
 from parallel.parallelize import ParallelModel, build
 from precision.config import Backend
+from train.checkpoint.index import check_run
 from train.checkpoint.manager import Checkpointer
 from train.checkpoint.state import run_state
 from train.config import Phase, TrainConfig, phase_of
@@ -63,7 +64,7 @@ def restore(
     `backend`: the GEMM backend; None: the one used in training. `models`: as in `get_corpus`. `tokens`: the directory
     of the run's tokens; None: as in the run.
     """
-    config = load_config(directory)
+    stored = config = load_config(directory)
     if tokens is not None:
         config = replace(config, data=replace(config.data, tokens=tokens))
     if backend is not None:
@@ -72,6 +73,7 @@ def restore(
     checkpointer = Checkpointer(run.checkpoints, world, config.checkpoint.keep, False, partial(_report, world))
     if not committed(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")
+    check_run(stored, run.checkpoints)
     # without training FSDP2 is enough, and it reads the checkpoints of both engines
     meshes = make_meshes(replace(_layout(config, world), engine=EngineKind.fsdp2, zero=ZeroConfig()), world)
     placed = build(config.model, config.precision, meshes, world.device, config.run.seed)

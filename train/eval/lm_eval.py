@@ -107,6 +107,7 @@ def run_tasks(
     out: str | None = None,
 ) -> int:
     """Evaluate tasks in one process, print a table, and write results and samples to `out` as JSON."""
+    import datasets
     import huggingface_hub
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -116,6 +117,7 @@ def run_tasks(
     if out is not None:
         check_target("out", out, ".json")
     huggingface_hub.logging.set_verbosity_error()  # it logs each of its retries
+    datasets.disable_progress_bars()
     own = None if task_path is None else str(Path(task_path).expanduser())
     if own is not None and not Path(own).is_dir():
         raise ConfigError("task_path", task_path, "no such directory")
@@ -131,7 +133,7 @@ def run_tasks(
         found: Any = simple_evaluate(
             model, tasks=list(tasks), num_fewshot=few_shot, limit=limit, task_manager=manager, bootstrap_iters=0
         )
-    except (OSError, ConnectionError) as error:
+    except (OSError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         raise CheckpointError(f"a task's data cannot be read: {str(error).strip().splitlines()[0]}") from error
     print(utils.make_table(found))
     if out is not None:

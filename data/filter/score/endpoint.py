@@ -58,6 +58,8 @@ class Endpoint:
         self.timeout_s, self.retries = timeout_s, retries
         self.stopped = threading.Event()
         """Once set, no request is repeated and all waits for a retry end."""
+        self.trouble = ""
+        """Why the last request failed, for a line of progress; empty if it did not."""
         self._pause = self.stopped.wait if pause is None else pause
         self._address, self.shown = _address(url)
         self._key = os.environ.get(key_variable, "").strip()
@@ -82,6 +84,7 @@ class Endpoint:
             try:
                 response, answer = self._post(body)
                 if not (response.status_code == 429 or response.status_code >= 500):
+                    self.trouble = ""
                     return self._content(response.status_code, answer)
                 failure, wait_s = f"HTTP {response.status_code}", _retry_after_s(response)
             except httpx.TimeoutException:
@@ -89,7 +92,9 @@ class Endpoint:
             except httpx.HTTPError as error:
                 failure = self._redacted(str(error) or type(error).__name__)
             if attempt < self.retries:
-                self._pause(self._backoff_s(body, attempt) if wait_s is None else wait_s)
+                wait_s = self._backoff_s(body, attempt) if wait_s is None else wait_s
+                self.trouble = f"; {failure}, tried again after {wait_s:.0f} s"
+                self._pause(wait_s)
         raise RetriesExhausted(f"{failure}, {self.retries + 1} attempts")
 
     def _post(self, body: bytes) -> tuple[httpx.Response, bytes]:

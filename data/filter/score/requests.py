@@ -103,7 +103,7 @@ class CachedEndpoint:
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             keys = {pool.submit(self._request, key, one): key for key, one in requests.items() if key not in found}
-            with told_every(PROGRESS_S, lambda: f"{self.endpoint.shown}: {len(found)} of {len(requests)} answers"):
+            with told_every(PROGRESS_S, lambda: self._progress(len(found), len(requests))):
                 for future in as_completed(keys):
                     found[keys[future]] = answer = future.result()
                     self._check_endpoint(answer)
@@ -114,6 +114,9 @@ class CachedEndpoint:
             pool.shutdown(cancel_futures=True)
         failed = {key: UnusableAnswer(str(one)) for key, one in found.items() if isinstance(one, RetriesExhausted)}
         return found | failed
+
+    def _progress(self, done: int, total: int) -> str:
+        return f"{self.endpoint.shown}: {done} of {total} answers{self.endpoint.trouble}"
 
     def _request(self, key: str, request: Request) -> Any:
         """Return the answer and add it to the cache, or return an `UnusableAnswer` or `RetriesExhausted` as a value."""

@@ -178,7 +178,7 @@ def test_a_text_that_cannot_be_read_is_one_line(models, refused, tmp_path):
         "f.jsonl.gz": "cannot be read",
         "g.parquet": "cannot be read",
         "h.jsonl": "half of a surrogate pair",
-        "fifo.txt": "no such file or folder",
+        "fifo.txt": "is neither file nor folder",
         "nothing": "no such file or folder",
         "*.png": "no such file or folder",
     }.items():

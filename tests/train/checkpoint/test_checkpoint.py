@@ -77,6 +77,20 @@ def test_what_is_saved_is_what_is_loaded(checkpointer):
     assert listed == {p.name for p in path.iterdir()} - {MARKER}
 
 
+def test_a_checkpoint_that_is_partly_removed_is_none(checkpointer, monkeypatch, said):
+    """A kill while an old checkpoint is removed must not leave one that looks whole."""
+
+    def killed(path):
+        if (path / "index.json").exists():
+            raise OSError(errno.EIO, "killed")
+
+    monkeypatch.setattr(manager, "remove_tree", killed)
+    for step in (1, 2, 3):
+        save(checkpointer, step)
+    assert (checkpointer.directory / "step-00000001" / "index.json").exists(), "control"
+    assert [found.step for found in committed(checkpointer.directory)] == [2, 3]
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_an_older_one_stays_until_the_next_is_whole(checkpointer, monkeypatch, keep):
     checkpointer.keep, commit, there = keep, manager.commit, []

@@ -1,4 +1,4 @@
-"""Runs whose corpus is deleted or moved, and runs that are not made because their corpus is not there."""
+"""Runs whose corpus is deleted or moved, runs whose config.yaml is changed, and runs without a corpus."""
 
 from __future__ import annotations
 
@@ -102,3 +102,29 @@ def test_a_stored_configuration_names_its_run_anywhere(corpus, tmp_path, monkeyp
     assert not Path("runs").exists(), "the run is finished"
     assert main(["train", "--config", "../runs/x/config.yaml", "run.root=mine"]) == 0
     assert Path("mine/x/summary.json").exists()
+
+
+CHANGES = {
+    "top_k: 2": "top_k: 3",
+    "rope_theta: 500000.0": "rope_theta: 10.0",
+    "hidden_size: 32": "hidden_size: 1000000",
+    "  seq_len: 48\n": "",
+}
+
+
+def test_no_verb_believes_a_changed_configuration(corpus, refused, tmp_path):
+    """What a checkpoint was trained with is stored in it. A wrong network would give wrong results silently."""
+    assert main([*RUN, *corpus]) == 0
+    path = Path("runs/x/config.yaml")
+    before = path.read_text()
+    for old, new in CHANGES.items():
+        assert old in before
+        path.write_text(before.replace(old, new, 1))
+        for words in (["evaluate", "runs/x"], ["generate", "runs/x", "a"], ["export", "runs/x", "exported"]):
+            line = refused(*words)
+            assert "is of a run with" in line and "step-00000002" in line, line
+            assert not Path("exported").exists()
+    path.write_text(before)
+    assert main(["generate", "runs/x", "a", "tokens=1"]) == 0, "control"
+    path.write_text(before[:900])
+    assert str(path) in refused("generate", "runs/x", "a"), "the file is named"
