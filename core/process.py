@@ -228,8 +228,9 @@ def _open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - stays open as long as this process
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # tests replace it
-            stream.reconfigure(errors="backslashreplace")  # the locale may lack a character
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):  # it cannot be flushed
+                stream.reconfigure(errors="backslashreplace")  # the locale may lack a character
 
 
 def _discard_output() -> None:

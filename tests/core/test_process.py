@@ -197,3 +197,12 @@ def test_progress_goes_on_without_a_standard_output(tmp_path):
     command = f'exec {sys.executable} -c \'from core.process import say; say("a"); say("b")\' > /dev/full'
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == "standard output cannot be written: later lines are not shown\n"
+
+
+def test_what_the_locale_lacks_is_escaped(tmp_path):
+    script = (
+        "from core.process import run_process; raise SystemExit(run_process(lambda words: print('\\u65e5') or 0, []))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "\\u65e5\n"), done.stderr

@@ -139,6 +139,13 @@ def test_broken_files_are_named(tmp_path, case):
     assert str(caught.value).startswith("data.sources.mine.")
 
 
+def test_categories_of_parquet_are_text(tmp_path):
+    path = tmp_path / "a.parquet"
+    column = pyarrow.array(TEXTS).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    assert texts(read(path)) == TEXTS
+
+
 def test_broken_parquet_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"text_key=text: .*a.parquet has no such column; try body or id"):
         read(write_parquet(tmp_path / "a.parquet", "body"))

@@ -224,7 +224,7 @@ def test_generation_sees_the_end_of_a_long_prompt(tmp_path, small_corpus):
     assert found == expected[-5:]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_ask_for_an_orderly_end(number):
     with SignalFlag() as interruption:
         assert not interruption.requested

@@ -107,6 +107,20 @@ def test_files_that_are_not_of_a_job_are_kept(stand_ins, tmp_path, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["config-0.yaml", "job.sh", "log-book.txt"]
 
 
+def test_a_slurm_that_does_not_answer_is_told(stand_ins, capsys):
+    assert main(SUBMIT) == 0
+    stand_ins(scontrol="echo no controller >&2; exit 1")
+    assert main(["jobs"]) == 1 and "SILENT" in capsys.readouterr().out
+    assert main(["jobs", "show", "x"]) == 1
+    assert "SLURM does not answer about job 17; its log: " in capsys.readouterr().err
+
+
+def test_a_word_of_the_script_is_one_line(stand_ins, refused, tmp_path):
+    for key, value in {"partition": "'a\n#SBATCH --uid=0'", "options": "['--x', 'a\n--y']"}.items():
+        assert "must be one line" in refused(*SUBMIT, f"launch.slurm.{key}={value}")
+    assert not (tmp_path / "jobs").exists()
+
+
 def test_a_followed_job_is_one_question_a_look(stand_ins, tmp_path, capsys):
     """`follow` asks four times about two runs, and SLURM's answer may lack a run that has ended."""
     assert main([*SUBMIT, "optimizer.lr=1e-3,2e-3"]) == 0

@@ -50,6 +50,14 @@ def test_filters_a_file(pairs, out):
     assert not list(out.glob(".*")) and (out / "stages").is_dir()
 
 
+def test_a_folder_of_other_files_is_not_written_to(pairs, tmp_path, refused):
+    (tmp_path / "out" / "stages").mkdir(parents=True)
+    (tmp_path / "out" / "kept.jsonl").write_text("mine")
+    line = refused("filter", *arguments(pairs, tmp_path / "out"))
+    assert line.endswith("out: holds kept.jsonl, but no filter run; choose another folder")
+    assert (tmp_path / "out" / "kept.jsonl").read_text() == "mine"
+
+
 def test_explains_a_record(out, refused, capsys):
     rows = rows_in(out)
     for kept in (True, False):
