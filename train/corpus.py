@@ -30,7 +30,10 @@ def get_corpus(
     Raises `ConfigError` if the tokenizer has more ids than the model.
     """
     directory = world.from_main(lambda: prepare(config.data, report, models).directory)
-    corpus = open_corpus(directory)
+    return _verified(open_corpus(directory), config, world)
+
+
+def _verified(corpus: Corpus, config: TrainConfig, world: World) -> Corpus:
     if config.data.verify:
         corpus.verify(world.rank, world.size)
     check_vocabulary(corpus.tokenizer.vocab_size, config.model)
@@ -57,9 +60,7 @@ def stored_corpus(
             )
             raise ConfigError(f"data.{key}", path, reason)
         return get_corpus(config, world, report, models)
-    if config.data.verify:
-        corpus.verify(world.rank, world.size)
-    return corpus
+    return _verified(corpus, config, world)
 
 
 def keep_tokenizer(corpus: Corpus, run: RunDirectory) -> None:

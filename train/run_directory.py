@@ -225,7 +225,9 @@ def read_config(path: Path) -> TrainConfig:
     except UnreadableFileError as error:
         raise ConfigError("config", None, str(error)) from None
     except ConfigError as error:
-        raise error if error.key == "config" else ConfigError("config", str(path), str(error)) from None
+        if error.key == "config":
+            raise
+        raise ConfigError("run", str(path.parent), f"{path.name} has a damaged value, {error}") from None
 
 
 def write_config(path: Path, config: TrainConfig) -> None:

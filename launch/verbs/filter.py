@@ -44,6 +44,6 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     if not sys.flags.safe_path and Path.cwd().resolve() != Path(__file__).resolve().parents[2]:
         del sys.path[0]
-    from core.process import run_process
+    from core.process import end_process, run_process
 
-    sys.exit(run_process(main))
+    end_process(run_process(main))

@@ -36,8 +36,7 @@ class RunData:
         try:
             self.config: TrainConfig = load_config(directory)
         except ConfigError as error:
-            where = "" if error.key in ("run", "config") else f"config.yaml has a damaged value, {error.key}: "
-            raise ConfigError("runs", str(directory), f"{where}{error.reason}") from None
+            raise ConfigError("runs", str(directory), error.reason) from None
         self.directory, self.name = directory, directory.resolve().name
         blocks, files = enumerate(self.config.model.blocks), RunFiles(directory)
         moe = [index for index, layer in blocks if layer.feed_forward is FeedForward.moe]

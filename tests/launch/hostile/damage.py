@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 Damage = Callable[[Path], object]
@@ -70,3 +70,8 @@ def fault(done: subprocess.CompletedProcess[str]) -> str:
 
 def hostile_json(path: Path, value: object) -> None:
     cleared(path).write_text(json.dumps(value))
+
+
+def wrong(outcomes: Iterable[tuple[object, str]]) -> list[str]:
+    """Return the cases, each with what is wrong with its end, in which something is."""
+    return [f"{case} {why}" for case, why in outcomes if why]

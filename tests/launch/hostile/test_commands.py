@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.hostile.damage import fault
+from tests.launch.hostile.damage import fault, wrong
 from tests.support.tiny import TINY
 
 COMMANDS = (Path(__file__).parent / "commands.txt").read_text().splitlines()
@@ -61,19 +61,14 @@ def ended(command, finished, exported, small_corpus, tmp_path) -> Callable[[list
     return run
 
 
-def wrong(ended: Callable[[list[str]], str], cases: list[list[str]]) -> list[str]:
-    found = ((words, ended(words)) for words in cases)
-    return [f"{shlex.join(words)[:300]} {why}" for words, why in found if why]
-
-
 def test_some_hostile_commands_end_in_one_line(ended):
     cases = [shlex.split(line) for line in COMMANDS if zlib.crc32(line.encode()) % 40 == 0]
     assert len(cases) > 8
-    assert wrong(ended, cases) == []
+    assert wrong((shlex.join(words)[:300], ended(words)) for words in cases) == []
 
 
 @pytest.mark.slow
 def test_every_hostile_command_ends_in_one_line(ended):
     cases = [*map(shlex.split, COMMANDS), *MORE]
     assert len(cases) > 500
-    assert wrong(ended, cases) == []
+    assert wrong((shlex.join(words)[:300], ended(words)) for words in cases) == []

@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 
-from tests.launch.hostile.damage import fault
+from tests.launch.hostile.damage import fault, wrong
 from tests.support.tiny import TINY
 
 VARIABLES = (
@@ -42,16 +42,11 @@ def outcome(command, finished, small_corpus, tmp_path):
     return run
 
 
-def wrong(outcome, cases: list[dict[str, str]]) -> list[str]:
-    found = ((variables, outcome(variables)) for variables in cases)
-    return [f"{variables} {why}" for variables, why in found if why]
-
-
 def test_some_odd_variables_end_in_one_line(outcome):
     some: list[dict[str, str]] = [{"RANK": "3"}, {"LOCAL_WORLD_SIZE": "0"}, {"MASTER_PORT": "abc"}]
-    assert wrong(outcome, some) == []
+    assert wrong((one, outcome(one)) for one in some) == []
 
 
 @pytest.mark.slow
 def test_every_odd_variable_ends_in_one_line(outcome):
-    assert wrong(outcome, CASES) == []
+    assert wrong((one, outcome(one)) for one in CASES) == []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.hostile.damage import DAMAGES, Damage, content, fault
+from tests.launch.hostile.damage import DAMAGES, Damage, content, fault, wrong
 from tests.support.tiny import TINY
 
 LINE = json.dumps({"text": "a text of a document that is fine " * 10}).encode() + b"\n"
@@ -105,19 +105,15 @@ def cases(command, finished, exported, imported, small_corpus, tmp_path) -> list
     return list(all_cases())
 
 
-def wrong(cases: list[Case]) -> list[str]:
-    found = ((name, run()) for name, run in cases)
-    return [f"{name} {why}" for name, why in found if why]
-
-
 def test_some_damaged_files_end_in_one_line(cases):
     some = [case for case in cases if zlib.crc32(case[0].encode()) % 200 == 0]
     assert len(some) > 8
-    assert wrong(some) == []
+    assert wrong((name, run()) for name, run in some) == []
 
 
 @pytest.mark.slow
 def test_damaged_files_end_in_one_line(cases):
     """Takes every fourth case; `HOSTILE=all` takes all, which is half an hour."""
     assert len(cases) > 2_000
-    assert wrong(cases if os.environ.get("HOSTILE") == "all" else cases[::4]) == []
+    some = cases if os.environ.get("HOSTILE") == "all" else cases[::4]
+    assert wrong((name, run()) for name, run in some) == []

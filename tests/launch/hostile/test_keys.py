@@ -23,6 +23,7 @@ from core.config import build, compose_plain, plain
 from core.errors import ConfigError
 from launch.cli import VERBS
 from launch.config import LaunchConfig
+from tests.launch.hostile.damage import wrong
 from tests.support.verbs import GIVEN
 from train.config import check
 
@@ -105,21 +106,16 @@ def outcome(verb: str, key: str, name: str) -> str:
     return f"is accepted as {kept!r}" if name in IMPOSSIBLE and not possible else ""
 
 
-def wrong(cases: list[tuple[str, str, str]]) -> list[str]:
-    found = ((case, outcome(*case)) for case in cases)
-    return [f"{verb} {key}={name} {why}" for (verb, key, name), why in found if why]
-
-
 def test_hostile_values_are_refused_in_one_line():
     chosen = [case for case in CASES if zlib.crc32("".join(case).encode()) % 40 == 0]
     assert len(chosen) > 150
-    assert wrong(chosen) == []
+    assert wrong((one, outcome(*one)) for one in chosen) == []
 
 
 @pytest.mark.slow
 def test_every_hostile_value_is_refused_in_one_line():
     assert len(CASES) > 1500
-    assert wrong(CASES) == []
+    assert wrong((one, outcome(*one)) for one in CASES) == []
 
 
 def test_the_suite_notices_a_traceback_and_a_silent_acceptance(monkeypatch):
