@@ -23,16 +23,19 @@ def refresh_report(directories: Sequence[Path], out: Path, seconds: int) -> int:
     announced = ""
     with SignalFlag() as interruption:
         while True:
+            again = None if interruption.requested else seconds
             try:
-                ended = write_report(directories, out, None if interruption.requested else seconds)
+                ended = write_report(directories, out, again)
                 news = f"report: {out}" if ended else f"report: {out}, written again every {seconds} s; Ctrl-C ends it"
             except NoStepYet as error:
                 ended, news = False, f"report: waits, because {error.value} {error.reason}"
             if news != announced and not interruption.requested:
                 print(news, flush=True)
                 announced = news
-            if ended or interruption.requested:
-                return 0 if ended else INTERRUPTED
+            if ended:
+                return 0
+            if again is None:
+                return INTERRUPTED
             _wait(seconds, interruption)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -152,3 +153,18 @@ def test_a_failed_write_leaves_the_old_page(running, monkeypatch):
         write_report([running], running / "report.html", refresh=30)
     assert (running / "report.html").read_text() == before
     assert not [path for path in running.iterdir() if path.suffix == ".tmp"]
+
+
+def test_ctrl_c_while_a_page_is_written_makes_another(tmp_path, monkeypatch):
+    """Else the last page would load itself again for ever."""
+    written = []
+
+    def write(directories, out, again):
+        written.append(again)
+        if len(written) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    monkeypatch.setattr(refresh, "write_report", write)
+    assert refresh.refresh_report([tmp_path], tmp_path / "x.html", 30) == 130
+    assert written == [30, None]
