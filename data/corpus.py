@@ -184,7 +184,8 @@ def prepare(config: DataConfig, report: Callable[[str], None], models: Models | 
 def _tokens_directory(text: str) -> Path:
     given = Path(text).expanduser()
     if not (given / MANIFEST).exists():
-        reason = f"is not a directory of tokens ({MANIFEST} is missing): make one with `leviathan tokenize`"
+        advice = "make one with `leviathan tokenize`, or name the place to which it was moved"
+        reason = f"is not a directory of tokens ({MANIFEST} is missing): {advice}"
         raise ConfigError("data.tokens", text, reason)
     return given
 

@@ -155,6 +155,8 @@ def _run(arguments: list[str]) -> int:
 
 def _stored(verb: Verb, arguments: list[str]) -> tuple[Path | None, list[str]]:
     """Return FILE of `--config FILE`, or None without this option, and the other arguments."""
+    if verb.stored is not None:
+        arguments = [part for word in arguments for part in (word.split("=", 1) if word[:9] == "--config=" else [word])]
     if verb.stored is None or "--config" not in arguments:
         return None, arguments
     at = arguments.index("--config")

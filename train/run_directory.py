@@ -183,7 +183,9 @@ def check_settings(stored: dict[str, Any], config: TrainConfig, step: int, check
     begun, now = sum(phase.start < step for phase in phases(config)[1:]), settings(config)
     for key, (before, after) in differences(stored, now).items():
         if _is_fixed(key, begun) and _has(stored, key) and _has(now, key):
-            reason = f"{checkpoint} is of a run with {before}; restore it, remove the checkpoints, or name a new run"
+            reason = (
+                f"{checkpoint} is of a run with {before}; restore that value; to train with another, name a new run"
+            )
             raise ConfigError(key, after, reason)
 
 

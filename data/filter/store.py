@@ -145,7 +145,7 @@ class StageStore:
         shown = [f"{key}={old} (now {new})".replace("\n", "\\n") for key, (old, new) in found[:_SHOWN_DIFFERENCES]]
         more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
         made = ", ".join(shown) or "other settings"
-        return f"was made with {made}{more}; choose another out=, or remove this folder to rebuild only this stage"
+        return f"was made with {made}{more}; remove that folder, which keeps all earlier stages, or choose another out="
 
     @property
     def has_manifest(self) -> bool:

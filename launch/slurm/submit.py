@@ -55,7 +55,7 @@ def command(*arguments: str) -> str:
     done = _run(*arguments)
     if done.returncode:
         message = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise LeviathanError(f"{arguments[0]}: {message}")
+        raise LeviathanError(message if message.startswith(arguments[0]) else f"{arguments[0]}: {message}")
     return done.stdout
 
 

@@ -38,6 +38,8 @@ def run(config: TokenizeConfig) -> int:
         with new_directory(out, exclusive=True) as scratch:
             shutil.copytree(corpus.directory, scratch, dirs_exist_ok=True)
     print(table(corpus))
+    if len({source.weight for source in config.data.sources.values()}) > 1:
+        print("tokens have no weights: give them to the run (training.weights)")
     print(f"tokens: {out or corpus.directory}")
     return 0
 

@@ -66,7 +66,7 @@ STREAM = "filter stream scorer.kind=random"
 COMMANDS = {
     "trian": "verb=trian: no such verb; try train",
     "generate x -item": "-item: no such option; keys are written KEY=VALUE, and a prompt that begins so prompt=-item",
-    "train --config a --config b": "--config: name one stored configuration only",
+    "train --config a --config=b": "--config: name one stored configuration only",
     "train --gpu": "--gpu: no such option; keys are written KEY=VALUE; try --help or --cfg",
     "evaluate": "run: ",
     "evaluate run=nothing": "run=nothing: no run there",

@@ -146,8 +146,12 @@ class CachedEndpoint:
         if isinstance(answer, RetriesExhausted):
             self._failed += 1
             if not self._reached or self._failed >= FAILURES_IN_A_ROW:
+                failure = str(self._first_failure)
+                if failure.startswith("HTTP"):
+                    fix = "look at its log; for a limit of its rate, raise scorer.retries or lower scorer.concurrency"
+                    raise LeviathanError(f"{where} does not answer ({failure}): {fix}")
                 fix = "start the server or correct scorer.url; if it is slow, raise scorer.timeout_s or lower"
-                raise LeviathanError(f"{where} does not answer ({self._first_failure}): {fix} scorer.concurrency")
+                raise LeviathanError(f"{where} does not answer ({failure}): {fix} scorer.concurrency")
             return
         self._reached, self._failed = True, 0
         if self._answered < FIRST_ANSWERS:

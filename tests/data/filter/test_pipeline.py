@@ -243,7 +243,7 @@ def test_changed_settings_are_refused_by_name(tmp_path):
     filtered(source, tmp_path / "out", scorer)
     other = FixedScorer(scorer.score_of, "another")
     for message, settings in {
-        r"scored: was made with scorer=fixed fixed \(now fixed another\); choose another out=": {"scorer": other},
+        r"scored: was made with scorer=fixed fixed \(now fixed another\); remove that folder": {"scorer": other},
         r"decisions: was made with keep=0\.5 \(now 0\.25\)": {"keep": 0.25},
         r"screened: was made with seed=0 \(now 1\)": {"seed": 1},
         r"screened: was made with on_error=drop \(now keep\)": {"on_error": OnError.keep},

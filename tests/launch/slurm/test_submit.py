@@ -171,7 +171,7 @@ def test_what_slurm_rejects_is_one_line(stand_ins, refused, capsys):
     assert main(["jobs", "show", "x"]) == 1
     assert "left no log in" in capsys.readouterr().out
     stand_ins(sbatch="[ $1 = --version ] || { echo 'sbatch: error: submission failed: Invalid account' >&2; exit 1; }")
-    reason = "the job was rejected: sbatch: sbatch: error: submission failed: Invalid account"
+    reason = "the job was rejected: sbatch: error: submission failed: Invalid account"
     assert reason in refused(*SUBMIT, "run.name=y")
 
 
