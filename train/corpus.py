@@ -49,10 +49,15 @@ def stored_corpus(
     """
     if config.data.tokens is not None:
         return get_corpus(config, world, report, models)
-    done = committed(RunDirectory(directory, config.checkpoint.directory).checkpoints)
-    fingerprint = read_progress(done[-1].path).get("corpus", "") if done else ""
-    corpus = find_corpus(Path(config.data.cache), fingerprint)
-    if corpus is None:
+
+    def cached() -> Path | None:
+        done = committed(RunDirectory(directory, config.checkpoint.directory).checkpoints)
+        fingerprint = read_progress(done[-1].path).get("corpus", "") if done else ""
+        corpus = find_corpus(Path(config.data.cache), fingerprint)
+        return None if corpus is None else corpus.directory
+
+    found = world.from_main(cached)  # else ranks with other disks would go other ways
+    if found is None:
         for key, path in config.data.import_paths().items():
             reason = (
                 f"the corpus of {directory} is not in {config.data.cache}, and import paths of a stored run are not "
@@ -60,7 +65,7 @@ def stored_corpus(
             )
             raise ConfigError(f"data.{key}", path, reason)
         return get_corpus(config, world, report, models)
-    return _verified(corpus, config, world)
+    return _verified(open_corpus(found), config, world)
 
 
 def keep_tokenizer(corpus: Corpus, run: RunDirectory) -> None:

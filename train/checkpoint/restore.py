@@ -73,7 +73,7 @@ def restore(
     checkpointer = Checkpointer(run.checkpoints, world, config.checkpoint.keep, False, partial(_report, world))
     if not committed(run.checkpoints):
         raise CheckpointError(f"{directory} has no checkpoint yet")
-    check_run(stored, run.checkpoints)
+    world.from_main(lambda: check_run(stored, run.checkpoints))
     # without training FSDP2 is enough, and it reads the checkpoints of both engines
     meshes = make_meshes(replace(_layout(config, world), engine=EngineKind.fsdp2, zero=ZeroConfig()), world)
     placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
