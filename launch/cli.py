@@ -156,7 +156,8 @@ def _run(arguments: list[str]) -> int:
 def _stored(verb: Verb, arguments: list[str]) -> tuple[Path | None, list[str]]:
     """Return FILE of `--config FILE`, or None without this option, and the other arguments."""
     if verb.stored is not None:
-        arguments = [part for word in arguments for part in (word.split("=", 1) if word[:9] == "--config=" else [word])]
+        split = (word.split("=", 1) if word.startswith("--config=") else [word] for word in arguments)
+        arguments = [part for parts in split for part in parts]
     if verb.stored is None or "--config" not in arguments:
         return None, arguments
     at = arguments.index("--config")
@@ -188,12 +189,18 @@ def _named(verb: Verb, arguments: list[str]) -> list[str]:
 
 def _check_prompt(verb: Verb, schema: type, overrides: list[str]) -> None:
     """Raise `ConfigError` if what looks like an override may be the text that the verb takes last."""
+    given = {_root(word): word for word in overrides}
+    if verb.positional[-1:] != ("prompt",) or "prompt" in given:
+        return
     known = {one.name for one in dataclasses.fields(schema)}
-    given = {re.split(r"[.=@]", word.lstrip("+~"))[0]: word for word in overrides}
-    last = verb.positional[-1] if verb.positional else ""
     for key, word in given.items():
-        if last == "prompt" and last not in given and key not in known:
+        if key not in known:
             raise ConfigError(key, None, f"no such key; if this is the prompt, write 'prompt={word}'")
+
+
+def _root(override: str) -> str:
+    """Return the first part of an override's key."""
+    return re.split(r"[.=@]", override.lstrip("+~"))[0]
 
 
 def _as_text(verb: Verb, argument: str) -> str:
@@ -211,7 +218,7 @@ def _collected(verb: Verb, schema: type, overrides: list[str]) -> list[str]:
     from core.overrides import quoted
 
     own = {one.name for one in dataclasses.fields(schema)}
-    theirs = [word for word in overrides if re.split(r"[.=@]", word.lstrip("+~"))[0] not in own]
+    theirs = [word for word in overrides if _root(word) not in own]
     mine = [word for word in overrides if word not in theirs]
     return [*mine, f"{verb.others}=[{','.join(map(quoted, theirs))}]"] if theirs else mine
 
