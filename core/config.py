@@ -321,7 +321,7 @@ def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
             return ConfigError(key, None, "is unset by default", [f"+{key}=... to set it"])
         renamed = old_fields(owner)
         near = difflib.get_close_matches(name, [*known, *renamed], n=3, cutoff=0.5)
-        near = list(dict.fromkeys(renamed.get(n, n) for n in near))
+        near = _same_name(name, owner) or list(dict.fromkeys(renamed.get(n, n) for n in near))
         return ConfigError(key, None, "no such key", [_joined(path, parent, n) for n in near or known])
     value = getattr(cause, "value", None)
     if re.search(r"is not Optional|is not a subclass of", reason):
@@ -338,11 +338,24 @@ def _explain(error: Exception, schema: type, path: str = "") -> ConfigError:
         return ConfigError(key, None, _NO_VALUE, [f"~{owner} to leave it out"] if is_entry else [])
     if (new := new_value(_kind_at(schema, key), value)) is not None:
         return RenamedKeyError(key, str(value), f"was renamed to {new}")
-    return ConfigError(key, value if isinstance(value, str | int | float) else None, reason)
+    is_whole = isinstance(value, float) and value.is_integer() and "Integer" in reason  # YAML reads 1e3 as a float
+    legal = [int(typing.cast(float, value))] if is_whole else []
+    return ConfigError(key, value if isinstance(value, str | int | float) else None, reason, legal)
 
 
 def _joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
+
+
+def _same_name(name: str, schema: Any, path: str = "") -> list[str]:
+    """Return the keys below `schema` that end in `name`, or that are `name` without their dots and underscores."""
+    found = []
+    for one in dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ():
+        key = _joined(path, one.name)
+        if name == one.name or name == re.sub(r"[._]", "", key):
+            found.append(key)
+        found += _same_name(name, _kind_at(typing.cast(type, schema), one.name), key)
+    return found
 
 
 def _kind_at(schema: type, path: str) -> Any:

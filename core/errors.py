@@ -128,6 +128,11 @@ def one_line(error: BaseException, length: int | None = None) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:length]}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if the message is empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def divisors(number: int) -> list[int]:
     """Return every positive divisor of `number`, ascending."""
     low = [d for d in range(1, math.isqrt(min(number, 10**12)) + 1) if number % d == 0]

@@ -23,7 +23,7 @@ from data.filter.score.factory import Models
 from data.packing import PackedSequence, Packer
 from data.sources import Document, Source, make_source
 from data.tokenizer import Tokenizer, from_file, load_tokenizer, train_bpe
-from data.tokens import Shard, TokenStream, TokenWriter, token_dtype, verify_shard
+from data.tokens import Shard, TokenStream, TokenWriter, rebuild, token_dtype, verify_shard
 
 TRAIN, HELD_OUT = "train", "held_out"
 MANIFEST = "manifest.json"
@@ -59,10 +59,10 @@ class Corpus:
         try:
             tokenizer = load_tokenizer(self.directory)
         except DataError as error:
-            raise DataError(f"{error}: remove {self.directory} and run again to rebuild it") from None
+            raise DataError(f"{error}: {rebuild(self.directory)}") from None
         if tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
             reason = "holds another tokenizer than the one that made its tokens"
-            raise DataError(f"{self.directory} {reason}: remove it and run again to rebuild it")
+            raise DataError(f"{self.directory} {reason}: {rebuild(self.directory)}")
         return tokenizer
 
     def stream(self, source: str, split: str) -> TokenStream:
@@ -114,7 +114,7 @@ def open_corpus(directory: Path) -> Corpus:
         reason = f"has format {manifest['format']}, not {_FORMAT}"
     except (OSError, ValueError, TypeError) as error:
         reason = f"cannot be read ({type(error).__name__}: {error})"
-    raise DataError(f"{path} {reason}: remove {directory} and run again to rebuild it")
+    raise DataError(f"{path} {reason}: {rebuild(directory)}")
 
 
 def find_corpus(cache: Path, fingerprint: str) -> Corpus | None:
@@ -194,7 +194,7 @@ def _skipped_lines(config: DataConfig) -> Iterator[str]:
     for name, part in config.sources.items():
         if part.kind is SourceKind.files and (skipped := skipped_files(str(part.path))):
             named = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
-            yield f"data.sources.{name}: {len(skipped)} files are skipped, because their suffixes are unknown: {named}"
+            yield f"data.sources.{name}: files of unknown suffixes are skipped ({len(skipped)}): {named}"
 
 
 def _packing_lines(config: DataConfig, corpus: Corpus) -> Iterator[str]:

@@ -132,5 +132,10 @@ def verify_shard(directory: Path, shard: Shard) -> None:
         raise _damaged(path, f"cannot be read ({error.strerror})") from None
 
 
+def rebuild(directory: Path) -> str:
+    """Return the advice for a damaged directory of tokens."""
+    return f"remove {directory} and run again what made it (`leviathan tokenize` or a training run)"
+
+
 def _damaged(path: Path, state: str) -> DataError:
-    return DataError(f"token shard {path} {state}: remove {path.parent} and run again to rebuild it")
+    return DataError(f"token shard {path} {state}: {rebuild(path.parent)}")

@@ -31,7 +31,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from core.errors import ConfigError, LeviathanError
+from core.errors import ConfigError, LeviathanError, first_line
 from core.exit_codes import AGENT, ATTEMPT, CRASHED, HUNG, INTERRUPTED, is_consequence
 from core.process import told_after
 from launch.diagnose.machine import cores
@@ -116,7 +116,7 @@ def run(node: Node) -> int:
         interrupted = True
         raise AgentInterrupted(int(error.sigval)) from None
     except RendezvousError as error:
-        reason = (str(error) or f"not all {node.nodes} came within {JOIN_S} s").splitlines()[0]
+        reason = first_line(error) if str(error) else f"not all {node.nodes} came within {JOIN_S} s"
         raise NodesNotMet(f"the nodes do not meet: {reason}") from None
     finally:
         if not interrupted:  # after a signal, each node gets the signal itself

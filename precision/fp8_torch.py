@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.errors import first_line
 from precision.config import Recipe
 from precision.fp8_linear import LARGEST_ERROR, Operand
 from precision.fp8_tiles import QuantisedRows, TiledArithmetic, quantise, tiling
@@ -67,8 +68,7 @@ def _trial_failure(recipe: Recipe, device: str) -> str | None:
         try:
             found = multiply(a, b).float()
         except Exception as error:  # NotImplementedError, RuntimeError or ValueError
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            return f"torch {torch.__version__} rejects {left.value} x {right.value} on {device}: {reason}"
+            return f"torch {torch.__version__} rejects {left.value} x {right.value} on {device}: {first_line(error)}"
         wanted = a.dequantise(torch.float32) @ b.dequantise(torch.float32).t()
         distance = float((found - wanted).norm() / wanted.norm())
         if not distance < LARGEST_ERROR:

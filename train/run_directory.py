@@ -166,6 +166,8 @@ class RunDirectory:
             is_gone = isinstance(before, str) and isinstance(after, str) and os.path.abspath(after) == before
             if _is_fixed(key, begun) and not is_gone:  # the path of a file that is gone stays as the user wrote it
                 reason = f"the run in {self.path} was started with {before}; restore it, or name a new run (run.name)"
+                if key == "training.steps":
+                    reason += ", or append a phase to train longer (phases)"
                 raise ConfigError(key, after, reason)
 
 

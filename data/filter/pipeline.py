@@ -126,13 +126,12 @@ class Filter:
                 self._check_readable(shards)
                 self._check_unique_ids(shards)
         except ConfigError:
-            if self.workers.rank == 0:
-                remove_tree(
-                    stage.directory
-                )  # otherwise a rerun with a corrected key would be rejected as a changed input
+            if self.workers.rank == 0:  # otherwise a rerun with a corrected key would be rejected as a changed input
+                remove_tree(stage.directory)
             raise
         stage.close(shards, self.workers)
-        self.job.report(f"read {sum(shards.values()):,} records of {len(self.job.parts)} parts")
+        files = "1 part" if len(self.job.parts) == 1 else f"{len(self.job.parts)} parts"
+        self.job.report(f"read {sum(shards.values()):,} records of {files}")
 
     def _ingest_part(self, number: int, part: InputPart) -> None:
         stage, part_name = self.records, _part_name(number)
@@ -161,7 +160,12 @@ class Filter:
         keys = ", ".join(map(repr, json_keys(raw)))
         has = "" if problem.endswith(keys) else f"; its keys are {keys}"
         reason = f"none of {sum(shards.values()):,} records can be read; {source}: {problem}{has}"
-        raise ConfigError("input", None, reason, ["text_key=", "prompt_key= with response_key=", "messages_key="])
+        advice = ["text_key=", "prompt_key= with response_key=", "messages_key="]
+        for key in ("id_key", "domain_key"):
+            value = self.job.parts[0].keys[key]
+            if problem.startswith((f"no {value!r};", f"{value!r} is ")):
+                advice = [f"{key}="]
+        raise ConfigError("input", None, reason, advice)
 
     def _check_unique_ids(self, shards: dict[str, int]) -> None:
         """Raise `ConfigError` if two records have the same id: `explain` needs unique ids. Compares 64-bit hashes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from core.errors import ConfigError
+from core.errors import ConfigError, first_line
 from core.exit_codes import ATTEMPT
 from core.process import told_after
 from parallel.comm.watchdog import Heartbeat, Watchdog
@@ -178,12 +179,16 @@ def _store(size: int, client: bool = False) -> dist.Store:
     host, port = environment["MASTER_ADDR"], _whole("MASTER_PORT", 0)
     patience = timedelta(minutes=1) if client else timedelta(minutes=5)
     line = f"leviathan: rank {environment['RANK']} waits for rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT)"
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:  # wait all the same: some clusters name a node only once it is ready
+        line += f"; the name does not resolve yet ({error.strerror})"
     with told_after(PATIENCE_S, line):
         try:
             store = dist.TCPStore(host, port, size, is_master=own, wait_for_workers=False, timeout=patience)
         except (dist.DistError, RuntimeError, OSError) as error:
             reason = f"no answer within {patience.seconds // 60} min: start rank 0 there, or correct MASTER_ADDR"
             if own:
-                reason = f"cannot listen there ({str(error).splitlines()[0][:100]}): choose another MASTER_PORT"
+                reason = f"cannot listen there ({first_line(error)[:100]}): choose another MASTER_PORT"
             raise WrongEnvironmentError("MASTER_ADDR", f"{host}:{port}", reason) from None
     return dist.PrefixStore(f"attempt_{environment.get(ATTEMPT, restarts)}", store)

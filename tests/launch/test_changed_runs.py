@@ -89,7 +89,7 @@ def test_skipped_files_and_empty_splits_are_told(corpus, capsys):
     Path("corpus/0.txt").write_text("changed")
     assert main(["tokenize", *corpus, "data.held_out=0.001"]) == 0
     said = capsys.readouterr().out
-    reason = "2 files are skipped, because their suffixes are unknown: copyright, notes.TXT"
+    reason = "files of unknown suffixes are skipped (2): copyright, notes.TXT"
     assert f"data.sources.text: {reason}\n" in said
     assert "data.sources.text: no document is held out (data.held_out=0.001)\n" in said
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from core.errors import CheckpointError
+from core.errors import CheckpointError, first_line
 from core.files import remove_tree
 from parallel.comm.world import World
 from train.checkpoint.files import read_state, write_shards
@@ -183,4 +183,4 @@ def _root_cause(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     cause = error.__cause__ or error.__context__
-    return _root_cause(cause) if cause is not None else (str(error).strip() or type(error).__name__).splitlines()[0]
+    return _root_cause(cause) if cause is not None else first_line(error)

@@ -15,7 +15,7 @@ from typing import Any
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 
-from core.errors import CheckpointError, ConfigError
+from core.errors import CheckpointError, ConfigError, first_line
 from core.files import check_target, local_path, write_text
 from parallel.comm.world import World
 from precision.config import Backend
@@ -134,7 +134,7 @@ def run_tasks(
             model, tasks=list(tasks), num_fewshot=few_shot, limit=limit, task_manager=manager, bootstrap_iters=0
         )
     except (OSError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-        raise CheckpointError(f"a task's data cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise CheckpointError(f"a task's data cannot be read: {first_line(error)}") from error
     print(utils.make_table(found))
     if out is not None:
         figures = {"results": found["results"], "samples": found.get("samples", {})}

@@ -46,7 +46,8 @@ def unscored(audit: dict[str, Any]) -> Iterator[str]:
     competed = audit["totals"]["competed"]["documents"]
     count = competed - sum(domain["scored"] for domain in audit["domains"].values())
     if count > UNSCORED * competed:
-        yield f"{_records(count)} of {competed:,} have no score ({count / competed:.1%})."
+        advice = "With a remote scorer, the same command scores them again."
+        yield f"{_records(count)} of {competed:,} have no score ({count / competed:.1%}). {advice}"
 
 
 def constant_scores(audit: dict[str, Any]) -> Iterator[str]:

@@ -47,9 +47,10 @@ def test_a_changed_input_key_is_rejected_by_name(tmp_path):
 
 
 PROBLEMS = [
-    ({}, "no 'text'; it has 'q', 'a', 'n'"),
-    ({"prompt_key": "Q", "response_key": "a"}, "no 'Q'; it has 'q', 'a', 'n'"),
-    ({"text_key": "n"}, "'n' is int, not str; its keys are 'q', 'a', 'n'"),
+    ({"domain_key": "q"}, "no 'text'; it has 'q', 'a', 'n'; try text_key=, "),
+    ({"prompt_key": "Q", "response_key": "a"}, "no 'Q'; it has 'q', 'a', 'n'; try text_key=, "),
+    ({"text_key": "n"}, "'n' is int, not str; its keys are 'q', 'a', 'n'; try text_key=, "),
+    ({"text_key": "q", "domain_key": "topics"}, "no 'topics'; it has 'q', 'a', 'n'; try domain_key="),
 ]
 
 
@@ -58,7 +59,7 @@ def test_an_unreadable_input_is_rejected_until_keys_fit(tmp_path, keys, problem)
     source = write_lines(
         tmp_path / "in.jsonl", [{"q": row["text"], "a": "x" + row["text"], "n": 3} for row in prose(2)]
     )
-    message = f"none of 2 records can be read; in.jsonl:1: {problem}; try text_key=, "
+    message = f"none of 2 records can be read; in.jsonl:1: {problem}"
     for on_error in OnError:
         expected = "input=in.jsonl:1: cannot be read: " if on_error is OnError.fail else message
         with pytest.raises(ConfigError) as caught:
