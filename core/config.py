@@ -284,6 +284,8 @@ def _check_scalar(value: Any, path: str) -> None:
         raise ConfigError(path, value, "must be a finite number")
     if isinstance(value, str) and "\0" in value:
         raise ConfigError(path, None, "must not contain a NUL character")
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= one <= "\udfff" for one in value):
+        raise ConfigError(path, None, "holds half of a surrogate pair, which is not text")
 
 
 def _entry(kind: Any, value: Any, path: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import core.config
-from core.config import differences, load
+from core.config import build, differences, load
 from core.errors import ConfigError
 
 
@@ -36,6 +36,11 @@ class Root:
     named: dict[str, Part] = field(default_factory=lambda: {"given": Part()})
     listed: list[Part] = field(default_factory=list)
     extra: Part | None = None
+
+
+@dataclass(frozen=True)
+class Named:
+    label: str = ""
 
 
 @pytest.fixture
@@ -87,6 +92,12 @@ def test_broken_files_are_refused_too(configs):
     (configs / "part" / "wide.yaml").write_text("witdh: 16\n")
     with pytest.raises(ConfigError, match=r"part\.witdh: no such key; try part\.width"):
         load("root", Root, [])
+
+
+@pytest.mark.parametrize("value", ["a\0", "\ud800\udc00", "\udc80"])
+def test_text_that_no_file_can_hold_is_refused(value):
+    with pytest.raises(ConfigError, match=r"^label(=| |:)"):
+        build(Named, {"label": value})
 
 
 def test_differences_name_leaves():
