@@ -260,6 +260,7 @@ def _check_shape(kind: Any, value: Any, path: str) -> None:
             if name in hints:
                 _check_shape(hints[name], part, f"{path}.{name}" if path else name)
         return
+    _check_scalar(value, path)  # before OmegaConf, which overflows on a float key with an int of 400 digits
     if value == "???":  # OmegaConf would take the default
         raise ConfigError(path, None, _NO_VALUE)
     origin = typing.get_origin(kind)

@@ -41,6 +41,7 @@ class Root:
 @dataclass(frozen=True)
 class Named:
     label: str = ""
+    share: float = 1.0
 
 
 @pytest.fixture
@@ -98,6 +99,11 @@ def test_broken_files_are_refused_too(configs):
 def test_text_that_no_file_can_hold_is_refused(value):
     with pytest.raises(ConfigError, match=r"^label(=| |:)"):
         build(Named, {"label": value})
+
+
+def test_a_whole_number_beyond_floats_is_refused():
+    with pytest.raises(ConfigError, match=r"^share: must be at most"):
+        build(Named, {"share": 10**400})
 
 
 def test_differences_name_leaves():
