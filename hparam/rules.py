@@ -3,7 +3,8 @@
 `metap` is Leviathan's own set of rules; Meta has not published its rules. It combines CompleteP (Dey et al. 2025, arXiv
 2505.01618, table 1), Adam's epsilons from Complete(d)P (arXiv 2512.22382, table 1), and the rules for experts at fixed
 sparsity from the Maximally Scale-Stable Parameterization (arXiv 2605.14200). The router starts small instead of at
-zero, because exact ties send every token to the same experts. `standard` is common practice: standard deviation by
+zero, because exact ties send every token to the same experts. The vision encoder has the rules of width alone, because
+its residual stream has no multiplier for depth. `standard` is common practice: standard deviation by
 fan-in, smaller residual branches in deeper models, and one learning rate.
 
 A rule is a product of ratios target / base, each to a power. `a` is `HparamConfig.alpha`. `fan_in`, `fan_out` and
@@ -39,6 +40,14 @@ block_norm                  1               num_layers^a-1                 hidde
 qk_norm                     1               num_layers^a-1                 num_layers^-a
 final_norm                  1               1                              1
 head                        hidden_size^-1  hidden_size^-1                 1
+vision_patch                1               1                              vision_hidden_size^-1
+vision_position             fan_in^-1/2     1                              vision_hidden_size^-1
+vision_norm vision_bias     1               1                              vision_hidden_size^-1
+vision_query vision_key     fan_in^-1/2     fan_in^-1                      vision_hidden_size^-1
+vision_value vision_output  fan_in^-1/2     fan_in^-1                      vision_hidden_size^-1
+vision_up vision_down       fan_in^-1/2     fan_in^-1                      vision_hidden_size^-1
+adapter_in adapter_out      fan_in^-1/2     fan_in^-1                      vision_hidden_size^-1
+projector                   fan_in^-1/2     fan_in^-1                      hidden_size^-1
 """
 HEAD_WITH_MULTIPLIER = """
 role  std  lr  eps
@@ -52,6 +61,11 @@ shared_gate shared_up expert_gate_up router  fan_in^-1/2                  1   1
 attention_output dense_down                  fan_in^-1/2 num_layers^-1/2  1   1
 shared_down expert_down                      fan_in^-1/2 num_layers^-1/2  1   1
 head                                         fan_in^-1/2                  1   1
+vision_patch vision_norm vision_bias         1                            1   1
+vision_position vision_query vision_key      fan_in^-1/2                  1   1
+vision_value vision_output vision_up         fan_in^-1/2                  1   1
+vision_down adapter_in adapter_out           fan_in^-1/2                  1   1
+projector                                    fan_in^-1/2                  1   1
 """
 MUON = {
     "unit_rms_norm": "num_layers^a-1",

@@ -11,8 +11,12 @@ from dataclasses import asdict, dataclass, fields
 from core.errors import ConfigError
 from model.config import FeedForward, ModelConfig
 from model.roles import ParameterInfo, Role
+from model.vision.config import SHUFFLE, VisionConfig
 
-_MAY_BE_ABSENT = ("dense_hidden_size", "shared_expert_hidden_size", "expert_hidden_size", "num_experts", "top_k")
+_MAY_BE_ABSENT = (
+    *("dense_hidden_size", "shared_expert_hidden_size", "expert_hidden_size", "num_experts", "top_k"),
+    *("vision_hidden_size", "vision_mlp_hidden_size", "vision_adapter_hidden_size", "vision_patch_values"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,14 @@ class Scale:
     """Tokens per optimizer step: global_batch_size * seq_len."""
     tokens: int
     """Tokens of the whole run."""
+    vision_hidden_size: int = 0
+    """Width of the vision encoder; 0: the model has none."""
+    vision_mlp_hidden_size: int = 0
+    """Hidden size of the encoder's feed-forward layers; 0: the model has none."""
+    vision_adapter_hidden_size: int = 0
+    """Width of the adapter between encoder and decoder; 0: the model has none."""
+    vision_patch_values: int = 0
+    """Values of a patch; 0: the model has none."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -74,7 +86,19 @@ def scale_of(model: ModelConfig, batch: int, tokens: int) -> Scale:
         top_k=model.router.top_k if moe else 0,
         batch=batch,
         tokens=tokens,
+        **_vision_sizes(model.vision),
     )
+
+
+def _vision_sizes(vision: VisionConfig | None) -> dict[str, int]:
+    if vision is None:
+        return {}
+    return {
+        "vision_hidden_size": vision.hidden_size,
+        "vision_mlp_hidden_size": vision.mlp_hidden_size,
+        "vision_adapter_hidden_size": vision.adapter_hidden_size,
+        "vision_patch_values": vision.patch_values,
+    }
 
 
 def kind_of(model: ModelConfig) -> dict[str, str]:
@@ -104,19 +128,42 @@ SPANS: Mapping[Role, tuple[str | None, str]] = {
     Role.expert_gate_up: ("expert_hidden_size", "hidden_size"),
     Role.expert_down: ("hidden_size", "expert_hidden_size"),
     Role.router: ("num_experts", "hidden_size"),
+    Role.vision_patch: ("vision_hidden_size", "vision_patch_values"),
+    Role.vision_position: (None, "vision_hidden_size"),
+    **dict.fromkeys(
+        (Role.vision_query, Role.vision_key, Role.vision_value, Role.vision_output),
+        ("vision_hidden_size", "vision_hidden_size"),
+    ),
+    Role.vision_up: ("vision_mlp_hidden_size", "vision_hidden_size"),
+    Role.vision_down: ("vision_hidden_size", "vision_mlp_hidden_size"),
+    Role.adapter_in: ("vision_adapter_hidden_size", "vision_hidden_size"),
+    Role.adapter_out: ("vision_adapter_hidden_size", "vision_adapter_hidden_size"),
+    Role.projector: ("hidden_size", "vision_adapter_hidden_size"),
 }
-"""Fan out and fan in of each role's matrix. A fan out of None is the vocabulary, whose size no rule uses."""
+"""Fan out and fan in of each role's matrix. A fan out of None is the vocabulary, or the patches of a tile, whose sizes
+no rule uses. The adapter's input is `SHUFFLE`^2 encoder widths.
+"""
+
+
+def fan_in(role: Role, sizes: Mapping[str, int]) -> int:
+    """Return the fan in of a role's matrix, given the sizes by name."""
+    return sizes[SPANS[role][1]] * (SHUFFLE**2 if role is Role.adapter_in else 1)
 
 
 def ratios(base: Scale, target: Scale, role: Role | None = None) -> dict[str, float]:
     """Return target / base for every size that both have and, given a role, for `fan_in`, `fan_out` and `larger`,
-    the larger of the two.
+    the larger of the two. The ratios of a vision encoder that the base lacks are 1, and so is
+    the ratio of layers for roles of the encoder, whose depth no rule covers.
     """
     first, second = asdict(base), asdict(target)
+    if role is not None and role.is_vision:
+        first["num_layers"] = second["num_layers"]
+    if not base.vision_hidden_size:
+        first |= {name: second[name] for name in first if name.startswith("vision_")}
     found = {name: second[name] / first[name] for name in first if first[name] and second[name]}
     if role is not None and role in SPANS:
-        out, into = SPANS[role]
-        sides = [scale[into] for scale in (first, second)]
+        out, _ = SPANS[role]
+        sides = [fan_in(role, scale) for scale in (first, second)]
         found["fan_in"] = sides[1] / sides[0]
         if out is not None:
             found["fan_out"] = second[out] / first[out]
@@ -128,11 +175,12 @@ def check_registry(infos: Mapping[str, ParameterInfo], scale: Scale) -> None:
     """Raise `TypeError` if the shape of a matrix differs from `SPANS`, because rules would scale it by a wrong size."""
     sizes = asdict(scale)
     for info in infos.values():
-        if info.role.is_norm:
+        if info.role.initial_constant is not None:
             continue
         if info.role not in SPANS:
             raise TypeError(f"{info.name}: hparam.scale.SPANS lacks the role {info.role.name}")
-        out, into = SPANS[info.role]
-        found, expected = tuple(info.shape[-2:]), (info.shape[-2] if out is None else sizes[out], sizes[into])
+        out, into = SPANS[info.role][0], fan_in(info.role, sizes)
+        found = tuple(info.shape[-2:])
+        expected = (*found[:-1], into) if out is None else (sizes[out], into)
         if found != expected:
             raise TypeError(f"{info.name} is {found}, but its role {info.role.name} requires {expected}")

@@ -41,7 +41,7 @@ class BaseHyperparameters:
 
 @dataclass(frozen=True)
 class RoleValues:
-    """`std` is None for norms, which are initialised to 1."""
+    """`std` is None for gains and biases, which start at 1 and 0."""
 
     std: float | None
     lr: float
@@ -82,7 +82,7 @@ def transfer(config: HparamConfig, target: Scale, found: BaseHyperparameters) ->
         by_muon = role in found.muon and carries
         rate = monomial(rules.MUON[found.muon_scale]) if by_muon else rule.lr
         lr = _rounded(found.lr[role] * noise * value(rate, own, alpha))
-        std = None if role.is_norm else _rounded(found.std[role] * value(rule.std, own, alpha))
+        std = None if role.initial_constant is not None else _rounded(found.std[role] * value(rule.std, own, alpha))
         eps = _rounded(found.eps / noise * value(rule.eps, own, alpha))
         decay = _decay(config, found, role, lr, base, target) if carries else found.weight_decay[role]
         roles[role] = RoleValues(std, lr, eps, decay)
@@ -157,6 +157,11 @@ def warnings(config: HparamConfig, base: Scale, target: Scale) -> tuple[str, ...
                 f"expert_hidden_size / hidden_size is {granularity:.3g} times the base's: sweep "
                 "optimizer.groups.ROLE.lr_scale again for expert_gate_up and expert_down"
             )
+    if target.vision_hidden_size and not base.vision_hidden_size:
+        found.append(
+            "the base has no vision encoder, so nothing scales the encoder's values: sweep "
+            "optimizer.groups.ROLE.lr_scale for the roles vision_*, adapter_* and projector"
+        )
     if base.hidden_size < 256 or base.num_layers < 4:
         size = f"{base.num_layers} layers of hidden size {base.hidden_size}"
         found.append(f"the base is small ({size}): its optimum may not transfer")
@@ -172,8 +177,8 @@ def warnings(config: HparamConfig, base: Scale, target: Scale) -> tuple[str, ...
 
 
 def spans(role: Role) -> str:
-    """Return "fan in -> fan out" of a role's matrix, or "gain" for a norm, as text for tables."""
+    """Return "fan in -> fan out" of a role's matrix, or "gain" or "bias", as text for tables."""
     if role not in SPANS:
-        return "gain"
+        return "gain" if role.initial_constant else "bias"
     out, into = SPANS[role]
     return f"{into} -> {out or 'vocabulary'}"

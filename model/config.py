@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from core.errors import ConfigError, check_numbers, divisors
+from model.vision.config import VisionConfig
 
 
 class FeedForward(Enum):
@@ -267,6 +268,8 @@ class ModelConfig:
     multipliers: MultipliersConfig = field(default_factory=MultipliersConfig)
     layer_list: list[LayerConfig] | None = None
     """Explicit list of layers. None: built from the shorthands above."""
+    vision: VisionConfig | None = None
+    """Vision encoder for images and video; null: the model reads text only."""
     init_from: str | None = field(default=None, metadata={"path": True})
     """Initial weights: the directory of a Hugging Face checkpoint, of an imported checkpoint, or of a run."""
     upcycle: UpcycleConfig | None = None
@@ -294,6 +297,9 @@ class ModelConfig:
             raise ConfigError("hidden_size", self.hidden_size, reason)
         if self.has_experts:
             self._check_experts()
+        if self.vision is not None and self.vision.image_token_id >= self.vocab_size:
+            reason = f"is outside of the vocabulary of {self.vocab_size} ids"
+            raise ConfigError("vision.image_token_id", self.vision.image_token_id, reason)
         if self.upcycle is not None and self.init_from is None:
             raise ConfigError("upcycle", None, "needs a dense checkpoint: set init_from")
 

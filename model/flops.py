@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from model.config import FeedForward, LayerConfig, ModelConfig, QKNorm
+from model.vision.config import VisionConfig
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,28 @@ def active_parameters(model: ModelConfig, layer: LayerConfig) -> int:
     return attention + 3 * model.hidden_size * sizes + model.num_experts * model.hidden_size
 
 
+def vision_flops(vision: VisionConfig, decoder_size: int) -> Flops:
+    """Return the FLOPs per tile of the encoder, its adapter and its projector."""
+    positions, c, a = vision.patches + 1, vision.hidden_size, vision.adapter_hidden_size
+    layer = 4 * c * c + 2 * c * vision.mlp_hidden_size
+    adapter = vision.tokens_per_tile * (vision.shuffled_size * a + a * a + a * decoder_size)
+    products = vision.patches * vision.patch_values * c + positions * vision.num_layers * layer + adapter
+    return Flops(matrices=6.0 * products, attention=12.0 * vision.num_layers * positions**2 * c)
+
+
+def vision_parameters(vision: VisionConfig, decoder_size: int) -> int:
+    """Return the number of parameters of the encoder, its adapter and its projector."""
+    c, f, a = vision.hidden_size, vision.mlp_hidden_size, vision.adapter_hidden_size
+    layer = 4 * c * c + 2 * c * f + 4 * c + f + c + 4 * c  # matrices, their biases, two layer norms
+    ends = vision.patch_values * c + c + (vision.patches + 1) * c + 4 * c
+    return vision.num_layers * layer + ends + vision.shuffled_size * a + a * a + a * decoder_size
+
+
 @dataclass(frozen=True)
 class Parameters:
     total: int
     active: int
-    """Parameters that each token uses, including embedding, head and norms."""
+    """Parameters that each token uses, including embedding, head, norms and the vision encoder."""
 
 
 def count_parameters(model: ModelConfig) -> Parameters:
@@ -57,5 +75,6 @@ def count_parameters(model: ModelConfig) -> Parameters:
         active_parameters(model, layer) + 2 * model.hidden_size + gains.get(layer.qk_norm, 0) for layer in layers
     )
     moe = sum(layer.feed_forward is FeedForward.moe for layer in layers)
+    active += 0 if model.vision is None else vision_parameters(model.vision, model.hidden_size)
     idle = moe * 3 * model.hidden_size * model.expert_hidden_size * (model.num_experts - model.router.top_k)
     return Parameters(active + idle, active)

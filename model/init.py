@@ -26,6 +26,8 @@ def role_std(role: Role, fan_in: int, layers: int, config: InitConfig) -> float:
     own = {Role.embedding: config.embedding_std, Role.head: config.head_std, Role.router: config.router_std}.get(role)
     if own is not None:
         return own
+    if role is Role.vision_position:
+        return fan_in**-0.5  # as in Llama 4, whatever `config.std`
     std = config.std / math.sqrt(fan_in) if config.fan_in else config.std
     return std / math.sqrt(2 * layers) if config.depth_scaled and role.writes_residual else std
 
@@ -54,8 +56,8 @@ def initial_slice(
     device: torch.device,
 ) -> Tensor:
     """Return the parameter's block at `offset` in float32, computed in float64 and rounded once."""
-    if info.role.is_norm:
-        return torch.ones(tuple(shape), device=device)
+    if (constant := info.role.initial_constant) is not None:
+        return torch.full(tuple(shape), constant, device=device)
     key = int.from_bytes(hashlib.sha256(f"{seed}:{info.name}".encode()).digest()[:7], "little")
     index = _logical_index(info.shape, offset, shape, device).flatten()
     usual = role_std(info.role, info.fan_in, model.num_layers, model.init)

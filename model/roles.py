@@ -36,10 +36,33 @@ class Role(Enum):
     expert_gate_up = "expert_gate_up"
     expert_down = "expert_down"
     router = "router"
+    vision_patch = "vision_patch"
+    vision_position = "vision_position"
+    """Learned positions and the class token of the vision encoder."""
+    vision_norm = "vision_norm"
+    vision_bias = "vision_bias"
+    """Biases of the vision encoder's layer norms and matrices."""
+    vision_query = "vision_query"
+    vision_key = "vision_key"
+    vision_value = "vision_value"
+    vision_output = "vision_output"
+    vision_up = "vision_up"
+    vision_down = "vision_down"
+    adapter_in = "adapter_in"
+    adapter_out = "adapter_out"
+    projector = "projector"
 
     @property
-    def is_norm(self) -> bool:
-        return self in (Role.block_norm, Role.final_norm, Role.qk_norm)
+    def is_vision(self) -> bool:
+        """Whether the parameter belongs to the vision encoder, its adapter or its projector."""
+        return self.value.startswith(("vision_", "adapter_", "projector"))
+
+    @property
+    def initial_constant(self) -> float | None:
+        """The initial value of gains and biases; None for parameters that start with random values."""
+        if self in (Role.block_norm, Role.final_norm, Role.qk_norm, Role.vision_norm):
+            return 1.0
+        return 0.0 if self is Role.vision_bias else None
 
     @property
     def is_expert(self) -> bool:
@@ -48,13 +71,14 @@ class Role(Enum):
     @property
     def is_matrix(self) -> bool:
         """Whether the parameter is a matrix [out, in] between hidden states, or a stack of such matrices.
-        False for embedding, head, router and norms.
+        False for embedding, head, router, patches, positions, gains and biases.
         """
-        return not self.is_norm and self not in (Role.embedding, Role.head, Role.router)
+        outer = (Role.embedding, Role.head, Role.router, Role.vision_patch, Role.vision_position)
+        return self.initial_constant is None and self not in outer
 
     @property
     def products(self) -> Products | None:
-        """The group to which its matmul belongs; None for norms."""
+        """The group to which its matmul belongs; None for parameters that are not multiplied."""
         return _PRODUCTS.get(self)
 
     @property
@@ -71,6 +95,13 @@ _PRODUCTS = {
     **dict.fromkeys((Role.dense_gate, Role.dense_up, Role.dense_down), Products.dense),
     **dict.fromkeys((Role.shared_gate, Role.shared_up, Role.shared_down), Products.shared),
     **dict.fromkeys((Role.expert_gate_up, Role.expert_down), Products.expert),
+    **dict.fromkeys(
+        (
+            *(Role.vision_patch, Role.vision_query, Role.vision_key, Role.vision_value, Role.vision_output),
+            *(Role.vision_up, Role.vision_down, Role.adapter_in, Role.adapter_out, Role.projector),
+        ),
+        Products.vision,
+    ),
 }
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from core.errors import DataError
 from model.attention.layer import Attention
 from model.attention.plan import ForwardContext
 from model.config import FeedForward, LayerConfig, ModelConfig
 from model.layers import Embedding, GatedMLP, Linear, RMSNorm, TiedHead
 from model.moe import MixtureOfExperts
 from model.roles import Role
+from model.vision.encoder import VisionEncoder
+from model.vision.fusion import images_of, no_images, place
 from precision.resolve import LayerGemms, Precision
 
 
@@ -53,24 +56,31 @@ class Stack(nn.Module):
         layers: dict[str, Layer],
         final_norm: RMSNorm | None,
         head: Linear | TiedHead | None,
+        vision: VisionEncoder | None = None,
     ) -> None:
         super().__init__()
         self.embedding = embedding
+        self.vision = vision
         self.layers = nn.ModuleDict(layers)
         self.final_norm = final_norm
         self.head = head
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
         """Map token ids [B, T] to logits [B, T, V]. Without a context, each sequence is one document."""
-        if context is None:
-            positions_BT = torch.arange(x.shape[1]).expand(x.shape[:2])
-            context = ForwardContext(positions_BT, x.device)
-        x_BTD = x if self.embedding is None else self.embedding(x)
+        context = context or _one_document(x)
+        x_BTD = x if self.embedding is None else self._embed(x, self.embedding, context)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, context)
         if self.head is None or self.final_norm is None:
             return x_BTD
         return self.head(self.final_norm(x_BTD))
+
+    def _embed(self, tokens_BT: Tensor, embedding: Embedding, context: ForwardContext) -> Tensor:
+        x_BTD = embedding(tokens_BT)
+        if self.vision is None:
+            return x_BTD
+        images = context.images or no_images(self.vision.config, tokens_BT)
+        return place(x_BTD, self.vision(images.tiles_N3SS), images.rows_BT)
 
 
 class Transformer(Stack):
@@ -86,9 +96,25 @@ class Transformer(Stack):
             TiedHead(embedding, ends)
             if config.tie_embeddings
             else Linear(config.hidden_size, config.vocab_size, Role.head, ends),
+            None
+            if config.vision is None
+            else VisionEncoder(config.vision, config.hidden_size, ends, precision.compute_dtype),
         )
         self.config = config
         self.compute_dtype = precision.compute_dtype
+
+    def forward(self, x: Tensor, context: ForwardContext | None = None, pixels: Tensor | None = None) -> Tensor:
+        """Map token ids [B, T] to logits [B, T, V]. Without a context, each sequence is one document.
+
+        `pixels` [N, 3, S, S]: normalised tiles, in the order of their placeholders. Raises `DataError` if they do not
+        fit the placeholders.
+        """
+        context = context or _one_document(x)
+        if pixels is not None:
+            if self.vision is None:
+                raise DataError("the model has no vision encoder, so it takes no pixels")
+            context.images = images_of(self.vision.config, x, pixels)
+        return super().forward(x, context)
 
     def set_rope_config(self, config: ModelConfig) -> None:
         """Set the rotary and temperature settings to those of `config`, which must have the same parameters."""
@@ -98,3 +124,8 @@ class Transformer(Stack):
         for layer in self.layers.values():
             assert isinstance(layer, Layer)
             layer.attention.model = config
+
+
+def _one_document(x: Tensor) -> ForwardContext:
+    """Return the context of sequences of one document each."""
+    return ForwardContext(torch.arange(x.shape[1]).expand(x.shape[:2]), x.device)

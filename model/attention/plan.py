@@ -16,6 +16,7 @@ from torch import Tensor
 from model.attention.rope import frequencies, rotation
 from model.attention.segments import Segment, SegmentRun, document_bounds, plan_segments
 from model.config import LayerConfig, ModelConfig
+from model.vision.fusion import Images
 from precision.gemm import at_least_float32
 
 SEGMENTED_FROM = 512
@@ -56,6 +57,8 @@ class ForwardContext:
         self._host_positions = positions_BT.cpu()
         self.positions_BT = positions_BT.to(device) if device is not None else positions_BT
         self.routed_tokens = routed_tokens
+        self.images: Images | None = None
+        """The images of the micro-batch; None: it has none."""
         self._plans: dict[int | None, AttentionPlan] = {}
         self._rotations: dict[tuple[int | None, torch.dtype], Tensor] = {}
         self._temperature: Tensor | None = None  # float64, cast at use

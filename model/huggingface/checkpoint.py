@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from core.errors import CheckpointError, ConfigError, UnreadableFileError
 from core.files import read_json
+from model.config import ModelConfig
 from model.huggingface.families import read_config
 from model.huggingface.files import TensorEntry, open_directory, read_rows
-from model.huggingface.locations import Location, locations
+from model.huggingface.locations import Location, MoENames, locations
+from model.huggingface.vision import PROCESSOR_FILES, TENSORS, vision_locations
 from model.tensor_source import Shape, blocks, parameter_shapes
 
 TOKENIZER_FILES = (
@@ -26,8 +28,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "generation_config.json",
+    *PROCESSOR_FILES,
 )
-_VISION = ("vision_model.", "multi_modal_projector.")
 _BUFFERS = ("rotary_emb.inv_freq",)
 
 
@@ -41,7 +43,7 @@ class HuggingFaceCheckpoint:
     def __init__(self, directory: Path, text_only: bool = False) -> None:
         self.directory = directory
         self.raw_config = _parse(directory / "config.json")
-        self.family, self.config = read_config(self.raw_config)
+        self.family, self.config = read_config(self.raw_config, text_only)
         self.entries: dict[str, TensorEntry] = open_directory(directory)
         self.shapes: dict[str, Shape] = parameter_shapes(self.config)
         self.locations = self._locate(text_only)
@@ -86,13 +88,11 @@ class HuggingFaceCheckpoint:
         return self._last[1]
 
     def _locate(self, text_only: bool) -> dict[str, Location]:
-        found = locations(self.config, self.family.names, self.entries.keys())
+        found = parameter_locations(self.config, self.family.names, self.entries.keys())
         extra = {name for name in self.entries if not name.endswith(_BUFFERS)}
-        vision = {name for name in extra if name.startswith(_VISION)}
         here = self.directory
-        if vision and not text_only:
-            raise CheckpointError(f"{here} holds a vision tower ({len(vision)} tensors); text_only=true ignores it")
-        extra -= vision
+        if text_only:
+            extra -= {name for name in extra if name.startswith(TENSORS)}
         head, table = found["head.weight"].name, found["embedding.weight"].name
         text = self.raw_config.get("text_config") or {}
         if self.raw_config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)):
@@ -120,6 +120,12 @@ class HuggingFaceCheckpoint:
             rows = offset[0], offset[0] + shape[0]
             if a.shape != b.shape or not torch.equal(read_rows(a, *rows), read_rows(b, *rows)):
                 raise CheckpointError(f"{self.directory}: config.json ties {first} to {second}, but they differ")
+
+
+def parameter_locations(model: ModelConfig, names: MoENames, available: Collection[str]) -> dict[str, Location]:
+    """Return the location of each parameter of the decoder and of the vision encoder, if the model has one."""
+    vision = {} if model.vision is None else vision_locations(model.vision)
+    return {**locations(model, names, available), **vision}
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

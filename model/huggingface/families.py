@@ -25,6 +25,7 @@ from model.config import (
     WeightsOn,
 )
 from model.huggingface.locations import MoENames
+from model.huggingface.vision import read_vision, write_vision
 
 Json = Mapping[str, Any]
 MOST_LAYERS = 10_000
@@ -33,7 +34,7 @@ MOST_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class Family:
-    """A `model_type` of transformers. `read` and `write` translate the configuration of the text model."""
+    """A `model_type` of transformers. `read` and `write` translate its `config.json`, without the architecture."""
 
     model_type: str
     architecture: str
@@ -42,19 +43,21 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
 
 
-def read_config(config: Json) -> tuple[Family, ModelConfig]:
-    """Return family and model of a parsed `config.json`. Raises `ConfigError` for an unsupported or invalid setting."""
-    text = config.get("text_config") if config.get("model_type") == "llama4" else config
-    if not isinstance(text, Mapping):
-        raise ConfigError("config.json", None, "has no text_config")
-    kind = text.get("model_type", "llama4_text" if config.get("model_type") == "llama4" else None)
+def read_config(config: Json, text_only: bool = False) -> tuple[Family, ModelConfig]:
+    """Return family and model of a parsed `config.json`. Raises `ConfigError` for an unsupported or invalid setting.
+
+    `text_only` drops the vision encoder.
+    """
+    if config.get("model_type") == "llama4" and text_only:
+        config = {"model_type": "llama4_text", **_text_config(config)}
+    kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError("config.json model_type", str(kind), "is not a supported architecture", list(FAMILIES))
     if config.get("quantization_config"):
         raise ConfigError("config.json quantization_config", None, "is not supported")
     try:
-        _refuse(text)
-        return FAMILIES[kind], compact(FAMILIES[kind].read(text))
+        _refuse(_text_config(config) if kind == "llama4" else config)
+        return FAMILIES[kind], compact(FAMILIES[kind].read(config))
     except KeyError as error:
         raise ConfigError("config.json", None, f"lacks {error}") from error
     except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
@@ -68,7 +71,7 @@ def write_config(model: ModelConfig, family: str | None = None) -> tuple[Family,
     reasons = []
     for candidate in [FAMILIES[family]] if family else FAMILIES.values():
         kind = {"architectures": [candidate.architecture], "model_type": candidate.model_type}
-        config = {**kind, **_write_common(model), **candidate.write(model)}
+        config = {**kind, **candidate.write(model)}
         lost = _lost(model, candidate, config)
         if lost is None:
             return candidate, config
@@ -276,11 +279,31 @@ def _read_llama4(config: Json) -> ModelConfig:
     )
 
 
+def _text_config(config: Json) -> Json:
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ConfigError("config.json", None, "has no text_config")
+    return text
+
+
+def _read_llama4_with_vision(config: Json) -> ModelConfig:
+    text = _text_config(config)
+    if (kind := text.get("model_type", "llama4_text")) != "llama4_text":
+        raise ConfigError("config.json text_config.model_type", str(kind), "is not supported", ["llama4_text"])
+    return replace(_read_llama4(text), vision=read_vision(config))
+
+
+def _write_llama4_with_vision(model: ModelConfig) -> dict[str, Any]:
+    text = {"text_config": {"model_type": "llama4_text", **_write_llama4(model)}}
+    return text if model.vision is None else {**text, **write_vision(model.vision)}
+
+
 def _write_llama4(model: ModelConfig) -> dict[str, Any]:
     layers = model.blocks
     rotated = [layer for layer in layers if layer.rope]
     chunk = rotated[0].attention_chunk_size if rotated else None
     return {
+        **_write_common(model),
         # without types, transformers takes layers with rotary positions as chunked
         **({} if chunk else {"layer_types": ["full_attention"] * len(layers)}),
         "intermediate_size": model.expert_hidden_size,
@@ -324,6 +347,7 @@ def _read_mixtral(config: Json) -> ModelConfig:
 
 def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
     return {
+        **_write_common(model),
         "intermediate_size": model.expert_hidden_size,
         "num_local_experts": model.num_experts,
         "num_experts_per_tok": model.router.top_k,
@@ -347,6 +371,7 @@ def _read_qwen3_moe(config: Json) -> ModelConfig:
 
 def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
     return {
+        **_write_common(model),
         "intermediate_size": model.dense_hidden_size,
         "moe_intermediate_size": model.expert_hidden_size,
         "num_experts": model.num_experts,
@@ -370,6 +395,7 @@ def _read_olmoe(config: Json) -> ModelConfig:
 
 def _write_olmoe(model: ModelConfig) -> dict[str, Any]:
     return {
+        **_write_common(model),
         "intermediate_size": model.expert_hidden_size,
         "num_experts": model.num_experts,
         "num_experts_per_tok": model.router.top_k,
@@ -384,23 +410,25 @@ def _read_dense(norm: QKNorm, config: Json) -> ModelConfig:
 
 
 def _write_dense(model: ModelConfig) -> dict[str, Any]:
-    return {"intermediate_size": model.dense_hidden_size}
+    return {**_write_common(model), "intermediate_size": model.dense_hidden_size}
 
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _QWEN = MoENames("mlp", "gate.weight", _PROJECTIONS)
+_LLAMA4 = MoENames("feed_forward", "router.weight", _PROJECTIONS, dense="feed_forward", fused=True)
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("llama", "LlamaForCausalLM", _QWEN, partial(_read_dense, QKNorm.none), _write_dense),
         Family("qwen3", "Qwen3ForCausalLM", _QWEN, partial(_read_dense, QKNorm.per_head), _write_dense),
+        Family("llama4_text", "Llama4ForCausalLM", _LLAMA4, _read_llama4, _write_llama4),
         Family(
-            "llama4_text",
-            "Llama4ForCausalLM",
-            MoENames("feed_forward", "router.weight", _PROJECTIONS, dense="feed_forward", fused=True),
-            _read_llama4,
-            _write_llama4,
+            "llama4",
+            "Llama4ForConditionalGeneration",
+            _LLAMA4,
+            _read_llama4_with_vision,
+            _write_llama4_with_vision,
         ),
         Family(
             "mixtral",

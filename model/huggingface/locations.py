@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from model.config import FeedForward, LayerConfig, ModelConfig, QKNorm
 
+NESTED = "language_model."
+"""Prefix of the decoder's tensors in a checkpoint with a vision encoder."""
+
 
 @dataclass(frozen=True)
 class Location:
@@ -61,7 +64,8 @@ def locations(model: ModelConfig, names: MoENames, available: Collection[str]) -
     """Return the location of each parameter. `available`: the tensor names in the files, which show the prefix
     of all names and whether experts are fused; empty for a checkpoint that is yet to be written.
     """
-    prefix = "language_model." if any(name.startswith("language_model.") for name in available) else ""
+    nested = model.vision is not None if not available else any(name.startswith(NESTED) for name in available)
+    prefix = NESTED if nested else ""
     found = {
         "embedding.weight": Location(f"{prefix}model.embed_tokens.weight"),
         "final_norm.weight": Location(f"{prefix}model.norm.weight"),

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from core.errors import CheckpointError, ConfigError
 from core.files import new_directory, write_json
-from model.huggingface.checkpoint import HuggingFaceCheckpoint
+from model.huggingface.checkpoint import HuggingFaceCheckpoint, parameter_locations
 from model.huggingface.families import write_config
 from model.huggingface.files import PlannedTensor, write_directory
-from model.huggingface.locations import Location, locations
+from model.huggingface.locations import Location
+from model.huggingface.vision import processor_files
 from model.multipliers import fold_multipliers
 from model.tensor_source import TensorSource, blocks
 
@@ -42,7 +43,7 @@ def export(
         raise ConfigError("out", str(directory), "exists already; name a new directory")
     source = fold_multipliers(source)
     chosen, config = write_config(source.config, family)
-    places = locations(source.config, chosen.names, ())
+    places = parameter_locations(source.config, chosen.names, ())
     if set(places) != set(source.shapes):
         odd = sorted(set(places) ^ set(source.shapes))
         raise CheckpointError(f"{odd[0]} has no place in {chosen.model_type} or is missing in the source")
@@ -52,7 +53,12 @@ def export(
     config |= {"dtype": name, "torch_dtype": name}  # the keys of transformers 5 and 4
     with new_directory(directory, exclusive=True) as scratch:
         write_directory(scratch, planned, shard_bytes, progress)
-        write_json(scratch / "config.json", {**(extra_config or {}), **config})
+        extra = extra_config or {}
+        if "text_config" in config:
+            config["text_config"] = {**extra, **config["text_config"]}
+        write_json(scratch / "config.json", {**extra, **config})
+        for file, content in processor_files(source.config.vision).items() if source.config.vision else ():
+            write_json(scratch / file, content)
         for path in tokenizer_files:
             shutil.copyfile(path, scratch / path.name)
         HuggingFaceCheckpoint(scratch)  # raises unless every tensor is complete and has the right shape

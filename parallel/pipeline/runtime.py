@@ -65,6 +65,8 @@ def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
     shares_table = model.config.tie_embeddings and last in here
     if 0 not in here and not shares_table:
         model.embedding = None
+    if 0 not in here:
+        model.vision = None
     if last not in here:
         model.final_norm = model.head = None
     layers: Any = model.layers
@@ -74,6 +76,7 @@ def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
             {str(layer): layers[str(layer)] for layer in plan.layers[stage]},
             model.final_norm if stage == last else None,
             model.head if stage == last else None,
+            model.vision if stage == 0 else None,
         )
         for stage in here
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 from core.config import differences, plain
 from core.errors import ConfigError
-from hparam.scale import SPANS, Scale, check_registry, kind_of, scale_of
+from hparam.scale import Scale, check_registry, fan_in, kind_of, scale_of
 from hparam.transfer import BaseHyperparameters, Resolved, transfer
 from model.config import ModelConfig, MultipliersConfig
 from model.roles import Role
@@ -129,9 +129,10 @@ def found_at(base: Scale, roles: list[Role], model: ModelConfig, optimizer: Opti
     from model.router_scores import grows_with_top_k
 
     sizes, init = dataclasses.asdict(base), replace(model.init, roles={})
-    matrices = [role for role in roles if not role.is_norm]
+    own = dataclasses.asdict(scale_of(model, 1, 1))
+    random = [role for role in roles if role.initial_constant is None]
     return BaseHyperparameters(
-        std={role: role_std(role, sizes[SPANS[role][1]] or 1, base.num_layers, init) for role in matrices},
+        std={role: role_std(role, fan_in(role, sizes) or fan_in(role, own), base.num_layers, init) for role in random},
         lr={role: optimizer.peak_lr(role) for role in roles},
         weight_decay={role: optimizer.decay(role) for role in roles},
         eps=optimizer.eps,

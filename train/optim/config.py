@@ -122,7 +122,7 @@ class Transferred:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer and its hyperparameters. Norms have no weight decay."""
+    """The optimizer and its hyperparameters. Norms and biases have no weight decay."""
 
     kind: OptimizerKind = OptimizerKind.adamw
     """The update rule."""
@@ -190,7 +190,7 @@ class OptimizerConfig:
         return base * self.groups.get(role.name, GroupConfig()).lr_scale
 
     def decay(self, role: Role) -> float:
-        if role.is_norm:
+        if role.initial_constant is not None:
             return 0.0
         own = self.groups.get(role.name, GroupConfig()).weight_decay
         return self.weight_decay if own is None else own

@@ -1,0 +1,62 @@
+"""Place the encoder's rows among the token embeddings.
+
+Shapes: B batch, T sequence, D hidden size, N tiles, S side of a tile in pixels, M image tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.errors import DataError
+from model.vision.config import CHANNELS, VisionConfig
+
+
+@dataclass(frozen=True)
+class Images:
+    """The tiles of a micro-batch and where their rows go.
+
+    `tiles_N3SS`: normalised pixels. `rows_BT`: for each position the number of the encoder's row that replaces its
+    embedding, or -1 for text. Row r belongs to tile r // Q, the tiles in the order of `tiles_N3SS`.
+    """
+
+    tiles_N3SS: Tensor
+    rows_BT: Tensor
+
+
+def no_images(config: VisionConfig, tokens_BT: Tensor) -> Images:
+    """Return the images of a micro-batch without any."""
+    side = config.tile_size
+    tiles = torch.zeros(0, CHANNELS, side, side, device=tokens_BT.device)
+    return Images(tiles, torch.full_like(tokens_BT, -1))
+
+
+def images_of(config: VisionConfig, tokens_BT: Tensor, tiles_N3SS: Tensor) -> Images:
+    """Assign the rows of `tiles_N3SS` to the placeholders in `tokens_BT`, in row-major order.
+
+    Raises `DataError` unless the numbers of both are equal, or if the tiles have another size.
+    """
+    if tiles_N3SS.shape[1:] != (CHANNELS, config.tile_size, config.tile_size):
+        wanted = f"[N, {CHANNELS}, {config.tile_size}, {config.tile_size}]"
+        raise DataError(f"the tiles have the shape {list(tiles_N3SS.shape)}, but the model needs {wanted}")
+    is_image_BT = tokens_BT == config.image_token_id
+    found, expected = int(is_image_BT.sum()), len(tiles_N3SS) * config.tokens_per_tile
+    if found != expected:
+        tiles = f"{len(tiles_N3SS)} tiles of {config.tokens_per_tile} tokens = {expected}"
+        raise DataError(f"the sequences have {found} placeholders (id {config.image_token_id}), but there are {tiles}")
+    numbers_BT = (is_image_BT.flatten().cumsum(0) - 1).view_as(tokens_BT)
+    return Images(tiles_N3SS, torch.where(is_image_BT, numbers_BT, -1))
+
+
+def place(x_BTD: Tensor, rows_MD: Tensor, rows_BT: Tensor) -> Tensor:
+    """Replace the embeddings at positions with `rows_BT` >= 0 by the rows of these numbers.
+
+    A lookup, because its backward pass is deterministic and that of an index is not. Text looks up an added row of
+    zeros, so that the encoder's graph is reached without images too.
+    """
+    padded_MD = F.pad(rows_MD, (0, 0, 0, 1))
+    chosen_BTD = F.embedding(torch.where(rows_BT < 0, len(rows_MD), rows_BT), padded_MD)
+    return torch.where((rows_BT < 0)[..., None], x_BTD, chosen_BTD.to(x_BTD.dtype))
