@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.errors import CheckpointError
 from core.memory import available_memory
@@ -28,6 +29,7 @@ from model.config import (
 )
 from model.huggingface.families import model_differences
 from model.tensor_source import TensorSource, materialise
+from model.vision.config import CHANNELS, VisionConfig
 
 TOLERANCE = 5e-5
 """Largest allowed difference of a logit in float32, relative to the largest logit or to 1 if that is larger."""
@@ -64,14 +66,15 @@ def compare_settings(model: ModelConfig, directory: Path) -> None:
 def _settings(directory: Path) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False).get_text_config()
+    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
-def _as_transformers_reads(theirs: Any) -> ModelConfig:
+def _as_transformers_reads(config: Any) -> ModelConfig:
     """Return the model that transformers' configuration object describes, with transformers' defaults.
 
     This code is independent of `read_config`, which it checks.
     """
+    theirs = config.get_text_config()
     kind, rope = theirs.model_type, theirs.rope_parameters
     scaling = None
     if rope["rope_type"] != "default":
@@ -103,7 +106,23 @@ def _as_transformers_reads(theirs: Any) -> ModelConfig:
         temperature_scale=theirs.attn_scale if llama4 else 0.0,
         norm_eps=theirs.rms_norm_eps,
         layer_list=[_layer(theirs, index) for index in range(theirs.num_hidden_layers)],
+        vision=_encoder(config) if config.model_type == "llama4" else None,
         **moe,
+    )
+
+
+def _encoder(config: Any) -> VisionConfig:
+    theirs = config.vision_config
+    return VisionConfig(
+        hidden_size=theirs.hidden_size,
+        num_layers=theirs.num_hidden_layers,
+        num_heads=theirs.num_attention_heads,
+        mlp_hidden_size=theirs.intermediate_size,
+        adapter_hidden_size=theirs.projector_output_dim,
+        tile_size=theirs.image_size,
+        patch_size=theirs.patch_size,
+        rope_theta=theirs.rope_parameters["rope_theta"],
+        image_token_id=config.image_token_index,
     )
 
 
@@ -136,11 +155,13 @@ def compare_logits(source: TensorSource, directory: Path, dtype: torch.dtype | N
 
     Raises `CheckpointError` if it exceeds `TOLERANCE`, or if transformers misses or ignores a tensor.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # it would appear among the lines of the command
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    vision = source.config.vision
+    loader: Any = AutoModelForCausalLM if vision is None else AutoModelForImageTextToText
+    loaded: Any = loader.from_pretrained(
         directory,
         dtype=torch.float32,
         attn_implementation="eager",
@@ -150,13 +171,24 @@ def compare_logits(source: TensorSource, directory: Path, dtype: torch.dtype | N
         trust_remote_code=False,
     )
     theirs, report = loaded
-    names = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]
-    if odd := [name for name in names if "vision" not in str(name) and "multi_modal" not in str(name)]:
+    odd = [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[key]]
+    if vision is None:  # of a checkpoint with an encoder that is read without it
+        odd = [name for name in odd if "vision" not in str(name) and "multi_modal" not in str(name)]
+    if odd:
         raise CheckpointError(f"transformers does not load {odd[0]} of {directory} as we do")
     ours = materialise(source, dtype)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, source.config.vocab_size, (2, 33), generator=generator)
-    expected, found = theirs.eval()(tokens, use_cache=False).logits.float(), ours(tokens)
+    pixels, given = None, dict[str, Tensor]()
+    if vision is not None:
+        shape = (len(tokens), CHANNELS, vision.tile_size, vision.tile_size)
+        pixels = torch.rand(shape, generator=generator).mul_(2).sub_(1)
+        patches = torch.full((len(tokens), vision.tokens_per_tile), vision.image_token_id)
+        other = (vision.image_token_id + 1) % source.config.vocab_size  # a placeholder must stand for a row
+        tokens = torch.where(tokens == vision.image_token_id, other, tokens)
+        tokens = torch.cat([tokens[:, :5], patches, tokens[:, 5:]], dim=1)
+        given = {"pixel_values": pixels}
+    expected, found = theirs.eval()(tokens, use_cache=False, **given).logits.float(), ours(tokens, pixels=pixels)
     difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1))
     if not difference <= TOLERANCE:
         limit = f"the tolerance is {TOLERANCE:.0e}"

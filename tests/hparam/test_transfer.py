@@ -34,12 +34,12 @@ BASE = Scale(
     tokens=2_500_000_000,
 )
 LARGER = Scale(1024, 24, 64, 1024, 512, 8192, 2048, 1024, 64, 8, 2**21, 40_000_000_000)
-MATRICES = [role for role in Role if not role.is_norm]
+MATRICES = [role for role in Role if role.initial_constant is None]
 MUON = frozenset(role for role in Role if role.is_matrix)
 FOUND = BaseHyperparameters(
     std=dict.fromkeys(MATRICES, 0.02),
     lr=dict.fromkeys(Role, 0.008),
-    weight_decay={role: 0.0 if role.is_norm else 0.1 for role in Role},
+    weight_decay={role: 0.0 if role.initial_constant is not None else 0.1 for role in Role},
     eps=1e-8,
     beta2=0.95,
 )
@@ -70,7 +70,7 @@ def test_nothing_changes_at_the_bases_size(rules, head):
         assert found.multipliers == MultipliersConfig() and found.beta2 == 0.95 and found.warnings == ()
         for role, own in found.roles.items():
             assert own.std in (None, 0.02) and own.lr == 0.008 and own.eps == pytest.approx(1e-8)
-            assert own.weight_decay == pytest.approx(0.0 if role.is_norm else 0.1)
+            assert own.weight_decay == pytest.approx(0.0 if role.initial_constant is not None else 0.1)
 
 
 def test_learning_rate_times_decay_times_steps_is_constant():
@@ -78,7 +78,7 @@ def test_learning_rate_times_decay_times_steps_is_constant():
     wide, deep = replace(BASE, hidden_size=2048, query_width=2048), replace(BASE, num_layers=32)
     for target in (LARGER, wide, replace(BASE, batch=2**20), deep):
         for role, own in carried(target).roles.items():
-            if not role.is_norm:
+            if role.initial_constant is None:
                 assert own.lr * own.weight_decay * target.steps == pytest.approx(wanted, rel=1e-8)
     assert carried().tau == pytest.approx(1 / wanted, rel=1e-8)
     own = carried(tau=0.5).roles[Role.query]

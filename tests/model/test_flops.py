@@ -7,7 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import RouterConfig
-from model.flops import training_flops
+from model.flops import training_flops, vision_flops, vision_parameters
+from model.vision.config import VisionConfig
+from model.vision.encoder import VisionEncoder
+from precision.config import PrecisionConfig
+from precision.resolve import Precision
 from tests.support.models import build, small
 
 SMALL = small(expert_hidden_size=40)
@@ -32,3 +36,15 @@ def test_attention_counts_causal_pairs_within_the_chunk():
     pairs = 3 * 16 / 2 + 1 * 64 / 2  # mean keys per query: half of 16 in three layers, half of 64 in one
     assert training_flops(SMALL, 64).attention == 3 * (2 * 2 * pairs * inner)
     assert training_flops(SMALL, 8).attention == 3 * (2 * 2 * 4 * 8 / 2 * inner)
+
+
+def test_flops_of_the_vision_encoder_per_tile():
+    """Count the multiplications of a small encoder as torch issues them, and Scout's in closed form."""
+    vision = VisionConfig(48, 3, 4, 160, 40, 28, 7, image_token_id=0)
+    with torch.device("meta"):
+        encoder = VisionEncoder(vision, 64, Precision(PrecisionConfig()).plain, torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            encoder(torch.empty(5, 3, 28, 28))
+    assert vision_flops(vision, 64).total / 3 == counter.get_total_flops() / 5
+    assert vision_parameters(vision, 64) == sum(p.numel() for p in encoder.parameters())
+    assert round(vision_flops(VisionConfig(), 5120).total / 3 / 1e9, 1) == 1015.6

@@ -11,6 +11,7 @@ import pytest
 from core.errors import CheckpointError
 from model import huggingface
 from model.config import ModelConfig, QKNorm, RopeScaling, RouterConfig
+from model.vision.config import VisionConfig
 from tests.model.test_presets import COUNTS, preset, published
 
 
@@ -38,6 +39,7 @@ MISREAD = {
     "temperature_floor": ("llama4_scout", {"temperature_floor": 4096.0}),
     "temperature_scale": ("llama4_scout", {"temperature_scale": 0.2}),
     "qk_norm": ("llama4_scout", {"qk_norm": QKNorm.none}),
+    "encoder": ("llama4_scout", {"vision": VisionConfig(patch_size=12)}),
     "num_kv_heads": ("llama4_scout", {"num_kv_heads": 4}),
     "top_k": ("llama4_scout", {"router": RouterConfig(top_k=2)}),
     "moe_every": ("llama4_maverick", {"moe_every": 1}),

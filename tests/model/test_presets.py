@@ -13,16 +13,18 @@ import pytest
 import torch
 
 from core.config import load
-from model.config import ModelConfig, QKNorm, RopeScaling
+from model.config import ModelConfig, RopeScaling
 from model.flops import count_parameters
 from model.huggingface import model_differences, read_config, write_config
 from model.tensor_source import parameter_shapes
+from model.vision.config import VisionConfig
 from train.config import TrainConfig
 
+ENCODER = 871_932_416
 COUNTS = {
     # Llama 4: from its published configuration; the others: the totals stated in their checkpoints
-    "llama4_scout": (107_769_861_120, 17_172_894_720),
-    "llama4_maverick": (400_711_848_960, 17_184_691_200),
+    "llama4_scout": (107_769_861_120 + ENCODER, 17_172_894_720 + ENCODER),
+    "llama4_maverick": (400_711_848_960 + ENCODER, 17_184_691_200 + ENCODER),
     "behemoth": (1_986_331_791_360, 287_638_671_360),
     "mixtral_8x7b": (46_702_792_704, None),
     "qwen3_30b_a3b": (30_532_122_624, None),
@@ -47,9 +49,17 @@ def test_parameters_to_the_digit(name):
     _, config = write_config(preset(name))
     text = transformers.AutoConfig.for_model(**config)
     with torch.device("meta"):
-        theirs = transformers.AutoModelForCausalLM.from_config(text)
+        vision = preset(name).vision is not None
+        cls = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+        theirs = cls.from_config(text)
     assert sum(parameter.numel() for parameter in theirs.parameters()) == total
     assert model_differences(read_config(text.to_dict())[1], preset(name)) == {}
+
+
+@pytest.mark.parametrize("name", ["llama4_scout", "llama4_maverick"])
+def test_text_presets_are_the_models_without_an_encoder(name):
+    assert preset(f"{name}_text") == replace(preset(name), vision=None)
+    assert preset(name).vision == VisionConfig()
 
 
 def published(name: str) -> dict[str, Any]:
@@ -61,7 +71,7 @@ def published(name: str) -> dict[str, Any]:
 
 CHANGED = {
     "llama4_scout": {"rope_scaling": RopeScaling(factor=8.0, high_freq_factor=4.0)},  # as first published
-    "llama4_maverick": {"qk_norm": QKNorm.weightless},
+    "llama4_maverick": {"vision": VisionConfig(num_layers=33)},
     "mixtral_8x7b": {"rope_theta": 10000.0},
     "qwen3_30b_a3b": {"norm_eps": 1e-5},
     "olmoe_1b_7b": {"expert_hidden_size": 2048},

@@ -58,6 +58,20 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def make_with_vision(heads: int = 4, tile: int = 28, patch: int = 7, **changes: Any) -> Any:
+    """Return a Llama 4 model with a small encoder, initialised like `make`; id 90 is the placeholder."""
+    import transformers
+
+    width = 12 * heads
+    encoder = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": heads, "image_size": tile}
+    encoder |= {"intermediate_size": 4 * width, "patch_size": patch}
+    encoder |= dict.fromkeys(("projector_input_dim", "projector_output_dim", "vision_output_dim"), 40)
+    text = {key: value for key, value in {**LLAMA4, **changes}.items() if key != "attn_implementation"}
+    config = transformers.Llama4Config(vision_config=encoder, text_config=text, image_token_index=90)
+    config._attn_implementation = "eager"
+    return filled(transformers.Llama4ForConditionalGeneration(config).float().eval())
+
+
 def make(name: str, **changes: Any) -> Any:
     """Return transformers' model in float32, with weights of about 1 / sqrt(width) and gains around 1."""
     import transformers
@@ -65,12 +79,20 @@ def make(name: str, **changes: Any) -> Any:
     kind, settings = PEERS[name]
     config = getattr(transformers, f"{kind}Config")(**{**settings, **changes})
     cls = "Llama4ForCausalLM" if kind == "Llama4Text" else f"{kind}ForCausalLM"
-    model = getattr(transformers, cls)(config).float().eval()
+    return filled(getattr(transformers, cls)(config).float().eval())
+
+
+def filled(model: Any) -> Any:
+    """Fill a model with weights of about 1 / sqrt(width), gains around 1 and biases around 0."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
+            if key.endswith(".bias"):
+                parameter.copy_(0.3 * noise)
+            elif key.endswith(("class_embedding", "positional_embedding_vlm")):
+                parameter.copy_(noise)
+            elif parameter.dim() == 1:
                 parameter.copy_(1 + 0.2 * noise)
             elif "embed_tokens" in key:
                 parameter.copy_(noise)

@@ -160,7 +160,7 @@ def test_groups_use_the_transferred_values(kind):
         if "betas" in group:
             assert group["betas"] == (0.9, wanted.beta2)
     for name, spec in found.placed.specs.items():
-        if not spec.info.role.is_norm:
+        if spec.info.role.initial_constant is None:
             std = found.placed.model.get_parameter(name).std().item()
             assert std == pytest.approx(run.model.init.roles[spec.info.role.name], rel=0.1), name
 

@@ -118,7 +118,7 @@ def test_steps_equal_the_plain_statement(scale, nesterov):
     adamw = dict(other.named_parameters())
     for name, info in registry(model).items():
         found = model.get_parameter(name)
-        if info.role.is_norm:
+        if info.role.initial_constant is not None:
             continue  # no weight decay: checked below
         wanted = adamw[name]
         if info.role.name in MATRICES:

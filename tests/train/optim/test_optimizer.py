@@ -30,7 +30,7 @@ def test_sgd_is_plain_with_decay_by_role(model, decay):
     optimizer_of(model, config).step()
     for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
         role = info[name].role
-        factor = 1.0 if role.is_norm or role is Role.router else 1 - 0.5 * decay
+        factor = 1.0 if role.initial_constant is not None or role is Role.router else 1 - 0.5 * decay
         torch.testing.assert_close(new, old * factor - 0.5 * new.grad)
 
 
