@@ -56,7 +56,9 @@ def near_duplicates(hashes: Sequence[int], distance: int = 6) -> list[list[int]]
     if not 0 <= distance <= FARTHEST:
         raise ConfigError("distance", distance, f"must be from 0 to {FARTHEST}")
     groups = DisjointSets(len(hashes))
-    changes = [sum(1 << bit for bit in bits) for n in range(distance // _BANDS + 1) for bits in combinations(range(16), n)]
+    changes = [
+        sum(1 << bit for bit in bits) for n in range(distance // _BANDS + 1) for bits in combinations(range(16), n)
+    ]
     first: dict[int, int] = {}
     bands: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(_BANDS)]
     for index, value in enumerate(hashes):

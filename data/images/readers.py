@@ -39,9 +39,7 @@ class Columns(Enum):
     text_and_image = "text and image"
 
 
-def read_documents(
-    path: Path, config: PartsConfig, folder: Path | None = None
-) -> Iterator[PartsDocument | BadRecord]:
+def read_documents(path: Path, config: PartsConfig, folder: Path | None = None) -> Iterator[PartsDocument | BadRecord]:
     """Yield each record of a file as a document, or why it cannot be one.
 
     Paths of pictures start at `folder` (default: the folder of the file) and must stay inside. The id of a record is the
