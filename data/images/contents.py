@@ -55,7 +55,8 @@ def check_size(size: int, name: str, largest: int) -> None:
 
 def load(reference: Reference, folder: Path, config: PartsConfig) -> ImagePart | VideoPart:
     """Return the part with its bytes. Where there are bytes, the path is only a name."""
-    value, path = reference.value, None
+    value: Any = reference.value
+    path: Any = None
     if isinstance(value, dict):
         value, path = value.get("bytes"), value.get("path")
     elif isinstance(value, str):

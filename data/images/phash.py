@@ -1,8 +1,8 @@
 """Find pictures that look alike by perceptual hashes, and keep documents that share pictures together.
 
-The hash is the DCT hash of Zauner (Implementation and Benchmarking of Perceptual Image Hash Functions, 2010), without its
-blur: averaging to 32 x 32 does that. Pairs are found by multi-index hashing (Norouzi et al., Fast Search in Hamming Space
-with Multi-Index Hashing, 2012).
+The hash is the DCT hash of Zauner (Implementation and Benchmarking of Perceptual Image Hash Functions, 2010), without
+its blur: averaging to 32 x 32 does that. Pairs are found by multi-index hashing (Norouzi et al., Fast Search in Hamming
+Space with Multi-Index Hashing, 2012).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def perceptual_hash(picture: Any) -> int:
 
 
 def _averages(pixels: NDArray[Any]) -> NDArray[np.float64]:
-    """Shrink or stretch the first axis to 32 averages. Works in strips, since a large picture as floats needs gigabytes."""
+    """Shrink or stretch the first axis to 32 averages, in strips: a large picture as floats needs gigabytes."""
     size = len(pixels)
     edges = [(place * size // _SIDE, -(-(place + 1) * size // _SIDE)) for place in range(_SIDE)]
     return np.stack([pixels[start:end].mean(0, dtype=np.float64) for start, end in edges])
@@ -56,9 +56,8 @@ def near_duplicates(hashes: Sequence[int], distance: int = 6) -> list[list[int]]
     if not 0 <= distance <= FARTHEST:
         raise ConfigError("distance", distance, f"must be from 0 to {FARTHEST}")
     groups = DisjointSets(len(hashes))
-    changes = [
-        sum(1 << bit for bit in bits) for n in range(distance // _BANDS + 1) for bits in combinations(range(16), n)
-    ]
+    flips = [bits for count in range(distance // _BANDS + 1) for bits in combinations(range(_BAND_BITS), count)]
+    changes = [sum(1 << bit for bit in bits) for bits in flips]
     first: dict[int, int] = {}
     bands: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(_BANDS)]
     for index, value in enumerate(hashes):

@@ -8,7 +8,7 @@ The columns of a record decide how it is read; the first that fits of
 - `text` + one column of a picture.
 
 A picture is bytes, a struct of bytes and path as the `datasets` library stores it, or a path inside the folder of the
-source. Nothing is fetched, and nothing outside the folder is opened. Members of a tar are in `data/images/webdataset.py`.
+source. Nothing is fetched, and nothing outside the folder is opened. `data/images/webdataset.py` reads tars.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Columns(Enum):
 def read_documents(path: Path, config: PartsConfig, folder: Path | None = None) -> Iterator[PartsDocument | BadRecord]:
     """Yield each record of a file as a document, or why it cannot be one.
 
-    Paths of pictures start at `folder` (default: the folder of the file) and must stay inside. The id of a record is the
-    name of the file in the folder, and its line (from 1), row (from 0) or key. Raises `UnreadableFile` for a damaged
+    Paths of pictures start at `folder` (default: the folder of the file) and must stay inside. The id of a record is
+    the name of the file in the folder, and its line (from 1), row (from 0) or key. Raises `UnreadableFile` for a damaged
     file, after the records before the damage, and `ConfigError` for a file without the columns.
     """
     folder = path.parent if folder is None else folder

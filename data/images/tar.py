@@ -9,6 +9,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from data.files import UnreadableFile
@@ -85,7 +86,7 @@ def tar_members(file: Any) -> Iterator[TarMember]:
             elif header.type not in tarfile.REGULAR_TYPES:
                 kind = "of an unknown type"
             name = extended.get("GNU.sparse.name", extended.get("path", header.name))
-            yield TarMember(name, kind, size, lambda size=size: content(size))
+            yield TarMember(name, kind, size, partial(content, size))
             extended = {}
         offset += -(-size // _BLOCK) * _BLOCK
 

@@ -1,9 +1,9 @@
 """Read the samples of a WebDataset tar. A sample is the members that follow each other and have the same key: their
 name up to the first dot of its last part.
 
-Pictures and videos come first, in the order of the tar, then the texts: each `.txt`, or if there is none, the caption of
-a `.json`. Members with other suffixes, and with names that start with a dot, are ignored. A pickle is never opened: it
-makes the sample bad, as does what is not a regular file. Markers in the text stay text.
+Pictures and videos come first, in the order of the tar, then the texts: each `.txt`, or if there is none, the caption
+of a `.json`. Members with other suffixes, and with names that start with a dot, are ignored. A pickle is never opened:
+it makes the sample bad, as does what is not a regular file. Markers in the text stay text.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class _Sample:
 
     def _caption(self, content: bytes) -> str:
         try:
-            value = parse_json(content)
-        except ValueError as error:  # JSON in another encoding is refused too
+            value = parse_json(as_text(content, "the .json"))
+        except ValueError as error:
             raise RefusedRecord(f"the .json {error}") from None
         if not isinstance(value, dict):
             raise RefusedRecord("the .json is not an object")
