@@ -123,7 +123,9 @@ def open_parquet(path: Path, buffer_bytes: int = 0) -> Iterator[Any]:
     import pyarrow.parquet
 
     with reading(), opened(path) as source:
-        yield pyarrow.parquet.ParquetFile(source, buffer_size=buffer_bytes, page_checksum_verification=True)
+        yield pyarrow.parquet.ParquetFile(
+            source, buffer_size=buffer_bytes, pre_buffer=not buffer_bytes, page_checksum_verification=True
+        )
 
 
 def read_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, Any]]:

@@ -43,8 +43,10 @@ def read_documents(path: Path, config: PartsConfig, folder: Path | None = None) 
     """Yield each record of a file as a document, or why it cannot be one.
 
     Paths of pictures start at `folder` (default: the folder of the file) and must stay inside. The id of a record is
-    the name of the file in the folder, and its line (from 1), row (from 0) or key. Raises `UnreadableFile` for a damaged
-    file, after the records before the damage, and `ConfigError` for a file without the columns.
+    the name of the file in the folder, and its line (from 1), row (from 0) or key.
+
+    Raises `UnreadableFile` for a damaged file, after the records before the damage, and `ConfigError` for a file
+    without the columns.
     """
     folder = path.parent if folder is None else folder
     name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name

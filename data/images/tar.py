@@ -17,6 +17,8 @@ from data.files import UnreadableFile
 _BLOCK = tarfile.BLOCKSIZE
 _LARGEST_HEADER = 2**20
 """Most bytes of an extended header: a long name, or the attributes of the pax format."""
+_LARGEST_MEMBER = 2**40
+"""Sizes above are nonsense, and file systems refuse to seek there."""
 _KINDS = {
     tarfile.LNKTYPE: "a hard link",
     tarfile.SYMTYPE: "a symbolic link",
@@ -52,7 +54,7 @@ def tar_members(file: Any) -> Iterator[TarMember]:
         file.seek(offset)
         data = file.read(size)
         if len(data) < size:
-            raise UnreadableFile(f"is truncated: a member needs {size} bytes from byte {offset}, {len(data)} are left")
+            raise UnreadableFile(f"is truncated: it ends at byte {offset + len(data)}, before the end of the tar")
         return data
 
     extended: dict[str, str] = {}
@@ -67,8 +69,8 @@ def tar_members(file: Any) -> Iterator[TarMember]:
             size = int(extended.get("size", header.size))
         except (tarfile.TarError, ValueError):
             raise UnreadableFile(f"has no header of a tar member at byte {at}") from None
-        if size < 0:
-            raise UnreadableFile(f"has a member of negative size at byte {at}")
+        if not 0 <= size < _LARGEST_MEMBER:
+            raise UnreadableFile(f"has a member of {size} bytes at byte {at}")
         if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, *_LONG):
             if size > _LARGEST_HEADER:
                 raise UnreadableFile(f"has an extended header of {size} bytes at byte {at}")
