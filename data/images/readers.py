@@ -8,7 +8,7 @@ The columns of a record decide how it is read; the first that fits of
 - `text` + one column of a picture.
 
 A picture is bytes, a struct of bytes and path as the `datasets` library stores it, or a path inside the folder of the
-source. Nothing is fetched, and nothing outside the folder is opened. `data/images/webdataset.py` reads tars.
+source. Nothing is fetched, and nothing outside the folder is opened. `data/images/tar.py` reads tars.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from core.files import is_local, parse_json
 from data.files import UnreadableFile, json_lines, open_parquet
 from data.images.contents import Reference, RefusedRecord, as_text, check_count, load
 from data.images.parts import BadRecord, Part, PartsConfig, PartsDocument
-from data.images.webdataset import read_samples
+from data.images.tar import read_samples
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar")
 _BATCH_ROWS = 8

@@ -13,6 +13,7 @@ import scipy.fft
 from PIL import Image, ImageDraw, ImageEnhance
 
 from core.errors import ConfigError
+from data.images import phash
 from data.images.phash import FARTHEST, near_duplicates, perceptual_hash, shared_origins
 
 
@@ -128,12 +129,24 @@ def test_groups_are_found_through_others():
     assert near_duplicates([]) == [] == near_duplicates([5])
 
 
-def test_many_pictures_do_not_take_all_pairs():
-    """Twenty thousand hashes are compared within seconds; half of them are exact copies."""
+def test_bands_must_be_searched_around(monkeypatch):
+    """The control: bands that must agree exactly miss pairs."""
     chance = random.Random(0)
-    hashes = [chance.getrandbits(64) for _ in range(10_000)]
+    hashes = [chance.getrandbits(64) for _ in range(50)]
+    hashes += [changed(value, 6, chance) for value in hashes]
+    assert len(near_duplicates(hashes, 6)) == 50
+    whole = phash._candidates
+    monkeypatch.setattr(phash, "_candidates", lambda hashes_H, _: whole(hashes_H, 0))
+    assert len(near_duplicates(hashes, 6)) < 50
+
+
+def test_many_pictures_do_not_take_all_pairs():
+    """Copies and hashes that all are near each other take seconds too."""
+    chance = random.Random(0)
+    hashes = [chance.getrandbits(64) for _ in range(20_000)]
+    crowd = [hashes[0] ^ low for low in range(2**12)]
     start = time.process_time()
-    assert near_duplicates([*hashes, *[hashes[0]] * 10_000], 6) == [[0, *range(10_000, 20_000)]]
+    assert near_duplicates([*hashes, *crowd, *[hashes[0]] * 10_000], 6) == [[0, *range(20_000, 30_000 + 2**12)]]
     assert time.process_time() - start < 10
 
 
