@@ -59,7 +59,7 @@ def read_samples(path: Path, name: str, config: PartsConfig) -> Iterator[PartsDo
             if sample is None or key != sample.key:
                 if sample:
                     yield sample.record(name)
-                sample = _Sample(key, config)
+                sample = _TarSample(key, config)
                 if key in keys:
                     sample.problem = "its members are not together in the tar: sort them by name"
                 keys.add(key)
@@ -79,7 +79,7 @@ def _key_and_suffix(member: TarMember) -> tuple[str | None, str]:
     return (None if member.kind is None else name), ""
 
 
-class _Sample:
+class _TarSample:
     """Collects the members of a key. After the first problem nothing is read."""
 
     def __init__(self, key: str, config: PartsConfig) -> None:
