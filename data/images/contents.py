@@ -82,7 +82,7 @@ def read_inside(folder: Path, name: str, largest: int) -> bytes:
         raise RefusedRecord(f"{name} is a URL: nothing is fetched; store the file in the folder of the source")
     if not name or "\0" in name:
         raise RefusedRecord(f"{name!r} is not the name of a file")
-    if name.startswith(("/", "~")) or ".." in name.split("/"):
+    if name.startswith("/") or ".." in name.split("/"):
         raise RefusedRecord(f"{name} is not a path inside the folder of the source")
     try:
         return _read_local(folder, name, largest) if is_local(folder) else _read_remote(folder, name, largest)

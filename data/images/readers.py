@@ -165,12 +165,12 @@ def _require(names: Collection[str], config: PartsConfig, image_key: str, file: 
     found = _columns(names, config, image_key)
     if found:
         return found
-    has = f"{file} has the columns {', '.join(names)}"
+    has = f"{file} has the columns {', '.join(names) or '(none)'}"
     if config.text_key in names:
-        pictures = [config.images_key, image_key, config.parts_key]
-        raise ConfigError("image_key", config.image_key, f"{has}, none of which is {' or '.join(pictures)}")
-    texts = [config.text_key, config.parts_key, f"{config.texts_key} beside {config.images_key}"]
-    raise ConfigError("text_key", config.text_key, f"{has}, none of which is {' or '.join(texts)}")
+        reason = f"{has}; name that of pictures here, or by images_key or parts_key"
+        raise ConfigError("image_key", config.image_key, reason)
+    reason = f"{has}; name that of text here, or by texts_key beside images_key, or by parts_key"
+    raise ConfigError("text_key", config.text_key, reason)
 
 
 def _parts(row: dict[str, Any], config: PartsConfig, image_key: str, folder: Path) -> tuple[Part, ...]:
