@@ -47,18 +47,22 @@ def file_format(path: Path) -> FileFormat | None:
     return FileFormat.text if path.suffix in _TEXT_SUFFIXES else None
 
 
-def find_files(pattern: str) -> list[tuple[str, Path]]:
+def find_files(pattern: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[tuple[str, Path]]:
     """List the files of a path, a folder (recursively) or a glob pattern in a fixed order, each with its name.
 
-    Names are relative to the folder. Files with an unknown suffix are skipped in a folder. Raises `ConfigError` with an
-    empty key if nothing is found, or if the path or the pattern leads to a file with an unknown suffix.
+    Names are relative to the folder. Files with another suffix than `suffixes` are skipped in a folder. Raises
+    `ConfigError` with an empty key if nothing is found, or if the path or the pattern leads to such a file.
     """
+
+    def known(path: Path) -> bool:
+        return path.name.endswith(suffixes) and path.name not in suffixes
+
     place = locate(pattern)
     try:
         if place.is_file():
             found = [(place.name, place)]
         elif place.is_dir():
-            found = [(path.relative_to(place).as_posix(), path) for path in files_in(place) if file_format(path)]
+            found = [(path.relative_to(place).as_posix(), path) for path in files_in(place) if known(path)]
         else:
             found = [(path.as_posix() if is_local(path) else str(path), path) for path in files_like(place)]
     except ValueError as error:  # a store does not take the name
@@ -66,13 +70,12 @@ def find_files(pattern: str) -> list[tuple[str, Path]]:
     if not found:
         reason = "no such file or folder"
         if place.exists():
-            reason = (
-                "the folder holds no jsonl, parquet or text file" if place.is_dir() else "is neither file nor folder"
-            )
+            kinds = "jsonl, parquet or tar" if ".tar" in suffixes else "jsonl, parquet or text"
+            reason = f"the folder holds no {kinds} file" if place.is_dir() else "is neither file nor folder"
         raise ConfigError("", pattern, reason)
     for _, path in found:
-        if file_format(path) is None:
-            raise ConfigError("", str(path), "unknown suffix", SUFFIXES)
+        if not known(path):
+            raise ConfigError("", str(path), "unknown suffix", suffixes)
     return found
 
 
@@ -92,7 +95,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     import pyarrow
 
     offset, codec = 0, _CODECS.get(path.suffix)
-    with _reading(), path.open("rb") as raw:
+    with reading(), path.open("rb") as raw:
         file: Any = io.BufferedReader(pyarrow.input_stream(raw, codec)) if codec else raw
         for number, line in enumerate(iter(partial(file.readline, MOST_BYTES + 1), b""), start=1):
             if len(line) > MOST_BYTES:
@@ -113,12 +116,16 @@ def read_document(path: Path) -> bytes:
 
 
 @contextmanager
-def open_parquet(path: Path) -> Iterator[Any]:
-    """Open a `ParquetFile`. Page checksums are verified if the file has them."""
+def open_parquet(path: Path, buffer_bytes: int = 0) -> Iterator[Any]:
+    """Open a `ParquetFile`. Page checksums are verified if the file has them. `buffer_bytes`: read a column of a row
+    group in pieces of this size; 0: at once.
+    """
     import pyarrow.parquet
 
-    with _reading(), opened(path) as source:
-        yield pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
+    with reading(), opened(path) as source:
+        yield pyarrow.parquet.ParquetFile(
+            source, buffer_size=buffer_bytes, pre_buffer=not buffer_bytes, page_checksum_verification=True
+        )
 
 
 def read_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, Any]]:
@@ -132,7 +139,7 @@ def read_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, Any]]:
             with open_parquet(path) as table:
                 yield from enumerate(row for batch in table.iter_batches(_BATCH_ROWS) for row in batch.to_pylist())
         case FileFormat.text:
-            with _reading():
+            with reading():
                 yield 0, {"text": read_document(path).decode(errors=errors)}
         case None:
             raise UnreadableFile("unknown suffix")
@@ -145,7 +152,7 @@ def stream_dataset(name: str, subset: str | None, split: str) -> Iterator[dict[s
     import datasets
 
     folder = Path(name).expanduser()
-    with _reading(datasets.exceptions.DatasetsError):
+    with reading(datasets.exceptions.DatasetsError):
         if not any((folder / file).is_file() for file in _SAVED):
             place = str(folder) if folder.is_dir() else name
             yield from datasets.load_dataset(place, subset, split=split, streaming=True)
@@ -164,7 +171,8 @@ def dataset_fingerprint(name: str, subset: str | None, split: str) -> str:
 
 
 @contextmanager
-def _reading(*errors: type[Exception]) -> Iterator[None]:
+def reading(*errors: type[Exception]) -> Iterator[None]:
+    """Turn the errors of reading a file into `UnreadableFile`, and `errors` too."""
     import pyarrow
 
     try:

@@ -91,7 +91,7 @@ def find_duplicates(shards: Sequence[Signatures], config: DuplicateConfig) -> li
     similarity joins it to its group.
     """
     count = sum(len(shard.exact_N2) for shard in shards)
-    is_exact, groups = np.zeros(count, np.bool_), _Groups(count)
+    is_exact, groups = np.zeros(count, np.bool_), DisjointSets(count)
     if count and config.exact:
         for first, second in _exact_copies(np.concatenate([shard.exact_N2 for shard in shards])):
             is_exact[second] = True
@@ -121,7 +121,7 @@ def bands(threshold: float) -> tuple[int, int]:
     return PLACES, 1
 
 
-class _Groups:
+class DisjointSets:
     """Union-find whose root is the smallest member, so the order of joining does not matter."""
 
     def __init__(self, count: int) -> None:

@@ -1,0 +1,274 @@
+"""Read documents of parts from jsonl, parquet and WebDataset tars. Pictures and videos are not decoded.
+
+The columns of a record decide how it is read; the first that fits of
+- `parts`: a list of {"text": ...}, {"image": path} and {"video": path};
+- `texts` + `images`: lists of equal length, one of them null at each place (OBELICS), or turns of a user and an
+  assistant with their pictures (FineVision);
+- `text` + `images`: a text with a marker for each picture;
+- `text` + one column of a picture.
+
+A picture is bytes, a struct of bytes and path as the `datasets` library stores it, or a path inside the folder of the
+source. Nothing is fetched, and nothing outside the folder is opened. `data/images/tar.py` reads tars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from core.errors import ConfigError
+from core.files import is_local, parse_json
+from data.files import UnreadableFile, json_lines, open_parquet
+from data.images.contents import Reference, RefusedRecord, as_text, check_count, load
+from data.images.parts import BadRecord, Part, PartsConfig, PartsDocument
+from data.images.tar import read_samples
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar")
+_BATCH_ROWS = 8
+_BUFFER_BYTES = 2**20
+
+
+class Columns(Enum):
+    """Which columns of a record hold its parts."""
+
+    parts = "parts"
+    texts_and_images = "texts and images"
+    text_and_images = "text and images"
+    text_and_image = "text and image"
+
+
+def read_documents(path: Path, config: PartsConfig, folder: Path | None = None) -> Iterator[PartsDocument | BadRecord]:
+    """Yield each record of a file as a document, or why it cannot be one.
+
+    Paths of pictures start at `folder` (default: the folder of the file) and must stay inside. The id of a record is
+    the name of the file in the folder, and its line (from 1), row (from 0) or key.
+
+    Raises `UnreadableFile` for a damaged file, after the records before the damage, and `ConfigError` for a file
+    without the columns.
+    """
+    folder = path.parent if folder is None else folder
+    name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+    if is_local(path) and path.exists() and not path.is_file():
+        raise UnreadableFile("is not a regular file")  # to open a named pipe would wait for its writer
+    if path.name.endswith(".tar"):
+        yield from read_samples(path, name, config)
+    elif path.name.endswith(".parquet"):
+        yield from _from_parquet(path, name, folder, config)
+    elif path.name.endswith(SUFFIXES):
+        yield from _from_jsonl(path, name, folder, config)
+    else:
+        raise UnreadableFile(f"has none of the suffixes {', '.join(SUFFIXES)}")
+
+
+def _from_jsonl(path: Path, name: str, folder: Path, config: PartsConfig) -> Iterator[PartsDocument | BadRecord]:
+    image_key, checked = config.image_key or "image", False
+    for number, _, line in json_lines(path):
+        try:
+            row = _object(line)
+            if not checked:  # later records may lack pictures
+                _require(list(row), config, image_key, name)
+                checked = True
+            parts = _parts(row, config, image_key, folder)
+        except RefusedRecord as problem:
+            yield BadRecord(f"{name}:{number}", str(problem))
+        else:
+            yield PartsDocument(f"{name}:{number}", parts)
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        row = parse_json(line.decode())
+    except UnicodeDecodeError as error:
+        raise RefusedRecord(f"byte {error.start} of the line is not UTF-8") from None
+    except ValueError as error:
+        raise RefusedRecord(str(error)) from None
+    if not isinstance(row, dict):
+        raise RefusedRecord("is not a JSON object")
+    return row
+
+
+def _from_parquet(path: Path, name: str, folder: Path, config: PartsConfig) -> Iterator[PartsDocument | BadRecord]:
+    with open_parquet(path, _BUFFER_BYTES) as table:
+        schema = table.schema_arrow
+        image_key = config.image_key or _column_of_pictures(schema, config, name)
+        wanted = _keys(_require(schema.names, config, image_key, name), config, image_key)
+        batches = table.iter_batches(_BATCH_ROWS, columns=wanted)
+        for number, row in enumerate(row for batch in batches for row in _rows(batch)):
+            try:
+                if isinstance(row, str):
+                    raise RefusedRecord(row)
+                parts = _parts(row, config, image_key, folder)
+            except RefusedRecord as problem:
+                yield BadRecord(f"{name}:{number}", str(problem))
+            else:
+                yield PartsDocument(f"{name}:{number}", parts)
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Yield the rows of a batch, and for a row whose text is not UTF-8 the reason."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for number in range(batch.num_rows):
+            try:
+                yield batch.slice(number, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield f"byte {error.start} of a text is not UTF-8"
+
+
+def _column_of_pictures(schema: Any, config: PartsConfig, name: str) -> str:
+    """Return the one column of structs of bytes and path, or if there is none, of bytes."""
+    import pyarrow
+
+    types = pyarrow.types
+
+    def is_bytes(kind: Any) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+    def is_picture(kind: Any) -> bool:
+        return types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and kind.get_field_index("path") >= 0
+
+    fields = [field for field in schema if field.name != config.text_key]
+    found = [field.name for field in fields if is_picture(field.type)]
+    found = found or [field.name for field in fields if is_bytes(field.type)]
+    if len(found) > 1 and not _columns(schema.names, config, ""):
+        raise ConfigError("image_key", None, f"{name} has several columns of pictures", found)
+    return found[0] if found else "image"
+
+
+def _columns(names: Collection[str], config: PartsConfig, image_key: str) -> Columns | None:
+    """Return how a record with these columns is read, or None if they do not fit."""
+    if config.parts_key in names:
+        return Columns.parts
+    if config.images_key in names and config.texts_key in names:
+        return Columns.texts_and_images
+    if config.text_key in names and config.images_key in names:
+        return Columns.text_and_images
+    return Columns.text_and_image if config.text_key in names and image_key in names else None
+
+
+def _keys(columns: Columns, config: PartsConfig, image_key: str) -> list[str]:
+    match columns:
+        case Columns.parts:
+            return [config.parts_key]
+        case Columns.texts_and_images:
+            return [config.texts_key, config.images_key]
+        case Columns.text_and_images:
+            return [config.text_key, config.images_key]
+        case Columns.text_and_image:
+            return [config.text_key, image_key]
+
+
+def _require(names: Collection[str], config: PartsConfig, image_key: str, file: str) -> Columns:
+    found = _columns(names, config, image_key)
+    if found:
+        return found
+    has = f"{file} has the columns {', '.join(names) or '(none)'}"
+    if config.text_key in names:
+        reason = f"{has}; name that of pictures here, or by images_key or parts_key"
+        raise ConfigError("image_key", config.image_key, reason)
+    reason = f"{has}; name that of text here, or by texts_key beside images_key, or by parts_key"
+    raise ConfigError("text_key", config.text_key, reason)
+
+
+def _parts(row: dict[str, Any], config: PartsConfig, image_key: str, folder: Path) -> tuple[Part, ...]:
+    """Return the parts of a record. Raises `RefusedRecord`."""
+    match _columns(row, config, image_key):
+        case Columns.parts:
+            found = _listed(_list(row[config.parts_key], config.parts_key), config.parts_key)
+        case Columns.texts_and_images:
+            texts, images = _list(row[config.texts_key], config.texts_key), _pictures(row, config.images_key)
+            if any(isinstance(text, dict) for text in texts):
+                found = _marked(_conversation(texts, config.texts_key), images, config)
+            else:
+                found = _interleaved(texts, images, config)
+        case Columns.text_and_images:
+            found = _marked(as_text(row[config.text_key], config.text_key), _pictures(row, config.images_key), config)
+        case Columns.text_and_image:
+            picture = Reference(row[image_key], image_key)
+            text = as_text(row[config.text_key], config.text_key)
+            found = [text] if picture.value is None else _marked(text, [picture], config)
+        case None:
+            if config.text_key not in row:
+                raise RefusedRecord(f"has only the columns {', '.join(row) or '(none)'}")
+            found = [as_text(row[config.text_key], config.text_key)]
+    check_count(sum(isinstance(part, Reference) for part in found), config)
+    parts = (load(part, folder, config) if isinstance(part, Reference) else part for part in found)
+    return tuple(part for part in parts if part != "")
+
+
+def _list(value: Any, key: str) -> list[Any]:
+    if not isinstance(value, list | None):
+        raise RefusedRecord(f"{key} is not a list")
+    return value or []
+
+
+def _pictures(row: dict[str, Any], key: str) -> list[Reference] | None:
+    """Return the references of a column of pictures, or None where it is null: a record of text alone."""
+    value = row[key]
+    if value is None:
+        return None
+    return [Reference(one, f"{key}.{place}") for place, one in enumerate(value if isinstance(value, list) else [value])]
+
+
+def _listed(items: list[Any], key: str) -> list[str | Reference]:
+    """Read a list of parts, each an object with one key. In parquet the other keys are null."""
+    found: list[str | Reference] = []
+    for number, item in enumerate(items):
+        place = f"{key}.{number}"
+        given = {name: one for name, one in item.items() if one is not None} if isinstance(item, dict) else {}
+        match list(given):
+            case ["text"]:
+                found.append(as_text(given["text"], place))
+            case ["image"]:
+                found.append(Reference(given["image"], place))
+            case ["video"]:
+                found.append(Reference(given["video"], place, is_video=True))
+            case _:
+                raise RefusedRecord(f"{place} is not an object with one of text, image and video")
+    return found
+
+
+def _interleaved(texts: list[Any], images: list[Reference] | None, config: PartsConfig) -> list[str | Reference]:
+    images = images or []
+    if len(texts) != len(images):
+        raise RefusedRecord(f"{config.texts_key} has {len(texts)} places and {config.images_key} {len(images)}")
+    found: list[str | Reference] = []
+    for place, (text, image) in enumerate(zip(texts, images, strict=True)):
+        if text is not None and image.value is not None:
+            raise RefusedRecord(f"place {place} has a text and a picture: their order is unknown")
+        if text is not None:
+            found.append(as_text(text, f"{config.texts_key}.{place}"))
+        elif image.value is not None:
+            found.append(image)
+    return found
+
+
+def _marked(text: str, images: list[Reference] | None, config: PartsConfig) -> list[str | Reference]:
+    """Put each picture where the text has a marker, or all first if it has none. Without a list of pictures the text is
+    plain, whatever it spells.
+    """
+    if images is None:
+        return [text]
+    first, *others = text.split(config.marker)
+    if images and not others:
+        return [*images, text]
+    if len(images) != len(others):
+        raise RefusedRecord(f"has {len(images)} pictures but {len(others)} times the marker {config.marker}")
+    found: list[str | Reference] = [first]
+    for image, piece in zip(images, others, strict=True):
+        found += [image, piece]
+    return found
+
+
+def _conversation(turns: list[Any], key: str) -> str:
+    """Return turns as a text: what the user says, from a new line what the assistant says, and a blank line between."""
+    for place, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not {"user", "assistant"} <= set(turn):
+            raise RefusedRecord(f"{key}.{place} is not a turn with user and assistant")
+    return "\n\n".join(
+        "\n".join(filter(None, (as_text(turn[who], f"{key}.{place}.{who}") for who in ("user", "assistant"))))
+        for place, turn in enumerate(turns)
+    )
