@@ -121,11 +121,8 @@ def resized(height: int, width: int, config: TileConfig) -> tuple[int, int]:
     )
     high, wide = limits[0][0], limits[1][0]
     # torch compares and multiplies a float32 with a number of Python in float32
-    if limits[0][1] or limits[1][1]:
-        less = bool(np.float32(by_width) < np.float32(by_height))
-    else:
-        less = by_width < by_height
-    if less:
+    compared = np.float32 if limits[0][1] or limits[1][1] else float
+    if compared(by_width) < compared(by_height):
         high = min(_floor(height, by_width), high)
     else:
         wide = min(_floor(width, by_height), wide)

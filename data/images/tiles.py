@@ -1,4 +1,4 @@
-"""Cut a picture into tiles as Llama 4 does: bilinear with antialias by Pillow, padded with black on the right and below.
+"""Cut a picture into Llama 4's tiles: bilinear with antialias by Pillow, padded with black on the right and bottom.
 
 Shapes: N tiles, S side of a tile in pixels.
 """
