@@ -111,26 +111,20 @@ def resized(height: int, width: int, config: TileConfig) -> tuple[int, int]:
     may differ by one pixel.
     """
     canvas = best_canvas(height, width, config)
-    limits = []
+    limits, scales = [], []
     for side, tiles in ((height, canvas.rows), (width, canvas.columns)):
         most, wanted = tiles * config.tile_size, max(side, config.tile_size)
-        limits.append((most, True) if config.resize_to_max_canvas or most < wanted else (wanted, False))
-    by_height, by_width = (
-        (np.float32(limit) / np.float32(side) if limited else limit / side)
-        for side, (limit, limited) in zip((height, width), limits, strict=True)
-    )
-    high, wide = limits[0][0], limits[1][0]
-    # torch compares and multiplies a float32 with a number of Python in float32
-    compared = np.float32 if limits[0][1] or limits[1][1] else float
+        limited = config.resize_to_max_canvas or most < wanted
+        number: Any = np.float32 if limited else float
+        limits.append(most if limited else wanted)
+        scales.append(number(limits[-1]) / number(side))
+    (high, wide), (by_height, by_width) = limits, scales
+    compared: Any = float if isinstance(by_height, float) and isinstance(by_width, float) else np.float32
     if compared(by_width) < compared(by_height):
-        high = min(_floor(height, by_width), high)
+        high = min(math.floor(type(by_width)(height) * by_width), high)
     else:
-        wide = min(_floor(width, by_height), wide)
+        wide = min(math.floor(type(by_height)(width) * by_height), wide)
     return max(high, 1), max(wide, 1)
-
-
-def _floor(side: int, scale: Any) -> int:
-    return math.floor(np.float32(side) * scale if isinstance(scale, np.float32) else side * scale)
 
 
 def placeholder_length(canvas: Canvas, tokens_per_tile: int) -> int:
