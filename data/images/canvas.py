@@ -1,7 +1,7 @@
 """Choose the grid of tiles that holds a picture, and the tokens that stand for it in a document.
 
-Llama 4's rules, in float32 as transformers computes them: with Python's floats other canvases would win some ties.
-A picture is never enlarged beyond one tile, unless `resize_to_max_canvas` is on.
+Llama 4's rules in the float formats in which transformers computes them: in others some pictures would be a pixel
+smaller or larger. A picture is never enlarged beyond one tile, unless `resize_to_max_canvas` is on.
 """
 
 from __future__ import annotations

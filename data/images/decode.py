@@ -7,6 +7,7 @@ agree. A JPEG with flipped bytes often decodes without an error, so keep checksu
 from __future__ import annotations
 
 import base64
+import ctypes
 import hashlib
 import io
 import logging
@@ -66,7 +67,7 @@ def _opened(data: bytes, name: str, largest_pixels: int) -> Iterator[Any]:
     """Yield the image with its pixels not yet decoded. Turn each error until the end of the block into `BadImage`."""
     image_module = pillow()
     largest = min(largest_pixels, 2 * (image_module.MAX_IMAGE_PIXELS or largest_pixels))
-    too_large = f"has more than {largest:,} pixels: make it smaller or remove it"
+    limit = f"more than {largest:,}: make it smaller or remove it"
     if not data:
         raise BadImage(f"{name}: is empty: replace or remove it")
     try:
@@ -75,12 +76,12 @@ def _opened(data: bytes, name: str, largest_pixels: int) -> Iterator[Any]:
             if min(width, height) < 1:
                 raise BadImage(f"{name}: has {width} x {height} pixels: replace or remove it")
             if width * height > largest:
-                raise BadImage(f"{name}: {too_large} (it has {width} x {height})")
+                raise BadImage(f"{name}: has {width} x {height} pixels, {limit}")
             yield image
     except BadImage:
         raise
     except image_module.DecompressionBombError:
-        raise BadImage(f"{name}: {too_large}") from None
+        raise BadImage(f"{name}: has too many pixels, {limit}") from None
     except image_module.UnidentifiedImageError:
         reason = "is not a whole PNG, JPEG, WebP, GIF, TIFF or BMP picture: convert or remove it"
         raise BadImage(f"{name}: {reason}") from None
@@ -100,7 +101,18 @@ def pillow() -> Any:
     # `warnings.catch_warnings` around each picture is not safe in threads, and makes old warnings of others repeat
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    _silence_libtiff(Image.core.__file__)
     return Image
+
+
+def _silence_libtiff(library: str) -> None:
+    """Keep libtiff from printing errors, which Pillow raises too. `library`: Pillow's, which is linked with it."""
+    try:
+        silence = ctypes.CDLL(library).TIFFSetErrorHandler
+    except (OSError, AttributeError):  # built without libtiff, or with its names hidden
+        return
+    silence.argtypes, silence.restype = [ctypes.c_void_p], ctypes.c_void_p
+    silence(None)
 
 
 def _orientation(image: Any, data: bytes) -> int:
