@@ -67,4 +67,4 @@ differ by up to half a grey level from what transformers feeds.
 
 def normalise(tiles: Any) -> Any:
     """Return float32 pixels of uint8 tiles, in the same shape."""
-    return GREYS[tiles]
+    return GREYS.take(tiles)  # half the time of indexing

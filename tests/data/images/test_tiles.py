@@ -12,6 +12,7 @@ from data.images.canvas import TileConfig
 from data.images.tiles import GREYS, bfloat16, normalise, tiles
 from tests.data.images.pictures import LLAMA, PICTURES, picture
 
+EVERY = range(len(PICTURES))
 TALL = [number for number, (height, width, _) in enumerate(PICTURES) if height > 8 * width > 8]
 
 
@@ -19,7 +20,7 @@ def cut(number):
     return tiles(Image.fromarray(picture(number)), PICTURES[number][2])
 
 
-def differences(theirs, numbers=range(len(PICTURES)), order=lambda found: found):
+def differences(theirs, numbers=EVERY, order=lambda found: found):
     """Return the absolute differences in greys of all values of some pictures."""
     pairs = [(order(cut(number)[1]), theirs[f"picture{number}"]) for number in numbers]
     return np.concatenate([abs(ours.astype(int) - right).ravel() for ours, right in pairs])
@@ -34,7 +35,7 @@ def test_tiles_equal_those_of_transformers(theirs):
     assert_alike(differences(theirs))
 
 
-@pytest.mark.parametrize("number", range(len(PICTURES)), ids=lambda number: "x".join(map(str, PICTURES[number][:2])))
+@pytest.mark.parametrize("number", EVERY, ids=lambda number: "x".join(map(str, PICTURES[number][:2])))
 def test_each_picture_equals_that_of_transformers(theirs, number):
     canvas, found = cut(number)
     assert found.dtype == np.uint8 and len(found) == canvas.tiles
@@ -79,17 +80,17 @@ def test_a_global_tile_that_comes_first_is_noticed(theirs):
         assert_alike(differences(theirs, order=lambda found: np.roll(found, 1, axis=0)))
 
 
-def test_tiles_by_columns_are_noticed(theirs, monkeypatch):
+def test_tiles_by_columns_are_noticed(theirs):
     wide = [number for number, (height, width, _) in enumerate(PICTURES) if (height, width) == (333, 1000)]
     with pytest.raises(AssertionError):
         assert_alike(differences(theirs, wide, lambda found: found[[0, 2, 1, *range(3, len(found))]]))
 
 
 def test_greys_equal_those_of_transformers(theirs):
-    assert GREYS.dtype == np.float32 and (GREYS == theirs["table"]).all()
+    assert GREYS.dtype == np.float32 and (theirs["table"] == GREYS).all()
     half = torch.tensor(0.5, dtype=torch.bfloat16)
     values = torch.arange(256, dtype=torch.uint8).to(torch.bfloat16) * (1 / 255)
-    assert (GREYS == ((values - half) / half).float().numpy()).all()
+    assert (((values - half) / half).float().numpy() == GREYS).all()
 
 
 def test_greys_in_float32_are_noticed(theirs):
