@@ -54,7 +54,7 @@ def run() -> list[Result]:
         times, pixels = seconds(data, config)
         rate = 1 / statistics.median(times)
         bounded = kind == "JPEG" and len(pixels) == 1
-        bound = ">= 1" if bounded else "-"
-        note = f"{len(data) / 1000:.0f} kB, processor time of one thread, spread {spread(times):.0%}; 'theirs' is the floor"
+        bound, holds = (">= 1", rate >= FLOOR) if bounded else ("-", True)
+        note = f"{len(data) / 1000:.0f} kB, CPU time of one thread, spread {spread(times):.0%}; 'theirs' is the floor"
         found.append(Result(f"{name} (pictures/s and core)", rate, FLOOR, rate / FLOOR, bound, holds, note))
     return found
