@@ -27,6 +27,8 @@ from data.images.tiles import tiles
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
 LARGEST_PIXELS = 40_000_000
 """Most pixels of a picture, unless the caller says otherwise."""
+LONGEST_SIDE = 65_535
+"""Most pixels of a side, as in a JPEG. To resize a column of 40 million pixels to one tile would take 50 GB."""
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 """The EXIF orientations other than 1, with the number of Pillow's `Transpose` that undoes each."""
 _TURNS_BY_A_QUARTER = (5, 6, 7, 8)
@@ -77,6 +79,9 @@ def _opened(data: bytes, name: str, largest_pixels: int) -> Iterator[Any]:
                 raise BadImage(f"{name}: has {width} x {height} pixels: replace or remove it")
             if width * height > largest:
                 raise BadImage(f"{name}: has {width} x {height} pixels, {limit}")
+            if max(width, height) > LONGEST_SIDE:
+                reason = f"a side of more than {LONGEST_SIDE:,}: cut it into several or remove it"
+                raise BadImage(f"{name}: has {width} x {height} pixels, {reason}")
             yield image
     except BadImage:
         raise
@@ -106,7 +111,7 @@ def pillow() -> Any:
 
 
 def _silence_libtiff(library: str) -> None:
-    """Keep libtiff from printing errors, which Pillow raises too. `library`: Pillow's, which is linked with it."""
+    """Keep libtiff from printing errors past Python; Pillow raises them too. `library`: of Pillow, linked with it."""
     try:
         silence = ctypes.CDLL(library).TIFFSetErrorHandler
     except (OSError, AttributeError):  # built without libtiff, or with its names hidden

@@ -10,10 +10,12 @@ import zlib
 import pytest
 from PIL import Image, ImageFile
 
+from data.images.canvas import TileConfig
 from data.images.decode import BadImage, decode, image_size
+from data.images.tiles import tiles
 from tests.data.images.encoded import animation, encoded, huge_png, png, sample, text_bomb, tiff, turned
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pytest undoes the filter of the module
+pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # pytest undoes the filter of the module
 WHOLE = {kind: encoded(sample(200, 300), kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")}
 FOREIGN = "is not a whole PNG, JPEG, WebP, GIF, TIFF or BMP picture: convert or remove it"
 DAMAGED = r"cannot be decoded \(.+\): replace or remove it"
@@ -42,6 +44,8 @@ HEADER = {
     "60 million pixels": (huge_png(10_000, 6_000), f"has 10000 x 6000 pixels, {LARGE}"),
     "100 million pixels": (huge_png(10_000, 10_000), f"has 10000 x 10000 pixels, {LARGE}"),
     "huge tiff": (tiff(2**31 - 1, 2**31 - 1), LARGE),
+    "one long column": (huge_png(1, 65_536), "has 1 x 65536 pixels, a side of more than 65,535: cut it into several"),
+    "one long row": (huge_png(65_536, 1), "has 65536 x 1 pixels, a side of more than 65,535: cut it into several"),
     "text bomb": (text_bomb(), "MAX_TEXT_CHUNK"),
     "cut webp": (WHOLE["WEBP"][:200], DAMAGED),
 }
@@ -91,6 +95,12 @@ def test_the_limit_is_the_callers():
         assert refused(read, data, largest_pixels=199).match("has 20 x 10 pixels, more than 199: make it smaller")
 
 
+@pytest.mark.parametrize(("height", "width"), [(65_535, 2), (2, 65_535)])
+def test_the_longest_pictures_are_cut(height, width):
+    canvas, found = tiles(decode(encoded(Image.new("RGB", (width, height), (9, 9, 9))), "x"), TileConfig())
+    assert max(canvas.rows, canvas.columns) == 16 and (found[-1] == 9).all()
+
+
 def test_too_many_pixels_are_never_decoded(monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded the pixels"))
     refused(decode, huge_png(10_000, 10_000))
@@ -103,6 +113,7 @@ import sys
 from PIL import Image, ImageFile
 before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, dict(Image.MIME)
 from tests.data.images.test_bad_pictures import HEADER, PIXELS, WHOLE, BadImage, decode
+from data.images.tiles import tiles
 from tests.data.images.encoded import sample, turned
 damaged = [turned(sample(), 6, "TIFF"), WHOLE["JPEG"][:2] + WHOLE["JPEG"][20:]]
 for data in [one for one, _ in (HEADER | PIXELS).values()] + damaged:

@@ -78,7 +78,7 @@ def test_swapped_separators_are_noticed(theirs):
 @pytest.mark.parametrize(
     ("rows", "columns", "tiles", "length"), [(1, 1, 1, 147), (2, 1, 3, 437), (2, 2, 5, 727), (4, 4, 17, 2467)]
 )
-def test_placeholders_have_the_lengths_of_the_paper(rows, columns, tiles, length):
+def test_placeholders_have_the_lengths_of_llama_4(rows, columns, tiles, length):
     one = Canvas(rows, columns)
     ids = placeholder_ids(one, 144, IDS)
     assert (one.tiles, len(ids), placeholder_length(one, 144)) == (tiles, length, length)

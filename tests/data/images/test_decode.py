@@ -116,7 +116,7 @@ def test_an_unknown_orientation_is_ignored(orientation):
     assert (pixels(turned(sample(), orientation, "PNG")) == np.asarray(sample())).all()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::Warning")
 def test_damaged_exif_is_ignored():
     data = encoded(sample(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 40)
     assert pixels(data).shape == (48, 64, 3)
