@@ -34,6 +34,7 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "offload": ("bench.offload:run", {}),
     "bubble": ("bench.pipeline.bubble:run", {}),
     "startup": ("bench.startup:run", {}),
+    "images": ("bench.images:run", {}),
     "filtering": ("bench.data.filtering:run", {}),
     "selection": ("bench.data.selection:run", {}),
 }

@@ -1,1 +1,1 @@
-"""Pictures and videos: decoding, tiles, and generated scenes."""
+"""Pictures and videos: documents of parts, decoding, tiles, and generated scenes."""
