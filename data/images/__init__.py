@@ -1,0 +1,1 @@
+"""Pictures and videos: decoding, tiles, and generated scenes."""
