@@ -147,7 +147,7 @@ class Scene:
         picture = Image.new("RGB", (self.size, self.size), self.background)
         for thing in self.things:
             corner = (thing.x - thing.radius, thing.y - thing.radius)
-            picture.paste(COLOURS[thing.colour], corner, _shape(thing.kind, thing.radius, thing.turn))
+            picture.paste(COLOURS[thing.colour], corner, shape(thing.kind, thing.radius, thing.turn))
         file = io.BytesIO()
         picture.save(file, "PNG", compress_level=1)
         return file.getvalue()
@@ -199,7 +199,7 @@ def _places(most: int, config: SceneConfig, draws: Draws) -> list[tuple[int, int
 
 
 @cache
-def _shape(kind: str, radius: int, turn: int) -> Any:
+def shape(kind: str, radius: int, turn: int) -> Any:
     """Return the mask of a thing: drawn large and reduced, so that its edges are smooth."""
     from PIL import Image, ImageDraw
 

@@ -226,7 +226,9 @@ def _packets(container: Any, stream: Any, name: str) -> Iterator[Any]:
 def _read_index(container: Any, stream: Any, name: str) -> _PacketIndex:
     """Read the time stamps of all packets. Raises `BadVideo` if frames cannot be ordered by them."""
     advice, is_vp8 = "re-encode it as mp4 or webm", stream.codec_context.name == "vp8"
-    stamps, keys, visible = [], [], []
+    stamps: list[int] = []
+    keys: list[bool] = []
+    visible: list[bool] = []
     for packet in _packets(container, stream, name):
         if packet.pts is None:
             raise BadVideo(name, f"frame {len(stamps)} has no time stamp", advice)

@@ -109,7 +109,7 @@ def test_counting_tells_scenes_apart():
 def test_kinds_look_different(kind):
     """Each kind covers its own share of its circle, at any radius and direction, within what reducing costs."""
     shares = {
-        name: [np.asarray(scenes._shape(name, radius, turn)).mean() / 255 for radius in (7, 10) for turn in range(16)]
+        name: [np.asarray(scenes.shape(name, radius, turn)).mean() / 255 for radius in (7, 10) for turn in range(16)]
         for name in scenes.THINGS
     }
     assert max(shares[kind]) - min(shares[kind]) < 0.03
