@@ -72,7 +72,7 @@ class Clip:
 
         size, radius, file = self.config.size, self.config.radius, io.BytesIO()
         with av.open(file, "w", format="matroska", options={"fflags": "+bitexact"}) as container:
-            stream = container.add_stream("ffv1", self.config.fps, options={"level": "3", "slicecrc": "1"})
+            stream = container.add_stream("ffv1", self.config.fps)
             stream.width, stream.height, stream.pix_fmt = size, size, "bgr0"
             context = stream.codec_context
             context.thread_count, context.time_base = 1, Fraction(1, self.config.fps)

@@ -6,7 +6,8 @@ decodes the groups of pictures with a chosen frame, and skips the others.
 
 The file is bytes in memory. The demuxer is chosen from the first bytes and is one of four, so that no playlist is read
 and nothing is opened by path or URL. Audio is ignored, pixels are taken as square, and transparency is dropped.
-Decoded pixels depend on FFmpeg's version, which PyAV's wheels contain.
+Decoded pixels depend on FFmpeg's version, which PyAV's wheels contain. Files that are cut off or cannot be decoded are
+refused; a changed byte that the decoder does not report changes pixels, as in a JPEG. Only a digest shows it.
 """
 
 from __future__ import annotations
@@ -197,11 +198,12 @@ def _opened(data: bytes, name: str, config: FrameConfig) -> Iterator[tuple[Any, 
                 reason = f"is coded as {getattr(context, 'name', 'something unknown')}, which is not read"
                 raise BadVideo(name, reason, "re-encode it as h264, vp9 or av1")
             if not 0 < context.width * context.height <= config.largest_pixels:
-                size = f"frames of {context.width} x {context.height} pixels" if context.width else "no frame size"
-                reason = f"has {size}, or more than {config.largest_pixels:,} pixels"
+                reason = f"has frames of more than {config.largest_pixels:,} pixels, or of no size"
                 raise BadVideo(name, reason, "scale it down")
             context.options, context.thread_count = limit, 1
             yield container, stream
+    except av.error.EOFError:
+        raise BadVideo(name, "has no frames", "leave it out") from None
     except (av.FFmpegError, OSError, ValueError, OverflowError, struct.error) as error:
         reason = f"cannot be decoded ({getattr(error, 'strerror', None) or first_line(error)})"
         raise BadVideo(name, reason, "re-encode it or leave it out") from None
