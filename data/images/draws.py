@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
-from importlib import import_module
 from itertools import count
-
-from core.errors import ConfigError
 
 
 class Draws:
@@ -29,11 +26,3 @@ class Draws:
 def _words(text: str) -> Iterator[int]:
     for block in count():
         yield from struct.unpack("<16I", hashlib.sha512(f"{text}\x1f{block}".encode()).digest())
-
-
-def require(module: str, package: str, extra: str) -> None:
-    """Raise `ConfigError` with the line that installs the package, unless `module` can be imported."""
-    try:
-        import_module(module)
-    except ImportError:
-        raise ConfigError("", None, f"needs {package}: pip install 'leviathan[{extra}]'") from None

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
-from data.images.draws import Draws, require
+from data.images.draws import Draws
+from data.images.packages import require
 from data.images.scenes import BACKGROUNDS, COLOURS
 
 _UNSEEN = "CMZ"

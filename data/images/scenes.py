@@ -23,7 +23,8 @@ from functools import cache, cached_property
 from typing import Any
 
 from core.errors import ConfigError
-from data.images.draws import Draws, require
+from data.images.draws import Draws
+from data.images.packages import require
 
 THINGS = {"pencil": "pencils", "ball": "balls", "star": "stars", "box": "boxes", "moon": "moons", "cross": "crosses"}
 """Each kind and its plural."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import math
-import struct
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from functools import cached_property
 from typing import Any
 
 from core.errors import OneLineError, check_numbers, first_line
-from data.images.draws import require
+from data.images.packages import require
 
 CODECS = (
     "av1", "ffv1", "gif", "h264", "hevc", "libdav1d", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "png", "prores",
@@ -86,40 +85,16 @@ def frame_times(data: bytes, name: str, config: FrameConfig) -> FrameTimes:
 
     Damage in a later frame is found by `frames` alone.
     """
-    with _opened(data, name, config) as (container, stream):
-        index = _read_index(container, stream, name)
-    first = next(each_frame(data, name, config))
-    seconds = tuple(index.seconds(stamp) for stamp in index.chosen(config))
-    return FrameTimes(seconds, first.picture.size)
+    index = _index_of(data, name, config)
+    chosen = index.chosen(config)
+    first = next(_pictures(data, name, config, index, chosen[:1]))
+    return FrameTimes(tuple(map(index.seconds, chosen)), first.picture.size)
 
 
 def each_frame(data: bytes, name: str, config: FrameConfig) -> Iterator[Frame]:
     """Yield what `frames` returns, so that one picture at a time is in memory."""
-    with _opened(data, name, config) as (container, stream):
-        index = _read_index(container, stream, name)
-    chosen = index.chosen(config)
-    needed = index.needed(chosen)
-    with _opened(data, name, config) as (container, stream):
-        pixels = sum(needed) * stream.codec_context.width * stream.codec_context.height
-        if pixels > config.most_decoded_pixels:
-            reason = (
-                f"{sum(needed)} frames must be decoded, {pixels:,} pixels of at most {config.most_decoded_pixels:,}"
-            )
-            raise BadVideo(name, reason, "cut it into shorter clips")
-        left = iter(chosen)
-        wanted = next(left, None)
-        for frame in _decoded(container, stream, needed, name):
-            if wanted is None or frame.pts < wanted:
-                continue
-            if frame.pts > wanted:
-                break
-            if frame.is_corrupt:
-                break
-            yield Frame(index.seconds(wanted), frame.to_image().rotate(frame.rotation, expand=True))
-            wanted = next(left, None)
-        if wanted is not None:
-            reason = f"the frame at {time_text(index.seconds(wanted)).strip()} cannot be decoded"
-            raise BadVideo(name, reason, "re-encode it or leave it out")
+    index = _index_of(data, name, config)
+    yield from _pictures(data, name, config, index, index.chosen(config))
 
 
 def time_text(seconds: float) -> str:
@@ -204,7 +179,7 @@ def _opened(data: bytes, name: str, config: FrameConfig) -> Iterator[tuple[Any, 
             yield container, stream
     except av.error.EOFError:
         raise BadVideo(name, "has no frames", "leave it out") from None
-    except (av.FFmpegError, OSError, ValueError, OverflowError, struct.error) as error:
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError) as error:
         reason = f"cannot be decoded ({getattr(error, 'strerror', None) or first_line(error)})"
         raise BadVideo(name, reason, "re-encode it or leave it out") from None
 
@@ -225,6 +200,33 @@ def _packets(container: Any, stream: Any, name: str) -> Iterator[Any]:
             yield packet
 
 
+def _index_of(data: bytes, name: str, config: FrameConfig) -> _PacketIndex:
+    with _opened(data, name, config) as (container, stream):
+        return _read_index(container, stream, name)
+
+
+def _pictures(data: bytes, name: str, config: FrameConfig, index: _PacketIndex, chosen: list[int]) -> Iterator[Frame]:
+    """Yield the frames with the chosen time stamps. Raises `BadVideo` if one of them cannot be decoded."""
+    needed, left = index.needed(chosen), iter(chosen)
+    wanted = next(left, None)
+    with _opened(data, name, config) as (container, stream):
+        pixels = sum(needed) * stream.codec_context.width * stream.codec_context.height
+        if pixels > config.most_decoded_pixels:
+            reason = (
+                f"{sum(needed)} frames must be decoded, {pixels:,} pixels of at most {config.most_decoded_pixels:,}"
+            )
+            raise BadVideo(name, reason, "cut it into shorter clips")
+        for frame in _decoded(container, stream, needed, name):
+            if wanted is None or frame.pts > wanted or (frame.pts == wanted and frame.is_corrupt):
+                break
+            if frame.pts == wanted:
+                yield Frame(index.seconds(wanted), frame.to_image().rotate(frame.rotation, expand=True))
+                wanted = next(left, None)
+        if wanted is not None:
+            reason = f"the frame at {time_text(index.seconds(wanted)).strip()} cannot be decoded"
+            raise BadVideo(name, reason, "re-encode it or leave it out")
+
+
 def _read_index(container: Any, stream: Any, name: str) -> _PacketIndex:
     """Read the time stamps of all packets. Raises `BadVideo` if frames cannot be ordered by them."""
     advice, is_vp8 = "re-encode it as mp4 or webm", stream.codec_context.name == "vp8"
@@ -239,7 +241,7 @@ def _read_index(container: Any, stream: Any, name: str) -> _PacketIndex:
         is_reference = is_vp8 and not bytes(packet)[0] >> 4 & 1  # the bit show_frame: RFC 6386, 9.1
         visible.append(not packet.is_discard and not is_reference)
     index = _PacketIndex(tuple(stamps), tuple(keys), tuple(visible), stream.time_base)
-    if not index.shown:
+    if not index.shown or not index.unit:
         raise BadVideo(name, "has no frames", "leave it out")
     if len(set(index.shown)) < len(index.shown):
         raise BadVideo(name, "has frames with the same time stamp", advice)
