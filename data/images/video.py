@@ -209,14 +209,17 @@ def _pictures(data: bytes, name: str, config: FrameConfig, index: _PacketIndex, 
     """Yield the frames with the chosen time stamps. Raises `BadVideo` if one of them cannot be decoded."""
     needed, left = index.needed(chosen), iter(chosen)
     wanted = next(left, None)
+    too_much = BadVideo(
+        name, f"needs more than {config.most_decoded_pixels:,} pixels decoded", "cut it into shorter clips"
+    )
     with _opened(data, name, config) as (container, stream):
-        pixels = sum(needed) * stream.codec_context.width * stream.codec_context.height
-        if pixels > config.most_decoded_pixels:
-            reason = (
-                f"{sum(needed)} frames must be decoded, {pixels:,} pixels of at most {config.most_decoded_pixels:,}"
-            )
-            raise BadVideo(name, reason, "cut it into shorter clips")
+        if sum(needed) * stream.codec_context.width * stream.codec_context.height > config.most_decoded_pixels:
+            raise too_much
+        decoded = 0
         for frame in _decoded(container, stream, needed, name):
+            decoded += frame.width * frame.height  # frames may grow in the stream
+            if decoded > config.most_decoded_pixels:
+                raise too_much
             if wanted is None or frame.pts > wanted or (frame.pts == wanted and frame.is_corrupt):
                 break
             if frame.pts == wanted:
