@@ -47,13 +47,14 @@ class ClipConfig:
 
 @dataclass(frozen=True)
 class Clip:
-    """`path`: the ball's centre in each frame, in pixels."""
+    """`path`: the ball's centre in each frame, in pixels. `steps`: when it bounces; step 0 leads from frame 0 to 1."""
 
     config: ClipConfig
     bounces: int
     colour: str
     background: tuple[int, int, int]
     path: tuple[tuple[int, int], ...]
+    steps: tuple[int, ...]
 
     @property
     def question(self) -> str:
@@ -96,11 +97,13 @@ def clip(number: int, config: ClipConfig) -> Clip:
     walls = (side, bounces - side)
     colour = list(COLOURS)[draws.below(len(COLOURS))]
     background = BACKGROUNDS[draws.below(len(BACKGROUNDS))]
-    axes = [_Axis.draw(count, config, draws) for count in walls]
-    while set(axes[0].steps) & set(axes[1].steps):
-        axes = [_Axis.draw(count, config, draws) for count in walls]
-    path = tuple((axes[0].at(step), axes[1].at(step)) for step in range(config.frames))
-    return Clip(config, bounces, colour, background, path)
+    while True:
+        x, y = (_Axis.draw(count, config, draws) for count in walls)
+        steps = tuple(sorted(x.steps + y.steps))
+        if len(set(steps)) == bounces:
+            break
+    path = tuple((x.at(frame), y.at(frame)) for frame in range(config.frames))
+    return Clip(config, bounces, colour, background, path, steps)
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class _Axis:
 
     @property
     def steps(self) -> list[int]:
-        """Return the steps in which the ball bounces. Step 0 is from frame 0 to frame 1."""
+        """Return the steps in which the ball bounces."""
         last = self.config.frames - 1
         return [(wall * self.length - self.start) * last // self.way for wall in range(1, self.bounces + 1)]
 

@@ -85,9 +85,20 @@ def test_counting_turns_notices_missing_frames():
 def test_each_turn_can_be_seen_in_the_path(config):
     for number in range(300):
         one = clip(number, config)
-        assert turns(np.array(one.path)) == one.bounces
+        assert turns(np.array(one.path)) == one.bounces == len(set(one.steps))
         inside = np.array(one.path)
         assert inside.min() >= config.radius and inside.max() <= config.size - config.radius
+
+
+def test_the_ball_is_at_a_wall_when_it_bounces():
+    """Half a step away from it at most, before or after."""
+    for number in range(300):
+        one = clip(number, CONFIG)
+        path = np.array(one.path)
+        for step in one.steps:
+            near = path[step : step + 2]
+            reach = abs(np.diff(path, axis=0)).max() / 2 + 1
+            assert min(near.min() - CONFIG.radius, CONFIG.size - CONFIG.radius - near.max()) <= reach
 
 
 @pytest.mark.parametrize(
