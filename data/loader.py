@@ -18,6 +18,7 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from data.corpus import HELD_OUT, TRAIN, Corpus
+from data.images.batch import BatchImages
 from data.sampling import Blend, SampleRange, key_of, permute
 from data.tokens import TokenStream
 
@@ -37,12 +38,22 @@ class Batch:
     labels_BT: Tensor
     positions_BT: Tensor
     sources_B: Tensor
+    images: BatchImages | None = None
+    """The images, or None if no source has any."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.tokens_BT, self.labels_BT, self.positions_BT, self.sources_B
 
     def slice(self, start: int, stop: int) -> Batch:
-        return Batch(*(tensor[start:stop] for tensor in vars(self).values()))
+        images = None if self.images is None else self.images.slice(start, stop)
+        return Batch(*(tensor[start:stop] for tensor in self.tensors), images)
 
     def concat(self, other: Batch) -> Batch:
-        return Batch(*map(torch.cat, zip(vars(self).values(), vars(other).values(), strict=True)))
+        images = None
+        if self.images is not None and other.images is not None:
+            images = self.images.concat(other.images)
+        return Batch(*map(torch.cat, zip(self.tensors, other.tensors, strict=True)), images)
 
 
 class Loader:

@@ -23,7 +23,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from core.errors import ConfigError
-from data.images.draws import Draws
+from data.images.generated.draws import Draws
 from data.images.packages import require
 
 THINGS = {"pencil": "pencils", "ball": "balls", "star": "stars", "box": "boxes", "moon": "moons", "cross": "crosses"}

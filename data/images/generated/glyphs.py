@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
-from data.images.draws import Draws
+from data.images.generated.draws import Draws
+from data.images.generated.scenes import BACKGROUNDS, COLOURS
 from data.images.packages import require
-from data.images.scenes import BACKGROUNDS, COLOURS
 
 _UNSEEN = "CMZ"
 """First letters of the Unicode categories that show nothing by themselves: controls, marks, spaces."""

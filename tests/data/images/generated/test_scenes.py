@@ -14,7 +14,7 @@ from PIL import Image
 
 from core.errors import ConfigError
 from data.images import scenes
-from data.images.scenes import SceneConfig, SceneTask, counted, held_out, scene
+from data.images.generated.scenes import SceneConfig, SceneTask, counted, held_out, scene
 from tests.data.images.pixels import components
 
 MIXED = SceneConfig(distractors=3)

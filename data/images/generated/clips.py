@@ -16,9 +16,9 @@ from fractions import Fraction
 from functools import cached_property
 
 from core.errors import ConfigError, check_numbers
-from data.images.draws import Draws
+from data.images.generated.draws import Draws
+from data.images.generated.scenes import BACKGROUNDS, COLOURS, shape
 from data.images.packages import require
-from data.images.scenes import BACKGROUNDS, COLOURS, shape
 
 MOST_BOUNCES = 5
 

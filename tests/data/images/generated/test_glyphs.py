@@ -11,7 +11,7 @@ from PIL import Image
 
 from core.errors import ConfigError
 from data.images import glyphs
-from data.images.glyphs import GlyphConfig, glyph
+from data.images.generated.glyphs import GlyphConfig, glyph
 
 
 def drawn(png: bytes) -> np.ndarray:

@@ -10,8 +10,8 @@ import pytest
 
 from core.errors import ConfigError
 from data.images import clips
-from data.images.clips import ClipConfig, clip
-from data.images.scenes import held_out
+from data.images.generated.clips import ClipConfig, clip
+from data.images.generated.scenes import held_out
 from data.images.video import FrameConfig, frames
 
 CONFIG = ClipConfig()

@@ -1,0 +1,70 @@
+"""The images of a batch: which tiles its sequences show, and which encoder row each placeholder stands for.
+
+Everything but the pixels is a pure function of (seed, manifest, phase, step), known to every rank. Each rank decodes only
+the tiles that it encodes.
+
+Shapes: B sequences, T tokens, N tiles, S side of a tile in pixels, Q image tokens per tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TileRef:
+    """A tile of a stored picture: the stream's name, the picture's number in it, and the tile's number in the picture."""
+
+    stream: str
+    image: int
+    tile: int
+
+
+@dataclass
+class BatchImages:
+    """`rows_BT` (int64): for a placeholder tile * Q + q, where `tile` counts the tiles of its own sequence; -1 for text.
+    `tiles`: the tiles of each sequence, in the order of their placeholders.
+    """
+
+    rows_BT: Tensor
+    tiles: list[list[TileRef]]
+    tokens_per_tile: int
+    pixels: list[Tensor] = field(default_factory=list)
+    """For each micro-batch the tiles that this rank encodes, uint8 [N, 3, S, S]: see `load`."""
+
+    def slice(self, start: int, stop: int) -> BatchImages:
+        """Return sequences [start, stop), without pixels."""
+        return BatchImages(self.rows_BT[start:stop], self.tiles[start:stop], self.tokens_per_tile)
+
+    def concat(self, other: BatchImages) -> BatchImages:
+        rows = torch.cat([self.rows_BT, other.rows_BT])
+        return BatchImages(rows, self.tiles + other.tiles, self.tokens_per_tile)
+
+    def micro_batches(self, size: int) -> Iterator[tuple[Tensor, list[TileRef]]]:
+        """Yield, for each `size` sequences, their tiles and the row of each placeholder among those of all the tiles."""
+        for start in range(0, len(self.tiles), size):
+            part = self.slice(start, start + size)
+            firsts = np.cumsum([0, *map(len, part.tiles)])[:-1] * self.tokens_per_tile
+            offsets = torch.from_numpy(firsts).to(torch.int64)[:, None]
+            rows_BT = torch.where(part.rows_BT < 0, part.rows_BT, part.rows_BT + offsets)
+            yield rows_BT, [tile for tiles in part.tiles for tile in tiles]
+
+    def load(
+        self,
+        decode: Callable[[TileRef], NDArray[np.uint8]],
+        micro_batch_size: int,
+        side: int,
+        share: Callable[[int], slice] = lambda count: slice(0, count),
+    ) -> None:
+        """Decode the tiles that this rank encodes, as `share` selects them from the tiles of each micro-batch."""
+        self.pixels = []
+        for _, tiles in self.micro_batches(micro_batch_size):
+            mine = [decode(tile) for tile in tiles[share(len(tiles))]]
+            found = np.stack(mine) if mine else np.zeros((0, 3, side, side), np.uint8)
+            self.pixels.append(torch.from_numpy(found))

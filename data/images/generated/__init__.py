@@ -1,0 +1,1 @@
+"""Generated pictures and clips whose content is known."""
