@@ -42,18 +42,20 @@ class Batch:
     """The images, or None if no source has any."""
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.tokens_BT, self.labels_BT, self.positions_BT, self.sources_B
 
     def slice(self, start: int, stop: int) -> Batch:
         images = None if self.images is None else self.images.slice(start, stop)
-        return Batch(*(tensor[start:stop] for tensor in self.tensors), images)
+        tokens, labels, positions, sources = (tensor[start:stop] for tensor in self.tensors)
+        return Batch(tokens, labels, positions, sources, images)
 
     def concat(self, other: Batch) -> Batch:
         images = None
         if self.images is not None and other.images is not None:
             images = self.images.concat(other.images)
-        return Batch(*map(torch.cat, zip(self.tensors, other.tensors, strict=True)), images)
+        tokens, labels, positions, sources = map(torch.cat, zip(self.tensors, other.tensors, strict=True))
+        return Batch(tokens, labels, positions, sources, images)
 
 
 class Loader:
@@ -167,7 +169,8 @@ class Loader:
         if self.corpus.is_padded:
             labels[tokens == self._eos] = IGNORED
         arrays = (np.ascontiguousarray(tokens), labels, positions, sources)
-        return Batch(*(torch.from_numpy(array) for array in arrays))
+        tokens_BT, labels_BT, positions_BT, sources_B = map(torch.from_numpy, arrays)
+        return Batch(tokens_BT, labels_BT, positions_BT, sources_B)
 
 
 def _sequence_shares(weights: Mapping[str, float], corpus: Corpus) -> dict[str, float]:

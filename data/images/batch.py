@@ -1,7 +1,7 @@
 """The images of a batch: which tiles its sequences show, and which encoder row each placeholder stands for.
 
-Everything but the pixels is a pure function of (seed, manifest, phase, step), known to every rank. Each rank decodes only
-the tiles that it encodes.
+Everything but the pixels is a pure function of (seed, manifest, phase, step), known to every rank. Each rank decodes
+only the tiles that it encodes.
 
 Shapes: B sequences, T tokens, N tiles, S side of a tile in pixels, Q image tokens per tile.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TileRef:
-    """A tile of a stored picture: the stream's name, the picture's number in it, and the tile's number in the picture."""
+    """A tile of a stored picture: the name of the stream, the picture's number in it, the tile's number in the picture."""
 
     stream: str
     image: int
@@ -28,7 +28,7 @@ class TileRef:
 
 @dataclass
 class BatchImages:
-    """`rows_BT` (int64): for a placeholder tile * Q + q, where `tile` counts the tiles of its own sequence; -1 for text.
+    """`rows_BT` (int64): for a placeholder tile * Q + q, where `tile` counts the tiles of its own sequence; -1: text.
     `tiles`: the tiles of each sequence, in the order of their placeholders.
     """
 
@@ -47,7 +47,9 @@ class BatchImages:
         return BatchImages(rows, self.tiles + other.tiles, self.tokens_per_tile)
 
     def micro_batches(self, size: int) -> Iterator[tuple[Tensor, list[TileRef]]]:
-        """Yield, for each `size` sequences, their tiles and the row of each placeholder among those of all the tiles."""
+        """Yield, for each `size` sequences, the encoder row of each placeholder, counted over all their tiles, and the
+        tiles.
+        """
         for start in range(0, len(self.tiles), size):
             part = self.slice(start, start + size)
             firsts = np.cumsum([0, *map(len, part.tiles)])[:-1] * self.tokens_per_tile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -17,11 +18,11 @@ SEQ_LEN = 32
 
 
 def equal(one: Batch, other: Batch) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
+    return all(torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
 
 
 def concat(parts: list[Batch]) -> Batch:
-    return Batch(*(torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])))
+    return reduce(Batch.concat, parts)
 
 
 def test_ranks_see_slices_of_the_same_batch(corpus):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from core.errors import ConfigError
-from data.images import clips
+from data.images.generated import clips
 from data.images.generated.clips import ClipConfig, clip
 from data.images.generated.scenes import held_out
 from data.images.video import FrameConfig, frames

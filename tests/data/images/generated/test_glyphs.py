@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from core.errors import ConfigError
-from data.images import glyphs
+from data.images.generated import glyphs
 from data.images.generated.glyphs import GlyphConfig, glyph
 
 

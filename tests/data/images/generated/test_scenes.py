@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from core.errors import ConfigError
-from data.images import scenes
+from data.images.generated import scenes
 from data.images.generated.scenes import SceneConfig, SceneTask, counted, held_out, scene
 from tests.data.images.pixels import components
 
