@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TileRef:
-    """A tile of a stored picture: the name of the stream, the picture's number in it, the tile's number in the picture."""
+    """A tile of a stored picture: the stream's name, the picture's number in it, the tile's number in the picture."""
 
     stream: str
     image: int
@@ -62,11 +62,11 @@ class BatchImages:
         decode: Callable[[TileRef], NDArray[np.uint8]],
         micro_batch_size: int,
         side: int,
-        share: Callable[[int], slice] = lambda count: slice(0, count),
+        share: Callable[[int], range] = range,
     ) -> None:
         """Decode the tiles that this rank encodes, as `share` selects them from the tiles of each micro-batch."""
         self.pixels = []
         for _, tiles in self.micro_batches(micro_batch_size):
-            mine = [decode(tile) for tile in tiles[share(len(tiles))]]
+            mine = [decode(tiles[number]) for number in share(len(tiles))]
             found = np.stack(mine) if mine else np.zeros((0, 3, side, side), np.uint8)
             self.pixels.append(torch.from_numpy(found))

@@ -9,7 +9,7 @@ import pytest
 
 from data.images import video
 from data.images.video import BadVideo, FrameConfig, frame_times, frames, time_text
-from tests.data.images.videos import all_frames, pictures, written
+from tests.data.images.video.videos import all_frames, pictures, written
 
 TENTH = Fraction(1, 10)
 OPEN = "open-gop=1:keyint=8:min-keyint=4:bframes=3:b-adapt=0:scenecut=0"
