@@ -12,7 +12,7 @@ import pytest
 from core.errors import ConfigError
 from data.images import video
 from data.images.video import BadVideo, FrameConfig, frame_times, frames
-from tests.data.images.test_video import KINDS, TENTH, example
+from tests.data.images.video.test_video import KINDS, TENTH, example
 from tests.data.images.video.videos import MILLISECOND, pictures, written
 
 
