@@ -11,6 +11,8 @@ from typing import Any
 from core.errors import ConfigError, check_local, check_numbers
 from core.import_path import check_options
 from data.filter.config import FilterRules
+from data.images.config import ImagesConfig
+from data.images.parts import PartsConfig
 
 
 class SourceKind(Enum):
@@ -20,6 +22,8 @@ class SourceKind(Enum):
     """jsonl (also .gz, .zst), parquet or text files, by suffix."""
     huggingface = "huggingface"
     """A data set of the Hugging Face hub, or a folder of the `datasets` library, streamed."""
+    documents = "documents"
+    """jsonl, parquet or WebDataset tars whose records have text, pictures and videos: see `data.images.readers`."""
 
 
 class Section(Enum):
@@ -84,6 +88,8 @@ class SourceConfig:
     """For `huggingface`: the split to train on."""
     text_key: str = "text"
     """Column of a parquet file or data set, or key of a jsonl record, that holds the text."""
+    parts: PartsConfig = field(default_factory=PartsConfig)
+    """For `documents`: the columns of text, pictures and videos."""
     weight: float = 1.0
     """Weight of the source in the training tokens (without padding), relative to the other sources."""
     max_epochs: float | None = None
@@ -179,6 +185,8 @@ class DataConfig:
     """Sequence length of `best_fit`. `greedy` only counts the documents that this length would cut."""
     prefetch: int = 2
     """Number of batches to prepare in advance; 0: none."""
+    images: ImagesConfig | None = None
+    """Pictures and videos; null: all sources are text."""
     filter: FilterRules | None = None
     """Filter of the training documents; each source is a domain. Held-out documents are not filtered."""
     verify: bool = True
@@ -193,7 +201,9 @@ class DataConfig:
         if self.filter is not None and self.tokens is not None:
             reason = "cannot be applied to data.tokens: set it when you run `leviathan tokenize`"
             raise ConfigError("filter", None, reason)
-        for name in self.sources:
+        for name, source in self.sources.items():
+            if source.kind is SourceKind.documents and self.images is None:
+                raise ConfigError("images", None, f"sources.{name} has pictures: set images={{}}", ["+images={}"])
             if not re.fullmatch(r"[\w.-]+", name):
                 reason = "a name of a source has letters, digits, '_', '-' and '.' only"
                 raise ConfigError(f"sources.{name}", None, reason)
@@ -206,6 +216,9 @@ class DataConfig:
             raise ConfigError("pack_seq_len", self.pack_seq_len, "must hold BOS and a token", [2])
         if self.packing is Packing.best_fit and self.pack_seq_len is None:
             raise ConfigError("pack_seq_len", None, "packing=best_fit needs the length of its sequences")
+        if self.images is not None and self.long_documents is LongDocuments.truncate:
+            reason = "cannot cut documents with pictures"
+            raise ConfigError("long_documents", self.long_documents, reason, ["split", "drop", "refuse"])
         if self.packing is Packing.best_fit and self.align is not None:
             reason = "needs packing=greedy: best_fit starts each sequence with a document"
             raise ConfigError("align", self.align, reason, ["null"])

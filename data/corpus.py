@@ -13,6 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from core.config import plain
 from core.errors import ConfigError, DataError
 from core.files import misfit, new_directory, read_json, sha256_text, write_json
@@ -20,8 +23,12 @@ from data.config import DataConfig, LongDocuments, Packing, SourceKind, Tokenize
 from data.files import skipped_files
 from data.filter.corpus import SourcePart, describe_filter, filter_sources, rules_fingerprint
 from data.filter.score.factory import Models
-from data.packing import PackedSequence, Packer
-from data.sources import Document, Source, make_source
+from data.images.batch import TileRef
+from data.images.config import BadMedia
+from data.images.media import BadMediaError, ImageDescription, ImageSpelling, Picture, spell
+from data.images.store import PictureStream, PictureWriter
+from data.packing import PackedSequence, Packer, PlacedPicture
+from data.sources import BAD_MEDIA, Document, Source, make_source
 from data.tokenizer import Tokenizer, from_file, load_tokenizer, train_bpe
 from data.tokens import Shard, TokenStream, TokenWriter, rebuild, token_dtype, verify_shard
 
@@ -53,6 +60,15 @@ class Corpus:
             for name, parts in manifest["sources"].items()
             for split, part in parts.items()
         }
+        self.images = None if "images" not in manifest else ImageDescription.read(manifest["images"])
+        self._pictures = {}
+        if self.images is not None:
+            self._pictures = {
+                (name, split): PictureStream(directory, part["pictures"], f"{name}-{split}", self.images)
+                for name, parts in manifest["sources"].items()
+                for split, part in parts.items()
+                if "pictures" in part
+            }
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -69,6 +85,14 @@ class Corpus:
         if source not in self.sources:
             raise ConfigError(f"data.sources.{source}", None, "the corpus has no such source", self.sources)
         return self._streams[source, split]
+
+    def pictures(self, source: str, split: str) -> PictureStream | None:
+        """Return the pictures of a stream, or None if it has none."""
+        return self._pictures.get((source, split))
+
+    def decode(self, tile: TileRef) -> NDArray[np.uint8]:
+        """Return a tile, uint8 [3, S, S]."""
+        return next(stream for stream in self._pictures.values() if stream.name == tile.stream).decode(tile)
 
     @property
     def is_padded(self) -> bool:
@@ -98,6 +122,11 @@ class Corpus:
         shards = [shard for stream in self._streams.values() for shard in stream.shards]
         for shard in shards[part::parts]:
             verify_shard(self.directory, shard)
+        for stream in list(self._pictures.values())[part::parts]:
+            for problem in stream.verify():
+                raise DataError(f"{problem}: {rebuild(self.directory)}")
+        if self.images is not None and self._pictures:
+            self.images.check_decoder()
 
 
 def open_corpus(directory: Path) -> Corpus:
@@ -164,7 +193,9 @@ def prepare(config: DataConfig, report: Callable[[str], None], models: Models | 
         try:
             if tokenizer is None:
                 report(f"training a tokenizer of {config.tokenizer.vocab_size} tokens")
-                tokenizer = train_bpe(_sample(sources, config.tokenizer.train_bytes), config.tokenizer, cache)
+                sample = _sample(sources, config.tokenizer.train_bytes)
+                specials = [] if config.images is None else config.images.tokens.names
+                tokenizer = train_bpe(sample, config.tokenizer, cache, specials)
             if config.filter is not None:
                 parts = [SourcePart(*pair) for pair in zip(sources, fingerprints, strict=True)]
                 sources = filter_sources(parts, config.filter, tokenizer, cache, report, models)
@@ -217,9 +248,11 @@ def _cache_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
         del part["weight"], part["max_epochs"]
         if not part["options"]:
             del part["options"]
+        if part["kind"] != SourceKind.documents.name:
+            del part["parts"]
     if config.packing is Packing.greedy:
         del settings["packing"]
-    for name in ("align", "pack_seq_len", "filter"):
+    for name in ("align", "pack_seq_len", "filter", "images"):
         if settings[name] is None:  # corpora made before these settings existed stay valid
             del settings[name]
     if config.filter is not None:
@@ -251,9 +284,12 @@ def _write(
         manifest["packing"] = {"kind": config.packing.name, "row_tokens": config.pack_seq_len}
     if config.filter is not None:
         manifest["filter"] = describe_filter(sources, directory)
+    images = None if config.images is None else ImageSpelling(config.images, tokenizer.special_id)
+    if images is not None:
+        manifest["images"] = images.describe()
     tokenizer.save(directory)
     for source in sources:
-        writer = _SourceWriter(directory, config, source, tokenizer)
+        writer = _SourceWriter(directory, config, source, tokenizer, images)
         for batch in _batches(source.documents()):
             writer.add(batch)
             report(f"tokenising {source.name}: {sum(s.tokens for s in writer.streams.values()):,} tokens")
@@ -265,7 +301,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch, size = [], 0
     for document in documents:
         batch.append(document)
-        size += len(document.text)
+        size += len(document.text) + sum(len(p.data) for p in document.parts or () if not isinstance(p, str))
         if size >= _ENCODED_AT_ONCE:
             yield batch
             batch, size = [], 0
@@ -276,10 +312,13 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 class _SourceWriter:
     """Write both splits of one source, and count what the manifest records."""
 
-    def __init__(self, directory: Path, config: DataConfig, source: Source, tokenizer: Tokenizer) -> None:
-        self.config, self.source, self.tokenizer = config, source, tokenizer
+    def __init__(
+        self, directory: Path, config: DataConfig, source: Source, tokenizer: Tokenizer, images: ImageSpelling | None
+    ) -> None:
+        self.config, self.source, self.tokenizer, self._images = config, source, tokenizer, images
         dtype = token_dtype(tokenizer.vocab_size)
         self.streams = {s: TokenWriter(directory, f"{source.name}-{s}", dtype) for s in (TRAIN, HELD_OUT)}
+        self.pictures = {split: PictureWriter(directory, f"{source.name}-{split}") for split in self.streams}
         self.counts: dict[str, Counter[str]] = {split: Counter() for split in self.streams}
         self.index = DocumentIndex(directory / f"{source.name}{DOCUMENTS}")
         self.packer = None
@@ -287,18 +326,45 @@ class _SourceWriter:
             self.packer = Packer(config.pack_seq_len, tokenizer.bos_id, tokenizer.eos_id)
 
     def add(self, documents: list[Document]) -> None:
-        whole = [document for document in documents if document.dropped is None]
-        for document in documents:
-            if document.dropped is not None:
-                self.counts[_split(document)][f"dropped_{document.dropped}"] += 1
-        for document, ids in zip(whole, self.tokenizer.encode([d.text for d in whole]), strict=True):
+        whole = [(document, pieces) for document in documents if (pieces := self._pieces(document)) is not None]
+        encoded = iter(self.tokenizer.encode([one for _, pieces in whole for one in pieces if isinstance(one, str)]))
+        for document, pieces in whole:
             counts = self.counts[_split(document)]
+            pictures: list[tuple[int, int, Picture]] = []
+            ids: Any
+            if document.parts is None:
+                ids = next(encoded)
+            else:
+                ids, pictures = spell(pieces, encoded, self.images)
             kept = self._limit(ids, counts)
             if kept is not None:
                 counts["documents"] += 1
                 counts["bytes"] += len(document.text.encode())
-                self._append(document, kept)
+                counts["pictures"] += len(pictures)
+                self._append(document, kept, pictures)
         self.index.flush()
+
+    def _pieces(self, document: Document) -> list[str | Picture] | None:
+        """Return the texts and pictures of a document, or None for one that is dropped, which is counted."""
+        pieces: list[str | Picture] = [document.text]
+        dropped = document.dropped
+        if dropped is None and document.parts is not None:
+            try:
+                pieces = self.images.pieces(document.parts, self.config.pack_seq_len if self.packer else None)
+            except BadMediaError as error:
+                if self.images.config.on_bad is BadMedia.fail:
+                    key, advice = f"data.sources.{self.source.name}", ["data.images.on_bad=drop"]
+                    raise ConfigError(key, document.name, str(error), advice) from None
+                dropped = BAD_MEDIA
+        if dropped is not None:
+            self.counts[_split(document)][f"dropped_{dropped}"] += 1
+            return None
+        return pieces
+
+    @property
+    def images(self) -> ImageSpelling:
+        assert self._images is not None  # sources refuse pictures without data.images
+        return self._images
 
     def close(self) -> dict[str, Any]:
         """Return the source's entry in the manifest. Raises `ConfigError` if nothing is left to train on."""
@@ -314,6 +380,8 @@ class _SourceWriter:
             shards = [asdict(shard) for shard in stream.close()]
             counts = {key: count for key, count in self.counts[split].items() if count}
             found[split] = {"shards": shards, "counts": {"tokens": stream.tokens, **counts}}
+            if (stored := self.pictures[split].close()) is not None:
+                found[split]["pictures"] = stored
         return found
 
     def _why_empty(self) -> str:
@@ -326,11 +394,12 @@ class _SourceWriter:
             return f"{reason}: its {held_out} documents are held out; lower data.held_out or add documents"
         return f"{reason} ({_listed(dropped)})" if dropped else reason
 
-    def _append(self, document: Document, ids: Sequence[int]) -> None:
+    def _append(self, document: Document, ids: Sequence[int], pictures: list[tuple[int, int, Picture]]) -> None:
         """Append a document, given without BOS and EOS, to its stream, or pass it to the packer."""
-        counts = self.counts[_split(document)]
+        counts, writer = self.counts[_split(document)], self.pictures[_split(document)]
+        placed = [PlacedPicture(start, writer.add(picture, tokens)) for start, tokens, picture in pictures]
         if self.packer is not None and not document.held_out:
-            is_cut, packed = self.packer.add(ids, document.name)
+            is_cut, packed = self.packer.add(ids, document.name, placed)
             counts["cut"] += is_cut
             return self._write_packed(packed)
         whole_document = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
@@ -344,6 +413,8 @@ class _SourceWriter:
         counts["padding"] += padding
         if document.name is not None and not document.held_out:
             self.index.add(document.name, begin, len(whole_document))
+        for one in placed:
+            writer.place(begin + 1 + one.start, one.picture)
         stream.add([self.tokenizer.eos_id] * padding + whole_document)
 
     def _write_packed(self, sequences: Sequence[PackedSequence]) -> None:
@@ -352,6 +423,8 @@ class _SourceWriter:
             for piece in sequence.pieces:
                 if piece.name is not None:
                     self.index.add(piece.name, stream.tokens, len(piece.ids))
+                for one in piece.pictures:
+                    self.pictures[TRAIN].place(stream.tokens + one.start, one.picture)
                 stream.add(piece.ids)
             stream.add([self.tokenizer.eos_id] * sequence.space)
             self.counts[TRAIN]["padding"] += sequence.space

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from data.corpus import HELD_OUT, TRAIN, Corpus
-from data.images.batch import BatchImages
+from data.images.batch import BatchImages, TileRef
+from data.images.store import PictureStream
 from data.sampling import Blend, SampleRange, key_of, permute
 from data.tokens import TokenStream
 
 IGNORED = -100
-"""Label of a position whose next token belongs to another document or is padding."""
+"""Label of a position whose next token belongs to another document, to a picture, or is padding."""
 LEAST_SHARE = 2.0**-20
 """Smallest fraction of a blend that a source can have."""
 
@@ -85,6 +86,7 @@ class Loader:
         key = key_of(seed, corpus.fingerprint, 0, phase, "blend")
         self.blend = Blend(_sequence_shares(weights, corpus), key, limits)
         self._streams = [corpus.stream(name, TRAIN) for name in self.blend.names]
+        self._pictures = [corpus.pictures(name, TRAIN) for name in self.blend.names]
         self._in_corpus = np.array([corpus.sources.index(name) for name in self.blend.names], np.int64)
         self._positions, self._bos, self._eos = np.arange(seq_len), corpus.tokenizer.bos_id, corpus.tokenizer.eos_id
         self._offsets = np.array([(taken or {}).get(name, 0) for name in self.blend.names], np.int64)
@@ -106,7 +108,8 @@ class Loader:
         """Return the samples with these ordinals, counted from the start of the phase."""
         sources, sequences = self.locate(np.asarray(ordinals, np.int64))
         streams = [self._streams[source] for source in sources.tolist()]
-        return self._assemble(streams, sequences.tolist(), self._in_corpus[sources])
+        pictures = [self._pictures[source] for source in sources.tolist()]
+        return self._assemble(streams, sequences.tolist(), self._in_corpus[sources], pictures)
 
     def locate(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Find the source of each sample, as an index into `blend.names`, and its sequence's number in the stream."""
@@ -126,8 +129,11 @@ class Loader:
 
     def held_out(self, source: str, start: int, stop: int) -> Batch:
         """Return sequences [start, stop) of the source's held-out stream, in stream order."""
-        streams = [self.corpus.stream(source, HELD_OUT)] * (stop - start)
-        return self._assemble(streams, range(start, stop), np.full(stop - start, self.corpus.sources.index(source)))
+        count = stop - start
+        streams = [self.corpus.stream(source, HELD_OUT)] * count
+        pictures = [self.corpus.pictures(source, HELD_OUT)] * count
+        number = self.corpus.sources.index(source)
+        return self._assemble(streams, range(start, stop), np.full(count, number), pictures)
 
     def _range_around(self, ordinal: int) -> SampleRange:
         """Locate a sample and its neighbours. `within` of the result is the number of the sequence in the source's
@@ -154,7 +160,13 @@ class Loader:
             sequences[here] = permute(sequences[here], count, key)
         return sequences
 
-    def _assemble(self, streams: Sequence[TokenStream], sequences: Sequence[int], sources: NDArray[np.int64]) -> Batch:
+    def _assemble(
+        self,
+        streams: Sequence[TokenStream],
+        sequences: Sequence[int],
+        sources: NDArray[np.int64],
+        pictures: Sequence[PictureStream | None],
+    ) -> Batch:
         windows = np.empty((len(streams), self.seq_len + 1), np.int64)
         for window, stream, sequence in zip(windows, streams, sequences, strict=True):
             stream.read(sequence * self.seq_len, window)
@@ -168,9 +180,22 @@ class Loader:
                 positions[row, place:] = self._positions[: self.seq_len - place]
         if self.corpus.is_padded:
             labels[tokens == self._eos] = IGNORED
+        if self.corpus.images is not None:  # pictures are not predicted
+            labels[np.isin(labels, list(vars(self.corpus.images.ids).values()))] = IGNORED
         arrays = (np.ascontiguousarray(tokens), labels, positions, sources)
         tokens_BT, labels_BT, positions_BT, sources_B = map(torch.from_numpy, arrays)
-        return Batch(tokens_BT, labels_BT, positions_BT, sources_B)
+        return Batch(tokens_BT, labels_BT, positions_BT, sources_B, self._images(sequences, pictures))
+
+    def _images(self, sequences: Sequence[int], pictures: Sequence[PictureStream | None]) -> BatchImages | None:
+        """Find the tiles of each sequence; None if the corpus has no pictures."""
+        if self.corpus.images is None:
+            return None
+        rows = np.full((len(sequences), self.seq_len), -1, np.int64)
+        tiles: list[list[TileRef]] = [[] for _ in sequences]
+        for row, (sequence, stream) in enumerate(zip(sequences, pictures, strict=True)):
+            if stream is not None:
+                rows[row], tiles[row] = stream.rows_of(sequence * self.seq_len, self.seq_len)
+        return BatchImages(torch.from_numpy(rows), tiles, self.corpus.images.tiles.tokens_per_tile)
 
 
 def _sequence_shares(weights: Mapping[str, float], corpus: Corpus) -> dict[str, float]:

@@ -15,17 +15,30 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from data.images.store import StoredPicture
+
 BUFFER_TOKENS = 1 << 23
 """Number of tokens that the buffer holds (32 MB). It holds at least `BUFFER_SEQUENCES` sequences."""
 BUFFER_SEQUENCES = 16
 
 
 @dataclass(frozen=True)
+class PlacedPicture:
+    """A picture whose tokens begin at `start` of a document or piece."""
+
+    start: int
+    picture: StoredPicture
+
+
+@dataclass(frozen=True)
 class DocumentPiece:
-    """A document or a part of one: BOS, tokens, and EOS if the document ends here. `name`: the document's name."""
+    """A document or a part of one: BOS, tokens, and EOS if the document ends here. `name`: the document's name.
+    `pictures`: its pictures, with their places in `ids`.
+    """
 
     ids: NDArray[np.int32]
     name: str | None
+    pictures: tuple[PlacedPicture, ...] = ()
 
 
 @dataclass
@@ -48,9 +61,13 @@ class Packer:
         self._waiting: list[DocumentPiece] = []
         self._tokens = 0
 
-    def add(self, ids: Sequence[int], name: str | None = None) -> tuple[bool, list[PackedSequence]]:
-        """Add a document (without BOS and EOS). Return whether it was cut, and the sequences that are finished."""
-        pieces = list(self._cut(ids, name))
+    def add(
+        self, ids: Sequence[int], name: str | None = None, pictures: Sequence[PlacedPicture] = ()
+    ) -> tuple[bool, list[PackedSequence]]:
+        """Add a document (without BOS and EOS). Return whether it was cut, and the sequences that are finished. No
+        picture is cut; each takes less than a sequence.
+        """
+        pieces = list(self._cut(ids, name, pictures))
         self._waiting += pieces
         self._tokens += sum(len(piece.ids) for piece in pieces)
         return len(pieces) > 1, self._flush(keep_half=True) if self._tokens >= self.buffer_tokens else []
@@ -59,16 +76,22 @@ class Packer:
         """Return the sequences that are left."""
         return self._flush(keep_half=False)
 
-    def _cut(self, ids: Sequence[int], name: str | None) -> Iterator[DocumentPiece]:
-        """Yield pieces of `seq_len` tokens, then the rest. Each begins with BOS, or it would continue another piece."""
-        space, rest = self.seq_len - 1, np.asarray([*ids, self.eos_id], np.int32)
-        bos = np.array([self.bos_id], np.int32)
-        while len(rest) > space:
-            yield DocumentPiece(np.concatenate([bos, rest[:space]]), name)
-            rest = rest[space:]
-            if len(rest) == 1:  # EOS by itself would be a document without text
+    def _cut(self, ids: Sequence[int], name: str | None, pictures: Sequence[PlacedPicture]) -> Iterator[DocumentPiece]:
+        """Yield pieces of at most `seq_len` tokens: full, unless a picture would be cut. Each begins with BOS, or it
+        would continue another piece.
+        """
+        whole, begin = np.asarray([*ids, self.eos_id], np.int32), 0
+        while begin < len(whole):
+            end = min(begin + self.seq_len - 1, len(whole))
+            for one in pictures:
+                if begin < one.start < end < one.start + one.picture.tokens:
+                    end = one.start
+            inside = (one for one in pictures if begin <= one.start < end)
+            moved = tuple(PlacedPicture(one.start - begin + 1, one.picture) for one in inside)
+            yield DocumentPiece(np.concatenate([[self.bos_id], whole[begin:end]]).astype(np.int32), name, moved)
+            begin = end
+            if begin == len(whole) - 1:  # EOS by itself would be a document without text
                 return
-        yield DocumentPiece(np.concatenate([bos, rest]), name)
 
     def _flush(self, keep_half: bool) -> list[PackedSequence]:
         sequences = best_fit(self._waiting, self.seq_len)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from core.errors import ConfigError
+from core.errors import ConfigError, printable
 from core.files import sha256_file, sha256_text
 from core.import_path import construct
 from data import builtin
 from data.config import DataConfig, Section, SourceConfig, SourceKind, Undecodable
 from data.files import (
+    SUFFIXES,
     FileFormat,
     UnreadableFile,
     dataset_fingerprint,
@@ -25,19 +26,25 @@ from data.files import (
     read_document,
     stream_dataset,
 )
+from data.images import readers
+from data.images.config import BadMedia
+from data.images.parts import BadRecord, Part, PartsDocument
 from data.sampling import key_of
 
-UNDECODABLE, EMPTY = "undecodable", "empty"
+UNDECODABLE, EMPTY, BAD_MEDIA = "undecodable", "empty", "bad_media"
 
 
 @dataclass(frozen=True)
 class Document:
-    """`dropped`: why the document has no text; it is yielded only for the counts. `name`: its name in the source."""
+    """`dropped`: why the document has no text; it is yielded only for the counts. `name`: its name in the source.
+    `parts`: text, pictures and videos in order, whose text alone is `text`; None for a document of text.
+    """
 
     text: str
     held_out: bool
     dropped: str | None = None
     name: str | None = None
+    parts: tuple[Part, ...] | None = None
 
 
 class Source(Protocol):
@@ -60,6 +67,7 @@ def make_source(name: str, config: SourceConfig, data: DataConfig) -> Source:
         SourceKind.builtin: BuiltinSource,
         SourceKind.files: FileSource,
         SourceKind.huggingface: HuggingFaceSource,
+        SourceKind.documents: PartsSource,
     }
     return kinds[config.kind](name, config, data)
 
@@ -127,6 +135,8 @@ class Budget:
 class FileSource:
     """Documents of jsonl, parquet and text files."""
 
+    suffixes: tuple[str, ...] = SUFFIXES
+
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         self.name, self.config, self.data = name, config, data
         self.held_out_paths = self._find(config.held_out_path, "held_out_path") if config.held_out_path else []
@@ -147,7 +157,7 @@ class FileSource:
 
     def _find(self, pattern: str, key: str) -> list[Path]:
         try:
-            return [path for _, path in find_files(pattern)]
+            return [path for _, path in find_files(pattern, self.suffixes)]
         except ConfigError as error:
             raise error.under(f"data.sources.{self.name}.{key}") from None
 
@@ -231,6 +241,40 @@ class FileSource:
         return ConfigError(f"data.sources.{self.name}.{key}", value, reason, advice)
 
 
+class PartsSource(FileSource):
+    """Documents of text, pictures and videos. Paths of pictures start at the folder of their file."""
+
+    suffixes = readers.SUFFIXES
+
+    def documents(self) -> Iterator[Document]:
+        share = 0.0 if self.held_out_paths else self.data.held_out
+        budget = Budget(self.config.max_bytes, share)
+        for path in self.paths:
+            for document in self._read(path, share):
+                if document.dropped or budget.take(document.text, document.held_out):
+                    yield document
+                if budget.is_spent:
+                    return
+        for path in self.held_out_paths:
+            yield from (replace(document, held_out=True) for document in self._read(path, 0.0))
+
+    def _read(self, path: Path, share: float) -> Iterator[Document]:
+        assert self.data.images is not None
+        try:
+            for record in readers.read_documents(path, self.config.parts):
+                if not isinstance(record, BadRecord):
+                    yield document_of(record, share)
+                elif self.data.images.on_bad is BadMedia.drop:
+                    yield Document("", False, BAD_MEDIA)
+                else:
+                    advice = ["data.images.on_bad=drop"]
+                    raise ConfigError(f"data.sources.{self.name}.path", record.id, printable(record.reason), advice)
+        except UnreadableFile as error:
+            raise self._error("path", str(path), f"cannot be read: {error}") from None
+        except ConfigError as error:
+            raise (error if error.key.startswith("data.") else error.under(f"data.sources.{self.name}.parts")) from None
+
+
 class HuggingFaceSource:
     """A data set streamed by the `datasets` library, in its own order."""
 
@@ -261,7 +305,8 @@ class HuggingFaceSource:
 
 class ImportedSource:
     """A source named by import path. Its class takes the source's `options`. `documents()` yields the same texts in the
-    same order at each call, and `fingerprint()` returns a string that changes whenever the texts do.
+    same order at each call, and `fingerprint()` returns a string that changes whenever the texts do. A document may
+    also be a `PartsDocument`, with pictures and videos.
     """
 
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
@@ -275,22 +320,34 @@ class ImportedSource:
     def documents(self) -> Iterator[Document]:
         return _documents(self._texts(), self.data.held_out, self.config.max_bytes)
 
-    def _texts(self) -> Iterator[str]:
+    def _texts(self) -> Iterator[str | PartsDocument]:
         for text in self.inner.documents():
-            if not isinstance(text, str):
+            if isinstance(text, PartsDocument) and self.data.images is None:
+                raise ConfigError("data.images", None, f"sources.{self.name} has pictures", ["+data.images={}"])
+            if not isinstance(text, str | PartsDocument):
                 raise ConfigError(self.key, self.config.kind, f"documents() yielded a {type(text).__name__}, not text")
             yield text
 
 
-def _documents(texts: Iterable[str | None], share: float, max_bytes: int | None) -> Iterator[Document]:
+def _documents(texts: Iterable[str | PartsDocument | None], share: float, max_bytes: int | None) -> Iterator[Document]:
     """Split texts into training and held-out documents, up to `max_bytes`."""
     budget = Budget(max_bytes, share)
     for text in texts:
-        document = _document(text, share)
+        document = document_of(text, share) if isinstance(text, PartsDocument) else _document(text, share)
         if document.dropped or budget.take(document.text, document.held_out):
             yield document
         if budget.is_spent:
             return
+
+
+def document_of(record: PartsDocument, share: float) -> Document:
+    """Make a document. Whether it is held out depends on its pictures or, without any, on its text, so that documents
+    with the same first picture are on the same side.
+    """
+    if not record.parts:
+        return Document("", False, EMPTY)
+    origin = record.image_digests[0] if record.image_digests else record.digest
+    return Document(record.text, is_held_out(origin, share), name=record.id, parts=record.parts)
 
 
 def _document(text: str | None, share: float) -> Document:

@@ -23,6 +23,15 @@ from data.config import TokenizerConfig, TokenizerKind
 _DESCRIPTION = "tokenizer_source.json"
 MOST_TOKENS = 10_000_000
 """Largest accepted size of a vocabulary. A larger one means a damaged file, whose tables would use up the memory."""
+_LLAMA4_SPECIALS = {
+    "<|image_start|>": 80,
+    "<|image_end|>": 81,
+    "<|tile_x_separator|>": 84,
+    "<|tile_y_separator|>": 85,
+    "<|image|>": 90,
+    "<|patch|>": 92,
+}
+"""Places of Llama 4's tokens for pictures among the special tokens of its rank file."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -42,6 +51,10 @@ class Tokenizer(Protocol):
 
     def token_bytes(self) -> NDArray[np.int64]:
         """Return the number of bytes of text that each id stands for, 0 for special tokens: [vocab_size]."""
+        ...
+
+    def special_id(self, name: str) -> int | None:
+        """Return the id of a special token, or None if there is none of this name."""
         ...
 
     def save(self, directory: Path) -> None: ...
@@ -100,6 +113,11 @@ class JsonTokenizer:
     def content(self) -> dict[str, Any]:
         return read_json(self._path, {})
 
+    def special_id(self, name: str) -> int | None:
+        found: int | None = self._library.token_to_id(name)
+        added = self._library.get_added_tokens_decoder()
+        return found if found in added and added[found].special else None
+
     def _id(self, token: str, key: str) -> int:
         found = self._library.token_to_id(token)
         if found is None:
@@ -147,6 +165,10 @@ class TiktokenTokenizer:
         sizes = np.zeros(self.vocab_size, np.int64)
         sizes[list(self._ranks.values())] = [len(token) for token in self._ranks]
         return sizes
+
+    def special_id(self, name: str) -> int | None:
+        place = _LLAMA4_SPECIALS.get(name)
+        return None if place is None or place >= self._config.special_tokens else len(self._ranks) + place
 
     def save(self, directory: Path) -> None:
         shutil.copyfile(self._path, directory / "tokenizer.model")
@@ -221,14 +243,16 @@ def from_file(config: TokenizerConfig) -> Tokenizer:
     return JsonTokenizer(path, config.bos, config.eos)
 
 
-def train_bpe(texts: Iterable[str], config: TokenizerConfig, cache: Path) -> Tokenizer:
-    """Train byte-level BPE on these texts, or take the tokenizer from the cache."""
+def train_bpe(texts: Iterable[str], config: TokenizerConfig, cache: Path, specials: Sequence[str] = ()) -> Tokenizer:
+    """Train byte-level BPE on these texts, or take the tokenizer from the cache. `specials`: names of special tokens,
+    whose ids follow those of BOS and EOS (0 and 1).
+    """
     import tokenizers
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     sample = list(texts)
-    key = sha256_text(tokenizers.__version__, str(config.vocab_size), config.bos, config.eos, *sample)
+    key = sha256_text(tokenizers.__version__, str(config.vocab_size), config.bos, config.eos, *specials, *sample)
     directory = cache / "tokenizers" / key[:32]
     if not directory.is_dir():
         library = Library(models.BPE())
@@ -236,7 +260,7 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig, cache: Path) -> Tok
         library.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=config.vocab_size,
-            special_tokens=[config.bos, config.eos],
+            special_tokens=[config.bos, config.eos, *specials],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )

@@ -110,7 +110,7 @@ def test_held_out_sequences_are_fixed_and_in_order(corpus):
     assert count == stream.num_sequences(SEQ_LEN) > 2
     one, other = (Loader(corpus, SEQ_LEN, 4, seed=seed).held_out("short", 0, count) for seed in (1, 2))
     assert equal(one, other) and one.sources_B.tolist() == [1] * count
-    assert all(tensor.dtype == torch.int64 for tensor in vars(one).values())
+    assert all(tensor.dtype == torch.int64 for tensor in one.tensors)
     assert torch.equal(one.tokens_BT.reshape(-1), torch.from_numpy(stream.window(0, count * SEQ_LEN)))
     assert Loader(corpus, SEQ_LEN, 4, seed=1).held_out("short", 0, 0).tokens_BT.shape == (0, SEQ_LEN)
 
