@@ -195,7 +195,8 @@ class Loader:
         for row, (sequence, stream) in enumerate(zip(sequences, pictures, strict=True)):
             if stream is not None:
                 rows[row], tiles[row] = stream.rows_of(sequence * self.seq_len, self.seq_len)
-        return BatchImages(torch.from_numpy(rows), tiles, self.corpus.images.tiles.tokens_per_tile)
+        config = self.corpus.images.tiles
+        return BatchImages(torch.from_numpy(rows), tiles, config.tokens_per_tile, self.corpus.decode, config.tile_size)
 
 
 def _sequence_shares(weights: Mapping[str, float], corpus: Corpus) -> dict[str, float]:

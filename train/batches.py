@@ -10,21 +10,22 @@ import torch
 
 from data.loader import IGNORED, Batch, Loader
 from data.prefetch import Prefetcher
-from parallel.mesh import MeshAxis
+from parallel.mesh import Meshes
 from train.config import Phase, TrainConfig
+from train.engine.images import load_tiles
 from train.online_filter import OnlineWindow
 
 
 class StepBatches:
     """Prepares this rank's batches in advance, for consecutive steps. Sequences come in the order of the phase or, with
-    online filtering, from the window last passed to `select`. `axis`: the mesh axis whose ranks take different
-    sequences of a global batch.
+    online filtering, from the window last passed to `select`. The ranks of `meshes.dp` take different sequences of a
+    global batch. Of its images, each rank decodes the tiles that it encodes.
     """
 
     def __init__(
-        self, config: TrainConfig, phases: Sequence[Phase], loaders: Mapping[str, Loader], axis: MeshAxis, eos_id: int
+        self, config: TrainConfig, phases: Sequence[Phase], loaders: Mapping[str, Loader], meshes: Meshes, eos_id: int
     ) -> None:
-        self.phases, self.loaders, self.axis, self.eos_id = phases, loaders, axis, eos_id
+        self.phases, self.loaders, self.meshes, self.axis, self.eos_id = phases, loaders, meshes, meshes.dp, eos_id
         self.sources = next(iter(loaders.values())).corpus.sources
         self.window = OnlineWindow() if config.online.every else None
         self._prefetcher = Prefetcher(self._make, config.data.prefetch)
@@ -46,6 +47,8 @@ class StepBatches:
         self._labelled += int((batch.labels_BT != IGNORED).sum())
         ends = batch.tokens_BT == self.eos_id
         self._padding += int((ends[:, 1:] & ends[:, :-1]).sum())  # EOS after EOS occurs only as padding
+        self._tiles += 0 if batch.images is None else sum(map(len, batch.images.tiles))
+        self._image_tokens += 0 if batch.images is None else int((batch.images.rows_BT >= 0).sum())
         self._sequences += torch.bincount(batch.sources_B, minlength=len(self.sources))
         return batch
 
@@ -61,6 +64,9 @@ class StepBatches:
             "padding_share": round(self._padding / max(self._positions, 1), 6),
             "source_shares": {name: round(count / total, 4) for name, count in counts},
         }
+        if next(iter(self.loaders.values())).corpus.images is not None:
+            line["image_token_share"] = round(self._image_tokens / max(self._positions, 1), 6)
+            line["tiles"] = self._tiles
         self._reset()
         return line
 
@@ -69,6 +75,11 @@ class StepBatches:
 
     def _make(self, step: int) -> Batch:
         phase = self.phase(step)
+        batch = self._sequences_of(step, phase)
+        load_tiles(batch.images, self.meshes, phase.micro_batch_size)
+        return batch
+
+    def _sequences_of(self, step: int, phase: Phase) -> Batch:
         loader, size = self.loaders[phase.name], phase.global_batch_size // self.axis.size
         start = self.axis.rank * size
         if self.window is None:
@@ -85,5 +96,5 @@ class StepBatches:
     def _reset(self) -> None:
         self.waited_s = 0.0
         """Seconds that steps have waited for their batches since the last `read`."""
-        self._positions = self._labelled = self._padding = 0
+        self._positions = self._labelled = self._padding = self._tiles = self._image_tokens = 0
         self._sequences = torch.zeros(len(self.sources), dtype=torch.int64)

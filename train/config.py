@@ -13,6 +13,7 @@ from core.errors import ConfigError, check_local, check_name, check_numbers
 from core.files import locate
 from core.import_path import check_form
 from data.config import DataConfig, Packing, TokenizerKind
+from data.images.canvas import TileConfig
 from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
 from model.roles import Role
@@ -359,7 +360,20 @@ def check(config: TrainConfig, world_size: int) -> Layout:
         raise ConfigError("profile.steps", late[0], reason)
     if config.data.tokens is None and config.data.tokenizer.kind is TokenizerKind.bpe:
         check_vocabulary(config.data.tokenizer.vocab_size, config.model)
+    if config.data.images is not None:
+        check_tiles(config.data.images.tiles, config.model)
     return layout
+
+
+def check_tiles(tiles: TileConfig, model: ModelConfig) -> None:
+    """Raise `ConfigError` unless the model has a vision encoder for tiles of these sizes."""
+    if model.vision is None:
+        reason = "the data have pictures (data.images), which a model without a vision encoder cannot read"
+        raise ConfigError("model.vision", None, reason, ["+model.vision={}"])
+    for key in ("tile_size", "patch_size"):
+        if getattr(tiles, key) != (own := getattr(model.vision, key)):
+            reason = f"the model's tiles have {key}={own} (model.vision.{key})"
+            raise ConfigError(f"data.images.tiles.{key}", getattr(tiles, key), reason, [own])
 
 
 def check_vocabulary(size: int, model: ModelConfig) -> None:

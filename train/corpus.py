@@ -15,7 +15,7 @@ from data.loader import Loader
 from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_fingerprint
 from parallel.comm.world import World
 from train.checkpoint.index import read_progress
-from train.config import TrainConfig, check_vocabulary, phases
+from train.config import TrainConfig, check_tiles, check_vocabulary, phases
 from train.online_filter import candidates
 from train.run_directory import RunDirectory, committed
 
@@ -37,6 +37,11 @@ def _verified(corpus: Corpus, config: TrainConfig, world: World) -> Corpus:
     if config.data.verify:
         corpus.verify(world.rank, world.size)
     check_vocabulary(corpus.tokenizer.vocab_size, config.model)
+    if corpus.images is not None:
+        check_tiles(corpus.images.tiles, config.model)
+        if (own := config.model.vision) is not None and own.image_token_id != corpus.images.ids.patch:
+            reason = "is not the placeholder of the tokenizer"
+            raise ConfigError("model.vision.image_token_id", own.image_token_id, reason, [corpus.images.ids.patch])
     return corpus
 
 

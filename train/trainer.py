@@ -76,7 +76,7 @@ class Trainer:
         self.vocabulary = vocabulary_fingerprint(corpus.tokenizer)
         self.loaders = run_loaders(config, corpus, log)
         self.meshes = make_meshes(layout, world)
-        self.batches = StepBatches(config, self.phases, self.loaders, self.meshes.dp, corpus.tokenizer.eos_id)
+        self.batches = StepBatches(config, self.phases, self.loaders, self.meshes, corpus.tokenizer.eos_id)
         paged = layout.zero.offload is Offload.nvme  # an asynchronous save would copy all paged state to memory
         asynchronous = config.checkpoint.asynchronous and not paged
         self.checkpointer = Checkpointer(directory.checkpoints, world, config.checkpoint.keep, asynchronous, log)

@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens, N tiles, S side of a tile in pixels, Q image toke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ class TileRef:
     tile: int
 
 
+Decode = Callable[[TileRef], NDArray[np.uint8]]
+
+
 @dataclass
 class BatchImages:
     """`rows_BT` (int64): for a placeholder tile * Q + q, where `tile` counts the tiles of its own sequence; -1: text.
@@ -35,16 +38,20 @@ class BatchImages:
     rows_BT: Tensor
     tiles: list[list[TileRef]]
     tokens_per_tile: int
+    decode: Decode | None = None
+    """Returns a tile, uint8 [3, S, S]."""
+    side: int = 0
+    """S."""
     pixels: list[Tensor] = field(default_factory=list)
     """For each micro-batch the tiles that this rank encodes, uint8 [N, 3, S, S]: see `load`."""
 
     def slice(self, start: int, stop: int) -> BatchImages:
         """Return sequences [start, stop), without pixels."""
-        return BatchImages(self.rows_BT[start:stop], self.tiles[start:stop], self.tokens_per_tile)
+        return replace(self, rows_BT=self.rows_BT[start:stop], tiles=self.tiles[start:stop], pixels=[])
 
     def concat(self, other: BatchImages) -> BatchImages:
         rows = torch.cat([self.rows_BT, other.rows_BT])
-        return BatchImages(rows, self.tiles + other.tiles, self.tokens_per_tile)
+        return replace(self, rows_BT=rows, tiles=self.tiles + other.tiles, pixels=[])
 
     def micro_batches(self, size: int) -> Iterator[tuple[Tensor, list[TileRef]]]:
         """Yield, for each `size` sequences, the encoder row of each placeholder, counted over all their tiles, and the
@@ -57,13 +64,7 @@ class BatchImages:
             rows_BT = torch.where(part.rows_BT < 0, part.rows_BT, part.rows_BT + offsets)
             yield rows_BT, [tile for tiles in part.tiles for tile in tiles]
 
-    def load(
-        self,
-        decode: Callable[[TileRef], NDArray[np.uint8]],
-        micro_batch_size: int,
-        side: int,
-        share: Callable[[int], range] = range,
-    ) -> None:
+    def load(self, decode: Decode, micro_batch_size: int, side: int, share: Callable[[int], range] = range) -> None:
         """Decode the tiles that this rank encodes, as `share` selects them from the tiles of each micro-batch."""
         self.pixels = []
         for _, tiles in self.micro_batches(micro_batch_size):

@@ -22,6 +22,7 @@ from data.loader import Batch
 from parallel.fsdp import release
 from parallel.mesh import MeshAxis
 from parallel.parallelize import ParallelModel
+from train.engine.images import batch_images, load_tiles
 from train.loss import IGNORED, token_losses
 
 Take = Callable[[int, int], Batch]
@@ -141,6 +142,10 @@ def batch_losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] |
     """Return losses and labels [B, T] of this rank's part of a batch, or None if another rank returns the same part."""
     shard = placed.context_shard(batch.tokens_BT.shape[1])
     context = placed.sequence_context(batch.positions_BT)
+    if batch.images is not None:
+        if not batch.images.pixels:
+            load_tiles(batch.images, placed.meshes, len(batch.tokens_BT))
+        context.images = next(iter(batch_images(placed, batch.images, len(batch.tokens_BT))), None)
     logits_BTV = placed.logits(shard.take(batch.tokens_BT).to(placed.device), context)
     if logits_BTV is None:
         return None
