@@ -79,8 +79,8 @@ class Stack(nn.Module):
         x_BTD = embedding(tokens_BT)
         if self.vision is None:
             return x_BTD
-        images = context.images or no_images(self.vision.config, tokens_BT)
-        return place(x_BTD, self.vision(images.tiles_N3SS), images.rows_BT)
+        images = context.images or no_images(self.vision.config, x_BTD)
+        return place(x_BTD, images.encode(self.vision), images.rows_BT)
 
 
 class Transformer(Stack):

@@ -36,10 +36,16 @@ def apply(model: Transformer, mode: Recompute) -> None:
     except the operations in `_KEPT`. It keeps the inputs of these parts, so no token is sent to its experts again. (No
     part may contain an FSDP2 unit: torch 2.13 finds a kept result by the number of preceding calls of its operation,
     and the hooks of an inner unit issue other operations in the recomputation.)
+
+    Layers of the vision encoder are recomputed whole in both modes. Keeping their matmuls and attention would keep most
+    of their activations.
     """
     if mode is Recompute.none:
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if model.vision is not None:
+        for layer in model.vision.layers.values():
+            layer.forward = partial(checkpoint, layer.forward, **options)
     if mode is Recompute.selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for layer in model.layers.values():

@@ -2,6 +2,7 @@
 
 MoE layers stay eager: the number of tokens per expert depends on the data, and the grouped matmul cannot be traced in
 float32 (torch 2.13: its shape function requires bfloat16). Attention over context-parallel sequences stays eager too.
+Layers of the vision encoder are compiled for any number of tiles.
 """
 
 from __future__ import annotations
@@ -29,3 +30,6 @@ def apply(model: Transformer) -> None:
         if attend is not local_attention:
             layer.attention.attend = attends.setdefault(id(attend), torch.compiler.disable(attend))
         layer.compile()
+    if model.vision is not None:
+        for encoder_layer in model.vision.layers.values():
+            encoder_layer.compile(dynamic=True)

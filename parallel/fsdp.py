@@ -32,7 +32,8 @@ def apply(
     meshes: Meshes,
     precision: PrecisionConfig,
 ) -> None:
-    """Shard each layer and its experts, then the rest of each stack. With one rank the model stays as it is.
+    """Shard each layer and its experts, each layer of the vision encoder and the rest of the encoder, then the rest of
+    each stack. With one rank the model stays as it is.
 
     In a pipeline, parameters stay gathered between the micro-batches of a step, and gradients are reduced once. Without
     one, each micro-batch gathers parameters and reduces gradients.
@@ -62,6 +63,9 @@ def apply(
                     shard(layer.ffn.router, meshes.dense, unrounded)
                 shard(layer.ffn.experts, meshes.sparse, policy)
             shard(layer, meshes.dense, policy)
+        if stack.vision is not None:
+            for one in (*stack.vision.layers.values(), stack.vision):
+                shard(one, meshes.dense, policy)
         shard(stack, meshes.dense, policy)
 
 

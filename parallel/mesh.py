@@ -77,11 +77,13 @@ class MeshAxis:
 class Meshes:
     """This rank's position in its layout.
 
-    `pp`: the ranks that hold other layers of the same model. `ends`: the first and the last of them, which both hold
-    a tied embedding; its size is 1 on other ranks. `dp`: the ranks that get different sequences of a batch. `cp`:
-    the ranks that hold other parts of the same sequences. `experts`: the ep * etp ranks over which routed experts are
-    split, etp varying faster. `ep` and `etp` are positions in `experts` without groups. `dense` and `sparse`: the
-    meshes over which FSDP2 shards parameters, (fsdp) or (dp_replicate, fsdp); None in a world of one rank.
+    `pp`: the ranks that hold other layers of the same model. `ends`: the first and the last of them, which both hold a
+    tied embedding; its size is 1 on other ranks. `dp`: the ranks that get different sequences of a batch. `cp`: the
+    ranks that hold other parts of the same sequences. `cp_tp`: the cp * tp ranks that hold parts of the same sequences,
+    tp varying faster; its size is 1 unless both cp and tp exceed 1. `experts`: the ep * etp ranks over which routed
+    experts are split, etp varying faster. `ep` and `etp` are positions in `experts` without groups. `dense` and
+    `sparse`: the meshes over which FSDP2 shards parameters, (fsdp) or (dp_replicate, fsdp); None in a world of one
+    rank.
     """
 
     layout: Layout
@@ -90,6 +92,7 @@ class Meshes:
     ends: MeshAxis
     dp: MeshAxis
     cp: MeshAxis
+    cp_tp: MeshAxis
     replicate: MeshAxis
     fsdp: MeshAxis
     efsdp: MeshAxis
@@ -99,6 +102,13 @@ class Meshes:
     etp: MeshAxis
     dense: DeviceMesh | None
     sparse: DeviceMesh | None
+
+    @property
+    def sequence(self) -> MeshAxis:
+        """The cp * tp ranks that hold parts of the same sequences, tp varying faster."""
+        if self.layout.cp == 1:
+            return self.tp
+        return self.cp if self.layout.tp == 1 else self.cp_tp
 
     @property
     def joined(self) -> list[MeshAxis]:
@@ -145,6 +155,9 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
         axis: MeshAxis = getattr(meshes, key)
         if axis.name in (source.mesh_dim_names or ()):
             axes[key] = replace(axis, group=source.get_group(axis.name))
+    if meshes.cp_tp.size > 1:
+        parts = mesh(pp=layout.pp, dp=layout.dp, cp_tp=layout.cp * layout.tp)
+        axes["cp_tp"] = replace(meshes.cp_tp, group=parts.get_group("cp_tp"))
     if meshes.ends.size > 1:
         axes["ends"] = replace(meshes.ends, group=_ends_group(axes["pp"]))
     replicated = ("dp_replicate",) if layout.dp_replicate > 1 else ()
@@ -156,12 +169,14 @@ def meshes_of_rank(layout: Layout, rank: int, traffic: Traffic | None = None) ->
     traffic = traffic or Traffic()
     outer, inner = divmod(rank, layout.fsdp * layout.tp)
     stage, experts = rank // (layout.world_size // layout.pp), layout.ep * layout.etp
+    parts = layout.cp * layout.tp if layout.cp > 1 and layout.tp > 1 else 1
     is_end = layout.pp > 1 and stage in (0, layout.pp - 1)
     along = {
         "world": (layout.world_size, rank),
         "pp": (layout.pp, stage),
         "ends": (2, int(stage > 0)) if is_end else (1, 0),
         "cp": (layout.cp, rank // layout.tp % layout.cp),
+        "cp_tp": (parts, rank % parts),
         "dp": (layout.dp, rank // (layout.cp * layout.tp) % layout.dp),
         "dp_replicate": (layout.dp_replicate, outer % layout.dp_replicate),
         "fsdp": (layout.fsdp, inner // layout.tp),

@@ -14,6 +14,7 @@ from model.init import reset_buffers
 from model.moe import MixtureOfExperts
 from model.roles import Role, registry
 from model.transformer import Stack, Transformer
+from model.vision.fusion import Images
 from parallel import activation_checkpoint, compile, context_parallel, expert_parallel, fsdp, sharding, tensor_parallel
 from parallel.context_parallel import ContextShard
 from parallel.deepspeed import zero3, zero12
@@ -21,6 +22,7 @@ from parallel.layout import EngineKind, Layout, ParallelConfig, split_unit
 from parallel.mesh import Meshes, meshes_of_rank
 from parallel.pipeline import runtime
 from parallel.sharding import ShardSpec
+from parallel.vision import exchange
 from precision.config import PrecisionConfig
 from precision.resolve import Precision, resolve
 
@@ -74,6 +76,18 @@ class ParallelModel:
         if self.meshes.layout.compile:
             context.prepare(self.model.config, self.model.compute_dtype)
         return context
+
+    def images(self, rows_BT: Tensor, tiles: int, pixels_N3SS: Tensor, greys: Tensor | None = None) -> Images | None:
+        """Return the images of this rank's positions, for `ForwardContext.images`. None if another rank encodes them.
+
+        `rows_BT`: the encoder row that each position of the whole sequences shows, or -1, on the host. `tiles`: the
+        number of tiles of these sequences. `pixels_N3SS`: those of them that this rank encodes, as
+        `vision.exchange.tile_share` selects them; with `greys`, grey levels in uint8: see `Images`.
+        """
+        if self.model.vision is None:
+            return None
+        per_tile, shard = self.model.vision.config.tokens_per_tile, self.context_shard(rows_BT.shape[1])
+        return exchange.spread(self.meshes, shard, rows_BT, tiles, per_tile, pixels_N3SS, greys, self.device)
 
     def padded_length(self, length: int) -> int:
         """Return the smallest length of at least `length` tokens that this layout can divide."""

@@ -5,6 +5,7 @@ Shapes: B batch, T sequence, D hidden size, N tiles, S side of a tile in pixels,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,19 +20,27 @@ from model.vision.config import CHANNELS, VisionConfig
 class Images:
     """The tiles of a micro-batch and where their rows go.
 
-    `tiles_N3SS`: normalised pixels. `rows_BT`: for each position the number of the encoder's row that replaces its
-    embedding, or -1 for text. Row r belongs to tile r // Q, the tiles in the order of `tiles_N3SS`.
+    `tiles_N3SS`: normalised pixels or, with `greys`, grey levels in uint8, which may be on the host. `rows_BT`: for
+    each position the number of the row of `encode` that replaces its embedding, or -1 for text. Row r belongs to tile
+    r // Q, the tiles in the order of `tiles_N3SS`. `greys`: the normalised value of each grey level, on the device.
     """
 
     tiles_N3SS: Tensor
     rows_BT: Tensor
+    greys: Tensor | None = None
+
+    def encode(self, encoder: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the encoder's rows, [M, D]."""
+        if self.greys is None:
+            return encoder(self.tiles_N3SS)
+        return encoder(self.greys[self.tiles_N3SS.to(self.greys.device).int()])
 
 
-def no_images(config: VisionConfig, tokens_BT: Tensor) -> Images:
-    """Return the images of a micro-batch without any."""
+def no_images(config: VisionConfig, x_BTD: Tensor) -> Images:
+    """Return the images of a micro-batch without any, whose embeddings are `x_BTD`."""
     side = config.tile_size
-    tiles = torch.zeros(0, CHANNELS, side, side, device=tokens_BT.device)
-    return Images(tiles, torch.full_like(tokens_BT, -1))
+    tiles = torch.zeros(0, CHANNELS, side, side, device=x_BTD.device)
+    return Images(tiles, torch.full(x_BTD.shape[:2], -1, device=x_BTD.device))
 
 
 def images_of(config: VisionConfig, tokens_BT: Tensor, tiles_N3SS: Tensor) -> Images:

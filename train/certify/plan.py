@@ -26,6 +26,7 @@ from core.config import plain
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import RankFailure
 from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, ModelConfig
+from model.vision.config import VisionConfig
 from parallel import expert_parallel
 from parallel.deepspeed import zero12
 from parallel.deepspeed.config import Offload, ZeroConfig
@@ -294,10 +295,16 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int
         num_experts=math.lcm(8, degrees.ep) if model.num_experts % degrees.ep == 0 else 8,
         attention_chunk_size=None if model.attention_chunk_size is None else 16,
         temperature_floor=16,
+        vision=None if model.vision is None else _small_encoder(model.vision, math.lcm(64, degrees.tp) - 1),
         router=replace(model.router, top_k=min(model.router.top_k, 4), force_balanced=False),
         init_from=None,
         upcycle=None,
     )
+
+
+def _small_encoder(vision: VisionConfig, image_token_id: int) -> VisionConfig:
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "mlp_hidden_size": 24, "adapter_hidden_size": 20}
+    return replace(vision, **sizes, tile_size=8, patch_size=2, image_token_id=image_token_id)
 
 
 def techniques(

@@ -8,21 +8,26 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from data.images.batch import BatchImages, TileRef
 from data.loader import IGNORED, Batch
 from model.config import ModelConfig
 from model.load_balance import Balancer, RouterBalance
+from model.vision.config import VisionConfig
 from parallel.comm.world import World, connect
 from parallel.layout import Layout, ParallelConfig
 from parallel.mesh import Meshes, make_meshes
 from parallel.parallelize import build
 from parallel.sharding import LocalShard, ShardBlock
+from parallel.vision.exchange import tile_share
 from precision.config import PrecisionConfig
 from train.checkpoint.manager import Checkpointer
 from train.engine import make_engine
@@ -87,10 +92,18 @@ class RankResults:
 
 
 class SyntheticLoader:
-    """Makes batches of random tokens in packed documents. `order`: the order of the sequences in a batch."""
+    """Makes batches of random tokens in packed documents. `order`: the order of the sequences in a batch. With `vision`
+    some sequences show images: see `PICTURES`.
+    """
 
-    def __init__(self, vocab_size: int, seq_len: int = SEQ_LEN, order: Sequence[int] = range(BATCH_SIZE)) -> None:
-        self.vocab_size, self.seq_len, self.order = vocab_size, seq_len, np.array(order)
+    def __init__(
+        self,
+        vocab_size: int,
+        seq_len: int = SEQ_LEN,
+        order: Sequence[int] = range(BATCH_SIZE),
+        vision: VisionConfig | None = None,
+    ) -> None:
+        self.vocab_size, self.seq_len, self.order, self.vision = vocab_size, seq_len, np.array(order), vision
 
     def batch(self, step: int, start: int, stop: int) -> Batch:
         generator = np.random.default_rng([SEED, step])
@@ -100,9 +113,15 @@ class SyntheticLoader:
         places = np.arange(self.seq_len + 1)
         last = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
         labels = np.where(begins[:, 1:], IGNORED, tokens[:, 1:])
-        whole = (tokens[:, :-1], labels, (places - last)[:, :-1])
+        whole, images = [tokens[:, :-1], labels, (places - last)[:, :-1]], None
+        if self.vision is not None:
+            rows, tiles = _pictures(step, len(self.order), self.seq_len, self.vision.tokens_per_tile)
+            whole[0] = np.where(rows < 0, whole[0], self.vision.image_token_id)
+            whole[1] = np.where(np.pad(rows, ((0, 0), (0, 1)), constant_values=-1)[:, 1:] < 0, labels, IGNORED)
+            here = self.order[start:stop]
+            images = BatchImages(torch.from_numpy(rows[here]), [tiles[i] for i in here], self.vision.tokens_per_tile)
         parts = [torch.from_numpy(np.ascontiguousarray(one[self.order[start:stop]])) for one in whole]
-        return Batch(parts[0], parts[1], parts[2], torch.zeros(stop - start, dtype=torch.int64))
+        return Batch(parts[0], parts[1], parts[2], torch.zeros(stop - start, dtype=torch.int64), images)
 
     def num_held_out(self, source: str) -> int:
         return min(_HELD_OUT, len(self.order))
@@ -110,6 +129,34 @@ class SyntheticLoader:
     def held_out(self, source: str, start: int, stop: int) -> Batch:
         unordered = SyntheticLoader(self.vocab_size, self.seq_len, range(len(self.order)))
         return unordered.batch(1 << 20, start, stop)
+
+
+PICTURES: list[dict[int, list[tuple[int, int]]]] = [
+    {0: [(2, 1), (7, 3), (30, 1)], 2: [(46, 1)]},
+    {5: [(14, 1)], 6: [(0, 1), (20, 4), (60, 1)], 7: [(31, 2)]},
+    {},
+]
+"""For each step, in turn, the pictures of some sequences of a batch: (first position, number of tiles).
+
+Sequences have none, one or three. Tiles of 4 tokens straddle the parts of sequences under cp and tp. Some data-parallel
+ranks, some micro-batches and a whole step have none.
+"""
+
+
+def _pictures(step: int, count: int, seq_len: int, tokens_per_tile: int) -> tuple[Any, list[list[TileRef]]]:
+    """Return the rows that the positions of a batch show, and the tiles of each sequence: see `BatchImages`."""
+    rows, tiles = np.full((count, seq_len), -1), [list[TileRef]() for _ in range(count)]
+    for sequence, pictures in PICTURES[step % len(PICTURES)].items():
+        for number, (begin, size) in enumerate(pictures):
+            here = np.arange(begin, begin + size * tokens_per_tile)
+            rows[sequence, here] = here - begin + len(tiles[sequence]) * tokens_per_tile
+            tiles[sequence] += [TileRef(_SOURCE, 1000 * step + 10 * sequence + number, tile) for tile in range(size)]
+    return rows, tiles
+
+
+def random_tile(side: int, tile: TileRef) -> NDArray[np.uint8]:
+    """Return a tile of random grey levels, the same for the same reference."""
+    return np.random.default_rng([SEED, tile.image, tile.tile]).integers(0, 256, (3, side, side), np.uint8)
 
 
 def copy_blocks(blocks: Iterable[LocalShard]) -> Blocks:
@@ -129,7 +176,8 @@ def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     order = np.arange(case.batch_size)
     if case.emulates and meshes.dp.size == 1:
         order = order.reshape(case.emulates, -1).T.flatten()  # the first sequence of each rank, then the second of each
-    loader = SyntheticLoader(case.model.vocab_size, case.seq_len, order.tolist())
+    vision = case.model.vision
+    loader = SyntheticLoader(case.model.vocab_size, case.seq_len, order.tolist(), vision)
     begin, share = 0, case.batch_size // meshes.dp.size
     size = case.emulates // meshes.dp.size if case.emulates else micro_batch_size(meshes.layout)
     if case.starve:
@@ -148,6 +196,9 @@ def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
         if case.save is not None and step == case.steps - 1:
             Checkpointer(case.save, world, 1, False, _fail).save(step, engine.state(), {})
         batch = loader.batch(step, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
+        if batch.images is not None and vision is not None:
+            load = partial(batch.images.load, partial(random_tile, vision.tile_size), size, vision.tile_size)
+            load(partial(tile_share, meshes))
         if not case.labels:
             batch.labels_BT.fill_(IGNORED)
         result = optimizer_step(engine, balancer, batch, size, case.clip_norm, 1.0, keep_gradients)

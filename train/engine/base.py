@@ -16,6 +16,7 @@ from parallel.parallelize import ParallelModel
 from parallel.pipeline.runtime import Pipeline
 from parallel.sharding import LocalShard
 from train.checkpoint.state import TensorShard
+from train.engine.images import batch_images
 from train.loss import IGNORED, summed_loss
 
 
@@ -51,6 +52,8 @@ class Engine(ABC):
         contexts = [
             self.placed.sequence_context(part_BT, routed) for part_BT in batch.positions_BT.split(micro_batch_size)
         ]
+        for context, images in zip(contexts, batch_images(self.placed, batch.images, micro_batch_size), strict=False):
+            context.images = images
         tokens_BT = share.take(batch.tokens_BT).to(self.device)
 
         def loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
