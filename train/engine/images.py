@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from data.images.batch import BatchImages
 from data.images.tiles import GREYS
 from model.vision.fusion import Images
+from parallel.mesh import Meshes
 from parallel.parallelize import ParallelModel
+from parallel.vision.exchange import tile_share
 
 
 def batch_images(placed: ParallelModel, images: BatchImages | None, micro_batch_size: int) -> list[Images | None]:
@@ -21,3 +25,10 @@ def batch_images(placed: ParallelModel, images: BatchImages | None, micro_batch_
         placed.images(rows_BT, len(tiles), pixels_N3SS, greys)
         for (rows_BT, tiles), pixels_N3SS in zip(images.micro_batches(micro_batch_size), images.pixels, strict=True)
     ]
+
+
+def load_tiles(images: BatchImages | None, meshes: Meshes, micro_batch_size: int) -> None:
+    """Decode the tiles that this rank encodes, of each micro-batch."""
+    if images is not None:
+        assert images.decode is not None
+        images.load(images.decode, micro_batch_size, images.side, partial(tile_share, meshes))
