@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from data.corpus import HELD_OUT
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.logging import LoggingCallback
+from train.eval.answers import Answers, answers
 from train.eval.held_out import HeldOut, held_out_loss
 from train.metrics import StepMetrics
 
 
 class EvaluationCallback(Callback):
-    """Measures the held-out loss and writes it with the writer of `logging`. `result`: the last measurement."""
+    """Measures the held-out loss and writes it with the writer of `logging`. `result`: the last measurement, `answers`:
+    that of sources with pictures.
+    """
 
     result: HeldOut | None = None
+    answers: Mapping[str, Answers] = {}
 
     def __init__(self, trainer: TrainingRun, logging: LoggingCallback) -> None:
         super().__init__(trainer)
@@ -38,9 +45,21 @@ class EvaluationCallback(Callback):
             bytes_V = torch.from_numpy(trainer.corpus.tokenizer.token_bytes())
             placed, size = trainer.engine.placed, phase.micro_batch_size
             self.result = result = held_out_loss(placed, loader, bytes_V, sequences, size, trainer.weights)
+            self.answers = {
+                name: answers(placed, loader, name, sequences, size, trainer.corpus.tokenizer.eos_id)
+                for name in trainer.weights
+                if trainer.corpus.pictures(name, HELD_OUT) is not None and loader.num_held_out(name)
+            }
         if self.logging.writer is not None:
             sources = {name: vars(found) for name, found in result.sources.items()}
             line = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": result.loss, "heldout": sources}
+            if self.answers:
+                line["answers"] = {name: vars(found) for name, found in self.answers.items()}
             self.logging.writer.write(line)
         parts = ", ".join(f"{name} {found.loss:.3f}" for name, found in result.sources.items())
         trainer.log(f"held-out loss {result.loss:.4f} nats/token, {result.bits_per_byte:.3f} bits/byte ({parts})")
+        for name, one in self.answers.items():
+            trainer.log(
+                f"last tokens of {one.documents} held-out documents of {name}: {one.own:.1%} right, with another "
+                f"document's pictures {one.other:.1%}, without pictures {one.none:.1%}"
+            )

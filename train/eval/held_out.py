@@ -19,6 +19,7 @@ from torch import Tensor
 
 from core.errors import DataError
 from data.loader import Batch
+from parallel.comm.collectives import all_gather_no_grad
 from parallel.fsdp import release
 from parallel.mesh import MeshAxis
 from parallel.parallelize import ParallelModel
@@ -140,6 +141,31 @@ def _padded(batch: Batch | None, full: Batch) -> Batch:
 
 def batch_losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None:
     """Return losses and labels [B, T] of this rank's part of a batch, or None if another rank returns the same part."""
+    if (found := _logits(placed, batch)) is None:
+        return None
+    logits_BTV, labels_BT = found
+    losses_BT = token_losses(logits_BTV, labels_BT, placed.meshes.tp)
+    return (losses_BT, labels_BT) if placed.meshes.tp.rank == 0 else None
+
+
+def predictions(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    """Return the likeliest next tokens and the labels [B, T] of this rank's part of a batch, or None if another rank
+    returns the same part.
+    """
+    if (found := _logits(placed, batch)) is None:
+        return None
+    logits_BTV, labels_BT = found
+    highest_BT, tokens_BT = logits_BTV.max(-1)
+    axis = placed.meshes.tp
+    if axis.size > 1:  # each rank has a part of the vocabulary
+        highest = all_gather_no_grad(highest_BT[None], axis, 0, "evaluation")
+        tokens = all_gather_no_grad((tokens_BT + axis.rank * logits_BTV.shape[-1])[None], axis, 0, "evaluation")
+        tokens_BT = tokens.gather(0, highest.argmax(0, keepdim=True))[0]
+    return (tokens_BT, labels_BT) if axis.rank == 0 else None
+
+
+def _logits(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None:
+    """Return logits and labels of this rank's part of a batch, or None if another rank has the head."""
     shard = placed.context_shard(batch.tokens_BT.shape[1])
     context = placed.sequence_context(batch.positions_BT)
     if batch.images is not None:
@@ -149,9 +175,7 @@ def batch_losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] |
     logits_BTV = placed.logits(shard.take(batch.tokens_BT).to(placed.device), context)
     if logits_BTV is None:
         return None
-    labels_BT = shard.take(batch.labels_BT).to(placed.device)
-    losses_BT = token_losses(logits_BTV, labels_BT, placed.meshes.tp)
-    return (losses_BT, labels_BT) if placed.meshes.tp.rank == 0 else None
+    return logits_BTV, shard.take(batch.labels_BT).to(placed.device)
 
 
 def _sums(placed: ParallelModel, batch: Batch, bytes_V: Tensor) -> Tensor:

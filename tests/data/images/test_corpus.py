@@ -1,0 +1,232 @@
+"""A corpus of documents with pictures: its batches know the tiles of any window, and bad pictures never reach training."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.config import build
+from core.errors import ConfigError, DataError
+from data.config import DataConfig
+from data.corpus import HELD_OUT, TRAIN, Corpus, open_corpus, prepare
+from data.images import media
+from data.images.batch import BatchImages
+from data.images.canvas import TileConfig
+from data.images.generated.clips import ClipConfig, clip
+from data.images.tiles import tiles
+from data.loader import IGNORED, Loader
+
+TILES = {"tile_size": 8, "patch_size": 2, "max_tiles": 4}
+SEQ_LEN = 48
+NAMES = ("start", "end", "image", "patch", "tile_x", "tile_y")
+
+
+def png(number: int, width: int, height: int) -> bytes:
+    values = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_documents(folder: Path, count: int = 40, first: list[dict[str, str]] | None = None) -> Path:
+    """Write documents of text and 0 to 3 pictures of several shapes, as jsonl beside the pictures."""
+    draw, lines = random.Random(1), [json.dumps({"parts": first})] if first else []
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        parts: list[dict[str, str]] = [{"text": f"document {number} " + "word " * draw.randrange(9)}]
+        for place in range(number % 4):
+            name = f"{number}-{place}.png"
+            (folder / name).write_bytes(png(10 * number + place, *draw.choice([(8, 8), (5, 7), (16, 8), (20, 20)])))
+            parts += [{"image": name}, {"text": "and " * draw.randrange(4)}]
+        lines.append(json.dumps({"parts": parts}))
+    (folder / "documents.jsonl").write_text("\n".join(lines))
+    return folder / "documents.jsonl"
+
+
+def made(path: Path, cache: Path, **changes: Any) -> Corpus:
+    settings: dict[str, Any] = {
+        "sources": {"mixed": {"kind": "documents", "path": str(path)}},
+        "images": {"tiles": TILES},
+        "tokenizer": {"vocab_size": 300},
+        "held_out": 0.2,
+        "cache": str(cache),
+    }
+    return prepare(build(DataConfig, {**settings, **changes}), lambda line: None)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    return made(write_documents(tmp_path / "in"), tmp_path / "cache")
+
+
+def placeholders(corpus: Corpus, split: str) -> list[tuple[int, int]]:
+    """Return (picture, row of its tiles) for each placeholder of a stream, by reading the whole stream."""
+    stream, pictures, ids = corpus.stream("mixed", split), corpus.pictures("mixed", split), corpus.images.ids
+    found, picture, row = [], -1, 0
+    for token in stream.window(0, len(stream)).tolist():
+        if token == ids.start:
+            picture, row = picture + 1, 0
+        found.append((picture, row) if token == ids.patch else (-1, -1))
+        row += token == ids.patch
+    assert picture + 1 == len(pictures.starts) > 5
+    return found
+
+
+@pytest.mark.parametrize("split", [TRAIN, HELD_OUT])
+def test_a_window_cut_anywhere_knows_its_tiles(corpus, split):
+    truth, pictures = placeholders(corpus, split), corpus.pictures("mixed", split)
+    per_tile = corpus.images.tiles.tokens_per_tile
+    for start in range(0, len(truth) - 40, 7):
+        rows, refs = pictures.rows_of(start, 40)
+        for place, row in enumerate(rows.tolist()):
+            picture, whole = truth[start + place]
+            if row < 0:
+                assert picture < 0
+            else:
+                ref = refs[row // per_tile]
+                assert (ref.image, ref.tile, row % per_tile) == (picture, whole // per_tile, whole % per_tile)
+        assert len(refs) == len({(p, w // per_tile) for p, w in truth[start : start + 40] if p >= 0})
+
+
+def test_tiles_are_those_of_the_pictures(corpus, tmp_path):
+    pictures, seen = corpus.pictures("mixed", TRAIN), 0
+    for image in range(len(pictures.starts)):
+        canvas, expected = tiles(Image.open(io.BytesIO(pictures.content(image))), TileConfig(**TILES))
+        assert canvas == pictures.canvas(image)
+        _, refs = pictures.rows_of(int(pictures.starts[image]), int(pictures.lengths[image]))
+        assert [(ref.image, ref.tile) for ref in refs] == [(image, tile) for tile in range(canvas.tiles)]
+        for ref in refs:
+            assert np.array_equal(corpus.decode(ref), expected[ref.tile])
+            seen += 1
+    assert seen > len(pictures.starts)
+
+
+def images_equal(one: BatchImages, other: BatchImages) -> bool:
+    return torch.equal(one.rows_BT, other.rows_BT) and one.tiles == other.tiles
+
+
+def test_batches_are_the_same_for_any_number_of_ranks(corpus):
+    whole = Loader(corpus, SEQ_LEN, 4, seed=1).batch(2)
+    parts = [Loader(open_corpus(corpus.directory), SEQ_LEN, 4, seed=1).batch(2, at, at + 1) for at in range(4)]
+    joined = parts[0].concat(parts[1]).concat(parts[2].concat(parts[3]))
+    assert images_equal(whole.images, joined.images) and sum(map(len, whole.images.tiles)) > 0
+    assert not images_equal(whole.images, Loader(corpus, SEQ_LEN, 4, seed=2).batch(2).images)
+    for batch in (whole, joined):
+        batch.images.load(corpus.decode, 2, 8)
+    assert all(torch.equal(*pair) for pair in zip(whole.images.pixels, joined.images.pixels, strict=True))
+    numbers = [rows[rows >= 0].unique().tolist() for rows, _ in whole.images.micro_batches(4)]
+    count = sum(map(len, whole.images.tiles))
+    assert all(0 <= number < count * corpus.images.tiles.tokens_per_tile for number in numbers[0])
+
+
+def test_pictures_are_not_labels_but_the_text_after_is(corpus):
+    loader, ids = Loader(corpus, SEQ_LEN, 8, seed=1), corpus.images.ids
+    batch, special = loader.batch(0), torch.tensor([getattr(ids, name) for name in NAMES])
+    following = torch.full_like(batch.tokens_BT, -1)
+    following[:, :-1] = batch.tokens_BT[:, 1:]
+    assert (batch.labels_BT[torch.isin(following, special)] == IGNORED).all()
+    after_picture = (batch.tokens_BT == ids.end) & (following > 7)  # an ordinary token
+    assert after_picture.any() and (batch.labels_BT[after_picture] == following[after_picture]).all()
+
+
+def test_best_fit_cuts_no_picture(tmp_path):
+    path = write_documents(tmp_path / "in", 60)
+    corpus = made(
+        path, tmp_path / "cache", packing="best_fit", pack_seq_len=SEQ_LEN, images={"tiles": {**TILES, "max_tiles": 2}}
+    )
+    pictures = corpus.pictures("mixed", TRAIN)
+    ends = pictures.starts + pictures.lengths - 1
+    assert (pictures.starts // SEQ_LEN == ends // SEQ_LEN).all() and len(ends) > 20
+    counts = corpus.manifest["sources"]["mixed"][TRAIN]["counts"]
+    assert counts["cut"] > 0 and counts["pictures"] == len(ends)
+    greedy = made(path, tmp_path / "cache").pictures("mixed", TRAIN)
+    ends = greedy.starts + greedy.lengths - 1
+    assert (greedy.starts // SEQ_LEN != ends // SEQ_LEN).any(), "control: greedy packing cuts some"
+
+
+BAD = {
+    "html": (b"<html>", "is not a whole PNG"),
+    "truncated": (png(1, 30, 30)[:200], "cannot be decoded"),
+    "missing": (None, "bad.png"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_picture_fails_or_is_dropped(kind, tmp_path):
+    content, reason = BAD[kind]
+    path = write_documents(tmp_path / "in", 8, [{"text": "a"}, {"image": "bad.png"}])
+    if content is not None:
+        (tmp_path / "in" / "bad.png").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"documents.jsonl:1.*") as caught:
+        made(path, tmp_path / "cache", held_out=0.0)
+    assert reason in str(caught.value) and "\n" not in str(caught.value) and "on_bad=drop" in str(caught.value)
+    assert not list((tmp_path / "cache").glob("tokens/*/manifest.json"))
+    corpus = made(path, tmp_path / "cache", held_out=0.0, images={"tiles": TILES, "on_bad": "drop"})
+    assert corpus.manifest["sources"]["mixed"][TRAIN]["counts"]["dropped_bad_media"] == 1
+
+
+def test_a_picture_that_fills_more_than_a_sequence_is_bad(tmp_path):
+    path = write_documents(tmp_path / "in", 8)
+    with pytest.raises(ConfigError, match=r"takes \d+ tokens, more than a sequence: raise data.pack_seq_len from 16"):
+        made(path, tmp_path / "cache", packing="best_fit", pack_seq_len=16)
+
+
+def test_placeholders_spelled_in_text_stay_text(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"parts": [{"text": f"{n} <|patch|><|image_start|>"}]}) for n in range(20)))
+    corpus = made(path, tmp_path / "cache", held_out=0.0)
+    stream = corpus.stream("mixed", TRAIN)
+    assert not np.isin(stream.window(0, len(stream)), [getattr(corpus.images.ids, name) for name in NAMES]).any()
+    assert "<|patch|>" in corpus.tokenizer.decode(stream.window(0, len(stream)).tolist())
+
+
+def test_a_video_becomes_frames_with_their_times(tmp_path):
+    moving = clip(1, ClipConfig())
+    (tmp_path / "ball.mkv").write_bytes(moving.data)
+    line = {"parts": [{"video": "ball.mkv"}, {"text": moving.answer}]}
+    (tmp_path / "clips.jsonl").write_text(json.dumps(line))
+    corpus = made(tmp_path / "clips.jsonl", tmp_path / "cache", held_out=0.0)
+    stream, pictures = corpus.stream("mixed", TRAIN), corpus.pictures("mixed", TRAIN)
+    text = corpus.tokenizer.decode(stream.window(0, len(stream)).tolist())
+    assert len(pictures.starts) == 16 and text.startswith("0:00.0 0:00.5 0:01.0 ") and text.endswith(moving.answer)
+    with pytest.raises(ConfigError, match=r"has 16 pictures and frames, more than 5 \(data.images.max_images\)"):
+        made(tmp_path / "clips.jsonl", tmp_path / "c", images={"tiles": TILES, "max_images": 5})
+
+
+def test_damage_and_another_decoder_are_named(corpus, monkeypatch):
+    corpus.verify()
+    entry = corpus.manifest["sources"]["mixed"][TRAIN]["pictures"]
+    path = corpus.directory / entry["file"]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=rf"{path} does not match its SHA-256"):
+        open_corpus(corpus.directory).verify()
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    monkeypatch.setattr(media, "decoder_fingerprint", lambda: "another")
+    with pytest.raises(DataError, match=r"pictures were tokenised with Pillow.*data.verify=false"):
+        open_corpus(corpus.directory).verify()
+    path.write_bytes(bytes(content[:-1]))
+    with pytest.raises(DataError, match=rf"{path} is missing or does not have {entry['bytes']} bytes"):
+        open_corpus(corpus.directory)
+
+
+def test_pictures_need_settings_and_tokens_for_them(tmp_path):
+    path = write_documents(tmp_path / "in", 4)
+    with pytest.raises(ConfigError, match=r"images: sources.mixed has pictures"):
+        made(path, tmp_path / "cache", images=None)
+    trained = made(path, tmp_path / "cache")
+    file = {"kind": "tokenizer_json", "path": str(trained.directory / "tokenizer.json")}
+    assert made(path, tmp_path / "cache", tokenizer=file).images.ids == trained.images.ids
+    names = {"patch": "<|placeholder|>"}
+    with pytest.raises(ConfigError, match=r"data.images.tokens.patch=<\|placeholder\|>: is no special token"):
+        made(path, tmp_path / "cache", tokenizer=file, images={"tiles": TILES, "tokens": names})
