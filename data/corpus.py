@@ -25,7 +25,7 @@ from data.filter.corpus import SourcePart, describe_filter, filter_sources, rule
 from data.filter.score.factory import Models
 from data.images.batch import TileRef
 from data.images.config import BadMedia
-from data.images.media import BadMediaError, ImageDescription, ImageSpelling, Picture, spell
+from data.images.media import BadMediaError, ImageDescription, ImageSpelling, EncodedPicture, spell
 from data.images.store import PictureStream, PictureWriter
 from data.packing import PackedSequence, Packer, PlacedPicture
 from data.sources import BAD_MEDIA, Document, Source, make_source
@@ -330,7 +330,7 @@ class _SourceWriter:
         encoded = iter(self.tokenizer.encode([one for _, pieces in whole for one in pieces if isinstance(one, str)]))
         for document, pieces in whole:
             counts = self.counts[_split(document)]
-            pictures: list[tuple[int, int, Picture]] = []
+            pictures: list[tuple[int, int, EncodedPicture]] = []
             ids: Any
             if document.parts is None:
                 ids = next(encoded)
@@ -344,9 +344,9 @@ class _SourceWriter:
                 self._append(document, kept, pictures)
         self.index.flush()
 
-    def _pieces(self, document: Document) -> list[str | Picture] | None:
+    def _pieces(self, document: Document) -> list[str | EncodedPicture] | None:
         """Return the texts and pictures of a document, or None for one that is dropped, which is counted."""
-        pieces: list[str | Picture] = [document.text]
+        pieces: list[str | EncodedPicture] = [document.text]
         dropped = document.dropped
         if dropped is None and document.parts is not None:
             try:
@@ -394,7 +394,7 @@ class _SourceWriter:
             return f"{reason}: its {held_out} documents are held out; lower data.held_out or add documents"
         return f"{reason} ({_listed(dropped)})" if dropped else reason
 
-    def _append(self, document: Document, ids: Sequence[int], pictures: list[tuple[int, int, Picture]]) -> None:
+    def _append(self, document: Document, ids: Sequence[int], pictures: list[tuple[int, int, EncodedPicture]]) -> None:
         """Append a document, given without BOS and EOS, to its stream, or pass it to the packer."""
         counts, writer = self.counts[_split(document)], self.pictures[_split(document)]
         placed = [PlacedPicture(start, writer.add(picture, tokens)) for start, tokens, picture in pictures]

@@ -28,7 +28,7 @@ class BadMediaError(OneLineError):
 
 
 @dataclass(frozen=True)
-class Picture:
+class EncodedPicture:
     """An encoded picture and its canvas."""
 
     data: bytes
@@ -40,21 +40,21 @@ class Picture:
         return hashlib.sha256(self.data).hexdigest()
 
 
-def text_and_pictures(parts: Sequence[Part], config: ImagesConfig) -> list[str | Picture]:
+def text_and_pictures(parts: Sequence[Part], config: ImagesConfig) -> list[str | EncodedPicture]:
     """Return the texts and pictures of a document. Videos become frames. Raises `BadMediaError`."""
-    found: list[str | Picture] = []
+    found: list[str | EncodedPicture] = []
     try:
         for part in parts:
             found += [part] if isinstance(part, str) else _pictures(part, config)
     except (BadImage, BadVideo) as error:
         raise BadMediaError(str(error)) from None
-    count = sum(isinstance(one, Picture) for one in found)
+    count = sum(isinstance(one, EncodedPicture) for one in found)
     if count > config.max_images:
         raise BadMediaError(f"has {count} pictures and frames, more than {config.max_images} (data.images.max_images)")
     return found
 
 
-def _pictures(part: ImagePart | VideoPart, config: ImagesConfig) -> Iterator[str | Picture]:
+def _pictures(part: ImagePart | VideoPart, config: ImagesConfig) -> Iterator[str | EncodedPicture]:
     if isinstance(part, ImagePart):
         yield _picture(part.data, part.name, config)
         return
@@ -66,9 +66,9 @@ def _pictures(part: ImagePart | VideoPart, config: ImagesConfig) -> Iterator[str
         yield _picture(file.getvalue(), f"{part.name} at {text.strip()}", config)
 
 
-def _picture(data: bytes, name: str, config: ImagesConfig) -> Picture:
+def _picture(data: bytes, name: str, config: ImagesConfig) -> EncodedPicture:
     width, height = decode(data, name, config.largest_pixels).size
-    return Picture(data, best_canvas(height, width, config.tiles), name)
+    return EncodedPicture(data, best_canvas(height, width, config.tiles), name)
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ class ImageSpelling:
             "versions": decoder_versions(),
         }
 
-    def pieces(self, parts: Sequence[Part], longest: int | None) -> list[str | Picture]:
+    def pieces(self, parts: Sequence[Part], longest: int | None) -> list[str | EncodedPicture]:
         """Return the texts and pictures of a document. Raises `BadMediaError`, also for a picture that with BOS and EOS
         takes more than `longest` tokens.
         """
         found = text_and_pictures(parts, self.config)
         for one in found:
-            if isinstance(one, Picture) and longest is not None:
+            if isinstance(one, EncodedPicture) and longest is not None:
                 tokens = placeholder_length(one.canvas, self.per_tile)
                 if tokens + 2 > longest:
                     advice = f"raise data.pack_seq_len from {longest} or lower data.images.tiles.max_tiles"
@@ -134,15 +134,15 @@ class ImageSpelling:
 
 
 def spell(
-    pieces: Sequence[str | Picture], encoded: Iterator[Sequence[int]], images: ImageSpelling
-) -> tuple[NDArray[np.int64], list[tuple[int, int, Picture]]]:
+    pieces: Sequence[str | EncodedPicture], encoded: Iterator[Sequence[int]], images: ImageSpelling
+) -> tuple[NDArray[np.int64], list[tuple[int, int, EncodedPicture]]]:
     """Join the ids of the texts, taken from `encoded` in order, and the placeholders of the pictures. Return the ids,
     and for each picture the index of its first token, the number of its tokens and the picture.
     """
     arrays: list[NDArray[np.int64]] = []
     pictures, size = [], 0
     for piece in pieces:
-        if isinstance(piece, Picture):
+        if isinstance(piece, EncodedPicture):
             array = placeholder_ids(piece.canvas, images.per_tile, images.ids)
             pictures.append((size, len(array), piece))
         else:

@@ -24,7 +24,7 @@ from core.files import sha256_file
 from data.images.batch import TileRef
 from data.images.canvas import Canvas, placeholder_ids
 from data.images.decode import BadImage, decode
-from data.images.media import ImageDescription, Picture
+from data.images.media import ImageDescription, EncodedPicture
 from data.images.tiles import tiles
 
 BYTES, INDEX = "-images.bin", "-images.parquet"
@@ -56,7 +56,7 @@ class PictureWriter:
         self._rows: list[tuple[Any, ...]] = []
         self._writer: Any = None
 
-    def add(self, picture: Picture, tokens: int) -> StoredPicture:
+    def add(self, picture: EncodedPicture, tokens: int) -> StoredPicture:
         if self._file is None:
             self._file = open(self.directory / (self.prefix + BYTES), "wb")  # noqa: SIM115 - outlives this call
         self._file.write(picture.data)
