@@ -25,7 +25,7 @@ from data.filter.corpus import SourcePart, describe_filter, filter_sources, rule
 from data.filter.score.factory import Models
 from data.images.batch import TileRef
 from data.images.config import BadMedia
-from data.images.media import BadMediaError, ImageDescription, ImageSpelling, EncodedPicture, spell
+from data.images.media import BadMediaError, EncodedPicture, ImageDescription, ImageSpelling, spell
 from data.images.store import PictureStream, PictureWriter
 from data.packing import PackedSequence, Packer, PlacedPicture
 from data.sources import BAD_MEDIA, Document, Source, make_source

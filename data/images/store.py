@@ -24,7 +24,7 @@ from core.files import sha256_file
 from data.images.batch import TileRef
 from data.images.canvas import Canvas, placeholder_ids
 from data.images.decode import BadImage, decode
-from data.images.media import ImageDescription, EncodedPicture
+from data.images.media import EncodedPicture, ImageDescription
 from data.images.tiles import tiles
 
 BYTES, INDEX = "-images.bin", "-images.parquet"
