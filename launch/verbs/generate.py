@@ -7,8 +7,9 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from core.errors import ConfigError
 from launch.config import LaunchKind, local_launch
 from launch.ranks import check_model, run_verb
 from train.eval.config import GenerateConfig
@@ -20,24 +21,40 @@ def run(config: GenerateConfig) -> int:
     is_run = check_model(config.run, config.backend)
     if launch.kind is LaunchKind.torchrun:
         return run_verb("generate", config, launch)
+    from data.tokenizer import Tokenizer
+    from model.transformer import Transformer
     from parallel.comm.world import connect
     from train.checkpoint.restore import restore
     from train.eval.contamination import MODELS
-    from train.eval.generate import continue_tokens, placed_logits
+    from train.eval.generate import continue_tokens, logits_after_pictures, placed_logits
+    from train.eval.pictures import picture_prompt
     from train.eval.scoring_model import TextTokenizer, from_directory
 
     path = Path(config.run).expanduser()
     with closing(connect()) as world:
         tokenizer: TextTokenizer
+        pictures = None
         if is_run:
             restored = restore(path, world, config.backend, MODELS)
             restored.placed.model.eval()
             tokenizer, context = restored.tokenizer, restored.phase.seq_len
-            next_logits: Callable[[list[int]], Any] = partial(placed_logits, restored.placed)
+            if config.images:
+                special_id, settings = restored.tokenizer.special_id, restored.config.data.images
+                pictures = picture_prompt(config.images, restored.config.model, settings, special_id)
+            next_logits: Callable[[list[int]], Any] = partial(placed_logits, restored.placed, pictures=pictures)
         else:
             model = from_directory(path, world.device)
             tokenizer, context, next_logits = model.tokenizer, model.context, model.next_logits
-        prompt = [tokenizer.bos_id, *tokenizer.encode([config.prompt])[0]]
+            if config.images:
+                network = cast(Transformer, model.network)
+                special_id = cast(Tokenizer, tokenizer).special_id
+                pictures = picture_prompt(config.images, network.config, None, special_id)
+                next_logits = partial(logits_after_pictures, network, pictures, world.device)
+        shown = [] if pictures is None else pictures.ids
+        prompt = [tokenizer.bos_id, *shown, *tokenizer.encode([config.prompt])[0]]
+        if shown and len(prompt) + config.tokens > context:
+            reason = f"with {len(prompt)} tokens of pictures and prompt is more than the model's context of {context}"
+            raise ConfigError("tokens", config.tokens, reason, [max(1, context - len(prompt))])
         tokens = list(continue_tokens(next_logits, prompt, context, config, tokenizer.eos_id, world))
         if world.is_main:
             sys.stdout.write(config.prompt + tokenizer.decode(tokens) + "\n")

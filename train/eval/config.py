@@ -19,6 +19,8 @@ class GenerateConfig:
     """Directory of a run, an imported model, or a model in the Hugging Face format."""
     prompt: str = "def "
     """Text to continue."""
+    image: Any = None
+    """A picture before the prompt, or a list of pictures: paths. The model needs a vision encoder."""
     tokens: int = 100
     """Largest number of tokens to generate. Generation ends earlier at the end-of-document token."""
     temperature: float = 0.7
@@ -34,5 +36,15 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("tokens", "top_k"), not_negative=("temperature",))
+        if not all(isinstance(path, str) and path for path in self.images):
+            raise ConfigError(
+                "image", None, "must be a path or a list of paths", ["image=photo.jpg", "image=[a.png,b.png]"]
+            )
         if self.tokens > MOST_TOKENS:
             raise ConfigError("tokens", self.tokens, f"must be at most {MOST_TOKENS:,}")
+
+    @property
+    def images(self) -> list[Any]:
+        if self.image is None:
+            return []
+        return self.image if isinstance(self.image, list) else [self.image]

@@ -11,10 +11,16 @@ from functools import partial
 import torch
 
 from core.errors import LeviathanError
+from data.images.tiles import GREYS
+from model.attention.plan import ForwardContext
+from model.transformer import Transformer
+from model.vision.fusion import Images
 from parallel.comm.world import World
 from parallel.parallelize import ParallelModel
+from parallel.vision.exchange import tile_share
 from parallel.vocab_parallel_loss import whole_logits
 from train.eval.config import GenerateConfig
+from train.eval.pictures import PicturePrompt
 
 NextLogits = Callable[[list[int]], torch.Tensor]
 """Returns the logits [V] of the token that follows the given tokens."""
@@ -41,15 +47,19 @@ def continue_tokens(
         yield tokens[-1]
 
 
-def placed_logits(placed: ParallelModel, tokens: list[int]) -> torch.Tensor:
+def placed_logits(placed: ParallelModel, tokens: list[int], pictures: PicturePrompt | None = None) -> torch.Tensor:
     """Return the logits [V] of the token after `tokens`, float64 on every rank, under any layout. The sequence is
-    padded at its end to a length that the layout supports.
+    padded at its end to a length that the layout supports. `pictures` are those at its beginning.
     """
     meshes, last = placed.meshes, len(tokens) - 1
     length = placed.padded_length(len(tokens))
     share = placed.context_shard(length)
     row_BT = torch.tensor([tokens + [0] * (length - len(tokens))])
     context = placed.sequence_context(torch.arange(length)[None])
+    if pictures is not None:
+        pixels, greys = pictures.pixels_N3SS, torch.tensor(GREYS, device=placed.device)
+        mine = pixels[list(tile_share(meshes, len(pixels)))]
+        context.images = placed.images(pictures.rows(row_BT), len(pixels), mine, greys)
     logits_BTV = placed.logits(share.take(row_BT).to(placed.device), context)
     at = (share.take(torch.arange(length)[None])[0] == last).nonzero()
     found_V = torch.zeros(placed.model.config.vocab_size, dtype=torch.float64, device=placed.device)
@@ -58,6 +68,17 @@ def placed_logits(placed: ParallelModel, tokens: list[int]) -> torch.Tensor:
     for axis in (meshes.cp, meshes.pp):  # the other ranks have zeros
         axis.sum(found_V, "logits")
     return found_V
+
+
+def logits_after_pictures(
+    model: Transformer, pictures: PicturePrompt, device: torch.device, tokens: list[int]
+) -> torch.Tensor:
+    """Return the logits [V] of the token after `tokens` of a whole model on this device."""
+    row_BT = torch.tensor([tokens])
+    context = ForwardContext(torch.arange(len(tokens))[None], device)
+    greys = torch.tensor(GREYS, device=device)
+    context.images = Images(pictures.pixels_N3SS.to(device), pictures.rows(row_BT).to(device), greys)
+    return model(row_BT.to(device), context)[0, -1]
 
 
 def _sample(logits_V: torch.Tensor, config: GenerateConfig, generator: torch.Generator) -> int:
