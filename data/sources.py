@@ -246,6 +246,14 @@ class PartsSource(FileSource):
 
     suffixes = readers.SUFFIXES
 
+    def _digests(self, paths: list[Path]) -> Iterator[str]:
+        """Yield the digests of the files, and of the documents in those that name pictures by path."""
+        yield from super()._digests(paths)
+        for path in paths:
+            if not path.name.endswith(".tar"):
+                for record in self._records(path):
+                    yield str(record) if isinstance(record, BadRecord) else record.digest
+
     def documents(self) -> Iterator[Document]:
         share = 0.0 if self.held_out_paths else self.data.held_out
         budget = Budget(self.config.max_bytes, share)
@@ -260,15 +268,18 @@ class PartsSource(FileSource):
 
     def _read(self, path: Path, share: float) -> Iterator[Document]:
         assert self.data.images is not None
+        for record in self._records(path):
+            if not isinstance(record, BadRecord):
+                yield document_of(record, share)
+            elif self.data.images.on_bad is BadMedia.drop:
+                yield Document("", False, BAD_MEDIA)
+            else:
+                advice = ["data.images.on_bad=drop"]
+                raise ConfigError(f"data.sources.{self.name}.path", record.id, printable(record.reason), advice)
+
+    def _records(self, path: Path) -> Iterator[PartsDocument | BadRecord]:
         try:
-            for record in readers.read_documents(path, self.config.parts):
-                if not isinstance(record, BadRecord):
-                    yield document_of(record, share)
-                elif self.data.images.on_bad is BadMedia.drop:
-                    yield Document("", False, BAD_MEDIA)
-                else:
-                    advice = ["data.images.on_bad=drop"]
-                    raise ConfigError(f"data.sources.{self.name}.path", record.id, printable(record.reason), advice)
+            yield from readers.read_documents(path, self.config.parts)
         except UnreadableFile as error:
             raise self._error("path", str(path), f"cannot be read: {error}") from None
         except ConfigError as error:

@@ -1,0 +1,109 @@
+"""A tiny run on documents with pictures: it resumes with equal losses, is evaluated, and generates after a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from tests.support.mixed import png, write_documents
+from tests.support.tiny import TINY
+
+SIZES = "tile_size: 8, patch_size: 2"
+VISION = [
+    "+model.vision={hidden_size: 16, num_layers: 2, num_heads: 2, mlp_hidden_size: 64, adapter_hidden_size: 16, "
+    f"image_token_id: 5, {SIZES}}}",
+    f"+data.images={{tiles: {{{SIZES}, max_tiles: 4}}}}",
+]
+
+
+def train_in(root: Path, *overrides: str) -> int:
+    mixed = f"+data.sources.mixed={{kind: documents, path: {root / 'in' / 'documents.jsonl'}}}"
+    data = ["data=files", "~data.sources.text", mixed, "data.tokenizer.vocab_size=300", "data.held_out=0.2"]
+    usual = [f"data.cache={root / 'cache'}", f"run.root={root}", "run.name=run", "training.steps=4"]
+    return main(["train", *TINY, *VISION, *data, *usual, *overrides])
+
+
+@pytest.fixture
+def train(tmp_path) -> Callable[..., int]:
+    write_documents(tmp_path / "in")
+    return partial(train_in, tmp_path)
+
+
+def figures(run: Path) -> dict[int, tuple[float, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["loss"], line["gradient_norm"]) for line in lines if "loss" in line}
+
+
+def test_a_resumed_run_sees_the_same_pictures(train, tmp_path, capsys):
+    assert train("run.name=whole") == 0
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["tiles"] > 0 and 0 < line["image_token_share"] < 1 for line in lines if "loss" in line)
+    [answers] = [line["answers"]["mixed"] for line in lines if "answers" in line]
+    assert answers["documents"] > 0 and all(0 <= answers[key] <= 1 for key in ("own", "other", "none"))
+    assert train("run.name=parts", "checkpoint.every=2") == 0
+    steps = tmp_path / "parts" / "checkpoints" / "step-00000004"
+    (steps / "COMPLETE").unlink() if (steps / "COMPLETE").exists() else None
+    for path in steps.iterdir():
+        path.unlink() if path.is_file() else None
+    (tmp_path / "parts" / "summary.json").unlink()
+    assert train("run.name=parts", "checkpoint.every=2") == 0
+    assert "resuming from step-00000002" in capsys.readouterr().out
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
+
+
+def test_losses_depend_on_the_pictures(train, tmp_path):
+    assert train("run.name=colour") == 0
+    for place in (tmp_path / "in").glob("*.png"):
+        place.write_bytes(png(99, 8, 8))
+    assert train("run.name=grey") == 0
+    assert figures(tmp_path / "colour")[1] != figures(tmp_path / "grey")[1]
+
+
+def test_generate_reads_pictures(train, tmp_path, capsys):
+    assert train() == 0
+    picture = tmp_path / "a.png"
+    picture.write_bytes(png(3, 8, 8))
+    run = str(tmp_path / "run")
+    ask = partial(main, ["generate", run, "word", "tokens=2", "temperature=0", f"image={picture}"])
+    assert ask() == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("word")
+    for words, reason in {
+        ("image=3",): "image: must be a path or a list of paths",
+        (f"image={tmp_path / 'no.png'}",): "no.png does not exist",
+        (f"image={picture}", "tokens=40"): "is more than the model's context of 48; try",
+    }.items():
+        assert main(["generate", run, "word", *words]) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_an_export_answers_as_the_run_does(train, tmp_path, capsys):
+    assert train("model.qk_norm=weightless", "model.router.top_k=1") == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "drop_selection_bias=true"]) == 0
+    picture = tmp_path / "a.png"
+    picture.write_bytes(png(3, 8, 7))
+    said = []
+    for source in ("run", "out"):
+        capsys.readouterr()
+        words = ["tokens=3", "temperature=0", f"image={picture}"]
+        assert main(["generate", str(tmp_path / source), "word", *words]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+MISMATCHES = {
+    "model.vision=null": "model.vision: the data have pictures (data.images), which a model without a vision encoder",
+    "model.vision.patch_size=4": "data.images.tiles.patch_size=2: the model's tiles have patch_size=4",
+    "model.vision.image_token_id=7": "model.vision.image_token_id=7: is not the placeholder of the tokenizer; try 5",
+    "model.vision.hidden_size=20": "hidden_size=20: must be a multiple of 4 * 2 heads",
+}
+
+
+@pytest.mark.parametrize("override", MISMATCHES)
+def test_settings_that_do_not_fit_are_refused(override, train, capsys):
+    assert train(override) == 2
+    assert MISMATCHES[override] in capsys.readouterr().err
