@@ -203,7 +203,7 @@ class DataConfig:
             raise ConfigError("filter", None, reason)
         for name, source in self.sources.items():
             if source.kind is SourceKind.documents and self.images is None:
-                raise ConfigError("images", None, f"sources.{name} has pictures: set images={{}}", ["+images={}"])
+                raise ConfigError("images", None, f"sources.{name} has pictures", ["+data.images={}"])
             if not re.fullmatch(r"[\w.-]+", name):
                 reason = "a name of a source has letters, digits, '_', '-' and '.' only"
                 raise ConfigError(f"sources.{name}", None, reason)

@@ -74,7 +74,7 @@ def test_generate_reads_pictures(train, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("word")
     for words, reason in {
         ("image=3",): "image: must be a path or a list of paths",
-        (f"image={tmp_path / 'no.png'}",): "no.png does not exist",
+        (f"image={tmp_path / 'no.png'}",): "no such file",
         (f"image={picture}", "tokens=40"): "is more than the model's context of 48; try",
     }.items():
         assert main(["generate", run, "word", *words]) == 2

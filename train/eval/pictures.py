@@ -54,6 +54,8 @@ def picture_prompt(
     found = []
     for path in paths:
         place = Path(path).expanduser()
+        if not place.exists():
+            raise ConfigError("image", path, "no such file" if "://" not in path else "is a URL: nothing is fetched")
         try:
             part = ImagePart(read_inside(place.parent, place.name, LARGEST_BYTES), path)
             found += spelling.pieces([part], None)
