@@ -6,23 +6,31 @@ Some sequences, micro-batches, ranks and steps have no image: see `train.certify
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from bench.layouts import LAYOUTS, deep
 from core.exit_codes import RankFailure
 from launch.rank_pool import Pool
 from model.config import ModelConfig
 from model.vision.config import VisionConfig
+from parallel.cost import static_bytes
 from parallel.deepspeed.config import ZeroConfig
 from parallel.layout import EngineKind, ParallelConfig, Recompute
 from parallel.pipeline.stages import PipelineSchedule
+from parallel.sharding import local
+from parallel.vision.exchange import PURPOSE, tile_share
 from precision.config import Compute, PrecisionConfig
 from tests.support.bugs import BuggyRanks, measure_with_bug
+from tests.support.models import placed_here
 from train.certify.compare import Comparison, compare
 from train.certify.plan import Trial, compare_layouts, shrink
-from train.certify.worker import CertifyCase, run_cases
+from train.certify.worker import SEED, SEQ_LEN, CertifyCase, SyntheticLoader, random_tile, run_cases
+from train.engine.images import batch_images
 from train.optim.config import OptimizerConfig, OptimizerKind
 
 SGD = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
@@ -84,6 +92,67 @@ def test_a_planted_bug_stops_the_run(bug, name):
             pool(count, measure_with_bug, bug, config, {"run": CASE}, timeout_s=20.0)
     finally:
         pool.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [Recompute.full, Recompute.selective])
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp 2x2", "tp2 + cp2", "pp2 zbv", "pp2 one_f_one_b"])
+def test_recomputation_changes_nothing(ranks, alone, name, mode):
+    count, config = LAYOUTS[name]
+    assert differing(ranks, alone, count, replace(config, recompute=mode)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2", "tp2 + cp2"])
+def test_compiled_encoder_layers_compute_the_same(ranks, alone, name):
+    """The number of tiles differs between ranks, micro-batches and steps."""
+    count, config = LAYOUTS[name]
+    found = ranks(count, run_cases, replace(config, compile=True), {"run": CASE}, timeout_s=600.0)
+    for one in compare("compiled", alone, [rank["run"] for rank in found], CASE):
+        assert one.passed, one
+
+
+def kept(parallel: ParallelConfig) -> int:
+    """Return the bytes of this rank's parameters."""
+    placed = placed_here(CASE.model, parallel, CASE.precision)
+    return sum(local(parameter).nbytes for parameter in placed.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp2", "tp2", "pp2 one_f_one_b", "pp2 + cp2"])
+def test_the_formula_counts_the_encoders_bytes(ranks, name):
+    count, config = LAYOUTS[name]
+    layout = config.resolve(count)
+    wanted = [static_bytes(CASE.model, CASE.precision, layout, None, rank).parameters for rank in range(count)]
+    assert ranks(count, kept, config) == wanted
+
+
+def encoded_and_sent(parallel: ParallelConfig) -> tuple[list[int], int, Tensor | None]:
+    """Return the tiles that this rank encodes, the bytes that it sends to others, and its logits of the first batch."""
+    placed = placed_here(CASE.model, parallel, CASE.precision, SEED)
+    vision, meshes = CASE.model.vision, placed.meshes
+    assert vision is not None
+    batch = SyntheticLoader(CASE.model.vocab_size, vision=vision).batch(0, 0, 4)
+    assert batch.images is not None
+    batch.images.load(partial(random_tile, vision.tile_size), 4, vision.tile_size, partial(tile_share, meshes))
+    context = placed.sequence_context(batch.positions_BT)
+    (context.images,) = batch_images(placed, batch.images, 4)
+    meshes.traffic.take()
+    logits = placed.logits(placed.context_shard(SEQ_LEN).take(batch.tokens_BT), context)
+    sent = sum(size for (_, purpose), size in meshes.traffic.take().items() if purpose == PURPOSE)
+    return list(tile_share(meshes, 6)), sent, logits
+
+
+@pytest.mark.slow
+def test_tiles_are_shared_evenly_and_sent_once(ranks):
+    ((_, _, whole),) = ranks(1, encoded_and_sent, ParallelConfig())
+    found = ranks(4, encoded_and_sent, ParallelConfig(tp=2, cp=2))
+    assert [tiles for tiles, _, _ in found] == [[0], [1, 2], [3], [4, 5]]
+    assert sum(sent for _, sent, _ in found) == 6 * 4 * CASE.model.hidden_size * 8  # 6 tiles of 4 tokens, float64
+    columns = [[*range(16), *range(48, 64)], [*range(16, 48)]]
+    for rank, (_, _, logits) in enumerate(found):
+        part = whole[:, columns[rank // 2]].chunk(2, dim=-1)[rank % 2]
+        assert torch.allclose(logits, part, rtol=1e-9, atol=1e-12)
 
 
 MORE = {
