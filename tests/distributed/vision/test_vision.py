@@ -6,7 +6,6 @@ Some sequences, micro-batches, ranks and steps have no image: see `train.certify
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,18 +17,17 @@ from core.exit_codes import RankFailure
 from launch.rank_pool import Pool
 from model.config import ModelConfig
 from model.vision.config import VisionConfig
-from parallel.cost import static_bytes
 from parallel.deepspeed.config import ZeroConfig
 from parallel.layout import EngineKind, ParallelConfig, Recompute
 from parallel.pipeline.stages import PipelineSchedule
-from parallel.sharding import local
 from parallel.vision.exchange import PURPOSE, tile_share
 from precision.config import Compute, PrecisionConfig
+from tests.distributed.test_cost import assert_formulas_hold
 from tests.support.bugs import BuggyRanks, measure_with_bug
 from tests.support.models import placed_here
 from train.certify.compare import Comparison, compare
 from train.certify.plan import Trial, compare_layouts, shrink
-from train.certify.worker import SEED, SEQ_LEN, CertifyCase, SyntheticLoader, random_tile, run_cases
+from train.certify.worker import SEED, SEQ_LEN, CertifyCase, SyntheticLoader, load_tiles, run_cases
 from train.engine.images import batch_images
 from train.optim.config import OptimizerConfig, OptimizerKind
 
@@ -112,19 +110,15 @@ def test_compiled_encoder_layers_compute_the_same(ranks, alone, name):
         assert one.passed, one
 
 
-def kept(parallel: ParallelConfig) -> int:
-    """Return the bytes of this rank's parameters."""
-    placed = placed_here(CASE.model, parallel, CASE.precision)
-    return sum(local(parameter).nbytes for parameter in placed.model.parameters())
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp2", "tp2", "pp2 one_f_one_b", "pp2 + cp2"])
-def test_the_formula_counts_the_encoders_bytes(ranks, name):
+@pytest.mark.parametrize("mode", [Recompute.none, Recompute.full])
+@pytest.mark.parametrize("name", ["fsdp2", "hsdp 2x2", "tp2", "cp2 ring", "tp2 + cp2", "pp2 zbv", "pp2 + cp2"])
+def test_the_formulas_count_the_encoders_bytes(ranks, name, mode):
+    """Compare the bytes sent in a step of 6 tiles of 4 tokens, and those of parameters and optimizer state."""
     count, config = LAYOUTS[name]
-    layout = config.resolve(count)
-    wanted = [static_bytes(CASE.model, CASE.precision, layout, None, rank).parameters for rank in range(count)]
-    assert ranks(count, kept, config) == wanted
+    config = replace(config, recompute=mode)
+    sent = assert_formulas_hold(ranks, CASE.model, count, config, image_tokens=24)
+    assert any(purpose == PURPOSE for _, purpose in sent) == (config.cp * config.tp > 1)
 
 
 def encoded_and_sent(parallel: ParallelConfig) -> tuple[list[int], int, Tensor | None]:
@@ -134,7 +128,7 @@ def encoded_and_sent(parallel: ParallelConfig) -> tuple[list[int], int, Tensor |
     assert vision is not None
     batch = SyntheticLoader(CASE.model.vocab_size, vision=vision).batch(0, 0, 4)
     assert batch.images is not None
-    batch.images.load(partial(random_tile, vision.tile_size), 4, vision.tile_size, partial(tile_share, meshes))
+    load_tiles(batch, vision, 4, meshes)
     context = placed.sequence_context(batch.positions_BT)
     (context.images,) = batch_images(placed, batch.images, 4)
     meshes.traffic.take()
