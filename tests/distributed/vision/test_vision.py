@@ -25,9 +25,9 @@ from precision.config import Compute, PrecisionConfig
 from tests.distributed.test_cost import assert_formulas_hold
 from tests.support.bugs import BuggyRanks, measure_with_bug
 from tests.support.models import placed_here
-from train.certify.compare import Comparison, compare
+from train.certify.compare import Comparison, compare, compare_resumed
 from train.certify.plan import Trial, compare_layouts, shrink
-from train.certify.worker import SEED, SEQ_LEN, CertifyCase, SyntheticLoader, load_tiles, run_cases
+from train.certify.worker import SEED, SEQ_LEN, CertifyCase, RankResults, SyntheticLoader, load_tiles, run_cases
 from train.engine.images import batch_images
 from train.optim.config import OptimizerConfig, OptimizerKind
 
@@ -90,6 +90,23 @@ def test_a_planted_bug_stops_the_run(bug, name):
             pool(count, measure_with_bug, bug, config, {"run": CASE}, timeout_s=20.0)
     finally:
         pool.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [OptimizerKind.adamw, OptimizerKind.muon])
+def test_a_checkpoint_resumes_under_other_layouts(ranks, tmp_path, kind):
+    """Save before the last step under tp and cp. Others continue with the encoder's weights and moments."""
+    case = replace(CASE, optimizer=OptimizerConfig(kind=kind, lr=1e-2), save=tmp_path / "saved", steps=5)
+
+    def run(name: str, case: CertifyCase) -> list[RankResults]:
+        count, config = LAYOUTS[name]
+        return [rank["run"] for rank in ranks(count, run_cases, config, {"run": case})]
+
+    one = ranks(1, run_cases, ParallelConfig(), {"run": replace(case, save=None)})[0]["run"]
+    assert [c for c in compare("saved", one, run("tp2 + cp2", case), case) if not c.passed] == []
+    resumed = replace(case, save=None, resume=tmp_path / "saved")
+    for name in ("fsdp2", "pp2 zbv", "cp2 gather"):
+        assert [c for c in compare_resumed(name, one, run(name, resumed), case) if not c.passed] == []
 
 
 @pytest.mark.slow
