@@ -2,7 +2,7 @@
 
 MoE layers stay eager: the number of tokens per expert depends on the data, and the grouped matmul cannot be traced in
 float32 (torch 2.13: its shape function requires bfloat16). Attention over context-parallel sequences stays eager too.
-Layers of the vision encoder are compiled for any number of tiles.
+Layers of the vision encoder are compiled three times: for no tile, for one, and for any larger number.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ class VisionAttention(nn.Module):
     def forward(self, x_NPC: Tensor, rotation_1P1K2: Tensor) -> Tensor:
         q, k, v = (part(x_NPC).unflatten(-1, (-1, self.head_dim)) for part in (self.query, self.key, self.value))
         q, k, v = (x.transpose(1, 2) for x in (rotate(q, rotation_1P1K2), rotate(k, rotation_1P1K2), v))
-        y_NHPK = F.scaled_dot_product_attention(q, k, v)
+        # flash attention on CUDA refuses an empty batch (pytorch/pytorch#133780); the sum is empty as well
+        y_NHPK = F.scaled_dot_product_attention(q, k, v) if len(x_NPC) else q + k + v
         return self.output(y_NHPK.transpose(1, 2).flatten(-2))
 
 

@@ -71,17 +71,17 @@ def spread(
     """
     share, axis = tile_share(meshes, tiles), meshes.sequence
     assert len(pixels_N3SS) == len(share), f"{len(pixels_N3SS)} tiles are decoded, not tiles {share} of {tiles}"
-    if axis.size == 1:
-        return Images(pixels_N3SS, rows_BT.to(device), greys)
     parts = [rows_BT] if shard.axis.size == 1 else shard.shards(rows_BT, 1)
     places = [place for part in parts for place in part.chunk(meshes.tp.size, 1)]
+    here_BT = places[axis.rank].contiguous()
+    if axis.size == 1 or tiles == 0:
+        return Images(pixels_N3SS, here_BT.to(device), greys)
     shown = [place[place >= 0].unique() for place in places]  # ascending, and so in the order of the sending ranks
     first, last = share.start * tokens_per_tile, share.stop * tokens_per_tile
     chosen = [rows[(rows >= first) & (rows < last)] - first for rows in shown]
     ends = torch.tensor([_share(tiles, axis.size, rank).stop * tokens_per_tile for rank in range(axis.size)])
     senders = torch.bucketize(shown[axis.rank], ends, right=True)
-    here_BT = places[axis.rank]
-    numbers_BT = torch.searchsorted(shown[axis.rank], here_BT.contiguous())
+    numbers_BT = torch.searchsorted(shown[axis.rank], here_BT)
     return SpreadImages(
         pixels_N3SS,
         torch.where(here_BT < 0, -1, numbers_BT).to(device),

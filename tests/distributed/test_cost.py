@@ -112,6 +112,7 @@ def assert_formulas_hold(
     optimizer: OptimizerConfig = ADAMW,
     matrices: torch.dtype | None = None,
     aligned: bool = False,
+    image_tokens: int = 0,
 ) -> dict[tuple[str, str], int]:
     """Count the traffic of a step and each rank's bytes of parameters and optimizer state. Compare both with the
     formulas. Return the traffic, summed over ranks.
@@ -122,7 +123,8 @@ def assert_formulas_hold(
         summed.update(traffic)
         kept = cost.static_bytes(model, precision, layout, precision.master_dtype, rank, matrices is not None)
         assert (kept.parameters, kept.gradients, kept.optimizer) == (parameters, parameters, state)
-    assert summed == step_traffic(model, precision, layout, shape(layout, micro_batch_size, aligned), matrices)
+    batch = shape(layout, micro_batch_size, aligned)
+    assert summed == step_traffic(model, precision, layout, batch, matrices, image_tokens)
     return summed
 
 

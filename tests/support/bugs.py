@@ -17,6 +17,8 @@ import torch.distributed as dist
 
 from model import moe
 from model.kernels import TorchKernels
+from model.transformer import Stack
+from model.vision.fusion import Images
 from parallel import context_parallel, fsdp, parallelize, whole_matrices
 from parallel.comm import collectives
 from parallel.context_parallel import ContextShard, RingPlan, ShardedContext
@@ -26,6 +28,8 @@ from parallel.mesh import MeshAxis, Meshes
 from parallel.pipeline import runtime
 from parallel.pipeline.deferred_wgrad import Deferred
 from parallel.sharding import local
+from parallel.vision import exchange
+from parallel.vision.exchange import SpreadImages
 from precision import fp8_tiles
 from train.certify import worker
 from train.certify.worker import CertifyCase, RankResults
@@ -308,6 +312,60 @@ def weights_put_off_for_ever(honest, self):
 @replaces(Meshes, "is_first_of_stage")
 def routers_saved_by_one_stage(honest, self):
     return self.world.rank == 0
+
+
+# ----- vision
+
+
+@replaces(Stack, "_embed")
+def encoder_skipped_without_images(honest, self, tokens_BT, embedding, context):
+    """A rank whose micro-batch has no tile for it does not run the encoder."""
+    if context.images is None or not len(context.images.tiles_N3SS):
+        return embedding(tokens_BT)
+    return honest(self, tokens_BT, embedding, context)
+
+
+@replaces(engine.TorchEngine, "complete_gradients")
+def scaled_by_participation(honest, self):
+    """The encoder's gradients are multiplied by the number of ranks over the number of ranks with images."""
+    honest(self)
+    for name, parameter in self.placed.model.named_parameters():
+        if self.placed.specs[name].info.role.is_vision:
+            local(parameter.grad).mul_(2)  # images are on one of two ranks
+
+
+@replaces(SpreadImages, "encode")
+def rows_placed_before_the_scatter(honest, self, encoder):
+    """Each tp rank places the rows among its partial embeddings, whose sum has them tp times."""
+    return honest(self, encoder) * self.axis.size
+
+
+@replaces(SpreadImages, "encode")
+def tiles_on_two_ranks(honest, self, encoder):
+    """Two ranks encode what the first rank shows, and both add its gradient."""
+    rows_MD = honest(self, encoder)
+    if self.axis.rank == 0:
+        rows_MD.register_hook(lambda gradient: gradient * 2)
+    return rows_MD
+
+
+@replaces(Images, "encode")
+def tiles_in_reverse_order(honest, self, encoder):
+    return honest(dataclasses.replace(self, tiles_N3SS=self.tiles_N3SS.flip(0)), encoder)
+
+
+@replaces(exchange, "_share")
+def shares_that_overlap(honest, tiles, size, rank):
+    """A rank encodes the first tile of the next rank as well."""
+    share = honest(tiles, size, rank)
+    return range(share.start, min(share.stop + 1, tiles))
+
+
+@replaces(engine, "sum_partial_gradients")
+def encoder_not_summed_over_tp(honest, model, specs):
+    """Each tp rank keeps the encoder's gradient from its own tiles."""
+    apart = {name: dataclasses.replace(s, partial=()) if s.info.role.is_vision else s for name, s in specs.items()}
+    honest(model, apart)
 
 
 # ----- DeepSpeed

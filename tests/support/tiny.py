@@ -19,7 +19,7 @@ from model.load_balance import Balancer
 from parallel.comm.world import connect
 from parallel.parallelize import ParallelModel
 from parallel.sharding import ShardSpec, local
-from train.certify.worker import BATCH_SIZE, SyntheticLoader
+from train.certify.worker import BATCH_SIZE, SyntheticLoader, load_tiles
 from train.config import TrainConfig
 from train.corpus import get_corpus
 from train.engine.base import StepResult, optimizer_step
@@ -93,8 +93,10 @@ def synthetic(
     engine, meshes = TorchEngine(placed, optimizer), placed.meshes
     balancer = Balancer(placed.model, lambda counts: meshes.world.sum(counts, "balance"))
     share = BATCH_SIZE // meshes.dp.size
-    loader = SyntheticLoader(placed.model.config.vocab_size)
+    vision = placed.model.config.vision
+    loader = SyntheticLoader(placed.model.config.vocab_size, vision=vision)
     batch = loader.batch(0, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
+    load_tiles(batch, vision, micro_batch_size, meshes)
     return engine, batch, partial(optimizer_step, engine, balancer, batch, micro_batch_size, None, 1.0)
 
 

@@ -22,6 +22,7 @@ from parallel.layout import DispatchMethod, Layout, Recompute
 from parallel.mesh import meshes_of_rank
 from parallel.parallelize import on_meta
 from parallel.sharding import shard_specs
+from parallel.vision.exchange import PURPOSE
 from precision.config import PrecisionConfig
 
 
@@ -31,12 +32,13 @@ def step_traffic(
     layout: Layout,
     batch: BatchShape,
     matrices: torch.dtype | None = None,
+    image_tokens: int = 0,
 ) -> dict[tuple[str, str], int]:
     """Return the bytes that all ranks of the world hand to collectives, by axis and purpose.
 
     Bytes are summed over ranks because routing decides how much each rank sends to the experts. There must be several
     ranks, and all micro-batches must be full. `matrices`: the dtype in which Muon's matrices are sent, None without
-    Muon.
+    Muon. `image_tokens`: those in the global batch.
     """
     world, micro_batches = layout.world_size, batch.sequences // batch.micro_batch_size
     step, stage = _Step(model, precision, layout, batch), world // layout.pp
@@ -46,6 +48,7 @@ def step_traffic(
         (stage * (1 if layout.pp > 1 else micro_batches), step.data()),
         (1, step.once()),
         (1, step.matrices(matrices)),
+        (1, step.images(image_tokens)),
     ):
         for key, size in entries:
             found[key] += int(times * size)
@@ -81,6 +84,11 @@ class _Step:
             if layer.feed_forward is not FeedForward.moe or model.shared_hidden_size:
                 yield key, 2 * (part + whole) + again * part  # the last operation of a layer is not recomputed
             yield ("tp", "balance"), self.balance(layer)
+
+    def images(self, rows: int) -> Entries:
+        """Yield the encoder's rows that all ranks together send to positions, and their gradients back."""
+        if (axis := self.meshes.sequence).size > 1:
+            yield (axis.name, PURPOSE), 2 * rows * self.model.hidden_size * self.size
 
     def context(self) -> Entries:
         if self.layout.cp > 1:
@@ -123,7 +131,8 @@ class _Step:
 
     def data(self) -> Entries:
         """Yield what FSDP2 sends in one micro-batch on a rank of each stage. Layers gather their parameters for the
-        forward pass and again for the backward pass; the other parameters (the root) stay gathered in between.
+        forward pass and again for the backward pass, and so does the vision encoder; the other parameters (the root)
+        stay gathered in between.
         Gradients are reduced after each micro-batch. In a pipeline everything is gathered and reduced once per step.
         """
         layout, master = self.layout, self.precision.master_dtype.itemsize
@@ -131,7 +140,7 @@ class _Step:
         for name, spec in self.specs.items():
             stages = 1 + any(axis.name == "ends" for axis in spec.replicas)  # tied embeddings are on both ends
             size = master if narrow and spec.info.role is Role.router else self.size
-            gathers = 2 if name.startswith("layers.") and layout.pp == 1 else 1
+            gathers = 2 if name.startswith(("layers.", "vision.")) and layout.pp == 1 else 1
             elements = spec.local_block.numel  # of rank 0, whose shard is full; shorter shards are padded to its size
             if (axis := spec.fsdp_split.axis).size > 1:
                 yield (axis.name, "parameters"), stages * gathers * size * elements

@@ -154,9 +154,16 @@ def _pictures(step: int, count: int, seq_len: int, tokens_per_tile: int) -> tupl
     return rows, tiles
 
 
-def random_tile(side: int, tile: TileRef) -> NDArray[np.uint8]:
-    """Return a tile of random grey levels, the same for the same reference."""
-    return np.random.default_rng([SEED, tile.image, tile.tile]).integers(0, 256, (3, side, side), np.uint8)
+def load_tiles(batch: Batch, vision: VisionConfig | None, micro_batch_size: int, meshes: Meshes) -> None:
+    """Make the tiles that this rank encodes: random grey levels, the same for the same reference."""
+    if batch.images is None or vision is None:
+        return
+    side = vision.tile_size
+
+    def decode(tile: TileRef) -> NDArray[np.uint8]:
+        return np.random.default_rng([SEED, tile.image, tile.tile]).integers(0, 256, (3, side, side), np.uint8)
+
+    batch.images.load(decode, micro_batch_size, side, partial(tile_share, meshes))
 
 
 def copy_blocks(blocks: Iterable[LocalShard]) -> Blocks:
@@ -196,9 +203,7 @@ def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
         if case.save is not None and step == case.steps - 1:
             Checkpointer(case.save, world, 1, False, _fail).save(step, engine.state(), {})
         batch = loader.batch(step, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
-        if batch.images is not None and vision is not None:
-            load = partial(batch.images.load, partial(random_tile, vision.tile_size), size, vision.tile_size)
-            load(partial(tile_share, meshes))
+        load_tiles(batch, vision, size, meshes)
         if not case.labels:
             batch.labels_BT.fill_(IGNORED)
         result = optimizer_step(engine, balancer, batch, size, case.clip_norm, 1.0, keep_gradients)

@@ -119,6 +119,33 @@ def test_a_planted_bug_is_caught_and_blamed(ranks, bug):
     assert any(what in line for line in found[-1].failures()), list(found[-1].failures())
 
 
+SEES = "model.vision={image_token_id: 63}"
+SIGHT = {
+    "rows_placed_before_the_scatter": (["tp"], OVERRIDES),
+    "encoder_not_summed_over_tp": (["tp"], OVERRIDES),
+    "tiles_on_two_ranks": (["cp"], IN_PARTS),
+    "tiles_in_reverse_order": (["dp_shard"], OVERRIDES),
+    "encoder_skipped_without_images": (["dp_shard"], OVERRIDES),
+}
+"""Bug of the vision encoder -> the axes blamed, and the overrides."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [["parallel.tp=2", "parallel.cp=2"], IN_STAGES], ids=["tp-cp", "pp"])
+def test_a_model_with_vision_is_certified(ranks, overrides):
+    for outcome in outcomes(ranks, None, [*overrides, SEES]):
+        assert outcome.passed and outcome.largest(1e-9) < 1e-12, outcome.failures()
+    assert "vision" in certificate(config(*overrides, SEES), [], {})["model"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", SIGHT)
+def test_a_planted_bug_of_vision_is_blamed(ranks, bug):
+    axes, overrides = SIGHT[bug]
+    failed = outcomes(ranks, bug, [*overrides, SEES])[-1]
+    assert not failed.passed and list(failed.trial.axes) == axes, failed.failures()
+
+
 @pytest.mark.slow
 def test_muon_is_certified_in_place_of_adamw(ranks):
     """Orthogonalising each shard by itself is caught, and only in the results of Muon."""
