@@ -185,7 +185,11 @@ MORE = {
 ZERO = {
     f"zero{stage} {name}": (count, replace(config, engine=EngineKind.deepspeed, zero=ZeroConfig(stage=stage)))
     for stage in (1, 2, 3)
-    for name, (count, config) in {"dp2": (2, ParallelConfig()), "tp2": (4, ParallelConfig(tp=2))}.items()
+    for name, (count, config) in {
+        "dp2": (2, ParallelConfig()),
+        "tp2": (4, ParallelConfig(tp=2)),
+        "cp2 recomputed": (2, ParallelConfig(cp=2, recompute=Recompute.full)),
+    }.items()
 }
 """Layouts besides those of the page."""
 
