@@ -7,6 +7,7 @@ Layers of the vision encoder are compiled three times: for no tile, for one, and
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,4 +33,13 @@ def apply(model: Transformer) -> None:
         layer.compile()
     if model.vision is not None:
         for encoder_layer in model.vision.layers.values():
-            encoder_layer.compile(dynamic=True)
+            encoder_layer.forward = _compiled(encoder_layer.forward)
+
+
+def _compiled(forward: Any) -> Any:
+    """Compile a forward pass for any number of tiles. If it is checkpointed, compile what the checkpoint calls: torch
+    2.13 leaves a module eager whose forward pass is a checkpoint.
+    """
+    if isinstance(forward, partial):
+        return partial(forward.func, _compiled(forward.args[0]), **forward.keywords)
+    return torch.compile(forward, dynamic=True)

@@ -118,13 +118,22 @@ def test_recomputation_changes_nothing(ranks, alone, name, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp2", "tp2 + cp2"])
-def test_compiled_encoder_layers_compute_the_same(ranks, alone, name):
-    """The number of tiles differs between ranks, micro-batches and steps."""
+@pytest.mark.parametrize("name, mode", [("fsdp2", Recompute.none), ("tp2 + cp2", Recompute.full)])
+def test_compiled_encoder_layers_compute_the_same(ranks, alone, name, mode):
+    """The number of tiles differs between ranks, micro-batches and steps. Frames must be compiled, not left eager."""
     count, config = LAYOUTS[name]
-    found = ranks(count, run_cases, replace(config, compile=True), {"run": CASE}, timeout_s=600.0)
-    for one in compare("compiled", alone, [rank["run"] for rank in found], CASE):
+    found = ranks(count, compiled, replace(config, compile=True, recompute=mode), timeout_s=600.0)
+    for one in compare("compiled", alone, [rank for rank, _ in found], CASE):
         assert one.passed, one
+    assert all(graphs >= 3 for _, graphs in found), [graphs for _, graphs in found]
+
+
+def compiled(parallel: ParallelConfig) -> tuple[RankResults, int]:
+    """Run the case. Return its results, and how often a frame was compiled."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = run_cases(parallel, {"run": CASE})["run"]
+    return found, torch._dynamo.utils.counters["frames"]["ok"]
 
 
 @pytest.mark.slow
@@ -176,7 +185,11 @@ MORE = {
 ZERO = {
     f"zero{stage} {name}": (count, replace(config, engine=EngineKind.deepspeed, zero=ZeroConfig(stage=stage)))
     for stage in (1, 2, 3)
-    for name, (count, config) in {"dp2": (2, ParallelConfig()), "tp2": (4, ParallelConfig(tp=2))}.items()
+    for name, (count, config) in {
+        "dp2": (2, ParallelConfig()),
+        "tp2": (4, ParallelConfig(tp=2)),
+        "cp2 recomputed": (2, ParallelConfig(cp=2, recompute=Recompute.full)),
+    }.items()
 }
 """Layouts besides those of the page."""
 
