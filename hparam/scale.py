@@ -159,7 +159,8 @@ def ratios(base: Scale, target: Scale, role: Role | None = None) -> dict[str, fl
     if role is not None and role.is_vision:
         first["num_layers"] = second["num_layers"]
     if not base.vision_hidden_size:
-        first |= {name: second[name] for name in first if name.startswith("vision_")}
+        sizes = {name: second[name] or 1 for name in first if name.startswith("vision_")}
+        first, second = {**first, **sizes}, {**second, **sizes}
     found = {name: second[name] / first[name] for name in first if first[name] and second[name]}
     if role is not None and role in SPANS:
         out, _ = SPANS[role]

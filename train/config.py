@@ -13,7 +13,7 @@ from core.errors import ConfigError, check_local, check_name, check_numbers
 from core.files import locate
 from core.import_path import check_form
 from data.config import DataConfig, Packing, TokenizerKind
-from data.images.canvas import TileConfig
+from data.images.config import TileConfig
 from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
 from model.roles import Role

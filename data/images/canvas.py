@@ -13,42 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from core.errors import ConfigError
+from data.images.config import TileConfig
 
-MOST_TILES = 1024
-"""Largest `max_tiles`. Every grid of at most this many tiles is compared for each new size of a picture."""
 _MEMORY = 2**16
 """Sizes, and strings of tokens, that are remembered."""
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """How pictures are cut into square tiles. The defaults are Llama 4's."""
-
-    tile_size: int = 336
-    """Side of a tile in pixels."""
-    patch_size: int = 14
-    """Side of a patch in pixels. The encoder merges 2 x 2 patches into one token."""
-    max_tiles: int = 16
-    """Most tiles of one picture, without the global tile: the whole picture at the size of one tile."""
-    resize_to_max_canvas: bool = False
-    """Enlarge a picture to the largest canvas that it fills best. Llama 4 does not."""
-
-    def __post_init__(self) -> None:
-        for key in ("tile_size", "patch_size", "max_tiles"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be positive")
-        if self.tile_size % (2 * self.patch_size):
-            reason = f"must be a multiple of {2 * self.patch_size}, twice the patch size: 2 x 2 patches make one token"
-            nearest = max(1, round(self.tile_size / (2 * self.patch_size))) * 2 * self.patch_size
-            raise ConfigError("tile_size", self.tile_size, reason, [nearest])
-        if self.max_tiles > MOST_TILES:
-            raise ConfigError("max_tiles", self.max_tiles, f"must be at most {MOST_TILES}")
-
-    @property
-    def tokens_per_tile(self) -> int:
-        """Placeholder tokens of one tile, 144 by default."""
-        return (self.tile_size // self.patch_size // 2) ** 2
 
 
 @dataclass(frozen=True)

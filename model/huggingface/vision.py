@@ -34,7 +34,7 @@ def read_vision(config: Json) -> VisionConfig:
     """Read the encoder from the `config.json` of a Llama 4 model. Raises `ConfigError` for what it cannot express."""
     vision = config.get("vision_config")
     if not isinstance(vision, Mapping):
-        raise ConfigError("config.json", None, "has no vision_config")
+        raise ConfigError("config.json", None, "has no vision_config; text_only=true reads the text model alone")
     for key, value in _FIXED.items():
         if vision.get(key, value) != value:
             raise ConfigError(f"config.json vision_config.{key}", vision[key], "is not supported", [value])

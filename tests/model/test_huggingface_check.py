@@ -63,7 +63,7 @@ def test_each_setting_read_otherwise_is_noticed(name, change, tmp_path):
 
 
 def test_what_transformers_does_not_accept_is_an_obstacle(tmp_path):
-    scout = preset("llama4_scout")
+    scout = preset("llama4_scout_text")
     assert huggingface.obstacle(written(scout, tmp_path)) is None
     why = huggingface.obstacle(written(scout, tmp_path, attn_temperature_tuning=4))  # an int, as first published
     assert why is not None and "expected bool, got int" in why

@@ -97,7 +97,7 @@ def test_unfused_experts_and_the_whole_models_prefix_are_read(saved, tmp_path):
     text = json.loads((saved / "config.json").read_text())
     tmp_path.joinpath("config.json").write_text(json.dumps({"model_type": "llama4", "text_config": text}))
     save_file(content, tmp_path / SINGLE)
-    with pytest.raises(CheckpointError, match="text_only=true"):
+    with pytest.raises(ConfigError, match="text_only=true"):
         HuggingFaceCheckpoint(tmp_path)
     first, second = HuggingFaceCheckpoint(saved), HuggingFaceCheckpoint(tmp_path, text_only=True)
     assert all(torch.equal(whole(first, key), whole(second, key)) for key in first.shapes)
