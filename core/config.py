@@ -30,13 +30,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import ConfigError, RenamedKeyError
 from core.import_path import check_form
-from core.overrides import escaped, parse
+from core.overrides import LARGEST, escaped, parse
 from core.renamed import new_value, old_fields
 
 T = TypeVar("T")
 _NO_VALUE = "has no value: give one"
-LARGEST = 2**63 - 1
-"""Largest whole number of a configuration: what an int64 holds."""
 
 
 def config_directory() -> Path:
@@ -165,7 +163,8 @@ def _compose(root: str, schema: type, overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
             return compose(root, overrides=[parse(override, groups())[0] for override in overrides])
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:  # a name as a place in a list
+    # ValueError and TypeError: a name as a place in a list; OverflowError: a large whole number for a float
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
         raise _explain(error, schema) from None
 
 

@@ -22,6 +22,8 @@ Groups = Mapping[str, Sequence[str]]
 """The names of the presets in each configuration group."""
 
 MOST_RUNS = 10_000
+LARGEST = 2**63 - 1
+"""Largest whole number of a configuration: what an int64 holds."""
 LONGEST_KEY = 200
 _FORM = re.compile(r"(~|\+{0,2})([^=]*)(=?)(.*)", re.DOTALL)
 _KEY = re.compile(r"[A-Za-z_]\w*([./@:-]\w+)*", re.ASCII)  # each character has one meaning: no backtracking
@@ -66,11 +68,21 @@ def parse(override: str, groups: Groups, sweeps: bool = False) -> tuple[str, Ove
             raise ConfigError(key, None, f"cannot be parsed as a key and a value ({_first_line(again)})") from None
     if parsed.value_type in (ValueType.INTERVAL_SWEEP, ValueType.GLOB_CHOICE_SWEEP):
         raise ConfigError(key, value, "has no definite values; list them, as in 1e-3,2e-3")
+    if not parsed.is_sweep_override():
+        _check_whole_numbers(key, parsed.value())
     if key in groups and sign != "~" and not (isinstance(parsed.value(), str) or parsed.is_sweep_override()):
         raise ConfigError(key, value, "must be the name of a preset", groups[key])
     if key in groups and len(value) > LONGEST_KEY and not parsed.is_sweep_override():
         raise ConfigError(key, value, "no such choice", groups[key])
     return override, parsed
+
+
+def _check_whole_numbers(key: str, value: object) -> None:
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            _check_whole_numbers(key, one)
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(key, None, f"must be at most {LARGEST:,}")
 
 
 def expand(overrides: Sequence[str], groups: Groups) -> list[list[str]]:

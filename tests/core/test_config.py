@@ -104,6 +104,9 @@ def test_text_that_no_file_can_hold_is_refused(value):
 def test_a_whole_number_beyond_floats_is_refused():
     with pytest.raises(ConfigError, match=r"^share: must be at most"):
         build(Named, {"share": 10**400})
+    for value in (str(10**400), f"[1,{{a: {10**400}}}]"):
+        with pytest.raises(ConfigError, match=r"^share: must be at most"):
+            load("named", Named, [f"share={value}"])
 
 
 def test_differences_name_leaves():

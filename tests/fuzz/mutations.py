@@ -179,23 +179,25 @@ class Endless(Exception):
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Raise `Endless` after some seconds, and end the process where no Python code runs. Limit the growth of memory."""
+    """Raise `Endless` after some seconds of CPU time, since other processes may take the cores. End the process after
+    more of the clock, where no Python code runs. Limit the growth of memory.
+    """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     in_main = threading.current_thread() is threading.main_thread()
     if in_main:
-        old = signal.signal(signal.SIGALRM, _end)
-        signal.setitimer(signal.ITIMER_REAL, LONGEST_S)
+        old = signal.signal(signal.SIGPROF, _end)
+        signal.setitimer(signal.ITIMER_PROF, LONGEST_S)
     faulthandler.dump_traceback_later(6 * LONGEST_S, exit=True)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
         if in_main:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, old)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, old)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
     assert grown < MOST_MIB, f"took {grown} MiB"
 
 
 def _end(*_: object) -> None:
-    raise Endless(f"took more than {LONGEST_S:g} s")
+    raise Endless(f"took more than {LONGEST_S:g} s of CPU time")

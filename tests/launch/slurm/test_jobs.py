@@ -261,5 +261,5 @@ def test_followed_to_its_end_and_chained(user):
 def test_the_guide_does_what_it_says(cluster, tmp_path, executables):
     page = ROOT / "docs" / "slurm.md"
     done = [run(*block, tmp_path, executables, **cluster.environment) for block in blocks(page, slurm=True)]
-    assert len(done) == 4 and all(one.returncode == 0 for one in done), [one.stderr for one in done]
+    assert len(done) == 5 and all(one.returncode == 0 for one in done), [one.stderr for one in done]
     assert "COMPLETED" in done[0].stdout and "big" in done[1].stdout
