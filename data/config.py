@@ -105,8 +105,8 @@ class SourceConfig:
         check_options(self.kind, self.options)
         if isinstance(self.kind, SourceKind) and self.kind is not SourceKind.builtin and not self.path:
             raise ConfigError("path", self.path, f"a source of kind {self.kind.name} needs a path")
-        if self.kind is not SourceKind.files and self.held_out_path:
-            raise ConfigError("held_out_path", self.held_out_path, "requires kind=files")
+        if self.kind not in (SourceKind.files, SourceKind.documents) and self.held_out_path:
+            raise ConfigError("held_out_path", self.held_out_path, "requires kind=files or kind=documents")
         if not 0 < self.weight < math.inf:
             raise ConfigError("weight", self.weight, "must be positive and finite; to drop the source, omit it")
         check_numbers(self, positive=("max_epochs", "max_bytes"))
@@ -216,6 +216,9 @@ class DataConfig:
             raise ConfigError("pack_seq_len", self.pack_seq_len, "must hold BOS and a token", [2])
         if self.packing is Packing.best_fit and self.pack_seq_len is None:
             raise ConfigError("pack_seq_len", None, "packing=best_fit needs the length of its sequences")
+        if self.filter is not None and any(one.kind is SourceKind.documents for one in self.sources.values()):
+            reason = "sees only the text of documents, not their pictures; filter text sources in a run of their own"
+            raise ConfigError("filter", None, reason, ["null"])
         if self.images is not None and self.long_documents is LongDocuments.truncate:
             reason = "cannot cut documents with pictures"
             raise ConfigError("long_documents", self.long_documents, reason, ["split", "drop", "refuse"])

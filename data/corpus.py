@@ -25,7 +25,9 @@ from data.filter.corpus import SourcePart, describe_filter, filter_sources, rule
 from data.filter.score.factory import Models
 from data.images.batch import TileRef
 from data.images.config import BadMedia
+from data.images.decode import pillow
 from data.images.media import BadMediaError, EncodedPicture, ImageDescription, ImageSpelling, spell
+from data.images.parts import VideoPart
 from data.images.store import PictureStream, PictureWriter
 from data.packing import PackedSequence, Packer, PlacedPicture
 from data.sources import BAD_MEDIA, Document, Source, make_source
@@ -37,10 +39,13 @@ MANIFEST = "manifest.json"
 DOCUMENTS = "-documents.parquet"
 _FORMAT = 1
 _SHARD = {"file": str, "tokens": int, "sha256": str}
-_SPLIT = {"shards": [_SHARD], "counts": {"tokens": int, str: int}}
+_PICTURES = {"file": str, "bytes": int, "sha256": str, "index": str, "index_sha256": str, "count": int}
+_SPLIT = {"shards": [_SHARD], "counts": {"tokens": int, str: int}, "pictures?": _PICTURES}
+IMAGES_SHAPE = {"tiles": {}, "ids": {str: int}, "largest_pixels": int, "decoder": str, "versions": {str: str}}
 _SHAPE = {
     "tokenizer": {"vocab_size": int, "fingerprint": str},
     "packing?": {"row_tokens": int},
+    "images?": IMAGES_SHAPE,
     "sources": {str: {TRAIN: _SPLIT, HELD_OUT: _SPLIT}},
 }
 _ENCODED_AT_ONCE = 1 << 22
@@ -164,10 +169,14 @@ def check_found(config: DataConfig) -> None:
         _tokens_directory(config.tokens)
         return
     for name, part in config.sources.items():
-        if part.kind is SourceKind.files:
+        if part.kind in (SourceKind.files, SourceKind.documents):
             make_source(name, part, config)
+    if config.images is not None:
+        pillow()
     if config.tokenizer.kind is not TokenizerKind.bpe:
-        from_file(config.tokenizer)
+        tokenizer = from_file(config.tokenizer)
+        if config.images is not None:
+            ImageSpelling(config.images, tokenizer.special_id)
 
 
 def prepare(config: DataConfig, report: Callable[[str], None], models: Models | None = None) -> Corpus:
@@ -302,7 +311,8 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     for document in documents:
         batch.append(document)
         size += len(document.text) + sum(len(p.data) for p in document.parts or () if not isinstance(p, str))
-        if size >= _ENCODED_AT_ONCE:
+        has_video = any(isinstance(part, VideoPart) for part in document.parts or ())  # its frames take much memory
+        if size >= _ENCODED_AT_ONCE or has_video:
             yield batch
             batch, size = [], 0
     if batch:

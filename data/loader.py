@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.errors import ConfigError
+from core.errors import ConfigError, DataError
 from data.corpus import HELD_OUT, TRAIN, Corpus
 from data.images.batch import BatchImages, TileRef
 from data.images.store import PictureStream
 from data.sampling import Blend, SampleRange, key_of, permute
-from data.tokens import TokenStream
+from data.tokens import TokenStream, rebuild
 
 IGNORED = -100
 """Label of a position whose next token belongs to another document, to a picture, or is padding."""
@@ -184,17 +184,25 @@ class Loader:
             labels[np.isin(labels, list(vars(self.corpus.images.ids).values()))] = IGNORED
         arrays = (np.ascontiguousarray(tokens), labels, positions, sources)
         tokens_BT, labels_BT, positions_BT, sources_B = map(torch.from_numpy, arrays)
-        return Batch(tokens_BT, labels_BT, positions_BT, sources_B, self._images(sequences, pictures))
+        return Batch(tokens_BT, labels_BT, positions_BT, sources_B, self._images(tokens, sequences, pictures))
 
-    def _images(self, sequences: Sequence[int], pictures: Sequence[PictureStream | None]) -> BatchImages | None:
-        """Find the tiles of each sequence; None if the corpus has no pictures."""
+    def _images(
+        self, tokens: NDArray[np.int64], sequences: Sequence[int], pictures: Sequence[PictureStream | None]
+    ) -> BatchImages | None:
+        """Find the tiles of each sequence; None if the corpus has no pictures. Raises `DataError` unless exactly the
+        placeholders belong to pictures.
+        """
         if self.corpus.images is None:
             return None
-        rows = np.full((len(sequences), self.seq_len), -1, np.int64)
+        rows = np.full(tokens.shape, -1, np.int64)
         tiles: list[list[TileRef]] = [[] for _ in sequences]
         for row, (sequence, stream) in enumerate(zip(sequences, pictures, strict=True)):
             if stream is not None:
                 rows[row], tiles[row] = stream.rows_of(sequence * self.seq_len, self.seq_len)
+        if not np.array_equal(rows >= 0, tokens == self.corpus.images.ids.patch):
+            raise DataError(
+                f"the pictures of {self.corpus.directory} do not fit its tokens: {rebuild(self.corpus.directory)}"
+            )
         config = self.corpus.images.tiles
         return BatchImages(torch.from_numpy(rows), tiles, config.tokens_per_tile, self.corpus.decode, config.tile_size)
 

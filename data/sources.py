@@ -139,6 +139,7 @@ class FileSource:
 
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         self.name, self.config, self.data = name, config, data
+        self.names: dict[Path, str] = {}
         self.held_out_paths = self._find(config.held_out_path, "held_out_path") if config.held_out_path else []
         held_out = {path.resolve() for path in self.held_out_paths}  # the folder `path` may contain them
         self.paths = [path for path in self._find(str(config.path), "path") if path.resolve() not in held_out]
@@ -157,9 +158,11 @@ class FileSource:
 
     def _find(self, pattern: str, key: str) -> list[Path]:
         try:
-            return [path for _, path in find_files(pattern, self.suffixes)]
+            found = find_files(pattern, self.suffixes)
         except ConfigError as error:
             raise error.under(f"data.sources.{self.name}.{key}") from None
+        self.names |= {path: name for name, path in found}
+        return [path for _, path in found]
 
     def _digests(self, paths: list[Path]) -> Iterator[str]:
         for path in paths:
@@ -257,12 +260,11 @@ class PartsSource(FileSource):
     def documents(self) -> Iterator[Document]:
         share = 0.0 if self.held_out_paths else self.data.held_out
         budget = Budget(self.config.max_bytes, share)
-        for path in self.paths:
-            for document in self._read(path, share):
-                if document.dropped or budget.take(document.text, document.held_out):
-                    yield document
-                if budget.is_spent:
-                    return
+        for document in (one for path in self.paths for one in self._read(path, share)):
+            if document.dropped or budget.take(document.text, document.held_out):
+                yield document
+            if budget.is_spent:
+                break
         for path in self.held_out_paths:
             yield from (replace(document, held_out=True) for document in self._read(path, 0.0))
 
@@ -279,7 +281,7 @@ class PartsSource(FileSource):
 
     def _records(self, path: Path) -> Iterator[PartsDocument | BadRecord]:
         try:
-            yield from readers.read_documents(path, self.config.parts)
+            yield from readers.read_documents(path, self.config.parts, name=self.names[path])
         except UnreadableFile as error:
             raise self._error("path", str(path), f"cannot be read: {error}") from None
         except ConfigError as error:

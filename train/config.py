@@ -362,7 +362,17 @@ def check(config: TrainConfig, world_size: int) -> Layout:
         check_vocabulary(config.data.tokenizer.vocab_size, config.model)
     if config.data.images is not None:
         check_tiles(config.data.images.tiles, config.model)
+        if config.data.tokens is None and config.data.tokenizer.kind is TokenizerKind.bpe:
+            tokens = config.data.images.tokens
+            check_placeholder(2 + tokens.names.index(tokens.patch), config.model)  # after BOS and EOS
     return layout
+
+
+def check_placeholder(placeholder: int, model: ModelConfig) -> None:
+    """Raise `ConfigError` if the model has another id for placeholders than the tokenizer."""
+    if model.vision is not None and model.vision.image_token_id != placeholder:
+        reason = "is not the placeholder of the tokenizer"
+        raise ConfigError("model.vision.image_token_id", model.vision.image_token_id, reason, [placeholder])
 
 
 def check_tiles(tiles: TileConfig, model: ModelConfig) -> None:

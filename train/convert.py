@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from core.errors import CheckpointError, ConfigError
-from core.files import new_directory
+from core.files import new_directory, write_json
 from data.tokenizer import save_for_transformers
 from model.huggingface import HuggingFaceCheckpoint, compare_logits, compare_settings, export, obstacle, shortage
 from model.huggingface.checkpoint import tokenizer_files
+from model.huggingface.vision import processor_files
 from model.multipliers import fold_multipliers
 from model.tensor_source import TensorSource
 from parallel.comm.world import World
@@ -25,7 +26,7 @@ from train.checkpoint.index import read_progress
 from train.checkpoint.init_from import open_model
 from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_origin, save_model
 from train.config import Check, phases
-from train.corpus import run_tokenizer, trained_corpus
+from train.corpus import run_images, run_tokenizer, trained_corpus
 from train.eval.contamination import MODELS
 from train.run_directory import load_config
 
@@ -114,6 +115,11 @@ def _tokenizer(path: Path, source: TensorSource, scratch: Path) -> tuple[list[Pa
     except ConfigError as error:
         print(f"no tokenizer exported: {error}")
         return [], {}
+    if (images := run_images(path)) is not None and source.config.vision is not None:
+        tiles = images.tiles
+        files = processor_files(source.config.vision, tiles.max_tiles, tiles.resize_to_max_canvas)
+        for name, content in files.items():
+            write_json(scratch / name, content)
     longest = max(phase.seq_len for phase in phases(run))
     return sorted(scratch.iterdir()), {**ids, "max_position_embeddings": longest}
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, DataError
-from core.files import new_directory
-from data.corpus import Corpus, find_corpus, open_corpus, prepare
+from core.files import new_directory, read_json, write_json
+from data.corpus import IMAGES_SHAPE, Corpus, find_corpus, open_corpus, prepare
 from data.curriculum import PhaseSpec, make_loaders
 from data.filter.score.factory import Models
+from data.images.media import ImageDescription
 from data.loader import Loader
 from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_fingerprint
 from parallel.comm.world import World
 from train.checkpoint.index import read_progress
-from train.config import TrainConfig, check_tiles, check_vocabulary, phases
+from train.config import TrainConfig, check_placeholder, check_tiles, check_vocabulary, phases
 from train.online_filter import candidates
 from train.run_directory import RunDirectory, committed
+
+IMAGES = "images.json"
 
 
 def get_corpus(
@@ -39,9 +43,7 @@ def _verified(corpus: Corpus, config: TrainConfig, world: World) -> Corpus:
     check_vocabulary(corpus.tokenizer.vocab_size, config.model)
     if corpus.images is not None:
         check_tiles(corpus.images.tiles, config.model)
-        if (own := config.model.vision) is not None and own.image_token_id != corpus.images.ids.patch:
-            reason = "is not the placeholder of the tokenizer"
-            raise ConfigError("model.vision.image_token_id", own.image_token_id, reason, [corpus.images.ids.patch])
+        check_placeholder(corpus.images.ids.patch, config.model)
     return corpus
 
 
@@ -74,10 +76,25 @@ def stored_corpus(
 
 
 def keep_tokenizer(corpus: Corpus, run: RunDirectory) -> None:
-    """Copy the tokenizer into the run's directory, so that the model can be used without its corpus."""
+    """Copy the tokenizer, and how pictures become tiles and tokens, into the run's directory, so that the model can be
+    used without its corpus.
+    """
     if not run.tokenizer.exists():
         with new_directory(run.tokenizer) as scratch:
             corpus.tokenizer.save(scratch)
+            if corpus.images is not None:
+                write_json(scratch / IMAGES, asdict(corpus.images))
+
+
+def run_images(run: Path) -> ImageDescription | None:
+    """Read how a run's pictures become tiles and tokens; None for a run without pictures."""
+    path = RunDirectory(run).tokenizer / IMAGES
+    if not path.exists():
+        return None
+    try:
+        return ImageDescription.read(read_json(path, IMAGES_SHAPE))
+    except (ConfigError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}): restore it") from None
 
 
 def run_tokenizer(run: Path, progress: dict[str, Any], corpus: Callable[[], Corpus]) -> Tokenizer:

@@ -42,6 +42,9 @@ class SourcePart:
 
     def records(self) -> Iterator[Record | MalformedRecord]:
         for name, document in _named(self.source):
+            if document.parts is not None:
+                reason = f"would see only the text of the documents with pictures in sources.{self.source.name}"
+                raise ConfigError("data.filter", None, reason, ["null"])
             if not document.held_out and document.dropped is None:
                 yield Record(name, self.source.name, name, document.text)
 

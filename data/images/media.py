@@ -45,12 +45,13 @@ def text_and_pictures(parts: Sequence[Part], config: ImagesConfig) -> list[str |
     found: list[str | EncodedPicture] = []
     try:
         for part in parts:
-            found += [part] if isinstance(part, str) else _pictures(part, config)
+            for one in [part] if isinstance(part, str) else _pictures(part, config):
+                found.append(one)
+                if sum(isinstance(one, EncodedPicture) for one in found) > config.max_images:
+                    most = f"{config.max_images} pictures and frames (data.images.max_images)"
+                    raise BadMediaError(f"has more than {most}")
     except (BadImage, BadVideo) as error:
         raise BadMediaError(str(error)) from None
-    count = sum(isinstance(one, EncodedPicture) for one in found)
-    if count > config.max_images:
-        raise BadMediaError(f"has {count} pictures and frames, more than {config.max_images} (data.images.max_images)")
     return found
 
 

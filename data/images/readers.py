@@ -39,17 +39,20 @@ class Columns(Enum):
     text_and_image = "text and image"
 
 
-def read_documents(path: Path, config: PartsConfig, folder: Path | None = None) -> Iterator[PartsDocument | BadRecord]:
+def read_documents(
+    path: Path, config: PartsConfig, folder: Path | None = None, name: str | None = None
+) -> Iterator[PartsDocument | BadRecord]:
     """Yield each record of a file as a document, or why it cannot be one.
 
     Paths of pictures start at `folder` (default: the folder of the file) and must stay inside. The id of a record is
-    the name of the file in the folder, and its line (from 1), row (from 0) or key.
+    the file's `name` (default: that in the folder), and its line (from 1), row (from 0) or key.
 
     Raises `UnreadableFile` for a damaged file, after the records before the damage, and `ConfigError` for a file
     without the columns.
     """
     folder = path.parent if folder is None else folder
-    name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+    if name is None:
+        name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
     if is_local(path) and path.exists() and not path.is_file():
         raise UnreadableFile("is not a regular file")  # to open a named pipe would wait for its writer
     if path.name.endswith(".tar"):

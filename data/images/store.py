@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,10 +118,12 @@ class PictureStream:
             raise DataError(f"{index} cannot be read: {error}") from None
         columns = [table[column].to_numpy().astype(np.int64) for column in _COLUMNS]
         self.starts, self.lengths, self.rows, self.columns, self.offsets, self.sizes = columns
-        if len(self.starts) != entry["count"] or np.any(self.offsets + self.sizes > max(found, 0)):
+        is_ordered = np.all(self.starts[1:] >= (self.starts + self.lengths)[:-1]) and np.all(self.lengths > 0)
+        is_inside = np.all(self.offsets >= 0) and np.all(self.sizes > 0) and np.all(self.offsets + self.sizes <= found)
+        if len(self.starts) != entry["count"] or not (is_ordered and is_inside):
             raise DataError(f"{index} does not fit {self.path}")
         self._bytes = np.memmap(self.path, np.uint8, "r") if found else np.empty(0, np.uint8)
-        self._decoded: OrderedDict[int, NDArray[np.uint8]] = OrderedDict()
+        self._decoded: dict[int, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
 
     def canvas(self, image: int) -> Canvas:
@@ -156,8 +157,13 @@ class PictureStream:
             if found is None:
                 found = self._decoded[ref.image] = self._tiles(ref.image)
                 if len(self._decoded) > _DECODED:
-                    self._decoded.popitem(last=False)
+                    del self._decoded[next(iter(self._decoded))]
         return found[ref.tile]
+
+    def distant(self, ref: TileRef) -> TileRef:
+        """Return a tile of the picture that is half a stream away: of another document, if there are several."""
+        image = (ref.image + max(1, len(self.starts) // 2)) % len(self.starts)
+        return TileRef(ref.stream, image, ref.tile % self.canvas(image).tiles)
 
     def content(self, image: int) -> bytes:
         begin = int(self.offsets[image])

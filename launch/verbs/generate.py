@@ -24,10 +24,12 @@ def run(config: GenerateConfig) -> int:
     from data.tokenizer import Tokenizer
     from model.transformer import Transformer
     from parallel.comm.world import connect
+    from train.checkpoint.reader import IMPORTED, TOKENIZER
     from train.checkpoint.restore import restore
+    from train.corpus import run_images
     from train.eval.contamination import MODELS
     from train.eval.generate import continue_tokens, logits_after_pictures, placed_logits
-    from train.eval.pictures import picture_prompt
+    from train.eval.pictures import exported_images, picture_prompt
     from train.eval.scoring_model import TextTokenizer, from_directory
 
     path = Path(config.run).expanduser()
@@ -39,16 +41,16 @@ def run(config: GenerateConfig) -> int:
             restored.placed.model.eval()
             tokenizer, context = restored.tokenizer, restored.phase.seq_len
             if config.images:
-                special_id, settings = restored.tokenizer.special_id, restored.config.data.images
-                pictures = picture_prompt(config.images, restored.config.model, settings, special_id)
+                pictures = picture_prompt(config.images, restored.config.model, run_images(path))
             next_logits: Callable[[list[int]], Any] = partial(placed_logits, restored.placed, pictures=pictures)
         else:
             model = from_directory(path, world.device)
             tokenizer, context, next_logits = model.tokenizer, model.context, model.next_logits
             if config.images:
                 network = cast(Transformer, model.network)
-                special_id = cast(Tokenizer, tokenizer).special_id
-                pictures = picture_prompt(config.images, network.config, None, special_id)
+                folder = path / TOKENIZER if (path / IMPORTED).exists() else path
+                known = exported_images(folder, network.config, cast(Tokenizer, tokenizer).special_id)
+                pictures = picture_prompt(config.images, network.config, known)
                 next_logits = partial(logits_after_pictures, network, pictures, world.device)
         shown = [] if pictures is None else pictures.ids
         prompt = [tokenizer.bos_id, *shown, *tokenizer.encode([config.prompt])[0]]

@@ -48,13 +48,13 @@ def read_config(config: Json, text_only: bool = False) -> tuple[Family, ModelCon
 
     `text_only` drops the vision encoder.
     """
+    if config.get("quantization_config"):
+        raise ConfigError("config.json quantization_config", None, "is not supported")
     if config.get("model_type") == "llama4" and text_only:
         config = {"model_type": "llama4_text", **_text_config(config)}
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError("config.json model_type", str(kind), "is not a supported architecture", list(FAMILIES))
-    if config.get("quantization_config"):
-        raise ConfigError("config.json quantization_config", None, "is not supported")
     try:
         _refuse(_text_config(config) if kind == "llama4" else config)
         return FAMILIES[kind], compact(FAMILIES[kind].read(config))

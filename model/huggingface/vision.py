@@ -89,15 +89,17 @@ def write_vision(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def processor_files(vision: VisionConfig) -> dict[str, dict[str, Any]]:
+def processor_files(
+    vision: VisionConfig, max_tiles: int = 16, resize_to_max_canvas: bool = False
+) -> dict[str, dict[str, Any]]:
     """Return the files without which transformers builds no processor, by name (transformers#37375)."""
     side, half = vision.tile_size, [0.5] * CHANNELS
     image = {
         "image_processor_type": "Llama4ImageProcessorFast",
         "processor_class": "Llama4Processor",
         "size": {"height": side, "width": side},
-        "max_patches": 16,
-        "resize_to_max_canvas": False,
+        "max_patches": max_tiles,
+        "resize_to_max_canvas": resize_to_max_canvas,
         "do_resize": True,
         "do_rescale": True,
         "do_normalize": True,

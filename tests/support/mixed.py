@@ -21,7 +21,7 @@ def png(number: int, width: int, height: int) -> bytes:
 def write_documents(folder: Path, count: int = 40, first: list[dict[str, str]] | None = None) -> Path:
     """Write documents of text and 0 to 3 pictures of several shapes, as jsonl beside the pictures."""
     draw, lines = random.Random(1), [json.dumps({"parts": first})] if first else []
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         parts: list[dict[str, str]] = [{"text": f"document {number} " + "word " * draw.randrange(9)}]
         for place in range(number % 4):

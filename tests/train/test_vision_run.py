@@ -6,12 +6,20 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+import train.eval.answers as answers_file
+from data.loader import Batch
 from launch.cli import main
 from tests.support.mixed import png, write_documents
 from tests.support.tiny import TINY
+from train.eval.answers import last_tokens
+from train.eval.pictures import PicturePrompt
 
 SIZES = "tile_size: 8, patch_size: 2"
 VISION = [
@@ -40,18 +48,18 @@ def figures(run: Path) -> dict[int, tuple[float, float]]:
 
 
 def test_a_resumed_run_sees_the_same_pictures(train, tmp_path, capsys):
-    assert train("run.name=whole") == 0
+    assert train("run.name=whole", "evaluation.sequences=16", "training.seq_len=96") == 0
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["tiles"] > 0 and 0 < line["image_token_share"] < 1 for line in lines if "loss" in line)
     [answers] = [line["answers"]["mixed"] for line in lines if "answers" in line]
     assert answers["documents"] > 0 and all(0 <= answers[key] <= 1 for key in ("own", "other", "none"))
-    assert train("run.name=parts", "checkpoint.every=2") == 0
+    assert train("run.name=parts", "checkpoint.every=2", "training.seq_len=96") == 0
     steps = tmp_path / "parts" / "checkpoints" / "step-00000004"
     (steps / "COMPLETE").unlink() if (steps / "COMPLETE").exists() else None
     for path in steps.iterdir():
         path.unlink() if path.is_file() else None
     (tmp_path / "parts" / "summary.json").unlink()
-    assert train("run.name=parts", "checkpoint.every=2") == 0
+    assert train("run.name=parts", "checkpoint.every=2", "training.seq_len=96") == 0
     assert "resuming from step-00000002" in capsys.readouterr().out
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
 
@@ -82,10 +90,10 @@ def test_generate_reads_pictures(train, tmp_path, capsys):
 
 
 def test_an_export_answers_as_the_run_does(train, tmp_path, capsys):
-    assert train("model.qk_norm=weightless", "model.router.top_k=1") == 0
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "drop_selection_bias=true"]) == 0
+    assert train("model.qk_norm=weightless", "model.router.top_k=1", "model.balance.bias_rate=0") == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
     picture = tmp_path / "a.png"
-    picture.write_bytes(png(3, 8, 7))
+    picture.write_bytes(png(3, 20, 12))
     said = []
     for source in ("run", "out"):
         capsys.readouterr()
@@ -93,6 +101,46 @@ def test_an_export_answers_as_the_run_does(train, tmp_path, capsys):
         assert main(["generate", str(tmp_path / source), "word", *words]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
+
+
+def test_generated_placeholders_are_no_pictures():
+    prompt = PicturePrompt([2, 4, 5, 5, 3], torch.zeros(1, 3, 8, 8, dtype=torch.uint8), placeholder=5)
+    rows = prompt.rows(torch.tensor([[0, 2, 4, 5, 5, 3, 9, 5, 5]]))
+    assert rows.tolist() == [[-1, -1, -1, 0, 1, -1, -1, -1, -1]]
+
+
+def test_only_documents_with_a_whole_picture_are_answers():
+    ids = SimpleNamespace(start=2)
+    corpus: Any = SimpleNamespace(images=SimpleNamespace(ids=ids), tokenizer=SimpleNamespace(eos_id=1, bos_id=0))
+    #         cut, with a picture, picture and answer, text alone, picture and answer
+    tokens = [9, 2, 5, 3, 8, 1, 0, 2, 5, 3, 7, 1, 0, 6, 6, 1, 0, 2, 5, 3, 8, 1]
+    starts = [place for place, token in enumerate(tokens) if token == 0]
+    positions = [place - max([0, *(s for s in starts if s <= place)]) for place in range(len(tokens))]
+    labels = [-100 if token in (0, 2, 3, 5) else token for token in [*tokens[1:], 0]]
+    batch = Batch(*(torch.tensor([one]) for one in (tokens, labels, positions)), torch.tensor([0]))
+    found = last_tokens(batch, corpus)[0].nonzero().flatten().tolist()
+    assert found == [9, 19], "the ends of a cut document and of a text are no test"
+
+
+def test_answers_tell_own_pictures_from_others(train, tmp_path, monkeypatch):
+    """Predict the label exactly where the tiles are those that the corpus has for this document."""
+    honest, own_tiles = answers_file._with, []
+
+    def remember(batch, *rest):
+        own_tiles[:] = [tile for tiles in batch.images.tiles for tile in tiles]
+        return honest(batch, *rest)
+
+    def see(placed, batch):
+        pixels = batch.images.pixels[0].numpy()
+        is_own = np.array_equal(pixels, np.stack([batch.images.decode(tile) for tile in own_tiles]))
+        return (batch.labels_BT if is_own else batch.labels_BT + 1 + (not pixels.any())), batch.labels_BT
+
+    monkeypatch.setattr(answers_file, "_with", remember)
+    monkeypatch.setattr(answers_file, "predictions", see)
+    assert train("evaluation.sequences=16", "training.seq_len=96") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    [found] = [line["answers"]["mixed"] for line in lines if "answers" in line]
+    assert found == {"documents": found["documents"], "own": 1.0, "other": 0.0, "none": 0.0} and found["documents"] > 0
 
 
 MISMATCHES = {

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 
-from data.corpus import HELD_OUT
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.logging import LoggingCallback
 from train.eval.answers import Answers, answers
@@ -45,11 +44,10 @@ class EvaluationCallback(Callback):
             bytes_V = torch.from_numpy(trainer.corpus.tokenizer.token_bytes())
             placed, size = trainer.engine.placed, phase.micro_batch_size
             self.result = result = held_out_loss(placed, loader, bytes_V, sequences, size, trainer.weights)
-            self.answers = {
-                name: answers(placed, loader, name, sequences, size, trainer.corpus.tokenizer.eos_id)
-                for name in trainer.weights
-                if trainer.corpus.pictures(name, HELD_OUT) is not None and loader.num_held_out(name)
+            measured = {
+                name: answers(placed, loader, name, sequences, size, trainer.corpus) for name in trainer.weights
             }
+            self.answers = {name: one for name, one in measured.items() if one is not None}
         if self.logging.writer is not None:
             sources = {name: vars(found) for name, found in result.sources.items()}
             line = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": result.loss, "heldout": sources}

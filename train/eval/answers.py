@@ -15,6 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from data.corpus import HELD_OUT, Corpus
+from data.images.store import PictureStream
 from data.loader import Batch
 from parallel.fsdp import release
 from parallel.parallelize import ParallelModel
@@ -28,7 +30,7 @@ class Shown(Enum):
 
     own = "own"
     other = "other"
-    """Those of other documents: each tile is replaced by the next one of the micro-batch."""
+    """Those of other documents: `PictureStream.distant`."""
     none = "none"
     """Black ones."""
 
@@ -45,43 +47,65 @@ class Answers:
 
 @torch.no_grad()
 def answers(
-    placed: ParallelModel, loader: HeldOutLoader, source: str, sequences: int, micro_batch_size: int, eos_id: int
-) -> Answers:
-    """Measure the documents in the first `sequences` held-out sequences of a source, divided over the ranks."""
+    placed: ParallelModel,
+    loader: HeldOutLoader,
+    source: str,
+    sequences: int,
+    micro_batch_size: int,
+    corpus: Corpus,
+) -> Answers | None:
+    """Measure the documents in the first `sequences` held-out sequences of a source, divided over the ranks. None if no
+    document ends there after a picture.
+    """
+    pictures = corpus.pictures(source, HELD_OUT)
+    if pictures is None:
+        return None
     placed.model.eval()
     found, total = {}, 0
     count = min(sequences, loader.num_held_out(source))
     for shown in Shown:
         sums = torch.zeros(2, dtype=torch.float64, device=placed.device)  # right, documents
         for _, batch in local_batches(partial(loader.held_out, source), count, micro_batch_size, placed.meshes.dp):
-            sums += _right(placed, _with(batch, shown, placed), eos_id)
+            sums += _right(placed, _with(batch, shown, placed, pictures), corpus)
         placed.meshes.world.sum(sums, "evaluation")
         total = int(sums[1])
         found[shown.value] = float(sums[0]) / max(total, 1)
     placed.model.train()
     release(placed.stacks)
-    return Answers(total, **found)
+    return Answers(total, **found) if total else None
 
 
-def _with(batch: Batch, shown: Shown, placed: ParallelModel) -> Batch:
-    assert batch.images is not None
-    load_tiles(batch.images, placed.meshes, len(batch.tokens_BT))
-    if shown is not Shown.own:
-        batch.images.pixels = [
-            tiles.roll(1, 0) if shown is Shown.other else torch.zeros_like(tiles) for tiles in batch.images.pixels
-        ]
+def _with(batch: Batch, shown: Shown, placed: ParallelModel, pictures: PictureStream) -> Batch:
+    images = batch.images
+    assert images is not None
+    if shown is Shown.other:
+        images.tiles = [[pictures.distant(tile) for tile in tiles] for tiles in images.tiles]
+    load_tiles(images, placed.meshes, len(batch.tokens_BT))
+    if shown is Shown.none:
+        images.pixels = [torch.zeros_like(tiles) for tiles in images.pixels]
     return batch
 
 
-def _right(placed: ParallelModel, batch: Batch, eos_id: int) -> Tensor:
+def _right(placed: ParallelModel, batch: Batch, corpus: Corpus) -> Tensor:
     """Return how many last tokens are predicted, and how many there are, on this rank."""
     if (found := predictions(placed, batch)) is None:
         return torch.zeros(2, dtype=torch.float64, device=placed.device)
     predicted_BT, labels_BT = found
-    assert batch.images is not None
-    ends_BT = torch.zeros_like(batch.labels_BT, dtype=torch.bool)
-    ends_BT[:, :-1] = (batch.labels_BT[:, 1:] == eos_id) & (batch.labels_BT[:, :-1] != IGNORED)
-    ends_BT &= (batch.images.rows_BT >= 0).cumsum(1) > 0  # a document whose picture is before the sequence is no test
+    ends_BT = last_tokens(batch, corpus)
     ends_BT = placed.context_shard(ends_BT.shape[1]).take(ends_BT).to(predicted_BT.device)
     right = (predicted_BT == labels_BT) & ends_BT
     return torch.stack([right.sum().double(), ends_BT.sum().double()])
+
+
+def last_tokens(batch: Batch, corpus: Corpus) -> Tensor:
+    """Return where the last token of a document is predicted whose first picture begins in the same sequence, bool
+    [B, T]. The other documents are no test of reading pictures.
+    """
+    assert corpus.images is not None
+    labels_BT, tokens_BT = batch.labels_BT, batch.tokens_BT
+    ends_BT = torch.zeros_like(labels_BT, dtype=torch.bool)
+    ends_BT[:, :-1] = (labels_BT[:, 1:] == corpus.tokenizer.eos_id) & (labels_BT[:, :-1] != IGNORED)
+    begun_BT = (tokens_BT == corpus.images.ids.start).cumsum(1)
+    before_BT = torch.where(batch.positions_BT == 0, begun_BT, -1).cummax(1).values  # pictures of earlier documents
+    whole_BT = tokens_BT == corpus.tokenizer.bos_id
+    return ends_BT & (begun_BT > before_BT) & (whole_BT.cumsum(1) > 0)

@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, N tiles, S side of a tile in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
-from data.images.canvas import TileConfig
-from data.images.config import ImagesConfig
+from core.files import read_json
+from data.images.canvas import placeholder_ids
+from data.images.config import ImagesConfig, TileConfig
 from data.images.contents import RefusedRecord, read_inside
-from data.images.decode import decode
-from data.images.media import BadMediaError, EncodedPicture, ImageSpelling, spell
-from data.images.parts import ImagePart
+from data.images.decode import BadImage, decode
+from data.images.media import ImageDescription, ImageSpelling
 from data.images.tiles import tiles
 from model.config import ModelConfig
+from model.huggingface.vision import PROCESSOR_FILES
 
 LARGEST_BYTES = 64 * 2**20
 
@@ -41,27 +42,39 @@ class PicturePrompt:
         return torch.where(is_picture_BT, is_picture_BT.flatten().cumsum(0).view_as(tokens_BT) - 1, -1)
 
 
-def picture_prompt(
-    paths: Sequence[str], model: ModelConfig, images: ImagesConfig | None, special_id: Callable[[str], int | None]
-) -> PicturePrompt:
-    """Read pictures for a model. `images`: the settings of its run; None: Llama 4's. Raises `ConfigError`."""
-    vision = model.vision
-    if vision is None:
+def picture_prompt(paths: Sequence[str], model: ModelConfig, images: ImageDescription | None) -> PicturePrompt:
+    """Read pictures for a model. `images`: how they become tiles and tokens. Raises `ConfigError`."""
+    if model.vision is None:
         raise ConfigError("image", paths[0], "the model has no vision encoder")
     if images is None:
-        images = ImagesConfig(TileConfig(vision.tile_size, vision.patch_size))
-    spelling = ImageSpelling(replace(images, max_images=len(paths)), special_id)
-    found = []
+        raise ConfigError(
+            "image", paths[0], "the run was trained without pictures: its tokenizer has no tokens for them"
+        )
+    ids: list[int] = []
+    pixels = []
     for path in paths:
         place = Path(path).expanduser()
         if not place.exists():
             raise ConfigError("image", path, "no such file" if "://" not in path else "is a URL: nothing is fetched")
         try:
-            part = ImagePart(read_inside(place.parent, place.name, LARGEST_BYTES), path)
-            found += spelling.pieces([part], None)
-        except (RefusedRecord, BadMediaError) as error:
+            part = read_inside(place.parent, place.name, LARGEST_BYTES)
+            canvas, found = tiles(decode(part, path, images.largest_pixels), images.tiles)
+        except (RefusedRecord, BadImage) as error:
             raise ConfigError("image", path, str(error)) from None
-    ids, _ = spell(found, iter(()), spelling)
-    pictures = [one for one in found if isinstance(one, EncodedPicture)]
-    pixels = [tiles(decode(one.data, one.name, images.largest_pixels), images.tiles)[1] for one in pictures]
-    return PicturePrompt(ids.tolist(), torch.from_numpy(np.concatenate(pixels)), spelling.ids.patch)
+        ids += placeholder_ids(canvas, images.tiles.tokens_per_tile, images.ids).tolist()
+        pixels.append(found)
+    return PicturePrompt(ids, torch.from_numpy(np.concatenate(pixels)), images.ids.patch)
+
+
+def exported_images(
+    directory: Path, model: ModelConfig, special_id: Callable[[str], int | None]
+) -> ImageDescription | None:
+    """Return how pictures become tiles and tokens in a model in the Hugging Face format, by its processor's files."""
+    if model.vision is None:
+        return None
+    path, settings = directory / PROCESSOR_FILES[0], {}
+    if path.exists():
+        settings = read_json(path, {"max_patches?": int, "resize_to_max_canvas?": bool})
+    most, enlarge = settings.get("max_patches", 16), settings.get("resize_to_max_canvas", False)
+    config = TileConfig(model.vision.tile_size, model.vision.patch_size, most, enlarge)
+    return ImageDescription.read(ImageSpelling(ImagesConfig(config), special_id).describe())

@@ -21,6 +21,7 @@ from parallel.parallelize import build
 from train.config import TrainConfig, phases
 from train.engine.base import optimizer_step
 from train.engine.fsdp import TorchEngine
+from train.engine.images import batch_images, load_tiles
 
 QUANTITIES = ("embedding", "attention", "moe", "router", "residual", "logits")
 """The outputs of the embedding, of the last layer's attention and of the last MoE module; the logits of its router; the
@@ -38,8 +39,10 @@ def changes(config: TrainConfig, batches: Sequence[Batch], probe: Batch) -> dict
     engine = TorchEngine(placed, config.optimizer)
     balancer = Balancer(placed.model, partial(meshes.world.sum, purpose="balance"))
     phase = phases(config)[0]
+    load_tiles(probe.images, meshes, len(probe.tokens_BT))
     before = _quantities(engine, probe)
     for batch in batches:
+        load_tiles(batch.images, meshes, phase.micro_batch_size)
         optimizer_step(engine, balancer, batch, phase.micro_batch_size, config.training.clip_norm, 1.0)
     after = _quantities(engine, probe)
     return {name: {"initial": _rms(value), "change": _rms(after[name] - value)} for name, value in before.items()}
@@ -69,5 +72,6 @@ def _quantities(engine: TorchEngine, probe: Batch) -> dict[str, Tensor]:
         for name, module in watched.items():
             hooks.enter_context(module.register_forward_hook(partial(keep, name)))
         context = engine.placed.sequence_context(probe.positions_BT)
+        context.images = next(iter(batch_images(engine.placed, probe.images, len(probe.tokens_BT))), None)
         found["logits"] = model(probe.tokens_BT, context).detach().clone()
     return {name: found[name] for name in QUANTITIES if name in found}

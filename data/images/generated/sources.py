@@ -41,7 +41,7 @@ class Clips:
         check_numbers(self, positive=("number",))
 
     def fingerprint(self) -> str:
-        source = inspect.getsource(clips) + inspect.getsource(draws)
+        source = "".join(map(inspect.getsource, (clips, scenes, draws)))
         return sha256_text("clips", source, str(self.number), str(asdict(self.config)))
 
     def documents(self) -> Iterator[PartsDocument]:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
 
+import data.packing
 from core.config import build
 from core.errors import ConfigError, DataError
 from data.config import DataConfig
@@ -58,8 +60,20 @@ def placeholders(corpus: Corpus, split: str) -> list[tuple[int, int]]:
     return found
 
 
+PACKINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "align": {"align": 16},
+    "best_fit": {"packing": "best_fit", "pack_seq_len": SEQ_LEN},
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("split", [TRAIN, HELD_OUT])
-def test_a_window_cut_anywhere_knows_its_tiles(corpus, split):
+def test_a_window_cut_anywhere_knows_its_tiles(split, packing, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.packing, "BUFFER_TOKENS", 4 * SEQ_LEN)
+    monkeypatch.setattr(data.packing, "BUFFER_SEQUENCES", 2)
+    images = {"tiles": {**TILES, "max_tiles": 2}}
+    corpus = made(write_documents(tmp_path / "in"), tmp_path / "cache", images=images, **PACKINGS[packing])
     truth, pictures = placeholders(corpus, split), corpus.pictures("mixed", split)
     per_tile = corpus.images.tiles.tokens_per_tile
     for start in range(0, len(truth) - 40, 7):
@@ -175,7 +189,7 @@ def test_a_video_becomes_frames_with_their_times(tmp_path):
     stream, pictures = corpus.stream("mixed", TRAIN), corpus.pictures("mixed", TRAIN)
     text = corpus.tokenizer.decode(stream.window(0, len(stream)).tolist())
     assert len(pictures.starts) == 16 and text.startswith("0:00.0 0:00.5 0:01.0 ") and text.endswith(moving.answer)
-    with pytest.raises(ConfigError, match=r"has 16 pictures and frames, more than 5 \(data.images.max_images\)"):
+    with pytest.raises(ConfigError, match=r"has more than 5 pictures and frames \(data.images.max_images\)"):
         made(tmp_path / "clips.jsonl", tmp_path / "c", images={"tiles": TILES, "max_images": 5})
 
 
@@ -208,3 +222,46 @@ def test_pictures_need_settings_and_tokens_for_them(tmp_path):
     names = {"patch": "<|placeholder|>"}
     with pytest.raises(ConfigError, match=r"data.images.tokens.patch=<\|placeholder\|>: is no special token"):
         made(path, tmp_path / "cache", tokenizer=file, images={"tiles": TILES, "tokens": names})
+
+
+def test_a_misplaced_picture_stops_the_loader(corpus):
+    pictures = corpus.pictures("mixed", TRAIN)
+    Loader(corpus, SEQ_LEN, 8, seed=1).batch(0)
+    pictures.starts = pictures.starts + 1
+    with pytest.raises(DataError, match=r"the pictures of .* do not fit its tokens"):
+        Loader(corpus, SEQ_LEN, 8, seed=1).batch(0)
+
+
+def test_files_of_the_same_name_stay_apart(tmp_path):
+    for folder in ("a", "b"):
+        write_documents(tmp_path / "in" / folder, 6)
+    corpus = made(tmp_path / "in", tmp_path / "cache", held_out=0.0)
+    names = pyarrow.parquet.read_table(corpus.directory / "mixed-documents.parquet")["name"].to_pylist()
+    assert len(set(names)) == len(names) and {name.split("/")[0] for name in names} == {"a", "b"}
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_the_same_first_picture_is_on_one_side(share, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1, 8, 8))
+    lines = [json.dumps({"parts": [{"image": "a.png"}, {"text": f"text {n}"}]}) for n in range(40)]
+    (tmp_path / "same.jsonl").write_text("\n".join(lines))
+    try:
+        parts = made(tmp_path / "same.jsonl", tmp_path / "cache", held_out=share).manifest["sources"]["mixed"]
+        assert [parts[split]["counts"].get("documents", 0) for split in (TRAIN, HELD_OUT)] == [40, 0]
+    except ConfigError as error:
+        assert "its 40 documents are held out" in str(error)
+
+
+def test_held_out_documents_are_read_from_their_path(tmp_path):
+    source = {"kind": "documents", "path": str(write_documents(tmp_path / "in"))}
+    source["held_out_path"] = str(write_documents(tmp_path / "other", 8))
+    corpus = made(tmp_path, tmp_path / "cache", sources={"mixed": {**source, "max_bytes": 200}})
+    assert corpus.manifest["sources"]["mixed"][HELD_OUT]["counts"]["documents"] == 8
+
+
+def test_a_filter_refuses_documents_with_pictures(tmp_path):
+    with pytest.raises(ConfigError, match=r"filter: sees only the text of documents"):
+        made(write_documents(tmp_path / "in"), tmp_path / "cache", filter={"keep": 0.5})
+    scenes = {"kind": "data.images.generated.sources:Scenes", "options": {"number": 8}}
+    with pytest.raises(ConfigError, match=r"data.filter: would see only the text"):
+        made(tmp_path, tmp_path / "cache", sources={"scenes": scenes}, filter={"keep": 0.5}, images={})
