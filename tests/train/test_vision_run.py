@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,16 @@ import pytest
 import torch
 
 import train.eval.answers as answers_file
-from data.loader import Batch
+from core.config import load
+from data.corpus import prepare
+from data.loader import Batch, Loader
 from launch.cli import main
 from tests.support.mixed import png, write_documents
 from tests.support.tiny import TINY
+from train.config import TrainConfig
 from train.eval.answers import last_tokens
 from train.eval.pictures import PicturePrompt
+from train.metap.coordinates import changes
 
 SIZES = "tile_size: 8, patch_size: 2"
 VISION = [
@@ -29,11 +34,18 @@ VISION = [
 ]
 
 
-def train_in(root: Path, *overrides: str) -> int:
+BUILTIN = ("code", "tests", "docstrings", "pydoc")
+
+
+def data_of(root: Path) -> list[str]:
     mixed = f"+data.sources.mixed={{kind: documents, path: {root / 'in' / 'documents.jsonl'}}}"
-    data = ["data=files", "~data.sources.text", mixed, "data.tokenizer.vocab_size=300", "data.held_out=0.2"]
-    usual = [f"data.cache={root / 'cache'}", f"run.root={root}", "run.name=run", "training.steps=4"]
-    return main(["train", *TINY, *VISION, *data, *usual, *overrides])
+    sizes = ["data.tokenizer.vocab_size=300", "data.held_out=0.2", f"data.cache={root / 'cache'}"]
+    return ["data=files", "~data.sources.text", mixed, *sizes]
+
+
+def train_in(root: Path, *overrides: str) -> int:
+    usual = [f"run.root={root}", "run.name=run", "training.steps=4"]
+    return main(["train", *TINY, *VISION, *data_of(root), *usual, *overrides])
 
 
 @pytest.fixture
@@ -101,6 +113,26 @@ def test_an_export_answers_as_the_run_does(train, tmp_path, capsys):
         assert main(["generate", str(tmp_path / source), "word", *words]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
+
+
+def test_the_coordinate_check_sees_pictures(tmp_path, monkeypatch):
+    """Without pictures the encoder would not be trained, and the probe's logits would not depend on it."""
+    write_documents(tmp_path / "in")
+    config = load("train", TrainConfig, [*TINY, *VISION, *data_of(tmp_path), "data.packing=greedy"])
+    corpus = prepare(config.data, lambda line: None)
+    batches = [Loader(corpus, 48, 8, seed=0).batch(step) for step in range(2)]
+    seen = changes(config, batches[:1], batches[1])
+    assert seen["logits"]["change"] > 0
+    blind = replace(batches[1], images=None)
+    assert changes(config, batches[:1], blind)["logits"]["initial"] != seen["logits"]["initial"]
+
+
+def test_the_vision_experiment_trains(tmp_path, capsys):
+    small = ["data.sources.scenes.options.number=120", *(f"++data.sources.{name}.max_bytes=20000" for name in BUILTIN)]
+    words = [*small, "training.steps=2", "schedule.warmup_steps=0", "evaluation.sequences=2", "data.held_out=0.3"]
+    sizes = ["training.global_batch_size=4", "training.micro_batch_size=2", f"data.cache={tmp_path / 'cache'}"]
+    assert main(["train", "experiment=smoke_vision", f"run.root={tmp_path}", *words, *sizes]) == 0
+    assert "held-out documents of scenes" in capsys.readouterr().out
 
 
 def test_generated_placeholders_are_no_pictures():

@@ -211,6 +211,13 @@ def test_text_only_drops_the_encoder(tmp_path):
     assert ours.config.vision is None and ours.vision is None
 
 
+def test_quantised_files_are_refused_with_and_without_the_encoder():
+    config = {**hf_models.make_with_vision().config.to_dict(), "quantization_config": {"quant_method": "fp8"}}
+    for text_only in (False, True):
+        with pytest.raises(ConfigError, match=r"quantization_config: is not supported"):
+            huggingface.read_config(config, text_only)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("norm_eps", 1e-6), ("hidden_act", "gelu_pytorch_tanh"), ("pixel_shuffle_ratio", 0.25), ("vision_output_dim", 41)],
