@@ -19,11 +19,12 @@ from model.load_balance import Balancer
 from parallel.comm.world import connect
 from parallel.parallelize import ParallelModel
 from parallel.sharding import ShardSpec, local
-from train.certify.worker import BATCH_SIZE, SyntheticLoader, load_tiles
+from train.certify.worker import BATCH_SIZE, SyntheticLoader
 from train.config import TrainConfig
 from train.corpus import get_corpus
 from train.engine.base import StepResult, optimizer_step
 from train.engine.fsdp import TorchEngine
+from train.engine.images import load_tiles
 from train.metrics import Log
 from train.optim.config import OptimizerConfig
 from train.run_directory import RunDirectory
@@ -96,7 +97,7 @@ def synthetic(
     vision = placed.model.config.vision
     loader = SyntheticLoader(placed.model.config.vocab_size, vision=vision)
     batch = loader.batch(0, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
-    load_tiles(batch, vision, micro_batch_size, meshes)
+    load_tiles(batch.images, meshes, micro_batch_size)
     return engine, batch, partial(optimizer_step, engine, balancer, batch, micro_batch_size, None, 1.0)
 
 

@@ -27,11 +27,11 @@ from parallel.layout import Layout, ParallelConfig
 from parallel.mesh import Meshes, make_meshes
 from parallel.parallelize import build
 from parallel.sharding import LocalShard, ShardBlock
-from parallel.vision.exchange import tile_share
 from precision.config import PrecisionConfig
 from train.checkpoint.manager import Checkpointer
 from train.engine import make_engine
 from train.engine.base import optimizer_step
+from train.engine.images import load_tiles
 from train.eval.held_out import held_out_loss
 from train.optim.config import OptimizerConfig
 
@@ -119,7 +119,9 @@ class SyntheticLoader:
             whole[0] = np.where(rows < 0, whole[0], self.vision.image_token_id)
             whole[1] = np.where(np.pad(rows, ((0, 0), (0, 1)), constant_values=-1)[:, 1:] < 0, labels, IGNORED)
             here = self.order[start:stop]
-            images = BatchImages(torch.from_numpy(rows[here]), [tiles[i] for i in here], self.vision.tokens_per_tile)
+            side, per_tile = self.vision.tile_size, self.vision.tokens_per_tile
+            shown, decode = [tiles[i] for i in here], partial(_random_tile, side)
+            images = BatchImages(torch.from_numpy(rows[here]), shown, per_tile, decode, side)
         parts = [torch.from_numpy(np.ascontiguousarray(one[self.order[start:stop]])) for one in whole]
         return Batch(parts[0], parts[1], parts[2], torch.zeros(stop - start, dtype=torch.int64), images)
 
@@ -127,8 +129,8 @@ class SyntheticLoader:
         return min(_HELD_OUT, len(self.order))
 
     def held_out(self, source: str, start: int, stop: int) -> Batch:
-        unordered = SyntheticLoader(self.vocab_size, self.seq_len, range(len(self.order)))
-        return unordered.batch(1 << 20, start, stop)
+        unordered = SyntheticLoader(self.vocab_size, self.seq_len, range(len(self.order)), self.vision)
+        return unordered.batch((1 << 20) - (self.vision is not None), start, stop)  # the first sequence shows pictures
 
 
 PICTURES: list[dict[int, list[tuple[int, int]]]] = [
@@ -154,16 +156,9 @@ def _pictures(step: int, count: int, seq_len: int, tokens_per_tile: int) -> tupl
     return rows, tiles
 
 
-def load_tiles(batch: Batch, vision: VisionConfig | None, micro_batch_size: int, meshes: Meshes) -> None:
-    """Make the tiles that this rank encodes: random grey levels, the same for the same reference."""
-    if batch.images is None or vision is None:
-        return
-    side = vision.tile_size
-
-    def decode(tile: TileRef) -> NDArray[np.uint8]:
-        return np.random.default_rng([SEED, tile.image, tile.tile]).integers(0, 256, (3, side, side), np.uint8)
-
-    batch.images.load(decode, micro_batch_size, side, partial(tile_share, meshes))
+def _random_tile(side: int, tile: TileRef) -> NDArray[np.uint8]:
+    """Return random grey levels, the same for the same reference."""
+    return np.random.default_rng([SEED, tile.image, tile.tile]).integers(0, 256, (3, side, side), np.uint8)
 
 
 def copy_blocks(blocks: Iterable[LocalShard]) -> Blocks:
@@ -203,7 +198,7 @@ def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
         if case.save is not None and step == case.steps - 1:
             Checkpointer(case.save, world, 1, False, _fail).save(step, engine.state(), {})
         batch = loader.batch(step, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
-        load_tiles(batch, vision, size, meshes)
+        load_tiles(batch.images, meshes, size)
         if not case.labels:
             batch.labels_BT.fill_(IGNORED)
         result = optimizer_step(engine, balancer, batch, size, case.clip_norm, 1.0, keep_gradients)

@@ -52,8 +52,9 @@ class Engine(ABC):
         contexts = [
             self.placed.sequence_context(part_BT, routed) for part_BT in batch.positions_BT.split(micro_batch_size)
         ]
-        for context, images in zip(contexts, batch_images(self.placed, batch.images, micro_batch_size), strict=False):
-            context.images = images
+        if images := batch_images(self.placed, batch.images, micro_batch_size):
+            for context, shown in zip(contexts, images, strict=True):
+                context.images = shown
         tokens_BT = share.take(batch.tokens_BT).to(self.device)
 
         def loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

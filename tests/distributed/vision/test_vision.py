@@ -27,8 +27,8 @@ from tests.support.bugs import BuggyRanks, measure_with_bug
 from tests.support.models import placed_here
 from train.certify.compare import Comparison, compare, compare_resumed
 from train.certify.plan import Trial, compare_layouts, shrink
-from train.certify.worker import SEED, SEQ_LEN, CertifyCase, RankResults, SyntheticLoader, load_tiles, run_cases
-from train.engine.images import batch_images
+from train.certify.worker import SEED, SEQ_LEN, CertifyCase, RankResults, SyntheticLoader, run_cases
+from train.engine.images import batch_images, load_tiles
 from train.optim.config import OptimizerConfig, OptimizerKind
 
 SGD = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
@@ -154,7 +154,7 @@ def encoded_and_sent(parallel: ParallelConfig) -> tuple[list[int], int, Tensor |
     assert vision is not None
     batch = SyntheticLoader(CASE.model.vocab_size, vision=vision).batch(0, 0, 4)
     assert batch.images is not None
-    load_tiles(batch, vision, 4, meshes)
+    load_tiles(batch.images, meshes, 4)
     context = placed.sequence_context(batch.positions_BT)
     (context.images,) = batch_images(placed, batch.images, 4)
     meshes.traffic.take()
