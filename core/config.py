@@ -253,6 +253,9 @@ def _make(kind: Any, value: Any, path: str) -> Any:
 
 def _check_shape(kind: Any, value: Any, path: str) -> None:
     """Reject a value where keys and values or a list must be, and the reverse. OmegaConf's own errors lack the key."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kinds = [one for one in typing.get_args(kind) if one is not type(None)]
+        kind = kinds[0] if len(kinds) == 1 else kind
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         for name, part in value.items():
@@ -267,7 +270,8 @@ def _check_shape(kind: Any, value: Any, path: str) -> None:
         return
     wanted = dict if dataclasses.is_dataclass(kind) or origin is dict else list if origin is list else None
     if wanted is dict and not isinstance(value, dict) and not hasattr(kind, "SHORTHAND"):
-        raise ConfigError(path, None, "needs keys and values, not one value")
+        shown = None if isinstance(value, list) else value
+        raise ConfigError(path, shown, "needs keys and values, not one value")
     if wanted is list and not isinstance(value, list | tuple):
         raise ConfigError(path, None, "needs a list: [A,B]")
     if wanted is None and isinstance(value, dict | list):

@@ -211,7 +211,7 @@ def test_text_only_drops_the_encoder(tmp_path):
     assert ours.config.vision is None and ours.vision is None
 
 
-def test_quantised_files_are_refused_with_and_without_the_encoder():
+def test_quantised_files_are_refused_in_both_readings():
     config = {**hf_models.make_with_vision().config.to_dict(), "quantization_config": {"quant_method": "fp8"}}
     for text_only in (False, True):
         with pytest.raises(ConfigError, match=r"quantization_config: is not supported"):
