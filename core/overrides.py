@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
-from core.errors import ConfigError
+from core.errors import ConfigError, first_line
 
 Groups = Mapping[str, Sequence[str]]
 """The names of the presets in each configuration group."""
@@ -59,13 +59,13 @@ def parse(override: str, groups: Groups, sweeps: bool = False) -> tuple[str, Ove
             raise HydraException("a sweep")
     except (HydraException, RecursionError, ValueError) as error:  # a number may have too many digits
         if value.startswith(_STRUCTURED):
-            reason = f"cannot be parsed ({_first_line(error)}); write text that begins with {value[0]} in quotes"
+            reason = f"cannot be parsed ({first_line(error)}); write text that begins with {value[0]} in quotes"
             raise ConfigError(key, None, f"{reason}: {key}={quoted(value)!r}") from None
         override = f"{sign}{key}={quoted(value)}"
         try:
             parsed = _parse(override)
         except (HydraException, RecursionError, ValueError) as again:
-            raise ConfigError(key, None, f"cannot be parsed as a key and a value ({_first_line(again)})") from None
+            raise ConfigError(key, None, f"cannot be parsed as a key and a value ({first_line(again)})") from None
     if parsed.value_type in (ValueType.INTERVAL_SWEEP, ValueType.GLOB_CHOICE_SWEEP):
         raise ConfigError(key, value, "has no definite values; list them, as in 1e-3,2e-3")
     if not parsed.is_sweep_override():
@@ -100,10 +100,6 @@ def expand(overrides: Sequence[str], groups: Groups) -> list[list[str]]:
         if math.prod(map(len, choices)) > MOST_RUNS:
             raise ConfigError(str(one.key_or_group), None, f"makes more than {MOST_RUNS:,} runs; list fewer values")
     return [list(point) for point in itertools.product(*choices)]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _parse(override: str) -> Override:

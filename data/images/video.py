@@ -268,7 +268,7 @@ def _decoded_packets(container: Any, stream: Any, needed: list[bool], name: str)
     for packet, is_needed in zip(_packets(container, stream, name), needed, strict=True):
         if is_needed:
             yield from context.decode(packet)
-        elif decoding:  # the decoder starts anew at the next group
+        elif decoding:  # the decoder restarts at the next group
             yield from context.decode(None)
             context.flush_buffers()
         decoding = is_needed

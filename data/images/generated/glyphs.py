@@ -60,7 +60,7 @@ def glyph(number: int, config: GlyphConfig) -> tuple[bytes, str]:
 
 @cache
 def _characters() -> list[tuple[Path, int]]:
-    """Return each face and character that draws something and has a name. Fonts of placeholders are left out."""
+    """Return each face and character that draws something and has a name. Skip placeholder fonts."""
     from matplotlib import get_data_path
     from matplotlib.ft2font import FT2Font, LoadFlags
 

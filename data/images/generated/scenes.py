@@ -39,7 +39,7 @@ BACKGROUNDS = ((255, 255, 255), (236, 236, 240), (250, 243, 224))
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MOST = len(NUMBERS) - 1
 _TURNS, _FINE, _TRIES = 16, 8, 60
-"""Directions of a thing; how much larger a thing is drawn before it is reduced; places tried before starting anew."""
+"""Directions of a thing; how much larger a thing is drawn before it is reduced; places tried before a restart."""
 _DENSITY = 1 / 3
 """Largest share of the picture that the circles around all things and their gaps cover."""
 

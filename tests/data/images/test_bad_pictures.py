@@ -1,4 +1,4 @@
-"""What is no picture, or a damaged, huge or harmful one, is a `BadImage` with one line."""
+"""Data that is not a picture, and damaged, huge or harmful pictures, raise `BadImage` with one line."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_the_longest_pictures_are_cut(height, width):
 
 def test_too_many_pixels_are_never_decoded(monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded the pixels"))
-    refused(decode, huge_png(10_000, 10_000))
+    assert refused(decode, huge_png(10_000, 10_000)).match("has 10000 x 10000 pixels")
 
 
 def test_nothing_is_printed_and_pillow_keeps_its_settings():

@@ -137,10 +137,10 @@ def test_questions_and_captions_follow_from_the_picture():
 
 
 def test_the_task_chooses_prompt_and_target():
-    asked, told = (scene(26, replace(MIXED, task=task)) for task in SceneTask)
-    assert (asked.prompt, asked.target) == ("How many moons?", "4")
-    assert (told.prompt, told.target) == ("", "three boxes and four moons")
-    assert asked.png == told.png
+    question, caption = (scene(26, replace(MIXED, task=task)) for task in SceneTask)
+    assert (question.prompt, question.target) == ("How many moons?", "4")
+    assert (caption.prompt, caption.target) == ("", "three boxes and four moons")
+    assert question.png == caption.png
 
 
 @pytest.mark.parametrize(
