@@ -148,7 +148,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+QUICK = ("hsdp 2x2", "cp2 ring", "tp2-ep2-fsdp2", "recomputed-gathered", "pp2-zbv-tp2-recomputed")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
 def test_counted_and_kept_bytes_equal_the_formulas(ranks, name):
     count, config = LAYOUTS[name]
     model = replace(tiny(2), balance=BalanceConfig(aux=0.01, z=0.01), vocab_size=66)  # 66 rows: shards of unequal size
@@ -167,7 +170,9 @@ def test_aligned_sequences_save_the_halo(ranks):
 
 @pytest.mark.parametrize("shared_expert_hidden_size", [0, 16])
 @pytest.mark.parametrize("weights_on", WeightsOn)
-@pytest.mark.parametrize("dispatch", [DispatchMethod.all_to_all, DispatchMethod.all_gather])
+@pytest.mark.parametrize(
+    "dispatch", [DispatchMethod.all_to_all, pytest.param(DispatchMethod.all_gather, marks=pytest.mark.slow)]
+)
 def test_the_end_of_a_layer_is_not_recomputed(ranks, dispatch, weights_on, shared_expert_hidden_size):
     """Use QK norm over all heads, with and without a shared expert, and routing weights before or after experts."""
     base = tiny(2)
@@ -192,7 +197,9 @@ MUON_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", MUON_LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [n if n == "tp2-ep2-fsdp2" else pytest.param(n, marks=pytest.mark.slow) for n in MUON_LAYOUTS]
+)
 def test_bytes_of_muon_equal_the_formulas(ranks, name):
     """Count the matrices that Muon sends, uneven shards included, and its one moment per matrix."""
     model = replace(tiny(2), balance=BalanceConfig(aux=0.01), dense_hidden_size=50)

@@ -56,7 +56,10 @@ def alone(ranks, tmp_path_factory) -> tuple[RankResults, Path]:
     return ranks(1, run_cases, ParallelConfig(), {"run": replace(RUN, save=path)})[0]["run"], path
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "all" else n for n in LAYOUTS])
+QUICK = ("fsdp3", "tp2-fsdp2", "etp2-efsdp2", "hsdp")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
 def test_a_layout_trains_as_one_process_does(ranks, alone, name):
     """Compare losses, gradients, norms and the weights after three steps, with shards of unequal size."""
     found = results(ranks, name, {"run": RUN})["run"]
@@ -70,7 +73,9 @@ def test_a_layout_trains_as_one_process_does(ranks, alone, name):
             assert torch.equal(values, found[2].weights[key][0][1]), "replicas stay equal bit for bit"
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "fsdp3", "tp2-fsdp2", "etp2-efsdp2", "hsdp"])
+@pytest.mark.parametrize(
+    "name", ["fsdp3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fsdp2", "tp2-fsdp2", "etp2-efsdp2", "hsdp"))]
+)
 def test_one_matrix_at_a_time_is_updated_alike(ranks, alone, name):
     """With one matrix per round, some ranks have nothing to update in some rounds."""
     assert apart(alone[0], results(ranks, name, {"run": RUN}, "one_matrix_at_a_time")["run"]) < 1e-12
@@ -106,6 +111,7 @@ def test_a_checkpoint_resumes_under_other_layouts(ranks, alone, tmp_path):
     assert apart(wanted, lost) > 1e-4, "the control: momentum matters"
 
 
+@pytest.mark.slow
 def test_a_narrow_momentum_resumes_under_another_layout(ranks, alone, tmp_path):
     """A run resumed under another layout differs from one process only by the rounding of bfloat16."""
     narrow = replace(RUN, optimizer=replace(MUON, moments=Moments.bfloat16))
@@ -119,13 +125,13 @@ def test_a_narrow_momentum_resumes_under_another_layout(ranks, alone, tmp_path):
 @pytest.mark.parametrize(
     "bug, name",
     [
-        ("shards_made_orthogonal", "fsdp2"),
         ("shards_made_orthogonal", "tp2-fsdp2"),
-        ("shards_made_orthogonal", "etp2-efsdp2"),
         ("experts_mixed", "fsdp2"),
-        ("factor_of_the_shard", "tp2-fsdp2"),
         ("swapped_on_the_way_back", "fsdp2"),
-        ("momentum_of_a_step", "fsdp2"),
+        pytest.param("shards_made_orthogonal", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("shards_made_orthogonal", "etp2-efsdp2", marks=pytest.mark.slow),
+        pytest.param("factor_of_the_shard", "tp2-fsdp2", marks=pytest.mark.slow),
+        pytest.param("momentum_of_a_step", "fsdp2", marks=pytest.mark.slow),
     ],
 )
 def test_a_planted_bug_is_noticed(ranks, alone, bug, name):
