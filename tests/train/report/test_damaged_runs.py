@@ -249,4 +249,6 @@ def test_pictures_are_drawn_of_what_is_left(tmp_path, recwarn):
     with_lines(*(step | changed for changed in [*LINES, *more]), {"step": 6, "heldout_loss": 3.0})(run)
     assert main(["report", str(run)]) == 0
     assert warnings(run).startswith(f"metrics.jsonl: {len(LINES)} of ")
-    assert len(list((run / "plots").iterdir())) == 10 and not recwarn.list
+    assert len(list((run / "plots").iterdir())) == 10
+    # files that earlier tests left open are reported whenever Python collects them
+    assert [str(one) for one in recwarn if one.category is not ResourceWarning] == []
