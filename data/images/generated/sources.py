@@ -29,7 +29,8 @@ class Scenes:
     def documents(self) -> Iterator[PartsDocument]:
         for number in range(self.number):
             scene = scenes.scene(number, self.config)
-            yield PartsDocument(f"scene {number}", (scene.prompt, ImagePart(scene.png, f"scene {number}"), scene.target))
+            text = f"{scene.prompt} {scene.target}".strip()
+            yield PartsDocument(f"scene {number}", (ImagePart(scene.png, f"scene {number}"), text))
 
 
 class Clips:
