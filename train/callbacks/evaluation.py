@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from data.images.batch import MODALITIES
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.logging import LoggingCallback
 from train.eval.answers import Answers, answers
@@ -49,13 +50,18 @@ class EvaluationCallback(Callback):
             }
             self.answers = {name: one for name, one in measured.items() if one is not None}
         if self.logging.writer is not None:
-            sources = {name: vars(found) for name, found in result.sources.items()}
-            line = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": result.loss, "heldout": sources}
+            line, found = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": result.loss}, result.plain()
+            line["heldout"] = found["sources"]
+            if result.modalities:
+                line["heldout_by_modality"] = found["modalities"]
             if self.answers:
                 line["answers"] = {name: vars(found) for name, found in self.answers.items()}
             self.logging.writer.write(line)
         parts = ", ".join(f"{name} {found.loss:.3f}" for name, found in result.sources.items())
         trainer.log(f"held-out loss {result.loss:.4f} nats/token, {result.bits_per_byte:.3f} bits/byte ({parts})")
+        if len(result.modalities) > 1:
+            images, text = (result.modalities[name].loss for name in MODALITIES)
+            trainer.log(f"held-out loss of documents with images {images:.4f}, of text alone {text:.4f}")
         for name, one in self.answers.items():
             trainer.log(
                 f"last tokens of {one.documents} held-out documents of {name}: {one.own:.1%} right, with another "

@@ -51,5 +51,5 @@ def test_ignored_labels_count_no_bytes(small_corpus, tmp_path):
     batch = run.loaders["main"].held_out("text", 0, 1)
     batch.labels_BT[:, ::2] = -100
     bytes_V = torch.ones(320, dtype=torch.int64)
-    _, tokens, size = _sums(run.engine.placed, batch, bytes_V).tolist()
+    _, tokens, size = _sums(run.engine.placed, batch, bytes_V)[0].tolist()
     assert size == tokens == int((batch.labels_BT >= 0).sum())
