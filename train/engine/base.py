@@ -16,7 +16,7 @@ from parallel.parallelize import ParallelModel
 from parallel.pipeline.runtime import Pipeline
 from parallel.sharding import LocalShard
 from train.checkpoint.state import TensorShard
-from train.engine.images import batch_images
+from train.engine.images import batch_images, image_positions
 from train.loss import BatchLoss
 
 
@@ -59,8 +59,8 @@ class Engine(ABC):
             for context, shown in zip(contexts, images, strict=True):
                 context.images = shown
         tokens_BT = share.take(batch.tokens_BT).to(self.device)
-        if (vision := self.placed.model.config.vision) is not None and batch.images is not None:
-            is_image_BT = tokens_BT.chunk(meshes.tp.size, 1)[meshes.tp.rank] == vision.image_token_id
+        if batch.images is not None:
+            is_image_BT = image_positions(self.placed, batch.images)
             for context, part_BT in zip(contexts, is_image_BT.split(micro_batch_size), strict=True):
                 context.is_image_BT = part_BT
         if self.pipeline is not None:
