@@ -201,9 +201,7 @@ def _lines_by_layer(title: str, key: str, label: str) -> _LayerPlot:
 
 _PLOTS = {
     "loss": _Plot("Loss", _loss, wide=True),
-    "loss_by_modality": _Plot(
-        "Loss of documents with and without images", modalities.losses, metric="loss_by_modality"
-    ),
+    "loss_by_modality": _Plot("Loss with and without images", modalities.losses, metric="loss_by_modality"),
     "answers": _Plot("Answers about pictures", modalities.answers, metric="answers"),
     "learning_rate": _Plot("Learning rate", _series("learning_rate", "learning rate")),
     "gradient_norm": _Plot(

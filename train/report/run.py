@@ -81,8 +81,9 @@ class RunData:
         return [line["step"] for line, _ in self._loads(modality)]
 
     def by_layer(self, key: str, modality: str | None = None) -> list[list[float]]:
-        """Return, for each MoE layer, the values of a router or expert-load metric at `layer_steps`. `modality`: `images`
-        or `text`, for the load of its tokens.
+        """Return, for each MoE layer, the values of a router or expert-load metric at `layer_steps`.
+
+        `modality`: `images` or `text`, for the load of its tokens.
         """
         found = list(self._loads(modality))
         table = [line.get(key) or [load.get(key, math.nan) for load in loads] for line, loads in found]
