@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 NAMES = {"images": "documents with images", "text": "text alone"}
 """What a report calls the modalities."""
-SHOWN = {"own": "own pictures", "other": "another document's", "none": "without pictures"}
+SHOWN = {"own": "own pictures", "other": "another document's pictures", "none": "without pictures"}
 _SMALL: dict[str, Any] = {"fontsize": 8, "frameon": False}
-_DASHES = ("-", (0, (5, 2)), (0, (1, 2)))
+_DASHES = {"own": "-", "other": (0, (5, 2)), "none": (0, (1, 2))}
 
 
 def _series(lines: Sequence[dict[str, Any]], *path: str) -> tuple[list[int], list[float]]:
@@ -44,12 +44,12 @@ def losses(axes: Axes, runs: Sequence[RunData]) -> None:
 
 def answers(axes: Axes, runs: Sequence[RunData]) -> None:
     """Draw how often the last token of a held-out document is predicted, by the pictures that the model sees."""
-    pairs = [(run, source) for run in runs for source in answered(run)]
-    for (run, source), colour in zip(pairs, cycle(len(pairs)), strict=True):
+    kinds = [(run, source, shown) for run in runs for source in answered(run) for shown in SHOWN]
+    for (run, source, shown), colour in zip(kinds, cycle(len(kinds)), strict=True):
         name = ": ".join([*([run.name] if len(runs) > 1 else []), source])
-        for (shown, text), dashes in zip(SHOWN.items(), _DASHES, strict=True):
-            steps, rates = _series(run.held_out, "answers", source, shown)
-            axes.plot(steps, rates, color=colour, linestyle=dashes, marker=".", label=f"{name}, {text}")
+        steps, rates = _series(run.held_out, "answers", source, shown)
+        style: dict[str, Any] = {"color": colour, "linestyle": _DASHES[shown], "marker": "."}
+        axes.plot(steps, rates, label=f"{name}, {SHOWN[shown]}", **style)
     axes.set_ylabel("right answers of held-out documents")
     axes.set_ylim(0, 1.02)
     axes.legend(**_SMALL)
