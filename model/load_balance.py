@@ -38,12 +38,14 @@ class RouterBalance(nn.Module):
     """Balancing state of one router.
 
     Persistent buffers, which make resumption exact, are the selection bias `bias_E` and the global load `load_E` of the
-    last step (mean 1). The counts and `RouterSums` of this step are not persistent; `step` resets them.
+    last step (mean 1). The counts of this step, those of image tokens among them (`image_counts_E`), and the
+    `RouterSums` are not persistent; `step` resets them.
     """
 
     bias_E: Tensor
     load_E: Tensor
     counts_E: Tensor
+    image_counts_E: Tensor
     sums: Tensor
 
     def __init__(self, experts: int, router: RouterConfig, config: BalanceConfig) -> None:
@@ -54,15 +56,22 @@ class RouterBalance(nn.Module):
         self.register_buffer("bias_E", torch.zeros(experts))
         self.register_buffer("load_E", torch.ones(experts))
         self.register_buffer("counts_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("image_counts_E", torch.zeros(experts, dtype=torch.int64), persistent=False)
         self.register_buffer("sums", torch.zeros(len(RouterSums._fields), dtype=torch.float64), persistent=False)
 
     def reset(self) -> None:
         """Set the initial values, because `to_empty` leaves the buffers undefined."""
-        for buffer in (self.bias_E, self.counts_E, self.sums):
+        for buffer in (self.bias_E, self.counts_E, self.image_counts_E, self.sums):
             buffer.zero_()
         self.load_E.fill_(1)
 
-    def forward(self, logits_BTE: Tensor, experts_BTK: Tensor, routed_tokens: Tensor | float | None) -> Tensor:
+    def forward(
+        self,
+        logits_BTE: Tensor,
+        experts_BTK: Tensor,
+        routed_tokens: Tensor | float | None,
+        is_image_BT: Tensor | None = None,
+    ) -> Tensor:
         """Return the logits unchanged. Their backward pass adds the losses' gradients and counts the loads."""
         if not (torch.is_grad_enabled() and logits_BTE.requires_grad):
             return logits_BTE
@@ -70,7 +79,7 @@ class RouterBalance(nn.Module):
             if self.config.aux or self.config.z:
                 raise ValueError("balancing losses need ForwardContext.routed_tokens, the step's global token count")
             routed_tokens = float(logits_BTE.shape[0] * logits_BTE.shape[1])
-        return _InjectGradient.apply(logits_BTE, experts_BTK, self, routed_tokens)
+        return _InjectGradient.apply(logits_BTE, experts_BTK, self, routed_tokens, is_image_BT)
 
     @torch.no_grad()
     def step(self, counts_E: Tensor) -> None:
@@ -80,25 +89,32 @@ class RouterBalance(nn.Module):
         if self.config.bias_rate:
             delta_E = torch.sign(1 - self.load_E) * self.config.bias_rate
             self.bias_E.add_(delta_E - delta_E.mean())
-        self.counts_E.zero_()
-        self.sums.zero_()
+        for buffer in (self.counts_E, self.image_counts_E, self.sums):
+            buffer.zero_()
 
 
 class _InjectGradient(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, experts: Tensor, balance: RouterBalance, routed_tokens: Tensor | float
+        ctx: Any,
+        logits: Tensor,
+        experts: Tensor,
+        balance: RouterBalance,
+        routed_tokens: Tensor | float,
+        is_image: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(logits, experts)
-        ctx.balance, ctx.routed_tokens = balance, routed_tokens
+        ctx.balance, ctx.routed_tokens, ctx.is_image_BT = balance, routed_tokens, is_image
         return logits.view_as(logits)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits_BTE, experts_BTK = ctx.saved_tensors
         balance, (grad_BTE,) = ctx.balance, grads
         counts_BE = count(experts_BTK, logits_BTE.shape[-1])
         balance.counts_E += counts_BE.sum(0)
+        if ctx.is_image_BT is not None:
+            balance.image_counts_E += count(experts_BTK, logits_BTE.shape[-1], ctx.is_image_BT).sum(0)
         divisor = ctx.routed_tokens
         log_p_BTE = logits_BTE.log_softmax(-1)
         lse_BT = logits_BTE.amax(-1) - log_p_BTE.amax(-1)  # as exact as logsumexp, in a fraction of its time
@@ -116,13 +132,18 @@ class _InjectGradient(torch.autograd.Function):
         entropy = _dot(log_p_BTE.exp(), log_p_BTE) * (-1 / math.log(logits_BTE.shape[-1]))
         sums = RouterSums(aux=torch.zeros_like(z) if aux is None else aux, z=z, entropy=entropy)
         balance.sums += torch.stack(sums) / divisor
-        return grad_BTE, None, None, None
+        return grad_BTE, None, None, None, None
 
 
-def count(experts_BTK: Tensor, experts: int) -> Tensor:
-    """Count how often each sequence chose each expert: int64 [B, E]. Integer sums are the same in any order."""
+def count(experts_BTK: Tensor, experts: int, counted_BT: Tensor | None = None) -> Tensor:
+    """Count how often each sequence chose each expert, for all tokens or those of `counted_BT`: int64 [B, E]. Integer
+    sums are the same in any order.
+    """
     chosen = experts_BTK.flatten(1)
-    return chosen.new_zeros(chosen.shape[0], experts).scatter_add_(1, chosen, torch.ones_like(chosen))
+    one = torch.ones_like(chosen)
+    if counted_BT is not None:
+        one = counted_BT[..., None].expand_as(experts_BTK).flatten(1).to(chosen.dtype)
+    return chosen.new_zeros(chosen.shape[0], experts).scatter_add_(1, chosen, one)
 
 
 def _load(counts_BE: Tensor, balance: RouterBalance) -> Tensor:
@@ -162,22 +183,28 @@ class Balancer:
             if name in index
         }
         self.shape, self.reduce = (len(moe), model.config.num_experts), reduce
+        self.counts_images = model.config.vision is not None
         self.device = next(model.parameters()).device
 
     @torch.no_grad()
     def step(self) -> dict[str, Tensor]:
         """Reduce the counts, update the selection biases and return this step's metrics, still on the device: `counts`
-        int64 [L, E] and each field of `RouterSums` [L].
+        int64 [L, E], for a model with a vision encoder `image_counts` of image tokens, and each field of `RouterSums`
+        [L].
         """
         layers, experts = self.shape
         if not layers:
             return {}
-        counts = torch.zeros(layers, experts, dtype=torch.int64, device=self.device)
+        # of all tokens and, for a model with a vision encoder, of image tokens
+        counts = torch.zeros(1 + self.counts_images, layers, experts, dtype=torch.int64, device=self.device)
         sums = torch.zeros(layers, len(RouterSums._fields), dtype=torch.float64, device=self.device)
         for layer, balance in self.routers.items():
-            counts[layer], sums[layer] = balance.counts_E, balance.sums
+            counts[0, layer], sums[layer] = balance.counts_E, balance.sums
+            if self.counts_images:
+                counts[1, layer] = balance.image_counts_E
         self.reduce(counts)
         self.reduce(sums)
         for layer, balance in self.routers.items():
-            balance.step(counts[layer])
-        return {"counts": counts, **dict(zip(RouterSums._fields, sums.unbind(1), strict=True))}
+            balance.step(counts[0, layer])
+        named = dict(zip(("counts", "image_counts"), counts.unbind(), strict=False))
+        return named | dict(zip(RouterSums._fields, sums.unbind(1), strict=True))

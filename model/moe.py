@@ -47,12 +47,14 @@ class Router(nn.Module):
         self.roles = {"weight": Role.router}
         self.balance = RouterBalance(experts, config, balance)
 
-    def forward(self, x_BTD: Tensor, routed_tokens: Tensor | float | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BTD: Tensor, routed_tokens: Tensor | float | None, is_image_BT: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return expert ids, int64, and their routing weights, both [B, T, K]."""
         wide = at_least_float32(x_BTD.dtype)
         logits_BTE = NativeGemm(wide).linear(x_BTD, self.weight)
         experts_BTK = self._select(logits_BTE.detach())
-        logits_BTE = self.balance(logits_BTE, experts_BTK, routed_tokens)
+        logits_BTE = self.balance(logits_BTE, experts_BTK, routed_tokens, is_image_BT)
         weights_BTK = scores(self.config, logits_BTE).gather(-1, experts_BTK)
         if self.config.norm_topk_prob:
             weights_BTK = weights_BTK / weights_BTK.sum(-1, keepdim=True)
@@ -167,7 +169,7 @@ class MixtureOfExperts(nn.Module):
         self.shared = GatedMLP(model.hidden_size, hidden, roles, gemms) if hidden else None
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
-        experts_BTK, weights_BTK = self.router(x_BTD, context.routed_tokens)
+        experts_BTK, weights_BTK = self.router(x_BTD, context.routed_tokens, context.is_image_BT)
         x_TD = x_BTD.flatten(0, 1)
         sent = self.dispatch(x_TD, TopKRouting(experts_BTK.flatten(0, 1), weights_BTK.flatten(0, 1)))
         y_TD = sent.combine(self.experts(sent.x_CD, sent.groups))

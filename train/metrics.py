@@ -86,6 +86,14 @@ def expert_load(counts_LE: Tensor) -> list[dict[str, float]]:
     return rows
 
 
+def expert_overlap(images_LE: Tensor, text_LE: Tensor) -> list[float]:
+    """Return per MoE layer which fraction of the slots images and text have in common: 1 if both spread over the
+    experts alike, 0 if no expert gets tokens of both.
+    """
+    shares = [counts.double() / counts.sum(1, keepdim=True).clamp_min(1) for counts in (images_LE.cpu(), text_LE.cpu())]
+    return [round(float(value), 4) for value in torch.minimum(*shares).sum(1)]
+
+
 class Log:
     """Writes lines to the terminal and to log.txt. Without a path (on ranks other than 0) it does nothing."""
 

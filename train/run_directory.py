@@ -58,6 +58,25 @@ FREE = (
 """Keys that may change on resume. They affect what is learnt only through the rounding of matmuls."""
 
 
+EXAMPLES_FOLDER, EXAMPLES = "examples", "examples.json"
+"""The folder of held-out documents with pictures and the model's answers, and the file in it."""
+EXAMPLES_SHAPE = {
+    "step": int,
+    "examples": [
+        {
+            "source": str,
+            "question": str,
+            "answer": str,
+            "predicted": str,
+            "is_right": bool,
+            "pictures": [str],
+            "more": int,
+        }
+    ],
+}
+"""`pictures`: names of files in the folder. `more`: the number of further pictures of the document."""
+
+
 class RunLocked(LeviathanError):
     """The previous attempt still holds the lock. A later attempt may succeed."""
 
@@ -77,6 +96,7 @@ class RunDirectory:
         self.logs = path / "logs"
         self.environment = path / "environment.json"
         self.tokenizer = path / "tokenizer"
+        self.examples = path / EXAMPLES_FOLDER
         self._lock: IO[bytes] | None = None
 
     @classmethod

@@ -27,6 +27,8 @@ class TileRef:
 
 
 Decode = Callable[[TileRef], NDArray[np.uint8]]
+MODALITIES = ("images", "text")
+"""The kinds of documents that losses and loads are reported for: with images, and of text alone."""
 
 
 @dataclass
@@ -44,6 +46,13 @@ class BatchImages:
     """S."""
     pixels: list[Tensor] = field(default_factory=list)
     """For each micro-batch the tiles that this rank encodes, uint8 [N, 3, S, S]: see `load`."""
+
+    def documents_with_images(self, positions_BT: Tensor) -> Tensor:
+        """Return whether the document of each position shows an image in the same sequence, bool [B, T]."""
+        documents_BT = (positions_BT == 0).cumsum(1)
+        placeholders_BT = torch.zeros(len(positions_BT), positions_BT.shape[1] + 1, dtype=torch.int64)
+        placeholders_BT.scatter_add_(1, documents_BT, (self.rows_BT >= 0).long())
+        return placeholders_BT.gather(1, documents_BT) > 0
 
     def slice(self, start: int, stop: int) -> BatchImages:
         """Return sequences [start, stop), without pixels."""

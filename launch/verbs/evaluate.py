@@ -96,6 +96,7 @@ def _run_loss(config: EvaluateConfig, world: World) -> dict[str, Any]:
     import torch
 
     from train.checkpoint.restore import restore
+    from train.eval.answers import measure
     from train.eval.contamination import MODELS
     from train.eval.held_out import held_out_loss
     from train.eval.text_files import text_loss
@@ -109,15 +110,18 @@ def _run_loss(config: EvaluateConfig, world: World) -> dict[str, Any]:
         loader = restored.loader()
     except ConfigError as error:
         raise ConfigError(error.key, error.value, f"{error.reason}{_OTHERWISE}", error.legal) from None
+    weights, sequences = restored.weights(), config.sequences or restored.config.evaluation.sequences
     result = held_out_loss(
         restored.placed,
         loader,
         torch.from_numpy(restored.tokenizer.token_bytes()),
-        config.sequences or restored.config.evaluation.sequences,
+        sequences,
         micro_batch_size,
-        restored.weights(),
+        weights,
     )
-    return {"step": restored.step, **result.plain()}
+    answers = measure(restored.placed, loader, weights, sequences, micro_batch_size, restored.corpus)
+    line = {"step": restored.step, **result.plain()}
+    return line | {"answers": {name: one.plain() for name, one in answers.items()}} if answers else line
 
 
 def _model_loss(config: EvaluateConfig, world: World) -> dict[str, Any]:

@@ -59,6 +59,10 @@ class ForwardContext:
         self.routed_tokens = routed_tokens
         self.images: Images | None = None
         """The images of the micro-batch; None: it has none."""
+        self.is_image_BT: Tensor | None = None
+        """Which positions show an image, where the MoE layers run (after tp's split of the sequence), to count the
+        experts' loads of images. None: they are not counted.
+        """
         self._plans: dict[int | None, AttentionPlan] = {}
         self._rotations: dict[tuple[int | None, torch.dtype], Tensor] = {}
         self._temperature: Tensor | None = None  # float64, cast at use

@@ -90,7 +90,7 @@ def report(run: RunDirectory) -> None:
         *data.values("loss"),
         *data.values("gradient_norm"),
         *data.values("learning_rate"),
-        *data.layer_steps,
+        *data.layer_steps(),
     ]
     numbers += [value for key in (*LOAD, "router_z") for row in data.by_layer(key) for value in row]
     assert all(isinstance(number, int | float) for number in numbers)

@@ -63,7 +63,20 @@ def test_a_resumed_run_sees_the_same_pictures(train, tmp_path, capsys):
     assert train("run.name=whole", "evaluation.sequences=16", "training.seq_len=96") == 0
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["tiles"] > 0 and 0 < line["image_token_share"] < 1 for line in lines if "loss" in line)
-    [answers] = [line["answers"]["mixed"] for line in lines if "answers" in line]
+    for line in lines:
+        if "loss" in line:
+            apart, loads = line["loss_by_modality"], line["expert_load_by_modality"]
+            assert min(apart.values()) < line["loss"] < max(apart.values())
+            assert list(apart) == list(loads) == ["images", "text"] and len(line["expert_overlap"]) == len(
+                loads["text"]
+            )
+    [held_out] = [line for line in lines if "heldout" in line]
+    [mixed] = held_out["heldout"].values()
+    parts, whole = list(mixed["modalities"].values()), mixed["loss"] * mixed["tokens"]
+    assert sum(one["tokens"] for one in parts) == mixed["tokens"] and len(parts) == 2
+    assert sum(one["loss"] * one["tokens"] for one in parts) == pytest.approx(whole)
+    assert held_out["heldout_by_modality"] == {name: pytest.approx(one) for name, one in mixed["modalities"].items()}
+    answers = held_out["answers"]["mixed"]
     assert answers["documents"] > 0 and all(0 <= answers[key] <= 1 for key in ("own", "other", "none"))
     assert train("run.name=parts", "checkpoint.every=2", "training.seq_len=96") == 0
     steps = tmp_path / "parts" / "checkpoints" / "step-00000004"
@@ -172,7 +185,10 @@ def test_answers_tell_own_pictures_from_others(train, tmp_path, monkeypatch):
     assert train("evaluation.sequences=16", "training.seq_len=96") == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     [found] = [line["answers"]["mixed"] for line in lines if "answers" in line]
-    assert found == {"documents": found["documents"], "own": 1.0, "other": 0.0, "none": 0.0} and found["documents"] > 0
+    rates = {"own": 1.0, "other": 0.0, "none": 0.0}
+    kinds = found.pop("by_answer")
+    assert found == {"documents": sum(kind["documents"] for kind in kinds.values()), **rates} and found["documents"] > 0
+    assert all(kind == {"documents": kind["documents"], **rates} for kind in kinds.values())
 
 
 MISMATCHES = {

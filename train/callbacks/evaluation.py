@@ -6,9 +6,12 @@ from collections.abc import Mapping
 
 import torch
 
+from core.errors import DataError, one_line
+from data.images.batch import MODALITIES
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.logging import LoggingCallback
-from train.eval.answers import Answers, answers
+from train.eval.answers import Answers, measure
+from train.eval.examples import Example, examples, write_examples
 from train.eval.held_out import HeldOut, held_out_loss
 from train.metrics import StepMetrics
 
@@ -44,20 +47,31 @@ class EvaluationCallback(Callback):
             bytes_V = torch.from_numpy(trainer.corpus.tokenizer.token_bytes())
             placed, size = trainer.engine.placed, phase.micro_batch_size
             self.result = result = held_out_loss(placed, loader, bytes_V, sequences, size, trainer.weights)
-            measured = {
-                name: answers(placed, loader, name, sequences, size, trainer.corpus) for name in trainer.weights
-            }
-            self.answers = {name: one for name, one in measured.items() if one is not None}
+            self.answers = measure(placed, loader, trainer.weights, sequences, size, trainer.corpus)
+            shown = [one for name in self.answers for one in examples(placed, loader, name, size, trainer.corpus)]
         if self.logging.writer is not None:
-            sources = {name: vars(found) for name, found in result.sources.items()}
-            line = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": result.loss, "heldout": sources}
+            line, found = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": result.loss}, result.plain()
+            line["heldout"] = found["sources"]
+            if result.modalities:
+                line["heldout_by_modality"] = found["modalities"]
             if self.answers:
-                line["answers"] = {name: vars(found) for name, found in self.answers.items()}
+                self._keep(shown)
+                line["answers"] = {name: one.plain() for name, one in self.answers.items()}
             self.logging.writer.write(line)
         parts = ", ".join(f"{name} {found.loss:.3f}" for name, found in result.sources.items())
         trainer.log(f"held-out loss {result.loss:.4f} nats/token, {result.bits_per_byte:.3f} bits/byte ({parts})")
+        if len(result.modalities) > 1:
+            images, text = (result.modalities[name].loss for name in MODALITIES)
+            trainer.log(f"held-out loss of documents with images {images:.4f}, of text alone {text:.4f}")
         for name, one in self.answers.items():
             trainer.log(
                 f"last tokens of {one.documents} held-out documents of {name}: {one.own:.1%} right, with another "
                 f"document's pictures {one.other:.1%}, without pictures {one.none:.1%}"
             )
+
+    def _keep(self, found: list[Example]) -> None:
+        """Write examples for the report. A failure (a full disk, a damaged picture) is logged, and the run goes on."""
+        try:
+            write_examples(self.trainer.directory.examples, self.trainer.step, found, self.trainer.corpus)
+        except (OSError, DataError) as error:
+            self.trainer.log(f"no examples for the report: {one_line(error)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from core.config import plain
 from core.errors import ConfigError
 from model.load_balance import RouterSums
 from train.callbacks.base import Callback, TrainingRun
-from train.metrics import MetricsWriter, StepMetrics, Throughput, expert_load, peak_memory_bytes
+from train.metrics import MetricsWriter, StepMetrics, Throughput, expert_load, expert_overlap, peak_memory_bytes
 from train.run_directory import read_lines
 from train.stragglers import SLOW_HOSTS
 
@@ -86,7 +87,7 @@ class LoggingCallback(Callback):
                 key = "aux_loss" if name == "aux" else f"router_{name}"
                 line[key] = [round(value, 6) for value in metrics.balance[name].tolist()]
             line["expert_load"] = expert_load(metrics.balance["counts"])
-        return line
+        return line | _by_modality(metrics)
 
     def _text(self, line: dict[str, Any], extra: dict[str, float], now: float) -> str:
         steps, total = line["step"], self.trainer.steps
@@ -108,3 +109,19 @@ class LoggingCallback(Callback):
         parts += [f"{name} {value:.4g}" for name, value in extra.items()]
         parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         return "  ".join(parts)
+
+
+def _by_modality(metrics: StepMetrics) -> dict[str, Any]:
+    """Return the step's losses of documents with and without images, and the experts' loads of image and text tokens.
+    What the step has none of is left out.
+    """
+    line: dict[str, Any] = {}
+    losses = {name: loss.item() for name, loss in metrics.modality_losses.items()}
+    if losses := {name: loss for name, loss in losses.items() if not math.isnan(loss)}:
+        line["loss_by_modality"] = losses
+    images = metrics.balance.get("image_counts")
+    if images is not None and images.any():
+        text = metrics.balance["counts"] - images
+        line["expert_load_by_modality"] = {"images": expert_load(images), "text": expert_load(text)}
+        line["expert_overlap"] = expert_overlap(images, text)
+    return line

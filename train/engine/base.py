@@ -16,8 +16,8 @@ from parallel.parallelize import ParallelModel
 from parallel.pipeline.runtime import Pipeline
 from parallel.sharding import LocalShard
 from train.checkpoint.state import TensorShard
-from train.engine.images import batch_images
-from train.loss import IGNORED, summed_loss
+from train.engine.images import batch_images, image_positions
+from train.loss import BatchLoss
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class StepResult:
     gradient_norm: Tensor
     balance: dict[str, Tensor] = field(default_factory=dict)
     """The routers' statistics."""
+    modality_losses: dict[str, Tensor] = field(default_factory=dict)
+    """The losses of documents with images and of those without; empty for data without images."""
 
 
 class Engine(ABC):
@@ -35,6 +37,8 @@ class Engine(ABC):
 
     def __init__(self, placed: ParallelModel) -> None:
         self.placed, self.meshes, self.device = placed, placed.meshes, placed.device
+        self.modality_losses: dict[str, Tensor] = {}
+        """Those of the last batch: see `StepResult`."""
         self.pipeline = None
         if self.meshes.pp.size > 1:
             self.pipeline = Pipeline(placed.model, placed.stacks, self.meshes, self.device)
@@ -46,8 +50,7 @@ class Engine(ABC):
         """
         meshes, share = self.meshes, self.placed.context_shard(batch.tokens_BT.shape[1])
         labels_BT = share.take(batch.labels_BT).to(self.device)
-        tokens = (labels_BT != IGNORED).sum() * meshes.counts_tokens
-        meshes.world.sum(tokens, "loss")
+        loss = BatchLoss(batch, labels_BT, share, micro_batch_size, meshes)
         routed = float(batch.tokens_BT.numel() * meshes.dp.size)
         contexts = [
             self.placed.sequence_context(part_BT, routed) for part_BT in batch.positions_BT.split(micro_batch_size)
@@ -56,11 +59,10 @@ class Engine(ABC):
             for context, shown in zip(contexts, images, strict=True):
                 context.images = shown
         tokens_BT = share.take(batch.tokens_BT).to(self.device)
-
-        def loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-            summed = summed_loss(logits_BTV, labels_BT, meshes.tp)
-            return summed / tokens.clamp_min(1)  # a batch of one-token documents has no labels
-
+        if batch.images is not None:
+            is_image_BT = image_positions(self.placed, batch.images)
+            for context, part_BT in zip(contexts, is_image_BT.split(micro_batch_size), strict=True):
+                context.is_image_BT = part_BT
         if self.pipeline is not None:
             total = self.pipeline.forward_backward(tokens_BT, labels_BT, contexts, loss)
         else:
@@ -71,8 +73,7 @@ class Engine(ABC):
                 total += one.detach()
                 self.after_backward(context is contexts[-1])
         self.complete_gradients()
-        total = total * (meshes.tp.rank == 0)
-        meshes.world.sum(total, "loss")
+        total, self.modality_losses = loss.reduce(total)
         return total
 
     def after_backward(self, last: bool) -> None:  # noqa: B027 - optional
@@ -137,7 +138,7 @@ def optimizer_step(
         before_clipping()
     norm = engine.clip(clip_norm)
     engine.step(factor)
-    return StepResult(loss, norm, balancer.step())
+    return StepResult(loss, norm, balancer.step(), engine.modality_losses)
 
 
 def _micro_batches(

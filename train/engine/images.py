@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from data.images.batch import BatchImages
 from data.images.tiles import GREYS
@@ -25,6 +26,14 @@ def batch_images(placed: ParallelModel, images: BatchImages | None, micro_batch_
         placed.images(rows_BT, len(tiles), pixels_N3SS, greys)
         for (rows_BT, tiles), pixels_N3SS in zip(images.micro_batches(micro_batch_size), images.pixels, strict=True)
     ]
+
+
+def image_positions(placed: ParallelModel, images: BatchImages) -> Tensor:
+    """Return which positions of this rank show an image, for `ForwardContext.is_image_BT`: bool [B, T], where T is this
+    rank's part of the sequence after the splits of cp and tp.
+    """
+    tp, share = placed.meshes.tp, placed.context_shard(images.rows_BT.shape[1])
+    return (share.take(images.rows_BT) >= 0).chunk(tp.size, 1)[tp.rank].to(placed.device)
 
 
 def load_tiles(images: BatchImages | None, meshes: Meshes, micro_batch_size: int) -> None:

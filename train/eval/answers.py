@@ -8,9 +8,11 @@ Shapes: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,13 +38,27 @@ class Shown(Enum):
 
 
 @dataclass(frozen=True)
-class Answers:
+class Accuracy:
     """The fraction of `documents` whose last token is predicted, by the pictures shown."""
 
     documents: int
     own: float
     other: float
     none: float
+
+
+MOST_KINDS = 20
+"""Number of answers that are reported apart."""
+
+
+@dataclass(frozen=True)
+class Answers(Accuracy):
+    """`by_answer`: the same for the documents that end with each token, of the `MOST_KINDS` most frequent tokens."""
+
+    by_answer: dict[str, Accuracy] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @torch.no_grad()
@@ -61,18 +77,44 @@ def answers(
     if pictures is None:
         return None
     placed.model.eval()
-    found, total = {}, 0
+    found, total = {}, torch.zeros(0)
     count = min(sequences, loader.num_held_out(source))
     for shown in Shown:
-        sums = torch.zeros(2, dtype=torch.float64, device=placed.device)  # right, documents
+        sums = torch.zeros(2, corpus.tokenizer.vocab_size, dtype=torch.int64, device=placed.device)
         for _, batch in local_batches(partial(loader.held_out, source), count, micro_batch_size, placed.meshes.dp):
             sums += _right(placed, _with(batch, shown, placed, pictures), corpus)
         placed.meshes.world.sum(sums, "evaluation")
-        total = int(sums[1])
-        found[shown.value] = float(sums[0]) / max(total, 1)
+        found[shown.value], total = sums.cpu()
     placed.model.train()
     release(placed.stacks)
-    return Answers(total, **found) if total else None
+    return _answers(found, total, corpus) if int(total.sum()) else None
+
+
+def measure(
+    placed: ParallelModel,
+    loader: HeldOutLoader,
+    sources: Iterable[str],
+    sequences: int,
+    micro_batch_size: int,
+    corpus: Corpus,
+) -> dict[str, Answers]:
+    """Return the `answers` of each source whose held-out documents have some."""
+    found = {name: answers(placed, loader, name, sequences, micro_batch_size, corpus) for name in sources}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def _answers(right: dict[str, Tensor], documents_V: Tensor, corpus: Corpus) -> Answers:
+    """Return the fractions of right answers; `right`: the number of right answers [V] by the pictures shown."""
+
+    def fractions(tokens: list[int]) -> dict[str, Any]:
+        total = int(documents_V[tokens].sum())
+        return {"documents": total, **{name: int(right_V[tokens].sum()) / total for name, right_V in right.items()}}
+
+    kinds: dict[str, list[int]] = {}
+    for token in documents_V.sort(descending=True, stable=True).indices[: int((documents_V > 0).sum())].tolist():
+        kinds.setdefault(corpus.tokenizer.decode([token]).strip(), []).append(token)
+    by_answer = {text: Accuracy(**fractions(tokens)) for text, tokens in list(kinds.items())[:MOST_KINDS]}
+    return Answers(**fractions([token for tokens in kinds.values() for token in tokens]), by_answer=by_answer)
 
 
 def _with(batch: Batch, shown: Shown, placed: ParallelModel, pictures: PictureStream) -> Batch:
@@ -87,14 +129,15 @@ def _with(batch: Batch, shown: Shown, placed: ParallelModel, pictures: PictureSt
 
 
 def _right(placed: ParallelModel, batch: Batch, corpus: Corpus) -> Tensor:
-    """Return how many last tokens are predicted, and how many there are, on this rank."""
+    """Return how often each token is the last one and predicted, and how often it is the last one: int64 [2, V]."""
+    size = corpus.tokenizer.vocab_size
     if (found := predictions(placed, batch)) is None:
-        return torch.zeros(2, dtype=torch.float64, device=placed.device)
+        return torch.zeros(2, size, dtype=torch.int64, device=placed.device)
     predicted_BT, labels_BT = found
     ends_BT = last_tokens(batch, corpus)
     ends_BT = placed.context_shard(ends_BT.shape[1]).take(ends_BT).to(predicted_BT.device)
-    right = (predicted_BT == labels_BT) & ends_BT
-    return torch.stack([right.sum().double(), ends_BT.sum().double()])
+    right_BT = (predicted_BT == labels_BT) & ends_BT
+    return torch.stack([torch.bincount(labels_BT[chosen_BT], minlength=size) for chosen_BT in (right_BT, ends_BT)])
 
 
 def last_tokens(batch: Batch, corpus: Corpus) -> Tensor:

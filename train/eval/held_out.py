@@ -9,15 +9,16 @@ Shapes: N sequences, B sequences of a micro-batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from core.errors import DataError
+from data.images.batch import MODALITIES
 from data.loader import Batch
 from parallel.comm.collectives import all_gather_no_grad
 from parallel.fsdp import release
@@ -31,7 +32,7 @@ Take = Callable[[int, int], Batch]
 
 
 @dataclass(frozen=True)
-class SourceLoss:
+class MeanLoss:
     """The mean `loss` of `tokens` labelled tokens in nats per token, and as `bits_per_byte` of their text."""
 
     loss: float
@@ -40,17 +41,33 @@ class SourceLoss:
 
 
 @dataclass(frozen=True)
+class SourceLoss(MeanLoss):
+    """`modalities`: the losses of those documents that show an image in their sequence (`images`), and of the others
+    (`text`). Empty for data without pictures.
+    """
+
+    modalities: dict[str, MeanLoss] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """Losses of each source, and their mean with the weights in `data.sources`. The weights of a phase have no effect,
-    so that all results of a run are comparable.
+    so that all results of a run are comparable. `modalities`: the parts of the mean that are due to documents with and
+    without images, as in `SourceLoss`.
     """
 
     loss: float
     bits_per_byte: float
     sources: dict[str, SourceLoss]
+    modalities: dict[str, MeanLoss] = field(default_factory=dict)
 
-    def plain(self) -> dict[str, object]:
-        return asdict(self)
+    def plain(self) -> dict[str, Any]:
+        """Return the losses as for JSON, without empty `modalities`."""
+        found = asdict(self)
+        for one in (found, *found["sources"].values()):
+            if not one["modalities"]:
+                del one["modalities"]
+        return found
 
 
 class HeldOutLoader(Protocol):
@@ -84,19 +101,41 @@ def held_out_loss(
     placed.model.eval()
     found: dict[str, SourceLoss] = {}
     for source in weights:
-        sums = torch.zeros(3, dtype=torch.float64, device=placed.device)  # nats, tokens, bytes
+        # rows: all documents, those with images, those without; columns: nats, tokens, bytes
+        sums = torch.zeros(1 + len(MODALITIES), 3, dtype=torch.float64, device=placed.device)
         count = min(sequences, loader.num_held_out(source))
         for _, batch in local_batches(partial(loader.held_out, source), count, micro_batch_size, placed.meshes.dp):
             sums += _sums(placed, batch, bytes_V)
         placed.meshes.world.sum(sums, "evaluation")
-        nats, tokens, size = sums.tolist()
-        found[source] = SourceLoss(nats / max(tokens, 1), nats / max(size, 1) / math.log(2), int(tokens))
+        whole, *parts = [_mean(*row) for row in sums.tolist()]
+        apart = {name: one for name, one in zip(MODALITIES, parts, strict=True) if one.tokens}
+        found[source] = SourceLoss(**vars(whole), modalities=apart)
     placed.model.train()
     release(placed.stacks)
+    mean, bits = _weighted(weights, found)
+    return HeldOut(mean, bits, found, _by_modality(weights, found))
+
+
+def _mean(nats: float, tokens: float, size: float) -> MeanLoss:
+    return MeanLoss(nats / max(tokens, 1), nats / max(size, 1) / math.log(2), int(tokens))
+
+
+def _weighted(weights: Mapping[str, float], losses: Mapping[str, MeanLoss]) -> tuple[float, float]:
+    """Return the weighted mean of losses in nats per token, and in bits per byte."""
     total = sum(weights.values())
-    mean = sum(weights[s] * found[s].loss for s in weights) / total
-    bits = sum(weights[s] * found[s].bits_per_byte for s in weights) / total
-    return HeldOut(mean, bits, found)
+    mean = sum(weights[s] * losses[s].loss for s in weights) / total
+    return mean, sum(weights[s] * losses[s].bits_per_byte for s in weights) / total
+
+
+def _by_modality(weights: Mapping[str, float], sources: Mapping[str, SourceLoss]) -> dict[str, MeanLoss]:
+    """Return the loss of each modality over all sources. A source counts with its weight times its share of tokens."""
+    found = {}
+    for name in MODALITIES:
+        losses = {s: one.modalities[name] for s, one in sources.items() if name in one.modalities}
+        shares = {s: weights[s] * one.tokens / sources[s].tokens for s, one in losses.items()}
+        if any(shares.values()):
+            found[name] = MeanLoss(*_weighted(shares, losses), sum(one.tokens for one in losses.values()))
+    return found
 
 
 @torch.no_grad()
@@ -179,10 +218,19 @@ def _logits(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None
 
 
 def _sums(placed: ParallelModel, batch: Batch, bytes_V: Tensor) -> Tensor:
-    """Return nats, tokens and bytes of this rank's part of a batch, or zeros if another rank counts the same part."""
+    """Return nats, tokens and bytes of this rank's part of a batch, or zeros if another rank counts the same part: of
+    all documents and, for data with images, of those of each modality.
+    """
+    sums = torch.zeros(1 + len(MODALITIES), 3, dtype=torch.float64, device=placed.device)
     if (losses := batch_losses(placed, batch)) is None:
-        return torch.zeros(3, dtype=torch.float64, device=placed.device)
+        return sums
     losses_BT, labels_BT = losses
-    counted = labels_BT != IGNORED
-    size = bytes_V[labels_BT.clamp_min(0)] * counted
-    return torch.stack([losses_BT.sum(dtype=torch.float64), counted.sum().double(), size.sum().double()])
+    counted_BT = labels_BT != IGNORED
+    size_BT = bytes_V[labels_BT.clamp_min(0)] * counted_BT
+    sums[0] = torch.stack([losses_BT.sum(dtype=torch.float64), counted_BT.sum().double(), size_BT.sum().double()])
+    if batch.images is not None:
+        with_images_BT = batch.images.documents_with_images(batch.positions_BT)
+        here_BT = placed.context_shard(with_images_BT.shape[1]).take(with_images_BT).to(placed.device)
+        parts_3BT = torch.stack([losses_BT.double(), counted_BT.double(), size_BT.double()])
+        sums[1], sums[2] = (parts_3BT * here_BT).sum((1, 2)), (parts_3BT * ~here_BT).sum((1, 2))
+    return sums

@@ -1,7 +1,8 @@
 """Evaluate a model on tasks of EleutherAI's harness without exporting it: `leviathan evaluate RUN tasks=[...]`.
 
-The harness asks for log-likelihoods and for continuations. Texts begin with BOS, as packed documents do in training. A
-text longer than the model's context is cut at its beginning, as the harness does for its own models.
+The harness asks for log-likelihoods and for continuations, of texts and of questions about pictures. Texts begin with
+BOS, as packed documents do in training. A text longer than the model's context is cut at its beginning, as the harness
+does for its own models; with pictures it is an error.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
+from torch import Tensor
 
 from core.errors import CheckpointError, ConfigError, first_line
 from core.files import check_target, local_path, write_text
@@ -22,11 +26,14 @@ from precision.config import Backend
 from train.eval.config import GenerateConfig
 from train.eval.contamination import MODELS
 from train.eval.generate import continue_tokens
+from train.eval.multimodal import Question, question
 from train.eval.scoring_model import ScoringModel, TokenWindow, from_directory, from_run
 
 
 class HarnessModel(TemplateLM):
-    """The harness's interface to a `ScoringModel`."""
+    """The harness's interface to a `ScoringModel`. Requests with pictures have a last argument `{"visual": pictures}`."""
+
+    MULTIMODAL = True
 
     def __init__(self, model: ScoringModel, batch_size: int) -> None:
         super().__init__()
@@ -44,15 +51,43 @@ class HarnessModel(TemplateLM):
         ids = list(self.model.tokenizer.encode([string])[0])
         return ids if add_special_tokens is False else [self.prefix_token_id, *ids]
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return each continuation's log-probability after its context, and whether greedy decoding produces it."""
+        if not any(len(request.args) > 2 for request in requests):
+            return super().loglikelihood(requests, disable_tqdm)
+        windows = []
+        for place, request in enumerate(requests):
+            context, continuation, *options = request.args
+            asked = self._question(context, options[0]["visual"])
+            before, after = [], list(self.model.tokenizer.encode([continuation])[0])
+            if asked.last:
+                (_, *before), after = self._encode_pair(asked.last, continuation)  # without BOS
+            ids = [self.prefix_token_id, *asked.ids, *before, *after]
+            self._check_length(len(ids) - 1, 0)
+            windows.append(TokenWindow(place, ids, len(after), asked.pixels_N3SS))
+        return self._log_probabilities(windows, len(requests))
+
+    def _question(self, text: str, visuals: Any) -> Question:
+        return question(text, visuals, self.model.images, lambda part: self.model.tokenizer.encode([part])[0])
+
+    def _check_length(self, tokens: int, more: int) -> None:
+        """Raise `ConfigError` if a question with pictures does not fit the context: it cannot be cut."""
+        if tokens + more > self.model.context:
+            reason = f"a question with pictures takes {tokens} tokens, but the model's context is {self.model.context}"
+            raise ConfigError("tasks", None, reason)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """Return each continuation's log-probability after its context, and whether greedy decoding produces it."""
-        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         windows = []
         for place, (_, before, continuation) in enumerate(requests):
             ids = (before + continuation)[-(self.model.context + 1) :]
             windows.append(TokenWindow(place, ids, min(len(continuation), len(ids) - 1)))
+        return self._log_probabilities(windows, len(requests))
+
+    def _log_probabilities(self, windows: list[TokenWindow], count: int) -> list[tuple[float, bool]]:
+        results: list[tuple[float, bool]] = [(0.0, True)] * count
         windows = [window for window in windows if window.counted]
         found = self.model.losses(windows, self.batch_size)
         for window, (losses_T, is_likeliest_T) in zip(windows, found, strict=True):
@@ -77,21 +112,33 @@ class HarnessModel(TemplateLM):
         """Return the continuations, each cut before its first stop string."""
         return [self._generate(*request.args) for request in requests]
 
-    def _generate(self, prompt: str, options: dict[str, Any]) -> str:
+    def _generate(self, prompt: str, options: dict[str, Any], media: dict[str, Any] | None = None) -> str:
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
         limit = int(options.get("max_gen_toks", 256))
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", True) else 0.0
+        next_logits, text = self.model.next_logits, ""
+        if media is None:
+            ids = self.tok_encode(prompt)[-max(1, self.model.context - limit) :]
+        else:
+            asked = self._question(prompt, media["visual"])
+            ids = [self.prefix_token_id, *asked.ids, *self.model.tokenizer.encode([asked.last])[0]]
+            self._check_length(len(ids), 1)
+            limit = min(limit, self.model.context - len(ids))
+            next_logits = partial(self._next_logits, asked.pixels_N3SS, len(ids))
         config = GenerateConfig(run="", tokens=limit, temperature=temperature, top_k=None)
-        ids, text = self.tok_encode(prompt)[-max(1, self.model.context - limit) :], ""
         found: list[int] = []
-        for token in continue_tokens(self.model.next_logits, ids, self.model.context, config, self.eot_token_id):
+        for token in continue_tokens(next_logits, ids, self.model.context, config, self.eot_token_id):
             found.append(token)
             text = self.model.tokenizer.decode(found)
             cut = min((text.find(stop) for stop in stops if stop and stop in text), default=-1)
             if cut >= 0:
                 return text[:cut]
         return text
+
+    def _next_logits(self, pixels_N3SS: Tensor, length: int, tokens: list[int]) -> Tensor:
+        """Return the logits [V] of the token after `tokens`, the first `length` of which are a question with pictures."""
+        return self.model.logits_of(torch.tensor([tokens]), pixels_N3SS, length)[0, -1]
 
 
 def run_tasks(

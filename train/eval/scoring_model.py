@@ -11,7 +11,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,16 +22,21 @@ from torch import Tensor, nn
 from core.errors import CheckpointError, ConfigError, UnreadableFileError
 from core.files import read_json, sha256_text
 from data.filter.score.factory import Models
+from data.images.media import ImageDescription
 from data.tokenizer import JsonTokenizer
 from model.attention.plan import ForwardContext
 from model.huggingface import HuggingFaceCheckpoint
 from model.tensor_source import TensorSource, materialise
+from model.vision.fusion import Images
 from parallel.comm.world import World
 from parallel.sharding import local
 from precision.config import Backend
 from train.checkpoint.init_from import open_model
 from train.checkpoint.reader import TOKENIZER, load_origin
 from train.checkpoint.restore import restore
+from train.corpus import run_images
+from train.eval.multimodal import place_tiles
+from train.eval.pictures import exported_images
 
 DEFAULT_CONTEXT = 2048
 """Context of a model whose configuration lacks `max_position_embeddings`."""
@@ -49,25 +54,34 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TokenWindow:
-    """Inputs `ids[:-1]` and labels `ids[1:]`; the last `counted` labels belong to text number `text`."""
+    """Inputs `ids[:-1]` and labels `ids[1:]`; the last `counted` labels belong to text number `text`. `pixels_N3SS`:
+    the tiles of the pictures in it, uint8.
+    """
 
     text: int
     ids: list[int]
     counted: int
+    pixels_N3SS: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class ScoringModel:
-    """A network with its tokenizer. `logits` returns [B, T, V] for token ids [B, T] (int64, on the host); sequences
-    begin at position 0. `context`: the longest sequence that the model was made for. `identity`: the kind of model, and
-    everything else but the weights on which its losses depend.
+    """A network with its tokenizer. `logits` returns [B, T, V] for token ids [B, T] (int64, on the host) and, for a
+    model of ours, their `Images` or None; sequences begin at position 0. `context`: the longest sequence that the model
+    was made for. `identity`: the kind of model, and everything else but the weights on which its losses depend.
+    `read_images` returns how pictures become tokens and tiles, None for a model without pictures.
     """
 
     network: nn.Module
-    logits: Callable[[Tensor], Tensor]
+    logits: Callable[..., Tensor]
     tokenizer: TextTokenizer
     context: int
     identity: tuple[str, ...]
+    read_images: Callable[[], ImageDescription | None] = lambda: None
+
+    @cached_property
+    def images(self) -> ImageDescription | None:
+        return self.read_images()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -82,6 +96,15 @@ class ScoringModel:
     def next_logits(self, tokens: list[int]) -> Tensor:
         """Return the logits [V] of the token after `tokens`."""
         return self.logits(torch.tensor([tokens]))[0, -1]
+
+    def logits_of(self, tokens_BT: Tensor, pixels_N3SS: Tensor, length: int | None = None) -> Tensor:
+        """Return the logits [B, T, V] of sequences with pictures, whose tiles are in the order of the placeholders in
+        the first `length` tokens (None: in all).
+        """
+        assert self.images is not None
+        device = next(self.network.parameters()).device
+        images = place_tiles(tokens_BT, pixels_N3SS, self.images.ids.patch, device, length)
+        return self.logits(tokens_BT, images)
 
     @torch.no_grad()
     def losses(self, windows: Sequence[TokenWindow], batch_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -99,7 +122,8 @@ class ScoringModel:
             tokens_BT = torch.zeros(len(chosen), len(chosen[0].ids) - 1, dtype=torch.int64)
             for row, window in enumerate(chosen):
                 tokens_BT[row, : len(window.ids) - 1] = torch.tensor(window.ids[:-1])
-            logits_BTV = self.logits(tokens_BT)
+            pixels = [window.pixels_N3SS for window in chosen if window.pixels_N3SS is not None]
+            logits_BTV = self.logits_of(tokens_BT, torch.cat(pixels)) if pixels else self.logits(tokens_BT)
             for row, (index, window) in enumerate(zip(indices, chosen, strict=True)):
                 last, counted = len(window.ids) - 1, window.counted
                 labels_T = torch.tensor(window.ids[-counted:], device=logits_BTV.device)
@@ -120,7 +144,8 @@ def from_run(
     restored = restore(directory, world, backend, models)
     tokenizer, precision = restored.tokenizer, json.dumps(restored.config.precision, default=str)
     identity = ("run", tokenizer.fingerprint, precision)
-    return _ours(restored.placed.model, world.device, tokenizer, restored.phase.seq_len, identity)
+    model, context = restored.placed.model, restored.phase.seq_len
+    return _ours(model, world.device, tokenizer, context, identity, partial(run_images, directory))
 
 
 @dataclass(frozen=True)
@@ -154,7 +179,9 @@ def from_directory(path: Path, device: torch.device) -> ScoringModel:
     stored = open_stored(path)
     identity = ("directory", stored.tokenizer.fingerprint)
     model = materialise(stored.source).to(device)
-    return _ours(model, device, stored.tokenizer, stored.context, identity)
+    folder = path if isinstance(stored.source, HuggingFaceCheckpoint) else path / TOKENIZER
+    read_images = partial(exported_images, folder, stored.source.config, stored.tokenizer.special_id)
+    return _ours(model, device, stored.tokenizer, stored.context, identity, read_images)
 
 
 def from_transformers(name: str, device: torch.device) -> ScoringModel:
@@ -211,13 +238,20 @@ class _TransformersTokenizer:
 
 
 def _ours(
-    model: nn.Module, device: torch.device, tokenizer: TextTokenizer, context: int, identity: tuple[str, ...]
+    model: nn.Module,
+    device: torch.device,
+    tokenizer: TextTokenizer,
+    context: int,
+    identity: tuple[str, ...],
+    read_images: Callable[[], ImageDescription | None],
 ) -> ScoringModel:
-    def logits(tokens_BT: Tensor) -> Tensor:
+    def logits(tokens_BT: Tensor, images: Images | None = None) -> Tensor:
         positions_BT = torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape)
-        return model(tokens_BT.to(device), ForwardContext(positions_BT, device))
+        given = ForwardContext(positions_BT, device)
+        given.images = images
+        return model(tokens_BT.to(device), given)
 
-    return ScoringModel(model.eval(), logits, tokenizer, context, identity)
+    return ScoringModel(model.eval(), logits, tokenizer, context, identity, read_images)
 
 
 _TOKEN = (str, None, {"content": str})

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from core.files import read_json
-from train.run_directory import parse_lines
+from train.run_directory import EXAMPLES, EXAMPLES_FOLDER, EXAMPLES_SHAPE, parse_lines
 
 LARGEST = 1e100
 """Larger numbers are damage: no metric has them, and no axis can show them."""
+LARGEST_PICTURE = 1 << 20
+"""Bytes of a picture in the folder of examples. Larger ones are not by Leviathan."""
+_PICTURE_NAME, _PNG = re.compile(r"[0-9a-f]{16}\.png"), b"\x89PNG"
 _LINE_NUMBERS = ("learning_rate", "gradient_norm", "tokens_per_second", "peak_memory_bytes")
 _LOAD_NUMBERS = ("max_over_mean", "entropy", "dead")
-_LAYER_LISTS = ("router_entropy", "router_z")
+_LAYER_LISTS = ("router_entropy", "router_z", "expert_overlap")
+_RATES = ("documents", "own", "other", "none")
 _SUMMARY_NUMBERS = (
     "steps",
     "heldout_loss",
@@ -78,6 +84,27 @@ class RunFiles:
             self.problems["summary.json"] = f"damaged values are left out: {', '.join(wrong)}"
         return {key: value for key, value in found.items() if key not in wrong}
 
+    def examples(self) -> list[dict[str, Any]]:
+        """Return the held-out documents with pictures that the run keeps, with `pngs`, the contents of the pictures."""
+        name, lost = f"{EXAMPLES_FOLDER}/{EXAMPLES}", 0
+        found = self._read(name, lambda path: read_json(path, EXAMPLES_SHAPE)["examples"], [])
+        for one in found:
+            one["pngs"] = [png for picture in one["pictures"] if (png := self._picture(picture)) is not None]
+            lost += len(one["pictures"]) - len(one["pngs"])
+        if lost:
+            self.problems[name] = f"pictures are missing or damaged: {lost}"
+        return found
+
+    def _picture(self, name: str) -> bytes | None:
+        path = self.directory / EXAMPLES_FOLDER / name
+        try:
+            if not _PICTURE_NAME.fullmatch(name) or path.is_symlink() or path.stat().st_size > LARGEST_PICTURE:
+                return None
+            content = path.read_bytes() if path.is_file() else b""
+        except OSError:
+            return None
+        return content if content.startswith(_PNG) else None
+
     def _read(self, name: str, read: Callable[[Path], Any], missing: Any) -> Any:
         path = self.directory / name
         try:
@@ -103,18 +130,25 @@ def _is_sound(line: dict[str, Any], layers: int) -> bool:
     if not isinstance(line.get("step"), int) or not is_number(line["step"]) or line["step"] < 1:
         return False
     if "loss" not in line:
-        return is_number(line["heldout_loss"]) and _are_sources(line.get("heldout", {}))
+        losses, answers = [line.get("heldout", {}), line.get("heldout_by_modality", {})], line.get("answers", {})
+        return is_number(line["heldout_loss"]) and all(map(_are_sources, losses)) and _are_answers(answers)
     if not (is_number(line["loss"]) and is_number(line.get("tokens"))):
         return False
     if any(line.get(key) is not None and not is_number(line[key]) for key in _LINE_NUMBERS):
         return False
+    apart = [line.get(key, {}) for key in ("loss_by_modality", "expert_load_by_modality")]
+    if not all(isinstance(one, dict) for one in apart) or not all(map(is_number, apart[0].values())):
+        return False
     if "expert_load" not in line:
         return True
-    loads, lists = line["expert_load"], [line[key] for key in _LAYER_LISTS if key in line]
-    if any(not isinstance(one, list) or len(one) != layers for one in (loads, *lists)):
+    loads, lists = [line["expert_load"], *apart[1].values()], [line[key] for key in _LAYER_LISTS if key in line]
+    if any(not isinstance(one, list) or len(one) != layers for one in (*loads, *lists)):
         return False
-    loads_are_sound = all(isinstance(one, dict) and all(is_number(one.get(k)) for k in _LOAD_NUMBERS) for one in loads)
-    return loads_are_sound and all(is_number(value) for one in lists for value in one)
+    return all(map(_is_load, chain(*loads))) and all(map(is_number, chain(*lists)))
+
+
+def _is_load(load: Any) -> bool:
+    return isinstance(load, dict) and all(is_number(load.get(key)) for key in _LOAD_NUMBERS)
 
 
 def _is_held_out(result: Any) -> bool:
@@ -124,6 +158,13 @@ def _is_held_out(result: Any) -> bool:
     if not isinstance(result, dict) or not _are_sources(result.get("sources", {})):
         return False
     return result.get("bits_per_byte") is None or is_number(result["bits_per_byte"])
+
+
+def _are_answers(found: Any) -> bool:
+    """Return whether `found` has the fractions of right answers for each source."""
+    if not isinstance(found, dict):
+        return False
+    return all(isinstance(one, dict) and all(is_number(one.get(key)) for key in _RATES) for one in found.values())
 
 
 def _are_sources(found: Any) -> bool:

@@ -20,6 +20,7 @@ from core.html import render
 from core.overrides import quoted
 from data.filter.audit.outputs import AUDIT_PAGE
 from train.metap.hyperparameters import without_derived
+from train.report import modalities
 from train.report.plots import Picture, draw
 from train.report.run import RunData
 
@@ -70,6 +71,7 @@ def _page(runs: Sequence[RunData], pictures: Sequence[Picture], folder: Path, re
             "name": run.name,
             "warnings": list(run.warnings()),
             "audit": os.path.relpath(audit, folder) if (audit := run.directory / AUDIT_PAGE).exists() else None,
+            "examples": run.examples,
             "command": repeat_command(run),
             "config": yaml.safe_dump(plain(run.config), sort_keys=False),
         }
@@ -108,6 +110,7 @@ def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
     ]
     for source in {source: None for one in sources for source in one}:
         rows.append((f"held-out loss: {source}", [one.get(source, {}).get("loss") for one in sources], ".4f"))
+    rows += modalities.summary(runs)
     return {label: [_shown(value, form) for value in values] for label, values, form in rows}
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.plotting import cycle, figure, png
+from train.report import modalities
 from train.report.run import RunData
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ class _Plot(NamedTuple):
     title: str
     draw: Callable[[Axes, Sequence[RunData]], None]
     wide: bool = False
+    metric: str = "loss"
+    """The plot is left out if no run has this metric."""
 
 
 class _LayerPlot(NamedTuple):
@@ -44,13 +48,18 @@ class _LayerPlot(NamedTuple):
     scale: Callable[[Sequence[RunData]], tuple[float, float]]
     """Return the scale on which all runs are drawn."""
     wide: bool = False
+    metric: str = "expert_load"
+    """Runs without this metric are left out."""
 
 
 def draw(runs: Sequence[RunData]) -> list[Picture]:
     """Draw every plot for which the runs have data."""
-    found = [_picture(name, plot.title, _bound(plot.draw, runs), plot.wide) for name, plot in _PLOTS.items()]
-    with_layers = [(number, run) for number, run in enumerate(runs, start=1) if run.layers]
-    for name, plot in _LAYER_PLOTS.items() if with_layers else ():
+    found = []
+    for name, overview in _PLOTS.items():
+        if any(run.has(overview.metric) for run in runs):
+            found.append(_picture(name, overview.title, _bound(overview.draw, runs), overview.wide))
+    for name, plot in _LAYER_PLOTS.items():
+        with_layers = [(number, run) for number, run in enumerate(runs, start=1) if run.layers and run.has(plot.metric)]
         scale = plot.scale([run for _, run in with_layers])
         for number, run in with_layers:
             drawing = _bound(plot.draw, run, scale)
@@ -119,12 +128,15 @@ def _series(key: str, label: str, factor: float = 1.0, logarithmic: bool = False
     return drawing
 
 
-def _expert_load(axes: Axes, run: RunData, scale: tuple[float, float]) -> None:
-    """Draw the largest load over the mean: a row for each layer, a column for each logged step. 1: the load is even."""
-    steps, layers = run.layer_steps, len(run.layers)
+def _expert_load(axes: Axes, run: RunData, scale: tuple[float, float], modality: str | None = None) -> None:
+    """Draw the largest load over the mean: a row for each layer, a column for each logged step. 1: the load is even.
+
+    `modality`: draw the load of its tokens.
+    """
+    steps, layers = run.layer_steps(modality), len(run.layers)
     axes.grid(False)
     edges = [max(0, steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)), *steps]
-    table = run.by_layer("max_over_mean")
+    table = run.by_layer("max_over_mean", modality)
     image = axes.pcolormesh(edges, range(layers + 1), table, cmap="cividis", vmin=scale[0], vmax=scale[1])
     axes.set_yticks([place + 0.5 for place in range(layers)], [f"layer {layer}" for layer in run.layers])
     if layers > 16:  # the labels would overlap
@@ -134,24 +146,33 @@ def _expert_load(axes: Axes, run: RunData, scale: tuple[float, float]) -> None:
     made.colorbar(image, ax=axes, label="busiest expert over the mean", extend="max")
 
 
-def _load_scale(runs: Sequence[RunData]) -> tuple[float, float]:
+def _load_scale(runs: Sequence[RunData], *modalities: str) -> tuple[float, float]:
     """Return the colour scale of loads. The largest 2% of each run are beyond it, so that a few do not set it."""
     highest = 2.0
     for run in runs:
-        loads = sorted(value for row in run.by_layer("max_over_mean") for value in row)
-        highest = max(highest, loads[int(0.98 * len(loads))])
+        for modality in modalities or (None,):
+            loads = sorted(value for row in run.by_layer("max_over_mean", modality) for value in row)
+            if loads:
+                highest = max(highest, loads[int(0.98 * len(loads))])
     return 1.0, highest
 
 
-def _layers(key: str, label: str) -> Callable[..., None]:
+def _load_of(modality: str, title: str) -> _LayerPlot:
+    """Return the plot of the load of a modality's tokens. That of the other has the same scale."""
+    drawing, scale = partial(_expert_load, modality=modality), lambda runs: _load_scale(runs, "images", "text")
+    return _LayerPlot(title, drawing, scale, metric="expert_load_by_modality")
+
+
+def _layers(key: str, label: str, modality: str | None = None) -> Callable[..., None]:
     """Return a function that draws one metric as a line per layer. Shades go from the first layer to the last."""
 
     def drawing(axes: Axes, run: RunData, scale: tuple[float, float]) -> None:
         from matplotlib import colormaps
 
         shades = colormaps["viridis"].resampled(max(2, len(run.layers)))
-        for place, (layer, values) in enumerate(zip(run.layers, run.by_layer(key), strict=True)):
-            axes.plot(run.layer_steps, values, color=shades(place), linewidth=1.2, label=f"layer {layer}")
+        steps = run.layer_steps(modality)
+        for place, (layer, values) in enumerate(zip(run.layers, run.by_layer(key, modality), strict=True)):
+            axes.plot(steps, values, color=shades(place), linewidth=1.2, label=f"layer {layer}")
         axes.set_ylabel(label)
         axes.set_ylim(*scale)
         if len(run.layers) <= 12:
@@ -180,6 +201,8 @@ def _lines_by_layer(title: str, key: str, label: str) -> _LayerPlot:
 
 _PLOTS = {
     "loss": _Plot("Loss", _loss, wide=True),
+    "loss_by_modality": _Plot("Loss with and without images", modalities.losses, metric="loss_by_modality"),
+    "answers": _Plot("Answers about pictures", modalities.answers, metric="answers"),
     "learning_rate": _Plot("Learning rate", _series("learning_rate", "learning rate")),
     "gradient_norm": _Plot(
         "Gradient norm", _series("gradient_norm", "gradient norm before clipping", logarithmic=True)
@@ -189,6 +212,14 @@ _PLOTS = {
 }
 _LAYER_PLOTS = {
     "expert_load": _LayerPlot("Expert load", _expert_load, _load_scale, wide=True),
+    "expert_load_images": _load_of("images", "Expert load of image tokens"),
+    "expert_load_text": _load_of("text", "Expert load of text tokens"),
+    "expert_overlap": _LayerPlot(
+        "Experts shared by images and text",
+        _layers("expert_overlap", "share of the load that image and text tokens have in common", "images"),
+        lambda runs: (0.0, 1.02),
+        metric="expert_overlap",
+    ),
     "router_entropy": _lines_by_layer(
         "Router entropy", "router_entropy", "entropy of a token's scores over its maximum"
     ),

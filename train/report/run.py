@@ -48,6 +48,8 @@ class RunData:
         self.layers = moe if any("expert_load" in line for line in self.lines) else []
         """Indices of the MoE layers whose load was logged."""
         self.summary, self.log = files.summary(), files.log()
+        self.examples = files.examples()
+        """Held-out documents with pictures and the model's answers."""
 
     @property
     def steps(self) -> list[int]:
@@ -70,16 +72,31 @@ class RunData:
         value = self.summary.get(key, self.lines[-1].get(key))
         return value if is_number(value) else None
 
-    @property
-    def layer_steps(self) -> list[int]:
-        """Logged steps with metrics of MoE layers."""
-        return [line["step"] for line in self.lines if "expert_load" in line]
+    def has(self, key: str) -> bool:
+        """Return whether a logged step or an evaluation has a metric."""
+        return any(key in line for line in (*self.lines, *self.held_out))
 
-    def by_layer(self, key: str) -> list[list[float]]:
-        """Return, for each MoE layer, the values of a router or expert-load metric at `layer_steps`."""
-        lines = [line for line in self.lines if "expert_load" in line]
-        table = [line.get(key) or [load.get(key, math.nan) for load in line["expert_load"]] for line in lines]
+    def layer_steps(self, modality: str | None = None) -> list[int]:
+        """Return the logged steps with metrics of MoE layers; with `modality`, those with tokens of it."""
+        return [line["step"] for line, _ in self._loads(modality)]
+
+    def by_layer(self, key: str, modality: str | None = None) -> list[list[float]]:
+        """Return, for each MoE layer, the values of a router or expert-load metric at `layer_steps`.
+
+        `modality`: `images` or `text`, for the load of its tokens.
+        """
+        found = list(self._loads(modality))
+        table = [line.get(key) or [load.get(key, math.nan) for load in loads] for line, loads in found]
         return [list(series) for series in zip(*table, strict=True)]
+
+    def _loads(self, modality: str | None) -> Iterator[tuple[dict[str, Any], list[dict[str, float]]]]:
+        """Yield the lines with loads of experts, each with the loads of its MoE layers."""
+        for line in self.lines:
+            loads = line.get("expert_load")
+            if modality is not None:
+                loads = line.get("expert_load_by_modality", {}).get(modality)
+            if loads is not None and "expert_load" in line:
+                yield line, loads
 
     def warnings(self) -> Iterator[str]:
         """Yield a sentence for each symptom that needs attention, with the value that shows it."""

@@ -37,6 +37,7 @@ def test_losses_and_bits_equal_plain_arithmetic(small_corpus, tmp_path):
         assert result.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-9)
     text, code = found.sources["text"].loss, found.sources["code"].loss
     assert found.loss == pytest.approx((text + 0.5 * code) / 1.5), "mean by the sources' weights"
+    assert "modalities" not in found.plain() and "modalities" not in found.plain()["sources"]["text"]
 
 
 def test_no_held_out_text_is_an_error(small_corpus, tmp_path):
@@ -51,5 +52,5 @@ def test_ignored_labels_count_no_bytes(small_corpus, tmp_path):
     batch = run.loaders["main"].held_out("text", 0, 1)
     batch.labels_BT[:, ::2] = -100
     bytes_V = torch.ones(320, dtype=torch.int64)
-    _, tokens, size = _sums(run.engine.placed, batch, bytes_V).tolist()
+    _, tokens, size = _sums(run.engine.placed, batch, bytes_V)[0].tolist()
     assert size == tokens == int((batch.labels_BT >= 0).sum())

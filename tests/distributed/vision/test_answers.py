@@ -1,0 +1,92 @@
+"""Answers about pictures, and the examples for the report, are those of one process under every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.config import load
+from data.corpus import prepare
+from tests.support.tiny import TINY, trainer
+from train.config import TrainConfig
+from train.eval import held_out
+from train.eval.answers import measure
+from train.eval.examples import Example, examples
+
+SIZES = "tile_size: 8, patch_size: 2"
+VISION = [
+    "+model.vision={hidden_size: 16, num_layers: 2, num_heads: 2, mlp_hidden_size: 64, adapter_hidden_size: 16, "
+    f"image_token_id: 5, {SIZES}}}",
+    f"+data.images={{tiles: {{{SIZES}, max_tiles: 1}}}}",
+    "precision=fp64",
+    "optimizer.lr=0.01",
+    "training.steps=16",
+    "training.micro_batch_size=4",
+    "training.seq_len=64",
+    "data=files",
+    "~data.sources.text",
+    "+data.sources.scenes={kind: 'data.images.generated.sources:Scenes', options: {number: 150}}",
+    "data.tokenizer.vocab_size=300",
+    "data.held_out=0.2",
+]
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    words = [*VISION, f"data.cache={tmp_path_factory.mktemp('cache')}"]
+    prepare(load("train", TrainConfig, [*TINY, *words]).data, lambda line: None)
+    return words
+
+
+def asked(root: Path, words: list[str], bug: bool = False) -> tuple[dict[str, Any], list[Example]]:
+    """Return the answers of a model trained for a few steps, and the examples.
+
+    `bug`: every rank of tp numbers its part of the vocabulary from 0.
+    """
+    run = trainer(root, "run", words)
+    for step in range(STEPS):
+        run.train_step(step)
+    placed, loader, corpus = run.engine.placed, run.loaders["main"], run.corpus
+    with pytest.MonkeyPatch.context() as patch:
+        if bug:
+            honest = held_out.all_gather_no_grad
+            size = run.config.model.vocab_size // placed.meshes.tp.size
+            local = lambda x, *rest: honest(x if x.is_floating_point() else x % size, *rest)  # noqa: E731
+            patch.setattr(held_out, "all_gather_no_grad", local)
+        found = measure(placed, loader, ["scenes"], 9, 2, corpus)["scenes"].plain()
+        return found, examples(placed, loader, "scenes", 2, corpus)
+
+
+@pytest.fixture(scope="module")
+def alone(ranks, tmp_path_factory, data) -> Any:
+    (found,) = ranks(1, asked, tmp_path_factory.mktemp("alone"), data)
+    answers, shown = found
+    assert answers["documents"] > 10 and answers["own"] > 0 and len(shown) == 12
+    assert any(one.is_right for one in shown) and not all(one.is_right for one in shown)
+    assert len({one.pictures[0] for one in shown}) == 12 and {one.question[:8] for one in shown} == {"How many"}
+    return found
+
+
+LAYOUTS = {
+    "dp2": (2, []),
+    "tp2": (2, ["parallel.tp=2"]),
+    "cp2": (2, ["parallel.cp=2"]),
+    "pp2": (2, ["parallel.pp=2"]),
+    "tp2 + cp2": (4, ["parallel.tp=2", "parallel.cp=2"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_answers_are_those_of_one_process(ranks, alone, tmp_path, data, name):
+    count, layout = LAYOUTS[name]
+    assert ranks(count, asked, tmp_path, [*data, *layout]) == [alone] * count
+
+
+@pytest.mark.slow
+def test_tokens_of_the_wrong_part_are_noticed(ranks, alone, tmp_path, data):
+    found = ranks(2, asked, tmp_path, [*data, "parallel.tp=2"], True)
+    assert found[0] == found[1] and found[0][1] != alone[1]
