@@ -1,0 +1,120 @@
+"""Ask a trained model about held-out counted scenes: `python -m bench.scenes RUN [--scenes 300]`.
+
+The answers are decoded greedily, token by token, as `generate` does, and read as text. The same questions with another
+scene's picture and with a black one show what the text alone gives away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import sys
+from collections.abc import Iterable
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+
+from core.errors import ConfigError
+from data.images.decode import pillow
+from data.images.generated.scenes import NUMBERS, THINGS, Scene, SceneConfig, SceneTask, held_out, scene
+from data.images.generated.sources import Scenes
+from parallel.comm.world import World
+from train.eval.lm_eval import HarnessModel, open_scoring_model
+from train.run_directory import load_config
+
+LONGEST = 24
+"""Most tokens of an answer."""
+
+
+class Picture(Enum):
+    """Which picture goes with a question. `other`: that of a scene with another number of things."""
+
+    own = "own"
+    other = "other"
+    black = "black"
+
+
+def scenes_of(run: Path) -> SceneConfig:
+    """Return the settings of the scenes that the run was trained on. Raises `ConfigError` if there are none."""
+    for source in load_config(run).data.sources.values():
+        if source.kind == "data.images.generated.sources:Scenes":
+            return Scenes(**source.options).config
+    raise ConfigError("RUN", str(run), "was not trained on counted scenes (kind=data.images.generated.sources:Scenes)")
+
+
+def number(text: str, asked: Scene) -> int | None:
+    """Return how many things of the kind that a scene asks for an answer says there are; None if it does not say."""
+    if asked.task is SceneTask.question:
+        return int(text) if re.fullmatch(r"\s*\d", text) else None
+    for part in text.strip().split(" and "):
+        word, _, kind = part.partition(" ")
+        if word in NUMBERS and kind in (asked.kind, THINGS[asked.kind]):
+            return NUMBERS.index(word)
+    return 0  # a caption does not name a kind that is not there
+
+
+@cache
+def black(size: int) -> bytes:
+    file = io.BytesIO()
+    pillow().new("RGB", (size, size)).save(file, "PNG")
+    return file.getvalue()
+
+
+def picture(asked: list[Scene], place: int, shown: Picture) -> bytes:
+    match shown:
+        case Picture.own:
+            return asked[place].png
+        case Picture.other:
+            others = asked[place + 1 :] + asked[:place]
+            return next(other for other in others if other.count != asked[place].count).png
+        case Picture.black:
+            return black(asked[place].size)
+
+
+def answers(model: HarnessModel, asked: list[Scene], shown: Picture) -> list[str]:
+    """Return the model's greedy answer to each scene's prompt."""
+    options = {"max_gen_toks": LONGEST, "do_sample": False}
+    requests = []
+    for place, one in enumerate(asked):
+        arguments: Any = (f"<image>{one.prompt}", options, {"visual": [picture(asked, place, shown)]})
+        requests.append(Instance("generate_until", {}, arguments, place))
+    return model.generate_until(requests)
+
+
+def figures(asked: list[Scene], found: list[str]) -> dict[str, float]:
+    """Return the shares of answers with the right number of the kind asked for, within one of it, and wholly right."""
+    counted = [(number(text, one), one.count) for one, text in zip(asked, found, strict=True)]
+    return {
+        "exact number": share(said == count for said, count in counted),
+        "within one": share(said is not None and abs(said - count) <= 1 for said, count in counted),
+        "whole answer": share(text.strip() == one.target for one, text in zip(asked, found, strict=True)),
+    }
+
+
+def share(hits: Iterable[bool]) -> float:
+    found = list(hits)
+    return sum(found) / len(found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--scenes", type=int, default=300, help="number of held-out scenes")
+    chosen = parser.parse_args()
+    config = scenes_of(chosen.run)
+    asked = [scene(held_out(index), config) for index in range(chosen.scenes)]
+    model = HarnessModel(open_scoring_model(chosen.run, World(0, 1, torch.device("cpu"))), 1)
+    print(f"{chosen.scenes} held-out scenes, task {config.task.value}, at most {config.distractors} distractors")
+    for shown in Picture:
+        found = figures(asked, answers(model, asked, shown))
+        print(f"{shown.value:>6} picture: " + ", ".join(f"{name} {value:.1%}" for name, value in found.items()), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
