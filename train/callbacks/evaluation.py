@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -50,7 +51,8 @@ class EvaluationCallback(Callback):
             self.answers = measure(placed, loader, trainer.weights, sequences, size, trainer.corpus)
             shown = [one for name in self.answers for one in examples(placed, loader, name, size, trainer.corpus)]
         if self.logging.writer is not None:
-            line, found = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": result.loss}, result.plain()
+            line: dict[str, Any] = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": result.loss}
+            found = result.plain()
             line["heldout"] = found["sources"]
             if result.modalities:
                 line["heldout_by_modality"] = found["modalities"]

@@ -31,7 +31,7 @@ from train.eval.scoring_model import ScoringModel, TokenWindow, from_directory, 
 
 
 class HarnessModel(TemplateLM):
-    """The harness's interface to a `ScoringModel`. Requests with pictures have a last argument `{"visual": pictures}`."""
+    """The harness's interface to a `ScoringModel`. Requests of tasks with pictures end with `{"visual": pictures}`."""
 
     MULTIMODAL = True
 
@@ -53,12 +53,15 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return each continuation's log-probability after its context, and whether greedy decoding produces it."""
-        if not any(len(request.args) > 2 for request in requests):
-            return super().loglikelihood(requests, disable_tqdm)
+        texts = [request for request in requests if len(request.args) == 2]
+        of_texts = iter(super().loglikelihood(texts, disable_tqdm) if texts else [])
+        of_pictures = iter(self._about_pictures([request.args for request in requests if len(request.args) > 2]))
+        return [next(of_texts if len(request.args) == 2 else of_pictures) for request in requests]
+
+    def _about_pictures(self, requests: Sequence[tuple[str, str, dict[str, Any]]]) -> list[tuple[float, bool]]:
         windows = []
-        for place, request in enumerate(requests):
-            context, continuation, *options = request.args
-            asked = self._question(context, options[0]["visual"])
+        for place, (context, continuation, media) in enumerate(requests):
+            asked = self._question(context, media.get("visual"))
             before, after = [], list(self.model.tokenizer.encode([continuation])[0])
             if asked.last:
                 (_, *before), after = self._encode_pair(asked.last, continuation)  # without BOS
@@ -118,10 +121,10 @@ class HarnessModel(TemplateLM):
         limit = int(options.get("max_gen_toks", 256))
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", True) else 0.0
         next_logits, text = self.model.next_logits, ""
-        if media is None:
+        asked = None if media is None else self._question(prompt, media.get("visual"))
+        if asked is None or asked.pixels_N3SS is None:
             ids = self.tok_encode(prompt)[-max(1, self.model.context - limit) :]
         else:
-            asked = self._question(prompt, media["visual"])
             ids = [self.prefix_token_id, *asked.ids, *self.model.tokenizer.encode([asked.last])[0]]
             self._check_length(len(ids), 1)
             limit = min(limit, self.model.context - len(ids))
@@ -137,7 +140,7 @@ class HarnessModel(TemplateLM):
         return text
 
     def _next_logits(self, pixels_N3SS: Tensor, length: int, tokens: list[int]) -> Tensor:
-        """Return the logits [V] of the token after `tokens`, the first `length` of which are a question with pictures."""
+        """Return the logits [V] of the token after `tokens`, whose first `length` are a question with pictures."""
         return self.model.logits_of(torch.tensor([tokens]), pixels_N3SS, length)[0, -1]
 
 

@@ -32,12 +32,12 @@ _PLAIN = ("RGB", "RGBA", "L", "LA", "P", "1", "I", "I;16")
 @dataclass(frozen=True)
 class Question:
     """`ids`: tokens of the pictures and the texts before the last picture's end. `last`: the text after it.
-    `pixels_N3SS`: the tiles, uint8.
+    `pixels_N3SS`: the tiles, uint8; None without pictures.
     """
 
     ids: list[int]
     last: str
-    pixels_N3SS: Tensor
+    pixels_N3SS: Tensor | None
 
 
 def question(
@@ -49,16 +49,15 @@ def question(
     pictures become tokens and tiles.
     """
     found, texts = _flat(visuals), text.split(PLACEHOLDER)
-    if images is None:
-        raise ConfigError(
-            "tasks", None, "ask about pictures, but the model has no vision encoder or no tokens for them"
-        )
+    if found and images is None:
+        raise ConfigError("tasks", None, "ask about pictures, which the model has no tokens or no encoder for")
     if len(texts) - 1 != len(found):
         reason = f"a question has {len(found)} pictures, but {len(texts) - 1} times {PLACEHOLDER} in its text"
         raise ConfigError("tasks", None, f"{reason}: {text[:80]!r}")
     ids: list[int] = []
     pixels = []
     for place, (before, visual) in enumerate(zip(texts, found, strict=False)):
+        assert images is not None
         try:
             canvas, tiles_N3SS = tiles(
                 decode(_content(visual), f"picture {place}", images.largest_pixels), images.tiles
@@ -67,7 +66,7 @@ def question(
             raise ConfigError("tasks", None, f"{error} (question: {text[:80]!r})") from None
         ids += [*encode(before), *placeholder_ids(canvas, images.tiles.tokens_per_tile, images.ids).tolist()]
         pixels.append(tiles_N3SS)
-    return Question(ids, texts[-1], torch.from_numpy(np.concatenate(pixels)))
+    return Question(ids, texts[-1], torch.from_numpy(np.concatenate(pixels)) if pixels else None)
 
 
 def place_tiles(
