@@ -10,7 +10,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,11 +81,20 @@ class ImageDescription:
     largest_pixels: int
     decoder: str
     versions: dict[str, str]
+    SHAPE: ClassVar[dict[str, Any]] = {
+        "tiles": {"tile_size": int, "patch_size": int, "max_tiles": int, "resize_to_max_canvas": bool},
+        "ids": {field.name: int for field in fields(ImageTokens)},
+        **{"largest_pixels": int, "decoder": str, "versions": {str: str}},
+    }
+    """The shape of an entry of a manifest, for `core.files.misfit`."""
 
     @staticmethod
     def read(entry: dict[str, Any]) -> ImageDescription:
-        """Read the entry of a manifest. Raises `ValueError` or `TypeError` if it is damaged."""
-        tiles, ids = TileConfig(**entry["tiles"]), ImageTokens(**entry["ids"])
+        """Read the entry of a manifest, of the right shape. Raises `ValueError` or `TypeError` if it is damaged."""
+        try:
+            tiles, ids = TileConfig(**entry["tiles"]), ImageTokens(**entry["ids"])
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return ImageDescription(tiles, ids, entry["largest_pixels"], entry["decoder"], entry["versions"])
 
     def check_decoder(self) -> None:
