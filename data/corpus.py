@@ -258,7 +258,8 @@ def _cache_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
         del part["weight"], part["max_epochs"]
         if not part["options"]:
             del part["options"]
-        if part["kind"] != SourceKind.documents.name:
+        is_dataset = part["kind"] == SourceKind.huggingface.name and config.images is not None
+        if part["kind"] != SourceKind.documents.name and not is_dataset:
             del part["parts"]
     if config.packing is Packing.greedy:
         del settings["packing"]

@@ -41,9 +41,9 @@ def as_text(value: Any, place: str) -> str:
     return value or ""
 
 
-def check_count(count: int, config: PartsConfig) -> None:
-    if count > config.max_images:
-        raise RefusedRecord(f"has {count} pictures and videos, more than max_images={config.max_images}")
+def check_count(count: int, most: int) -> None:
+    if count > most:
+        raise RefusedRecord(f"has {count} pictures and videos, more than data.images.max_images={most}")
 
 
 def check_size(size: int, name: str, largest: int) -> None:
@@ -53,8 +53,10 @@ def check_size(size: int, name: str, largest: int) -> None:
         raise RefusedRecord(f"{name} is empty")
 
 
-def load(reference: Reference, folder: Path, config: PartsConfig) -> ImagePart | VideoPart:
-    """Return the part with its bytes. Where there are bytes, the path is only a name."""
+def load(reference: Reference, folder: Path | None, config: PartsConfig, prefix: str = "") -> ImagePart | VideoPart:
+    """Return the part with its bytes. Where there are bytes, the path is only a name. Else it starts at `folder` (None:
+    there must be bytes), once `prefix` is removed.
+    """
     value: Any = reference.value
     path: Any = None
     if isinstance(value, dict):
@@ -68,7 +70,9 @@ def load(reference: Reference, folder: Path, config: PartsConfig) -> ImagePart |
         raise RefusedRecord(f"{reference.place} has neither bytes nor a path")
     name = as_text(path, f"the path of {reference.place}") or reference.place
     if value is None:
-        value = read_inside(folder, path or "", config.largest_bytes)
+        if folder is None:
+            raise RefusedRecord(f"{name} is not in the data set, only its name: nothing is fetched; store the bytes")
+        value = read_inside(folder, (path or "").removeprefix(prefix), config.largest_bytes)
     check_size(len(value), name, config.largest_bytes)
     return VideoPart(value, name) if reference.is_video else ImagePart(value, name)
 
