@@ -195,7 +195,7 @@ class DataConfig:
     verify: bool = True
     """Check the hashes of the token shards before training."""
     cache: str = "~/.cache/leviathan"
-    """Folder for trained tokenizers, token shards, scores and certificates, shared by runs."""
+    """Folder for trained tokenizers, token shards, digests, scores and certificates, shared by runs."""
 
     def __post_init__(self) -> None:
         check_local("cache", self.cache)

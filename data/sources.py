@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +18,7 @@ from core.files import sha256_file, sha256_text
 from core.import_path import construct
 from data import builtin
 from data.config import DataConfig, Section, SourceConfig, SourceKind, Undecodable
+from data.digests import FileDigests
 from data.files import (
     SUFFIXES,
     FileFormat,
@@ -30,6 +34,7 @@ from data.files import (
 )
 from data.images import readers
 from data.images.config import BadMedia, ImagesConfig
+from data.images.contents import RefusedRecord, find_inside
 from data.images.parts import BadRecord, Part, PartsDocument
 from data.sampling import key_of
 
@@ -253,13 +258,28 @@ class PartsSource(FileSource):
 
     suffixes = readers.SUFFIXES
 
-    def _digests(self, paths: list[Path]) -> Iterator[str]:
-        """Yield the digests of the files, and of the documents in those that name pictures by path."""
-        yield from super()._digests(paths)
-        for path in paths:
-            if not path.name.endswith(".tar"):
-                for record in self._records(path):
-                    yield str(record) if isinstance(record, BadRecord) else record.digest
+    def fingerprint(self) -> str:
+        """Hash the content and suffix of all files, and of the pictures that they name. Files that have not changed
+        since the last start are not read.
+        """
+        settings = json.dumps(asdict(self.config.parts), sort_keys=True)
+        key = sha256_text(self.name, str(self.config.path), str(self.config.held_out_path), settings, os.getcwd())
+        known = FileDigests(Path(self.data.cache).expanduser() / "digests" / f"{key[:32]}.parquet")
+        groups = (self.paths, self.held_out_paths)
+        digests = [[one for path in paths for one in self._digests_of(path, known)] for paths in groups]
+        known.save()
+        return sha256_text(*digests[0], "|", *digests[1])
+
+    def _digests_of(self, path: Path, known: FileDigests) -> Iterator[str]:
+        """Yield the digest of a file, and for each picture that it names its digest, or why it is refused."""
+        parts = self.config.parts
+        with self._reading(path):
+            yield path.suffix + known.of(path)
+            for name in known.named(path, partial(readers.named_files, path, parts)):
+                try:
+                    yield known.of(find_inside(path.parent, name, parts.largest_bytes))
+                except (OSError, RefusedRecord) as problem:
+                    yield str(problem)
 
     def documents(self) -> Iterator[Document]:
         share = 0.0 if self.held_out_paths else self.data.held_out
@@ -277,10 +297,15 @@ class PartsSource(FileSource):
             yield record if isinstance(record, Document) else document_of(record, share)
 
     def _records(self, path: Path) -> Iterator[PartsDocument | BadRecord]:
-        try:
-            most = _images(self.data).max_images
+        most = _images(self.data).max_images
+        with self._reading(path):
             yield from readers.read_documents(path, self.config.parts, name=self.names[path], most=most)
-        except UnreadableFile as error:
+
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, UnreadableFile) as error:
             raise self._error("path", str(path), f"cannot be read: {error}") from None
         except ConfigError as error:
             raise (error if error.key.startswith("data.") else error.under(f"data.sources.{self.name}.parts")) from None

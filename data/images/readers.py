@@ -15,6 +15,7 @@ opened. `data/images/tar.py` reads tars.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -26,7 +27,7 @@ from core.files import is_local, parse_json
 from data.files import UnreadableFile, json_lines, open_parquet
 from data.images.config import ImagesConfig
 from data.images.contents import Reference, RefusedRecord, as_text, check_count, load
-from data.images.parts import BadRecord, Part, PartsConfig, PartsDocument
+from data.images.parts import BadRecord, PartsConfig, PartsDocument
 from data.images.tar import read_samples
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar")
@@ -75,20 +76,75 @@ def read_documents(
     folder = path.parent if folder is None else folder
     if name is None:
         name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
-    if is_local(path) and path.exists() and not path.is_file():
-        raise UnreadableFile("is not a regular file")  # to open a named pipe would wait for its writer
+    _check_regular(path)
     if path.name.endswith(".tar"):
         yield from read_samples(path, name, config, most)
-    elif path.name.endswith(".parquet"):
-        yield from _from_parquet(path, name, _Layout(config, folder, most))
+    else:
+        yield from _loaded(_read(path, name, _Layout(config, folder, most)))
+
+
+def named_files(path: Path, config: PartsConfig) -> Iterator[str]:
+    """Yield the paths of pictures and videos in the records of a file. Raises as `read_documents` does."""
+    _check_regular(path)
+    if path.name.endswith(".tar"):
+        return
+    for record in _read(path, path.name, _Layout(config, path.parent, most=sys.maxsize)):
+        parts = record.parts if isinstance(record, _Record) else []
+        for one in parts:
+            if isinstance(one, Reference) and one.path:
+                try:
+                    yield as_text(one.path, one.place)
+                except RefusedRecord:  # as the record will be
+                    continue
+
+
+def _check_regular(path: Path) -> None:
+    if is_local(path) and path.exists() and not path.is_file():
+        raise UnreadableFile("is not a regular file")  # to open a named pipe would wait for its writer
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A record whose pictures are not yet loaded."""
+
+    id: str
+    parts: list[str | Reference]
+    layout: _Layout
+
+
+def _loaded(records: Iterable[_Record | BadRecord]) -> Iterator[PartsDocument | BadRecord]:
+    for record in records:
+        if isinstance(record, BadRecord):
+            yield record
+            continue
+        layout = record.layout
+        try:
+            check_count(sum(isinstance(part, Reference) for part in record.parts), layout.most)
+            parts = [
+                load(part, layout.folder, layout.config, layout.prefix) if isinstance(part, Reference) else part
+                for part in record.parts
+            ]
+        except RefusedRecord as problem:
+            yield BadRecord(record.id, str(problem))
+        else:
+            yield PartsDocument(record.id, tuple(part for part in parts if part != ""))
+
+
+def _read(path: Path, name: str, layout: _Layout) -> Iterator[_Record | BadRecord]:
+    """Yield the records of a file, without reading what their paths name."""
+    if path.name.endswith(".parquet"):
+        with open_parquet(path, _BUFFER_BYTES) as table:
+            schema = table.schema_arrow
+            layout = _with_columns(layout, schema, name)
+            wanted = _keys(_require(schema.names, layout, name), layout)
+            yield from _from_batches(table.iter_batches(_BATCH_ROWS, columns=wanted), name, layout)
     elif path.name.endswith(SUFFIXES):
-        layout = _Layout(config, folder, most, config.image_key or "image")
-        yield from _from_jsonl(path, name, layout)
+        yield from _from_jsonl(path, name, replace(layout, image_key=layout.config.image_key or "image"))
     else:
         raise UnreadableFile(f"has none of the suffixes {', '.join(SUFFIXES)}")
 
 
-def _from_jsonl(path: Path, name: str, layout: _Layout) -> Iterator[PartsDocument | BadRecord]:
+def _from_jsonl(path: Path, name: str, layout: _Layout) -> Iterator[_Record | BadRecord]:
     checked = False
     for number, _, line in json_lines(path):
         try:
@@ -100,7 +156,7 @@ def _from_jsonl(path: Path, name: str, layout: _Layout) -> Iterator[PartsDocumen
         except RefusedRecord as problem:
             yield BadRecord(f"{name}:{number}", str(problem))
         else:
-            yield PartsDocument(f"{name}:{number}", parts)
+            yield _Record(f"{name}:{number}", parts, layout)
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -113,14 +169,6 @@ def _object(line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise RefusedRecord("is not a JSON object")
     return row
-
-
-def _from_parquet(path: Path, name: str, layout: _Layout) -> Iterator[PartsDocument | BadRecord]:
-    with open_parquet(path, _BUFFER_BYTES) as table:
-        schema = table.schema_arrow
-        layout = _with_columns(layout, schema, name)
-        wanted = _keys(_require(schema.names, layout, name), layout)
-        yield from _from_batches(table.iter_batches(_BATCH_ROWS, columns=wanted), name, layout)
 
 
 def holds_documents(schema: Any, config: PartsConfig) -> bool:
@@ -139,10 +187,10 @@ def read_tables(
     layout = _with_columns(_Layout(config, folder, most, prefix=prefix), schema, name)
     wanted = _keys(_require(schema.names, layout, name), layout)
     batches = (batch for table in tables for batch in table.select(wanted).to_batches(_BATCH_ROWS))
-    yield from _from_batches(batches, name, layout)
+    yield from _loaded(_from_batches(batches, name, layout))
 
 
-def _from_batches(batches: Iterable[Any], name: str, layout: _Layout) -> Iterator[PartsDocument | BadRecord]:
+def _from_batches(batches: Iterable[Any], name: str, layout: _Layout) -> Iterator[_Record | BadRecord]:
     for number, row in enumerate(row for batch in batches for row in _rows(batch)):
         try:
             if isinstance(row, str):
@@ -151,7 +199,7 @@ def _from_batches(batches: Iterable[Any], name: str, layout: _Layout) -> Iterato
         except RefusedRecord as problem:
             yield BadRecord(f"{name}:{number}", str(problem))
         else:
-            yield PartsDocument(f"{name}:{number}", parts)
+            yield _Record(f"{name}:{number}", parts, layout)
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
@@ -234,8 +282,8 @@ def _require(names: Collection[str], layout: _Layout, file: str) -> Columns:
     raise ConfigError("text_key", config.text_key, reason)
 
 
-def _parts(row: dict[str, Any], layout: _Layout) -> tuple[Part, ...]:
-    """Return the parts of a record. Raises `RefusedRecord`."""
+def _parts(row: dict[str, Any], layout: _Layout) -> list[str | Reference]:
+    """Return the texts of a record, and where its pictures are. Raises `RefusedRecord`."""
     config, image_key = layout.config, layout.image_key
     match _columns(row, layout):
         case Columns.parts:
@@ -256,11 +304,7 @@ def _parts(row: dict[str, Any], layout: _Layout) -> tuple[Part, ...]:
             if config.text_key not in row:
                 raise RefusedRecord(f"has only the columns {', '.join(row) or '(none)'}")
             found = [as_text(row[config.text_key], config.text_key)]
-    check_count(sum(isinstance(part, Reference) for part in found), layout.most)
-    loaded = (
-        load(part, layout.folder, config, layout.prefix) if isinstance(part, Reference) else part for part in found
-    )
-    return tuple(part for part in loaded if part != "")
+    return found
 
 
 def _list(value: Any, key: str) -> list[Any]:

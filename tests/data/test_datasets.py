@@ -26,9 +26,9 @@ IMAGE, VIDEO = datasets.Image(), datasets.Video()
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def undecoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let nothing decode or connect: a picture that is decoded, or fetched, fails the test."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "data sets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("connected"))
     for feature in (datasets.Image, datasets.Video):
@@ -89,6 +89,12 @@ def test_pictures_stay_as_they_are_stored(form, tmp_path):
     first, second = documents(path)
     assert first.parts is not None and first.parts[1] == ImagePart(PICTURES[2], "images.1")
     assert [one.name for one in (first, second)] == ["train:0", "train:1"]
+
+
+def test_the_library_alone_would_decode(tmp_path):
+    path = write(CAPTIONS, tmp_path / "set", "saved")
+    with pytest.raises(pytest.fail.Exception, match="decoded"):
+        list(datasets.load_from_disk(str(path)))
 
 
 def test_a_video_feature_holds_videos(tmp_path):
