@@ -20,7 +20,7 @@ from data.images.canvas import Canvas, ImageTokens, TileConfig, best_canvas, pla
 from data.images.config import ImagesConfig
 from data.images.decode import BadImage, decode, decoder_fingerprint, decoder_versions
 from data.images.parts import ImagePart, Part, VideoPart
-from data.images.video import BadVideo, each_frame, time_text
+from data.images.video import BadVideo, frames, time_text
 
 
 class BadMediaError(OneLineError):
@@ -59,7 +59,7 @@ def _pictures(part: ImagePart | VideoPart, config: ImagesConfig) -> Iterator[str
     if isinstance(part, ImagePart):
         yield _picture(part.data, part.name, config)
         return
-    for frame in each_frame(part.data, part.name, config.frames):
+    for frame in frames(part.data, part.name, config.frames):
         file = io.BytesIO()
         frame.picture.save(file, "PNG", compress_level=1)
         text = time_text(frame.seconds)

@@ -30,8 +30,10 @@ from data.images.tiles import tiles
 BYTES, INDEX = "-images.bin", "-images.parquet"
 _COLUMNS = ("start", "tokens", "rows", "columns", "offset", "bytes")
 _TEXTS = (("sha256", "string"), ("name", "string"))
-_DECODED = 8
-"""Number of decoded pictures to keep: the tiles of one follow each other."""
+DECODED_BYTES = 64 * 2**20
+"""Bytes of decoded tiles to keep, beside the last picture: the tiles of one follow each other, and an evaluation shows
+each picture with its own document and with another.
+"""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class PictureStream:
             raise DataError(f"{self._index} does not fit {self.path}")
         self._bytes = np.memmap(self.path, np.uint8, "r") if found else np.empty(0, np.uint8)
         self._decoded: dict[int, NDArray[np.uint8]] = {}
+        self._held = 0
         self._lock = threading.Lock()
 
     def _read(self, *columns: str) -> Any:
@@ -169,8 +172,9 @@ class PictureStream:
             found = self._decoded.get(ref.image)
             if found is None:
                 found = self._decoded[ref.image] = self._tiles(ref.image)
-                if len(self._decoded) > _DECODED:
-                    del self._decoded[next(iter(self._decoded))]
+                self._held += found.nbytes
+                while self._held > DECODED_BYTES and len(self._decoded) > 1:
+                    self._held -= self._decoded.pop(next(iter(self._decoded))).nbytes
         return found[ref.tile]
 
     def distant(self, ref: TileRef) -> TileRef:

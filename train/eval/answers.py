@@ -8,16 +8,18 @@ Shapes: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.corpus import HELD_OUT, Corpus
 from data.images.store import PictureStream
 from data.loader import Batch
+from model.vision.config import CHANNELS
 from parallel.fsdp import release
 from parallel.parallelize import ParallelModel
 from train.engine.images import load_tiles
@@ -61,29 +63,32 @@ def answers(
     if pictures is None:
         return None
     placed.model.eval()
-    found, total = {}, 0
     count = min(sequences, loader.num_held_out(source))
-    for shown in Shown:
-        sums = torch.zeros(2, dtype=torch.float64, device=placed.device)  # right, documents
-        for _, batch in local_batches(partial(loader.held_out, source), count, micro_batch_size, placed.meshes.dp):
-            sums += _right(placed, _with(batch, shown, placed, pictures), corpus)
-        placed.meshes.world.sum(sums, "evaluation")
-        total = int(sums[1])
-        found[shown.value] = float(sums[0]) / max(total, 1)
+    sums = torch.zeros(len(Shown), 2, dtype=torch.float64, device=placed.device)  # right, documents
+    for _, batch in local_batches(partial(loader.held_out, source), count, micro_batch_size, placed.meshes.dp):
+        for row, shown in zip(sums, Shown, strict=True):
+            row += _right(placed, _with(batch, shown, placed, pictures), corpus)
+    placed.meshes.world.sum(sums, "evaluation")
     placed.model.train()
     release(placed.stacks)
-    return Answers(total, **found) if total else None
+    total = int(sums[0, 1])
+    shares = (sums[:, 0] / max(total, 1)).tolist()
+    return Answers(total, *shares) if total else None
 
 
 def _with(batch: Batch, shown: Shown, placed: ParallelModel, pictures: PictureStream) -> Batch:
+    """Return the batch with the pictures that the model is to see. Black ones are not decoded."""
     images = batch.images
     assert images is not None
-    if shown is Shown.other:
-        images.tiles = [[pictures.distant(tile) for tile in tiles] for tiles in images.tiles]
-    load_tiles(images, placed.meshes, len(batch.tokens_BT))
-    if shown is Shown.none:
-        images.pixels = [torch.zeros_like(tiles) for tiles in images.pixels]
-    return batch
+    match shown:
+        case Shown.own:
+            seen = replace(images)
+        case Shown.other:
+            seen = replace(images, tiles=[[pictures.distant(tile) for tile in tiles] for tiles in images.tiles])
+        case Shown.none:
+            seen = replace(images, decode=lambda tile: np.zeros((CHANNELS, images.side, images.side), np.uint8))
+    load_tiles(seen, placed.meshes, len(batch.tokens_BT))
+    return replace(batch, images=seen)
 
 
 def _right(placed: ParallelModel, batch: Batch, corpus: Corpus) -> Tensor:
