@@ -21,7 +21,8 @@ class SourceKind(Enum):
     files = "files"
     """jsonl (also .gz, .zst), parquet or text files, by suffix."""
     huggingface = "huggingface"
-    """A data set of the Hugging Face hub, or a folder of the `datasets` library, streamed."""
+    """A data set of the Hugging Face hub, or a folder of the `datasets` library, streamed: text, and with `data.images`
+    pictures too."""
     documents = "documents"
     """jsonl, parquet or WebDataset tars whose records have text, pictures and videos: see `data.images.readers`."""
 
@@ -89,7 +90,7 @@ class SourceConfig:
     text_key: str = "text"
     """Column of a parquet file or data set, or key of a jsonl record, that holds the text."""
     parts: PartsConfig = field(default_factory=PartsConfig)
-    """For `documents`: the columns of text, pictures and videos."""
+    """For `documents`, and `huggingface` with pictures: the columns of text, pictures and videos."""
     weight: float = 1.0
     """Weight of the source in the training tokens (without padding), relative to the other sources."""
     max_epochs: float | None = None
@@ -107,6 +108,8 @@ class SourceConfig:
             raise ConfigError("path", self.path, f"a source of kind {self.kind.name} needs a path")
         if self.kind not in (SourceKind.files, SourceKind.documents) and self.held_out_path:
             raise ConfigError("held_out_path", self.held_out_path, "requires kind=files or kind=documents")
+        if self.kind is SourceKind.huggingface and self.parts.text_key != PartsConfig.text_key:
+            raise ConfigError("parts.text_key", self.parts.text_key, "names the text of kind=documents; use text_key")
         if not 0 < self.weight < math.inf:
             raise ConfigError("weight", self.weight, "must be positive and finite; to drop the source, omit it")
         check_numbers(self, positive=("max_epochs", "max_bytes"))
@@ -192,7 +195,7 @@ class DataConfig:
     verify: bool = True
     """Check the hashes of the token shards before training."""
     cache: str = "~/.cache/leviathan"
-    """Folder for trained tokenizers, token shards, scores and certificates, shared by runs."""
+    """Folder for trained tokenizers, token shards, digests, scores and certificates, shared by runs."""
 
     def __post_init__(self) -> None:
         check_local("cache", self.cache)

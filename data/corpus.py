@@ -39,13 +39,12 @@ MANIFEST = "manifest.json"
 DOCUMENTS = "-documents.parquet"
 _FORMAT = 1
 _SHARD = {"file": str, "tokens": int, "sha256": str}
-_PICTURES = {"file": str, "bytes": int, "sha256": str, "index": str, "index_sha256": str, "count": int}
+_PICTURES = {"file": str, "bytes": int, "index": str, "index_sha256": str, "count": int}
 _SPLIT = {"shards": [_SHARD], "counts": {"tokens": int, str: int}, "pictures?": _PICTURES}
-IMAGES_SHAPE = {"tiles": {}, "ids": {str: int}, "largest_pixels": int, "decoder": str, "versions": {str: str}}
 _SHAPE = {
     "tokenizer": {"vocab_size": int, "fingerprint": str},
     "packing?": {"row_tokens": int},
-    "images?": IMAGES_SHAPE,
+    "images?": ImageDescription.SHAPE,
     "sources": {str: {TRAIN: _SPLIT, HELD_OUT: _SPLIT}},
 }
 _ENCODED_AT_ONCE = 1 << 22
@@ -69,7 +68,7 @@ class Corpus:
         self._pictures = {}
         if self.images is not None:
             self._pictures = {
-                (name, split): PictureStream(directory, part["pictures"], f"{name}-{split}", self.images)
+                f"{name}-{split}": PictureStream(directory, part["pictures"], f"{name}-{split}", self.images)
                 for name, parts in manifest["sources"].items()
                 for split, part in parts.items()
                 if "pictures" in part
@@ -93,11 +92,11 @@ class Corpus:
 
     def pictures(self, source: str, split: str) -> PictureStream | None:
         """Return the pictures of a stream, or None if it has none."""
-        return self._pictures.get((source, split))
+        return self._pictures.get(f"{source}-{split}")
 
     def decode(self, tile: TileRef) -> NDArray[np.uint8]:
         """Return a tile, uint8 [3, S, S]."""
-        return next(stream for stream in self._pictures.values() if stream.name == tile.stream).decode(tile)
+        return self._pictures[tile.stream].decode(tile)
 
     @property
     def is_padded(self) -> bool:
@@ -123,12 +122,14 @@ class Corpus:
         return self.manifest["sources"][source][TRAIN]["counts"]
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
-        """Verify the hash of every `parts`-th shard from shard `part` on. `DataError` names the file and the fix."""
+        """Verify the hashes of every `parts`-th shard from shard `part` on, and of a share of the pictures. `DataError`
+        names the file and the fix.
+        """
         shards = [shard for stream in self._streams.values() for shard in stream.shards]
         for shard in shards[part::parts]:
             verify_shard(self.directory, shard)
-        for stream in list(self._pictures.values())[part::parts]:
-            for problem in stream.verify():
+        for number, pictures in enumerate(self._pictures.values()):
+            for problem in pictures.verify((part - number) % parts, parts):
                 raise DataError(f"{problem}: {rebuild(self.directory)}")
         if self.images is not None and self._pictures:
             self.images.check_decoder()
@@ -257,7 +258,8 @@ def _cache_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
         del part["weight"], part["max_epochs"]
         if not part["options"]:
             del part["options"]
-        if part["kind"] != SourceKind.documents.name:
+        is_dataset = part["kind"] == SourceKind.huggingface.name and config.images is not None
+        if part["kind"] != SourceKind.documents.name and not is_dataset:
             del part["parts"]
     if config.packing is Packing.greedy:
         del settings["packing"]

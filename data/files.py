@@ -151,17 +151,32 @@ def stream_dataset(name: str, subset: str | None, split: str) -> Iterator[dict[s
     """
     import datasets
 
-    folder = Path(name).expanduser()
     with reading(datasets.exceptions.DatasetsError):
-        if not any((folder / file).is_file() for file in _SAVED):
-            place = str(folder) if folder.is_dir() else name
-            yield from datasets.load_dataset(place, subset, split=split, streaming=True)
-            return
-        saved = datasets.load_from_disk(str(folder))
-        splits = saved if isinstance(saved, dict) else {str(saved.split or split): saved}
-        if split not in splits:
-            raise ConfigError("split", split, f"{name} was saved without it", sorted(splits))
-        yield from splits[split]
+        yield from _open_dataset(name, subset, split)
+
+
+def stream_tables(name: str, subset: str | None, split: str, rows: int) -> Iterator[Any]:
+    """Yield what `stream_dataset` does as tables of Arrow with at most `rows` rows. Pictures and videos stay structs of
+    bytes and path, as stored: nothing is decoded or fetched.
+    """
+    import datasets
+
+    with reading(datasets.exceptions.DatasetsError):
+        yield from _open_dataset(name, subset, split).with_format("arrow").iter(rows)
+
+
+def _open_dataset(name: str, subset: str | None, split: str) -> Any:
+    import datasets
+
+    folder = Path(name).expanduser()
+    if not any((folder / file).is_file() for file in _SAVED):
+        place = str(folder) if folder.is_dir() else name
+        return datasets.load_dataset(place, subset, split=split, streaming=True)
+    saved = datasets.load_from_disk(str(folder))
+    splits = saved if isinstance(saved, dict) else {str(saved.split or split): saved}
+    if split not in splits:
+        raise ConfigError("split", split, f"{name} was saved without it", sorted(splits))
+    return splits[split]
 
 
 def dataset_fingerprint(name: str, subset: str | None, split: str) -> str:

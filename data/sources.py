@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +18,7 @@ from core.files import sha256_file, sha256_text
 from core.import_path import construct
 from data import builtin
 from data.config import DataConfig, Section, SourceConfig, SourceKind, Undecodable
+from data.digests import FileDigests
 from data.files import (
     SUFFIXES,
     FileFormat,
@@ -25,13 +30,17 @@ from data.files import (
     open_parquet,
     read_document,
     stream_dataset,
+    stream_tables,
 )
 from data.images import readers
-from data.images.config import BadMedia
+from data.images.config import BadMedia, ImagesConfig
+from data.images.contents import RefusedRecord, find_inside
 from data.images.parts import BadRecord, Part, PartsDocument
 from data.sampling import key_of
 
 UNDECODABLE, EMPTY, BAD_MEDIA = "undecodable", "empty", "bad_media"
+_ROWS = 32
+"""Rows of a data set with pictures in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -249,13 +258,28 @@ class PartsSource(FileSource):
 
     suffixes = readers.SUFFIXES
 
-    def _digests(self, paths: list[Path]) -> Iterator[str]:
-        """Yield the digests of the files, and of the documents in those that name pictures by path."""
-        yield from super()._digests(paths)
-        for path in paths:
-            if not path.name.endswith(".tar"):
-                for record in self._records(path):
-                    yield str(record) if isinstance(record, BadRecord) else record.digest
+    def fingerprint(self) -> str:
+        """Hash the content and suffix of all files, and of the pictures that they name. Files that have not changed
+        since the last start are not read.
+        """
+        settings = json.dumps(asdict(self.config.parts), sort_keys=True)
+        key = sha256_text(self.name, str(self.config.path), str(self.config.held_out_path), settings, os.getcwd())
+        known = FileDigests(Path(self.data.cache).expanduser() / "digests" / f"{key[:32]}.parquet")
+        groups = (self.paths, self.held_out_paths)
+        digests = [[one for path in paths for one in self._digests_of(path, known)] for paths in groups]
+        known.save()
+        return sha256_text(*digests[0], "|", *digests[1])
+
+    def _digests_of(self, path: Path, known: FileDigests) -> Iterator[str]:
+        """Yield the digest of a file, and for each picture that it names its digest, or why it is refused."""
+        parts = self.config.parts
+        with self._reading(path):
+            yield path.suffix + known.of(path)
+            for name in known.named(path, partial(readers.named_files, path, parts)):
+                try:
+                    yield known.of(find_inside(path.parent, name, parts.largest_bytes))
+                except (OSError, RefusedRecord) as problem:
+                    yield str(problem)
 
     def documents(self) -> Iterator[Document]:
         share = 0.0 if self.held_out_paths else self.data.held_out
@@ -269,43 +293,68 @@ class PartsSource(FileSource):
             yield from (replace(document, held_out=True) for document in self._read(path, 0.0))
 
     def _read(self, path: Path, share: float) -> Iterator[Document]:
-        assert self.data.images is not None
-        for record in self._records(path):
-            if not isinstance(record, BadRecord):
-                yield document_of(record, share)
-            elif self.data.images.on_bad is BadMedia.drop:
-                yield Document("", False, BAD_MEDIA)
-            else:
-                advice = ["data.images.on_bad=drop"]
-                raise ConfigError(f"data.sources.{self.name}.path", record.id, printable(record.reason), advice)
+        for record in _usable(self._records(path), self.name, self.data):
+            yield record if isinstance(record, Document) else document_of(record, share)
 
     def _records(self, path: Path) -> Iterator[PartsDocument | BadRecord]:
+        most = _images(self.data).max_images
+        with self._reading(path):
+            yield from readers.read_documents(path, self.config.parts, name=self.names[path], most=most)
+
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
         try:
-            yield from readers.read_documents(path, self.config.parts, name=self.names[path])
-        except UnreadableFile as error:
+            yield
+        except (OSError, UnreadableFile) as error:
             raise self._error("path", str(path), f"cannot be read: {error}") from None
         except ConfigError as error:
             raise (error if error.key.startswith("data.") else error.under(f"data.sources.{self.name}.parts")) from None
 
 
 class HuggingFaceSource:
-    """A data set streamed by the `datasets` library, in its own order."""
+    """A data set streamed by the `datasets` library, in its own order. In a run with pictures (`data.images`) a data
+    set whose columns hold documents of parts is read as such, and its pictures stay encoded.
+    """
 
     def __init__(self, name: str, config: SourceConfig, data: DataConfig) -> None:
         self.name, self.config, self.data, self.path = name, config, data, str(config.path)
+        self.parts = replace(config.parts, text_key=config.text_key)
 
     def fingerprint(self) -> str:
         """Hash the name, or the files of a data set on disk. Content on the hub may change under its name."""
         return dataset_fingerprint(self.path, self.config.subset, self.config.split)
 
     def documents(self) -> Iterator[Document]:
-        rows = stream_dataset(self.path, self.config.subset, self.config.split)
+        texts = map(self._text, self._rows()) if self.data.images is None else self._texts_and_pictures()
         try:
-            yield from _documents(map(self._text, rows), self.data.held_out, self.config.max_bytes)
+            yield from _documents(texts, self.data.held_out, self.config.max_bytes)
         except UnreadableFile as error:
             raise ConfigError(f"data.sources.{self.name}.path", self.path, f"cannot be read: {error}") from None
         except ConfigError as error:
-            raise error.under(f"data.sources.{self.name}") from None
+            raise (error if error.key.startswith("data.") else error.under(f"data.sources.{self.name}")) from None
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        return stream_dataset(self.path, self.config.subset, self.config.split)
+
+    def _texts_and_pictures(self) -> Iterator[str | PartsDocument | Document]:
+        """Yield documents of parts, or texts if the data set has no pictures."""
+        tables = stream_tables(self.path, self.config.subset, self.config.split, _ROWS)
+        first = next(tables, None)
+        if first is None:
+            return
+        try:
+            if not readers.holds_documents(first.schema, self.parts):
+                yield from map(self._text, self._rows())
+                return
+            place, most = Path(self.path).expanduser(), _images(self.data).max_images
+            folder = place if place.is_dir() else None
+            records = readers.read_tables(
+                chain([first], tables), first.schema, self.config.split, self.parts, folder, most
+            )
+            yield from _usable(records, self.name, self.data)
+        except ConfigError as error:
+            under_parts = error.key in ("image_key", "parts_key")
+            raise (error.under("parts") if under_parts else error) from None
 
     def _text(self, row: dict[str, Any]) -> str:
         key = self.config.text_key
@@ -342,11 +391,38 @@ class ImportedSource:
             yield text
 
 
-def _documents(texts: Iterable[str | PartsDocument | None], share: float, max_bytes: int | None) -> Iterator[Document]:
+def _images(data: DataConfig) -> ImagesConfig:
+    assert data.images is not None  # `DataConfig` refuses documents of parts without it
+    return data.images
+
+
+def _usable(
+    records: Iterable[PartsDocument | BadRecord], source: str, data: DataConfig
+) -> Iterator[PartsDocument | Document]:
+    """Yield the records that are documents. A bad one ends the command or, if such are dropped, is counted."""
+    for record in records:
+        if not isinstance(record, BadRecord):
+            yield record
+        elif _images(data).on_bad is BadMedia.drop:
+            yield Document("", False, BAD_MEDIA)
+        else:
+            advice = ["data.images.on_bad=drop"]
+            raise ConfigError(f"data.sources.{source}.path", record.id, printable(record.reason), advice)
+
+
+def _documents(
+    texts: Iterable[str | PartsDocument | Document | None], share: float, max_bytes: int | None
+) -> Iterator[Document]:
     """Split texts into training and held-out documents, up to `max_bytes`."""
     budget = Budget(max_bytes, share)
     for text in texts:
-        document = document_of(text, share) if isinstance(text, PartsDocument) else _document(text, share)
+        match text:
+            case Document():
+                document = text
+            case PartsDocument():
+                document = document_of(text, share)
+            case _:
+                document = _document(text, share)
         if document.dropped or budget.take(document.text, document.held_out):
             yield document
         if budget.is_spent:

@@ -9,7 +9,7 @@ from typing import Any
 
 from core.errors import ConfigError, DataError
 from core.files import new_directory, read_json, write_json
-from data.corpus import IMAGES_SHAPE, Corpus, find_corpus, open_corpus, prepare
+from data.corpus import Corpus, find_corpus, open_corpus, prepare
 from data.curriculum import PhaseSpec, make_loaders
 from data.filter.score.factory import Models
 from data.images.media import ImageDescription
@@ -92,8 +92,8 @@ def run_images(run: Path) -> ImageDescription | None:
     if not path.exists():
         return None
     try:
-        return ImageDescription.read(read_json(path, IMAGES_SHAPE))
-    except (ConfigError, TypeError, ValueError) as error:
+        return ImageDescription.read(read_json(path, ImageDescription.SHAPE))
+    except (TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}): restore it") from None
 
 

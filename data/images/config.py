@@ -10,6 +10,8 @@ from data.images.video import FrameConfig
 
 MOST_TILES = 1024
 """Largest `max_tiles`. Every grid of at most this many tiles is compared for each new size of a picture."""
+LARGEST_TILE = 2**14
+"""Largest `tile_size`."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class TileConfig:
             reason = f"must be a multiple of {2 * self.patch_size}, twice the patch size: 2 x 2 patches make one token"
             nearest = max(1, round(self.tile_size / (2 * self.patch_size))) * 2 * self.patch_size
             raise ConfigError("tile_size", self.tile_size, reason, [nearest])
-        if self.max_tiles > MOST_TILES:
-            raise ConfigError("max_tiles", self.max_tiles, f"must be at most {MOST_TILES}")
+        for key, most in (("tile_size", LARGEST_TILE), ("max_tiles", MOST_TILES)):
+            if getattr(self, key) > most:
+                raise ConfigError(key, getattr(self, key), f"must be at most {most}")
 
     @property
     def tokens_per_tile(self) -> int:

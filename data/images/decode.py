@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from core.errors import ConfigError, DataError, first_line
+from core.errors import DataError, first_line
 from data.images.canvas import TileConfig
+from data.images.packages import require
 from data.images.tiles import tiles
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")
@@ -31,7 +32,6 @@ LONGEST_SIDE = 65_535
 """Most pixels of a side, as in a JPEG. To resize a column of 40 million pixels to one tile would take 50 GB."""
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 """The EXIF orientations other than 1, with the number of Pillow's `Transpose` that undoes each."""
-_TURNS_BY_A_QUARTER = (5, 6, 7, 8)
 _ORIENTATION = 0x0112
 _MAY_BE_TURNED = re.compile(rb"eXIf|Raw profile type|adobe\.xmp")
 """What a PNG with an orientation holds."""
@@ -52,16 +52,6 @@ def decode(data: bytes, name: str, largest_pixels: int = LARGEST_PIXELS) -> Any:
         turn = _TURNS.get(_orientation(image, data))
         picture = _rgb(image, name)
         return picture if turn is None else picture.transpose(turn)
-
-
-def image_size(data: bytes, name: str, largest_pixels: int = LARGEST_PIXELS) -> tuple[int, int]:
-    """Return the height and width of what `decode` returns, from the header alone. Raises as it does.
-
-    A picture whose header is whole may still not decode.
-    """
-    with _opened(data, name, largest_pixels) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image, data) in _TURNS_BY_A_QUARTER else (height, width)
 
 
 @contextmanager
@@ -99,10 +89,9 @@ def pillow() -> Any:
     """Return the module `PIL.Image`, and keep Pillow from writing to the terminal: a warning in a picture of another's
     data set helps nobody. Raises `ConfigError` if Pillow is not installed.
     """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ConfigError("", None, "pictures need Pillow: pip install 'leviathan[vision]'") from None
+    require("PIL")
+    from PIL import Image
+
     # `warnings.catch_warnings` around each picture is not safe in threads, and makes old warnings of others repeat
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)

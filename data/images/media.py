@@ -10,7 +10,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from data.images.canvas import Canvas, ImageTokens, TileConfig, best_canvas, pla
 from data.images.config import ImagesConfig
 from data.images.decode import BadImage, decode, decoder_fingerprint, decoder_versions
 from data.images.parts import ImagePart, Part, VideoPart
-from data.images.video import BadVideo, each_frame, time_text
+from data.images.video import BadVideo, frames, time_text
 
 
 class BadMediaError(OneLineError):
@@ -59,7 +59,7 @@ def _pictures(part: ImagePart | VideoPart, config: ImagesConfig) -> Iterator[str
     if isinstance(part, ImagePart):
         yield _picture(part.data, part.name, config)
         return
-    for frame in each_frame(part.data, part.name, config.frames):
+    for frame in frames(part.data, part.name, config.frames):
         file = io.BytesIO()
         frame.picture.save(file, "PNG", compress_level=1)
         text = time_text(frame.seconds)
@@ -81,11 +81,20 @@ class ImageDescription:
     largest_pixels: int
     decoder: str
     versions: dict[str, str]
+    SHAPE: ClassVar[dict[str, Any]] = {
+        "tiles": {"tile_size": int, "patch_size": int, "max_tiles": int, "resize_to_max_canvas": bool},
+        "ids": {field.name: int for field in fields(ImageTokens)},
+        **{"largest_pixels": int, "decoder": str, "versions": {str: str}},
+    }
+    """The shape of an entry of a manifest, for `core.files.misfit`."""
 
     @staticmethod
     def read(entry: dict[str, Any]) -> ImageDescription:
-        """Read the entry of a manifest. Raises `ValueError` or `TypeError` if it is damaged."""
-        tiles, ids = TileConfig(**entry["tiles"]), ImageTokens(**entry["ids"])
+        """Read the entry of a manifest, of the right shape. Raises `ValueError` or `TypeError` if it is damaged."""
+        try:
+            tiles, ids = TileConfig(**entry["tiles"]), ImageTokens(**entry["ids"])
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return ImageDescription(tiles, ids, entry["largest_pixels"], entry["decoder"], entry["versions"])
 
     def check_decoder(self) -> None:

@@ -6,10 +6,14 @@ from importlib import import_module
 
 from core.errors import ConfigError
 
+_NEEDED = {"PIL": ("pictures", "Pillow", "vision"), "av": ("videos", "PyAV", "video")}
+"""For each module: what needs it, its package, and our extra that installs it."""
 
-def require(module: str, package: str, extra: str) -> None:
+
+def require(module: str) -> None:
     """Raise `ConfigError` with the line that installs the package, unless `module` can be imported."""
     try:
         import_module(module)
     except ImportError:
-        raise ConfigError("", None, f"needs {package}: pip install 'leviathan[{extra}]'") from None
+        what, package, extra = _NEEDED[module]
+        raise ConfigError("", None, f"{what} need {package}: pip install 'leviathan[{extra}]'") from None

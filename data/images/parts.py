@@ -72,7 +72,7 @@ class BadRecord:
 
 @dataclass(frozen=True)
 class PartsConfig:
-    """The columns of text, pictures and videos in the files of a source, and the limits of a document."""
+    """The columns of text, pictures and videos in the records of a source."""
 
     text_key: str = "text"
     """Column of the text or caption."""
@@ -86,8 +86,6 @@ class PartsConfig:
     """Column of a list of texts, each of them null where there is a picture, or of turns with `user`, `assistant`."""
     marker: str = "<image>"
     """Text that stands for a picture. Where a record has pictures but no marker, the pictures come first."""
-    max_images: int = 48
-    """Most pictures and videos in a document."""
     largest_bytes: int = 64 * 2**20
     """Most bytes of an encoded picture or video."""
 
@@ -102,6 +100,5 @@ class PartsConfig:
                 raise ConfigError(key, name, f"is the column of {used[name]} too; choose another")
         if not self.marker:
             raise ConfigError("marker", self.marker, "must not be empty")
-        for key in ("max_images", "largest_bytes"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be at least 1")
+        if self.largest_bytes < 1:
+            raise ConfigError("largest_bytes", self.largest_bytes, "must be at least 1")

@@ -1,4 +1,4 @@
-"""Read documents of parts from jsonl, parquet and WebDataset tars. Pictures and videos are not decoded.
+"""Read documents of parts from jsonl, parquet, WebDataset tars and tables. Pictures and videos are not decoded.
 
 The columns of a record decide how it is read; the first that fits of
 - `parts`: a list of {"text": ...}, {"image": path} and {"video": path};
@@ -8,12 +8,16 @@ The columns of a record decide how it is read; the first that fits of
 - `text` + one column of a picture.
 
 A picture is bytes, a struct of bytes and path as the `datasets` library stores it, or a path inside the folder of the
-source. Nothing is fetched, and nothing outside the folder is opened. `data/images/tar.py` reads tars.
+source. Columns of its feature `Video` hold videos instead. Nothing is fetched, and nothing outside the folder is
+opened. `data/images/tar.py` reads tars.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import json
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,8 +25,9 @@ from typing import Any
 from core.errors import ConfigError
 from core.files import is_local, parse_json
 from data.files import UnreadableFile, json_lines, open_parquet
+from data.images.config import ImagesConfig
 from data.images.contents import Reference, RefusedRecord, as_text, check_count, load
-from data.images.parts import BadRecord, Part, PartsConfig, PartsDocument
+from data.images.parts import BadRecord, PartsConfig, PartsDocument
 from data.images.tar import read_samples
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar")
@@ -39,10 +44,28 @@ class Columns(Enum):
     text_and_image = "text and image"
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """How the records of a file or data set are read. `folder`: where paths start, without the `prefix`. `most`: number
+    of pictures and videos of a document. `videos`: the columns of videos.
+    """
+
+    config: PartsConfig
+    folder: Path | None
+    most: int
+    image_key: str = "image"
+    videos: frozenset[str] = frozenset()
+    prefix: str = ""
+
+
 def read_documents(
-    path: Path, config: PartsConfig, folder: Path | None = None, name: str | None = None
+    path: Path,
+    config: PartsConfig,
+    folder: Path | None = None,
+    name: str | None = None,
+    most: int = ImagesConfig.max_images,
 ) -> Iterator[PartsDocument | BadRecord]:
-    """Yield each record of a file as a document, or why it cannot be one.
+    """Yield each record of a file as a document of at most `most` pictures and videos, or why it cannot be one.
 
     Paths of pictures start at `folder` (default: the folder of the file) and must stay inside. The id of a record is
     the file's `name` (default: that in the folder), and its line (from 1), row (from 0) or key.
@@ -53,31 +76,87 @@ def read_documents(
     folder = path.parent if folder is None else folder
     if name is None:
         name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+    _check_regular(path)
+    if path.name.endswith(".tar"):
+        yield from read_samples(path, name, config, most)
+    else:
+        yield from _loaded(_read(path, name, _Layout(config, folder, most)))
+
+
+def named_files(path: Path, config: PartsConfig) -> Iterator[str]:
+    """Yield the paths of pictures and videos in the records of a file. Raises as `read_documents` does."""
+    _check_regular(path)
+    if path.name.endswith(".tar"):
+        return
+    for record in _read(path, path.name, _Layout(config, path.parent, most=sys.maxsize)):
+        parts = record.parts if isinstance(record, _Record) else []
+        for one in parts:
+            if isinstance(one, Reference) and one.path:
+                try:
+                    yield as_text(one.path, one.place)
+                except RefusedRecord:  # as the record will be
+                    continue
+
+
+def _check_regular(path: Path) -> None:
     if is_local(path) and path.exists() and not path.is_file():
         raise UnreadableFile("is not a regular file")  # to open a named pipe would wait for its writer
-    if path.name.endswith(".tar"):
-        yield from read_samples(path, name, config)
-    elif path.name.endswith(".parquet"):
-        yield from _from_parquet(path, name, folder, config)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A record whose pictures are not yet loaded."""
+
+    id: str
+    parts: list[str | Reference]
+    layout: _Layout
+
+
+def _loaded(records: Iterable[_Record | BadRecord]) -> Iterator[PartsDocument | BadRecord]:
+    for record in records:
+        if isinstance(record, BadRecord):
+            yield record
+            continue
+        layout = record.layout
+        try:
+            check_count(sum(isinstance(part, Reference) for part in record.parts), layout.most)
+            parts = [
+                load(part, layout.folder, layout.config, layout.prefix) if isinstance(part, Reference) else part
+                for part in record.parts
+            ]
+        except RefusedRecord as problem:
+            yield BadRecord(record.id, str(problem))
+        else:
+            yield PartsDocument(record.id, tuple(part for part in parts if part != ""))
+
+
+def _read(path: Path, name: str, layout: _Layout) -> Iterator[_Record | BadRecord]:
+    """Yield the records of a file, without reading what their paths name."""
+    if path.name.endswith(".parquet"):
+        with open_parquet(path, _BUFFER_BYTES) as table:
+            schema = table.schema_arrow
+            layout = _with_columns(layout, schema, name)
+            wanted = _keys(_require(schema.names, layout, name), layout)
+            yield from _from_batches(table.iter_batches(_BATCH_ROWS, columns=wanted), name, layout)
     elif path.name.endswith(SUFFIXES):
-        yield from _from_jsonl(path, name, folder, config)
+        yield from _from_jsonl(path, name, replace(layout, image_key=layout.config.image_key or "image"))
     else:
         raise UnreadableFile(f"has none of the suffixes {', '.join(SUFFIXES)}")
 
 
-def _from_jsonl(path: Path, name: str, folder: Path, config: PartsConfig) -> Iterator[PartsDocument | BadRecord]:
-    image_key, checked = config.image_key or "image", False
+def _from_jsonl(path: Path, name: str, layout: _Layout) -> Iterator[_Record | BadRecord]:
+    checked = False
     for number, _, line in json_lines(path):
         try:
             row = _object(line)
             if not checked:  # later records may lack pictures
-                _require(list(row), config, image_key, name)
+                _require(list(row), layout, name)
                 checked = True
-            parts = _parts(row, config, image_key, folder)
+            parts = _parts(row, layout)
         except RefusedRecord as problem:
             yield BadRecord(f"{name}:{number}", str(problem))
         else:
-            yield PartsDocument(f"{name}:{number}", parts)
+            yield _Record(f"{name}:{number}", parts, layout)
 
 
 def _object(line: bytes) -> dict[str, Any]:
@@ -92,21 +171,35 @@ def _object(line: bytes) -> dict[str, Any]:
     return row
 
 
-def _from_parquet(path: Path, name: str, folder: Path, config: PartsConfig) -> Iterator[PartsDocument | BadRecord]:
-    with open_parquet(path, _BUFFER_BYTES) as table:
-        schema = table.schema_arrow
-        image_key = config.image_key or _column_of_pictures(schema, config, name)
-        wanted = _keys(_require(schema.names, config, image_key, name), config, image_key)
-        batches = table.iter_batches(_BATCH_ROWS, columns=wanted)
-        for number, row in enumerate(row for batch in batches for row in _rows(batch)):
-            try:
-                if isinstance(row, str):
-                    raise RefusedRecord(row)
-                parts = _parts(row, config, image_key, folder)
-            except RefusedRecord as problem:
-                yield BadRecord(f"{name}:{number}", str(problem))
-            else:
-                yield PartsDocument(f"{name}:{number}", parts)
+def holds_documents(schema: Any, config: PartsConfig) -> bool:
+    """Return whether tables with this schema of Arrow hold documents of parts, not text alone."""
+    layout = _with_columns(_Layout(config, None, 1), schema, "the data set")
+    return _columns(schema.names, layout) is not None
+
+
+def read_tables(
+    tables: Iterable[Any], schema: Any, name: str, config: PartsConfig, folder: Path | None, most: int
+) -> Iterator[PartsDocument | BadRecord]:
+    """Yield each row of tables of Arrow with this `schema`, as `read_documents` does. Without a folder, pictures must
+    be bytes. Raises `ConfigError` for tables without the columns.
+    """
+    prefix = "" if folder is None else f"{folder.absolute()}/"  # `datasets` stores whole paths
+    layout = _with_columns(_Layout(config, folder, most, prefix=prefix), schema, name)
+    wanted = _keys(_require(schema.names, layout, name), layout)
+    batches = (batch for table in tables for batch in table.select(wanted).to_batches(_BATCH_ROWS))
+    yield from _loaded(_from_batches(batches, name, layout))
+
+
+def _from_batches(batches: Iterable[Any], name: str, layout: _Layout) -> Iterator[_Record | BadRecord]:
+    for number, row in enumerate(row for batch in batches for row in _rows(batch)):
+        try:
+            if isinstance(row, str):
+                raise RefusedRecord(row)
+            parts = _parts(row, layout)
+        except RefusedRecord as problem:
+            yield BadRecord(f"{name}:{number}", str(problem))
+        else:
+            yield _Record(f"{name}:{number}", parts, layout)
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
@@ -121,7 +214,18 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
                 yield f"byte {error.start} of a text is not UTF-8"
 
 
-def _column_of_pictures(schema: Any, config: PartsConfig, name: str) -> str:
+def _with_columns(layout: _Layout, schema: Any, name: str) -> _Layout:
+    """Return the layout with the column of one picture, and those of videos, that a schema of Arrow tells."""
+    image_key = layout.config.image_key or _column_of_pictures(schema, layout, name)
+    try:  # what the `datasets` library writes
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        videos = frozenset(name for name, kind in features.items() if '"_type": "Video"' in json.dumps(kind))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        videos = frozenset()
+    return replace(layout, image_key=image_key, videos=videos)
+
+
+def _column_of_pictures(schema: Any, layout: _Layout, name: str) -> str:
     """Return the one column of structs of bytes and path, or if there is none, of bytes."""
     import pyarrow
 
@@ -133,26 +237,28 @@ def _column_of_pictures(schema: Any, config: PartsConfig, name: str) -> str:
     def is_picture(kind: Any) -> bool:
         return types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and kind.get_field_index("path") >= 0
 
-    fields = [field for field in schema if field.name != config.text_key]
+    fields = [field for field in schema if field.name != layout.config.text_key]
     found = [field.name for field in fields if is_picture(field.type)]
     found = found or [field.name for field in fields if is_bytes(field.type)]
-    if len(found) > 1 and not _columns(schema.names, config, ""):
+    if len(found) > 1 and not _columns(schema.names, replace(layout, image_key="")):
         raise ConfigError("image_key", None, f"{name} has several columns of pictures", found)
     return found[0] if found else "image"
 
 
-def _columns(names: Collection[str], config: PartsConfig, image_key: str) -> Columns | None:
+def _columns(names: Collection[str], layout: _Layout) -> Columns | None:
     """Return how a record with these columns is read, or None if they do not fit."""
+    config = layout.config
     if config.parts_key in names:
         return Columns.parts
     if config.images_key in names and config.texts_key in names:
         return Columns.texts_and_images
     if config.text_key in names and config.images_key in names:
         return Columns.text_and_images
-    return Columns.text_and_image if config.text_key in names and image_key in names else None
+    return Columns.text_and_image if config.text_key in names and layout.image_key in names else None
 
 
-def _keys(columns: Columns, config: PartsConfig, image_key: str) -> list[str]:
+def _keys(columns: Columns, layout: _Layout) -> list[str]:
+    config = layout.config
     match columns:
         case Columns.parts:
             return [config.parts_key]
@@ -161,11 +267,11 @@ def _keys(columns: Columns, config: PartsConfig, image_key: str) -> list[str]:
         case Columns.text_and_images:
             return [config.text_key, config.images_key]
         case Columns.text_and_image:
-            return [config.text_key, image_key]
+            return [config.text_key, layout.image_key]
 
 
-def _require(names: Collection[str], config: PartsConfig, image_key: str, file: str) -> Columns:
-    found = _columns(names, config, image_key)
+def _require(names: Collection[str], layout: _Layout, file: str) -> Columns:
+    config, found = layout.config, _columns(names, layout)
     if found:
         return found
     has = f"{file} has the columns {', '.join(names) or '(none)'}"
@@ -176,30 +282,29 @@ def _require(names: Collection[str], config: PartsConfig, image_key: str, file: 
     raise ConfigError("text_key", config.text_key, reason)
 
 
-def _parts(row: dict[str, Any], config: PartsConfig, image_key: str, folder: Path) -> tuple[Part, ...]:
-    """Return the parts of a record. Raises `RefusedRecord`."""
-    match _columns(row, config, image_key):
+def _parts(row: dict[str, Any], layout: _Layout) -> list[str | Reference]:
+    """Return the texts of a record, and where its pictures are. Raises `RefusedRecord`."""
+    config, image_key = layout.config, layout.image_key
+    match _columns(row, layout):
         case Columns.parts:
             found = _listed(_list(row[config.parts_key], config.parts_key), config.parts_key)
         case Columns.texts_and_images:
-            texts, images = _list(row[config.texts_key], config.texts_key), _pictures(row, config.images_key)
+            texts, images = _list(row[config.texts_key], config.texts_key), _pictures(row, layout)
             if any(isinstance(text, dict) for text in texts):
                 found = _marked(_conversation(texts, config.texts_key), images, config)
             else:
                 found = _interleaved(texts, images, config)
         case Columns.text_and_images:
-            found = _marked(as_text(row[config.text_key], config.text_key), _pictures(row, config.images_key), config)
+            found = _marked(as_text(row[config.text_key], config.text_key), _pictures(row, layout), config)
         case Columns.text_and_image:
-            picture = Reference(row[image_key], image_key)
+            picture = Reference(row[image_key], image_key, image_key in layout.videos)
             text = as_text(row[config.text_key], config.text_key)
             found = [text] if picture.value is None else _marked(text, [picture], config)
         case None:
             if config.text_key not in row:
                 raise RefusedRecord(f"has only the columns {', '.join(row) or '(none)'}")
             found = [as_text(row[config.text_key], config.text_key)]
-    check_count(sum(isinstance(part, Reference) for part in found), config)
-    parts = (load(part, folder, config) if isinstance(part, Reference) else part for part in found)
-    return tuple(part for part in parts if part != "")
+    return found
 
 
 def _list(value: Any, key: str) -> list[Any]:
@@ -208,12 +313,14 @@ def _list(value: Any, key: str) -> list[Any]:
     return value or []
 
 
-def _pictures(row: dict[str, Any], key: str) -> list[Reference] | None:
+def _pictures(row: dict[str, Any], layout: _Layout) -> list[Reference] | None:
     """Return the references of a column of pictures, or None where it is null: a record of text alone."""
-    value = row[key]
+    key = layout.config.images_key
+    value, is_video = row[key], key in layout.videos
     if value is None:
         return None
-    return [Reference(one, f"{key}.{place}") for place, one in enumerate(value if isinstance(value, list) else [value])]
+    listed = value if isinstance(value, list) else [value]
+    return [Reference(one, f"{key}.{place}", is_video) for place, one in enumerate(listed)]
 
 
 def _listed(items: list[Any], key: str) -> list[str | Reference]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from core.errors import DataError
 from core.files import sha256_file
+from data.files import UnreadableFile, reading
 from data.images.batch import TileRef
 from data.images.canvas import Canvas, placeholder_ids
 from data.images.decode import BadImage, decode
@@ -29,8 +30,10 @@ from data.images.tiles import tiles
 BYTES, INDEX = "-images.bin", "-images.parquet"
 _COLUMNS = ("start", "tokens", "rows", "columns", "offset", "bytes")
 _TEXTS = (("sha256", "string"), ("name", "string"))
-_DECODED = 8
-"""Number of decoded pictures to keep: the tiles of one follow each other."""
+DECODED_BYTES = 64 * 2**20
+"""Bytes of decoded tiles to keep, beside the last picture: the tiles of one follow each other, and an evaluation shows
+each picture with its own document and with another.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class PictureWriter:
     def __init__(self, directory: Path, prefix: str) -> None:
         self.directory, self.prefix = directory, prefix
         self._file: IO[bytes] | None = None
-        self._hash, self._offset, self.count = hashlib.sha256(), 0, 0
+        self._offset, self.count = 0, 0
         self._rows: list[tuple[Any, ...]] = []
         self._writer: Any = None
 
@@ -59,7 +62,6 @@ class PictureWriter:
         if self._file is None:
             self._file = open(self.directory / (self.prefix + BYTES), "wb")  # noqa: SIM115 - outlives this call
         self._file.write(picture.data)
-        self._hash.update(picture.data)
         offset, self._offset = self._offset, self._offset + len(picture.data)
         return StoredPicture(tokens, picture.canvas, offset, len(picture.data), picture.sha256, picture.name)
 
@@ -82,7 +84,6 @@ class PictureWriter:
         return {
             "file": self.prefix + BYTES,
             "bytes": self._offset,
-            "sha256": self._hash.hexdigest(),
             "index": index.name,
             "index_sha256": sha256_file(index),
             "count": self.count,
@@ -103,28 +104,43 @@ class PictureStream:
     """The pictures of one stream, opened to be read. Raises `DataError` for files that do not fit the manifest."""
 
     def __init__(self, directory: Path, entry: dict[str, Any], name: str, images: ImageDescription) -> None:
-        import pyarrow.parquet
-
         self.entry, self.name, self.images, self.config = entry, name, images, images.tiles
-        self.path, index = directory / entry["file"], directory / entry["index"]
+        self.path, self._index = directory / entry["file"], directory / entry["index"]
         if "/" in entry["file"] or "/" in entry["index"]:
             raise DataError(f"{directory}: the manifest names {entry['file']}: it may be damaged")
         found = self.path.stat().st_size if self.path.exists() else -1
-        if found != entry["bytes"] or not index.exists():
+        if found != entry["bytes"] or not self._index.exists():
             raise DataError(f"{self.path} is missing or does not have {entry['bytes']} bytes")
-        try:
-            table = pyarrow.parquet.read_table(index, columns=list(_COLUMNS))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{index} cannot be read: {error}") from None
-        columns = [table[column].to_numpy().astype(np.int64) for column in _COLUMNS]
+        table = self._read(*_COLUMNS)
+        columns = [table[name].to_numpy().astype(np.int64, casting="same_kind") for name in _COLUMNS]
         self.starts, self.lengths, self.rows, self.columns, self.offsets, self.sizes = columns
-        is_ordered = np.all(self.starts[1:] >= (self.starts + self.lengths)[:-1]) and np.all(self.lengths > 0)
-        is_inside = np.all(self.offsets >= 0) and np.all(self.sizes > 0) and np.all(self.offsets + self.sizes <= found)
-        if len(self.starts) != entry["count"] or not (is_ordered and is_inside):
-            raise DataError(f"{index} does not fit {self.path}")
+        if len(self.starts) != entry["count"] or not self._fits(found):
+            raise DataError(f"{self._index} does not fit {self.path}")
         self._bytes = np.memmap(self.path, np.uint8, "r") if found else np.empty(0, np.uint8)
         self._decoded: dict[int, NDArray[np.uint8]] = {}
+        self._held = 0
         self._lock = threading.Lock()
+
+    def _read(self, *columns: str) -> Any:
+        """Return columns of the index, as a table."""
+        import pyarrow.parquet
+
+        try:
+            with reading():
+                return pyarrow.parquet.read_table(self._index, columns=list(columns))
+        except UnreadableFile as error:
+            raise DataError(f"{self._index} cannot be read: {error}") from None
+
+    def _fits(self, size: int) -> bool:
+        """Return whether the pictures lie in order and apart in the stream, and inside the file of `size` bytes."""
+        grids, most, q = (self.rows, self.columns), self.config.max_tiles, self.config.tokens_per_tile
+        if not all(np.all((grid >= 1) & (grid <= most)) for grid in grids):
+            return False
+        several = np.where(self.rows * self.columns > 1, self.rows * self.columns, 0)
+        is_whole = np.all(several <= most) and np.all(self.lengths == several * (q + 1) + q + 3)
+        is_ordered = np.all(self.starts >= 0) and np.all(self.starts[1:] >= (self.starts + self.lengths)[:-1])
+        is_inside = np.all(self.offsets >= 0) and np.all(self.sizes > 0) and np.all(self.sizes <= size - self.offsets)
+        return bool(is_whole and is_ordered and is_inside)
 
     def canvas(self, image: int) -> Canvas:
         return Canvas(int(self.rows[image]), int(self.columns[image]))
@@ -156,8 +172,9 @@ class PictureStream:
             found = self._decoded.get(ref.image)
             if found is None:
                 found = self._decoded[ref.image] = self._tiles(ref.image)
-                if len(self._decoded) > _DECODED:
-                    del self._decoded[next(iter(self._decoded))]
+                self._held += found.nbytes
+                while self._held > DECODED_BYTES and len(self._decoded) > 1:
+                    self._held -= self._decoded.pop(next(iter(self._decoded))).nbytes
         return found[ref.tile]
 
     def distant(self, ref: TileRef) -> TileRef:
@@ -180,9 +197,14 @@ class PictureStream:
             raise DataError(f"picture {image} of {self.path} is not the one that was tokenised")
         return found
 
-    def verify(self) -> Iterator[str]:
-        """Yield a message for each file whose content does not match its hash."""
-        entry = self.entry
-        for path, wanted in ((self.path, entry["sha256"]), (self.path.parent / entry["index"], entry["index_sha256"])):
-            if sha256_file(path) != wanted:
-                yield f"{path} does not match its SHA-256"
+    def verify(self, part: int = 0, parts: int = 1) -> Iterator[str]:
+        """Yield a message for each damaged file. Part `part` of `parts` has its share of the pictures, whose hashes are
+        in the index, and the first part the index.
+        """
+        if part == 0 and sha256_file(self._index) != self.entry["index_sha256"]:
+            yield f"{self._index} does not match its SHA-256"
+        hashes, count = self._read("sha256")["sha256"], len(self.starts)
+        for image in range(count * part // parts, count * (part + 1) // parts):
+            if hashlib.sha256(self.content(image)).hexdigest() != hashes[image].as_py():
+                yield f"{self.path} does not match its SHA-256 (picture {image})"
+                return

@@ -45,8 +45,9 @@ _KINDS = {
 _LONG = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
 
 
-def read_samples(path: Path, name: str, config: PartsConfig) -> Iterator[PartsDocument | BadRecord]:
-    """Yield each sample as a document, or why it cannot be one. `name`: of the file, in ids.
+def read_samples(path: Path, name: str, config: PartsConfig, most: int) -> Iterator[PartsDocument | BadRecord]:
+    """Yield each sample as a document, or why it cannot be one. `name`: of the file, in ids. `most`: pictures and
+    videos of a sample.
 
     Raises `UnreadableFile` for what is not a tar, and for a truncated one, after the samples before.
     """
@@ -59,7 +60,7 @@ def read_samples(path: Path, name: str, config: PartsConfig) -> Iterator[PartsDo
             if sample is None or key != sample.key:
                 if sample:
                     yield sample.record(name)
-                sample = _TarSample(key, config)
+                sample = _TarSample(key, config, most)
                 if key in keys:
                     sample.problem = "its members are not together in the tar: sort them by name"
                 keys.add(key)
@@ -82,8 +83,8 @@ def _key_and_suffix(member: TarMember) -> tuple[str | None, str]:
 class _TarSample:
     """Collects the members of a key. After the first problem nothing is read."""
 
-    def __init__(self, key: str, config: PartsConfig) -> None:
-        self.key, self.config, self.problem = key, config, ""
+    def __init__(self, key: str, config: PartsConfig, most: int) -> None:
+        self.key, self.config, self.most, self.problem = key, config, most, ""
         self._names: set[str] = set()
         self._media: list[ImagePart | VideoPart] = []
         self._texts: list[str] = []
@@ -109,7 +110,7 @@ class _TarSample:
         if suffix in PICKLES:
             raise RefusedRecord(f"{name} is a pickle, which can run code when it is opened")
         if suffix in IMAGES or suffix in VIDEOS:
-            check_count(len(self._media) + 1, self.config)
+            check_count(len(self._media) + 1, self.most)
             check_size(member.size, name, self.config.largest_bytes)
             self._media.append((ImagePart if suffix in IMAGES else VideoPart)(member.read(), name))
         elif suffix in (".txt", ".json"):

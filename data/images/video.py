@@ -67,32 +67,10 @@ class Frame:
     picture: Any
 
 
-@dataclass(frozen=True)
-class FrameTimes:
-    """When the chosen frames of a video are shown, in seconds from the first, and the width and height of the first."""
-
-    seconds: tuple[float, ...]
-    size: tuple[int, int]
-
-
-def frames(data: bytes, name: str, config: FrameConfig) -> list[Frame]:
-    """Return the chosen frames in order. `name` is for messages. Raises `BadVideo`, and `ConfigError` without PyAV."""
-    return list(each_frame(data, name, config))
-
-
-def frame_times(data: bytes, name: str, config: FrameConfig) -> FrameTimes:
-    """Return the times that `frames` would, from the packets. Only the first frame is decoded, for its size.
-
-    Damage in a later frame is found by `frames` alone.
+def frames(data: bytes, name: str, config: FrameConfig) -> Iterator[Frame]:
+    """Yield the chosen frames in order, so that one picture at a time is in memory. `name` is for messages. Raises
+    `BadVideo`, and `ConfigError` without PyAV.
     """
-    index = _index_of(data, name, config)
-    chosen = index.chosen(config)
-    first = next(_pictures(data, name, config, index, chosen[:1]))
-    return FrameTimes(tuple(map(index.seconds, chosen)), first.picture.size)
-
-
-def each_frame(data: bytes, name: str, config: FrameConfig) -> Iterator[Frame]:
-    """Yield what `frames` returns, so that one picture at a time is in memory."""
     index = _index_of(data, name, config)
     yield from _pictures(data, name, config, index, index.chosen(config))
 
@@ -151,8 +129,8 @@ class _PacketIndex:
 @contextmanager
 def _opened(data: bytes, name: str, config: FrameConfig) -> Iterator[tuple[Any, Any]]:
     """Open a video. FFmpeg's errors in the block become `BadVideo`."""
-    require("PIL", "Pillow", "video")
-    require("av", "PyAV", "video")
+    require("av")
+    require("PIL")
     import av
 
     kind = _container(data)

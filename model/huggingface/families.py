@@ -25,11 +25,8 @@ from model.config import (
     WeightsOn,
 )
 from model.huggingface.locations import MoENames
+from model.huggingface.values import Json, layer_count, whole_number
 from model.huggingface.vision import read_vision, write_vision
-
-Json = Mapping[str, Any]
-MOST_LAYERS = 10_000
-"""Largest accepted number of layers. A larger one means a damaged file, whose layers would use up the memory."""
 
 
 @dataclass(frozen=True)
@@ -172,17 +169,9 @@ def _rope_of(rope: Json, config: Json, default_theta: float) -> dict[str, Any]:
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),
         high_freq_factor=float(rope["high_freq_factor"]),
-        original_seq_len=_integer(rope, "original_max_position_embeddings"),
+        original_seq_len=whole_number(rope, "original_max_position_embeddings"),
     )
     return {"rope_theta": theta, "rope_scaling": scaling}
-
-
-def _integer(config: Json, key: str, default: int | None = None) -> int:
-    """Return the integer at `key`, or `default`. Without a default the key is required."""
-    value = config[key] if default is None else config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
-        raise ConfigError(f"config.json {key}", str(value), "must be a whole number")
-    return int(value)
 
 
 def _indices(config: Json, key: str, layers: int) -> set[int] | None:
@@ -196,17 +185,14 @@ def _indices(config: Json, key: str, layers: int) -> set[int] | None:
 
 
 def _read_common(config: Json, theta: float, eps: float) -> dict[str, Any]:
-    heads, width = _integer(config, "num_attention_heads"), _integer(config, "hidden_size")
-    layers = _integer(config, "num_hidden_layers")
-    if layers > MOST_LAYERS:
-        raise ConfigError("config.json num_hidden_layers", layers, f"is more than the limit of {MOST_LAYERS:,}")
+    heads, width = whole_number(config, "num_attention_heads"), whole_number(config, "hidden_size")
     return {
-        "vocab_size": _integer(config, "vocab_size"),
+        "vocab_size": whole_number(config, "vocab_size"),
         "hidden_size": width,
-        "num_layers": layers,
+        "num_layers": layer_count(config),
         "num_heads": heads,
-        "num_kv_heads": _integer(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads,
-        "head_dim": _integer(config, "head_dim") if config.get("head_dim") else width // heads,
+        "num_kv_heads": whole_number(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads,
+        "head_dim": whole_number(config, "head_dim") if config.get("head_dim") else width // heads,
         "norm_eps": float(config.get("rms_norm_eps", eps)),
         **_rope(config, theta),
     }
@@ -242,14 +228,19 @@ def _write_common(model: ModelConfig) -> dict[str, Any]:
 def _read_llama4(config: Json) -> ModelConfig:
     common = _read_common(config, theta=500000.0, eps=1e-5)
     count = common["num_layers"]
-    every, interval = _integer(config, "interleave_moe_layer_step", 1), _integer(config, "no_rope_layer_interval", 4)
+    every, interval = (
+        whole_number(config, "interleave_moe_layer_step", 1),
+        whole_number(config, "no_rope_layer_interval", 4),
+    )
     moe_layers = _indices(config, "moe_layers", count)
     if moe_layers is None:
         moe_layers = set(range(every - 1, count, every))
     rotated = config.get("no_rope_layers") or [int((index + 1) % interval != 0) for index in range(count)]
     if not isinstance(rotated, list) or len(rotated) != count or any(turned not in (0, 1) for turned in rotated):
         raise ConfigError("config.json no_rope_layers", None, f"must say 0 or 1 for each of {count} layers")
-    chunk = None if config.get("attention_chunk_size", 0) is None else _integer(config, "attention_chunk_size", 8192)
+    chunk = (
+        None if config.get("attention_chunk_size", 0) is None else whole_number(config, "attention_chunk_size", 8192)
+    )
     if config.get("layer_types") == (full := ["full_attention"] * count):
         chunk = None  # no layer uses the size
     derived = ["chunked_attention" if turned else "full_attention" for turned in rotated]
@@ -269,10 +260,10 @@ def _read_llama4(config: Json) -> ModelConfig:
     ]
     return ModelConfig(
         **common,
-        dense_hidden_size=_integer(config, "intermediate_size_mlp", 16384),
-        expert_hidden_size=_integer(config, "intermediate_size"),
-        num_experts=_integer(config, "num_local_experts", 16),
-        router=RouterConfig(top_k=_integer(config, "num_experts_per_tok", 1)),
+        dense_hidden_size=whole_number(config, "intermediate_size_mlp", 16384),
+        expert_hidden_size=whole_number(config, "intermediate_size"),
+        num_experts=whole_number(config, "num_local_experts", 16),
+        router=RouterConfig(top_k=whole_number(config, "num_experts_per_tok", 1)),
         temperature_floor=float(config.get("floor_scale", 8192)),
         temperature_scale=float(config.get("attn_scale", 0.1)),
         layer_list=layers,
@@ -339,9 +330,9 @@ def _read_mixtral(config: Json) -> ModelConfig:
     common = _read_common(config, theta=1e6, eps=1e-5)
     return ModelConfig(
         **_plain_layers(common, range(common["num_layers"]), QKNorm.none),
-        expert_hidden_size=_integer(config, "intermediate_size"),
-        num_experts=_integer(config, "num_local_experts", 8),
-        router=_softmax(_integer(config, "num_experts_per_tok", 2), norm_topk_prob=True),
+        expert_hidden_size=whole_number(config, "intermediate_size"),
+        num_experts=whole_number(config, "num_local_experts", 8),
+        router=_softmax(whole_number(config, "num_experts_per_tok", 2), norm_topk_prob=True),
     )
 
 
@@ -357,15 +348,15 @@ def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
 
 def _read_qwen3_moe(config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-6)
-    every, count = _integer(config, "decoder_sparse_step", 1), common["num_layers"]
+    every, count = whole_number(config, "decoder_sparse_step", 1), common["num_layers"]
     dense = _indices(config, "mlp_only_layers", count) or set()
     moe_layers = [index for index in range(every - 1, count, every) if index not in dense] if every > 0 else []
     return ModelConfig(
         **_plain_layers(common, moe_layers, QKNorm.per_head),
-        dense_hidden_size=_integer(config, "intermediate_size", 6144),
-        expert_hidden_size=_integer(config, "moe_intermediate_size"),
-        num_experts=_integer(config, "num_experts" if "num_experts" in config else "num_local_experts"),
-        router=_softmax(_integer(config, "num_experts_per_tok"), bool(config.get("norm_topk_prob", False))),
+        dense_hidden_size=whole_number(config, "intermediate_size", 6144),
+        expert_hidden_size=whole_number(config, "moe_intermediate_size"),
+        num_experts=whole_number(config, "num_experts" if "num_experts" in config else "num_local_experts"),
+        router=_softmax(whole_number(config, "num_experts_per_tok"), bool(config.get("norm_topk_prob", False))),
     )
 
 
@@ -387,9 +378,9 @@ def _read_olmoe(config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-5)
     return ModelConfig(
         **_plain_layers(common, range(common["num_layers"]), QKNorm.full),
-        expert_hidden_size=_integer(config, "intermediate_size"),
-        num_experts=_integer(config, "num_experts", 64),
-        router=_softmax(_integer(config, "num_experts_per_tok", 8), bool(config.get("norm_topk_prob", False))),
+        expert_hidden_size=whole_number(config, "intermediate_size"),
+        num_experts=whole_number(config, "num_experts", 64),
+        router=_softmax(whole_number(config, "num_experts_per_tok", 8), bool(config.get("norm_topk_prob", False))),
     )
 
 
@@ -406,7 +397,7 @@ def _write_olmoe(model: ModelConfig) -> dict[str, Any]:
 
 def _read_dense(norm: QKNorm, config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-6)
-    return ModelConfig(**_plain_layers(common, (), norm), dense_hidden_size=_integer(config, "intermediate_size"))
+    return ModelConfig(**_plain_layers(common, (), norm), dense_hidden_size=whole_number(config, "intermediate_size"))
 
 
 def _write_dense(model: ModelConfig) -> dict[str, Any]:

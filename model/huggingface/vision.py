@@ -11,9 +11,9 @@ from typing import Any
 
 from core.errors import ConfigError
 from model.huggingface.locations import Location
+from model.huggingface.values import Json, layer_count, whole_number
 from model.vision.config import CHANNELS, SHUFFLE, VisionConfig
 
-Json = Mapping[str, Any]
 TENSORS = ("vision_model.", "multi_modal_projector.")
 """Prefixes of the encoder's tensors."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -42,26 +42,26 @@ def read_vision(config: Json) -> VisionConfig:
     if rope.get("rope_type", "default") != "default":
         key = "config.json vision_config.rope_parameters.rope_type"
         raise ConfigError(key, rope["rope_type"], "is not supported", ["default"])
-    width = _whole(vision, "hidden_size", 768)
-    adapter = _whole(vision, "projector_output_dim", 4096)
+    width = whole_number(vision, "hidden_size", 768)
+    adapter = whole_number(vision, "projector_output_dim", 4096)
     needed = {
         "intermediate_size": (5632, width * SHUFFLE**2),
         "projector_input_dim": (4096, adapter),
         "vision_output_dim": (7680, adapter),
     }
     for key, (default, value) in needed.items():
-        if _whole(vision, key, default) != value:
+        if whole_number(vision, key, default) != value:
             raise ConfigError(f"config.json vision_config.{key}", vision.get(key), "is not supported", [value])
     return VisionConfig(
         hidden_size=width,
-        num_layers=_whole(vision, "num_hidden_layers", 34),
-        num_heads=_whole(vision, "num_attention_heads", 16),
+        num_layers=layer_count(vision, 34),
+        num_heads=whole_number(vision, "num_attention_heads", 16),
         mlp_hidden_size=width * SHUFFLE**2,
         adapter_hidden_size=adapter,
-        tile_size=_whole(vision, "image_size", 448),
-        patch_size=_whole(vision, "patch_size", 14),
+        tile_size=whole_number(vision, "image_size", 448),
+        patch_size=whole_number(vision, "patch_size", 14),
         rope_theta=float(rope.get("rope_theta") or vision.get("rope_theta") or 10000.0),
-        image_token_id=_whole(config, "image_token_index", 200092),
+        image_token_id=whole_number(config, "image_token_index", 200092),
     )
 
 
@@ -143,10 +143,3 @@ def vision_locations(vision: VisionConfig) -> dict[str, Location]:
     for part, name in parts.items():
         found |= {f"vision.{part}.{kind}": f"{theirs}.{name}.{kind}" for kind in ("weight", "bias")}
     return {name: Location(stored) for name, stored in found.items()}
-
-
-def _whole(config: Json, key: str, default: int) -> int:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"config.json {key}", str(value), "must be a positive whole number")
-    return value

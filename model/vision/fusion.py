@@ -28,12 +28,18 @@ class Images:
     tiles_N3SS: Tensor
     rows_BT: Tensor
     greys: Tensor | None = None
+    kept: list[Tensor] | None = None
+    """The rows of these tiles are kept here when they are encoded, and taken from here if they already were."""
 
     def encode(self, encoder: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the encoder's rows, [M, D]."""
-        if self.greys is None:
-            return encoder(self.tiles_N3SS)
-        return encoder(self.greys[self.tiles_N3SS.to(self.greys.device).int()])
+        if self.kept:
+            return self.kept[0]
+        greys = self.greys
+        rows_MD = encoder(self.tiles_N3SS if greys is None else greys[self.tiles_N3SS.to(greys.device).int()])
+        if self.kept is not None:
+            self.kept.append(rows_MD)
+        return rows_MD
 
 
 def no_images(config: VisionConfig, x_BTD: Tensor) -> Images:

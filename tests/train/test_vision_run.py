@@ -17,8 +17,11 @@ import torch
 import train.eval.answers as answers_file
 from core.config import load
 from data.corpus import prepare
+from data.images.store import PictureStream
 from data.loader import Batch, Loader
 from launch.cli import main
+from model.vision.encoder import VisionEncoder
+from model.vision.fusion import Images
 from tests.support.mixed import png, write_documents
 from tests.support.tiny import TINY
 from train.config import TrainConfig
@@ -97,13 +100,16 @@ def test_losses_depend_on_the_pictures(train, tmp_path):
     assert figures(tmp_path / "colour")[1] != figures(tmp_path / "grey")[1]
 
 
-def test_generate_reads_pictures(train, tmp_path, capsys):
+def test_generate_reads_pictures(train, tmp_path, capsys, monkeypatch):
     assert train() == 0
     picture = tmp_path / "a.png"
     picture.write_bytes(png(3, 8, 8))
     run = str(tmp_path / "run")
-    ask = partial(main, ["generate", run, "word", "tokens=2", "temperature=0", f"image={picture}"])
-    assert ask() == 0
+    honest, encoded = VisionEncoder.forward, []
+    with monkeypatch.context() as patch:
+        patch.setattr(VisionEncoder, "forward", lambda self, tiles: encoded.append(len(tiles)) or honest(self, tiles))
+        assert main(["generate", run, "word", "tokens=3", "temperature=0", f"image={picture}"]) == 0
+    assert encoded == [1], "once for all tokens"
     assert capsys.readouterr().out.splitlines()[-1].startswith("word")
     for words, reason in {
         ("image=3",): "image: must be a path or a list of paths",
@@ -112,6 +118,15 @@ def test_generate_reads_pictures(train, tmp_path, capsys):
     }.items():
         assert main(["generate", run, "word", *words]) == 2
         assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kept", "calls"), [([], 1), (None, 2)])
+def test_kept_rows_are_encoded_once(kept, calls):
+    tiles, seen = torch.arange(12.0).view(1, 3, 2, 2), []
+    for _ in range(2):
+        images = Images(tiles, torch.zeros(1, 4), kept=kept)
+        assert torch.equal(images.encode(lambda given: seen.append(1) or given.flatten(1)), tiles.flatten(1))
+    assert len(seen) == calls
 
 
 def test_an_export_answers_as_the_run_does(train, tmp_path, capsys):
@@ -169,7 +184,7 @@ def test_only_documents_with_a_whole_picture_are_answers():
 
 def test_answers_tell_own_pictures_from_others(train, tmp_path, monkeypatch):
     """Predict the label exactly where the tiles are those that the corpus has for this document."""
-    honest, own_tiles = answers_file._with, []
+    honest, own_tiles, decode, decoded = answers_file._with, [], PictureStream._tiles, []
 
     def remember(batch, *rest):
         own_tiles[:] = [tile for tiles in batch.images.tiles for tile in tiles]
@@ -180,6 +195,11 @@ def test_answers_tell_own_pictures_from_others(train, tmp_path, monkeypatch):
         is_own = np.array_equal(pixels, np.stack([batch.images.decode(tile) for tile in own_tiles]))
         return (batch.labels_BT if is_own else batch.labels_BT + 1 + (not pixels.any())), batch.labels_BT
 
+    def count(stream, image):
+        decoded.append((stream.name, image))
+        return decode(stream, image)
+
+    monkeypatch.setattr(PictureStream, "_tiles", count)
     monkeypatch.setattr(answers_file, "_with", remember)
     monkeypatch.setattr(answers_file, "predictions", see)
     assert train("evaluation.sequences=16", "training.seq_len=96") == 0
@@ -189,6 +209,8 @@ def test_answers_tell_own_pictures_from_others(train, tmp_path, monkeypatch):
     kinds = found.pop("by_answer")
     assert found == {"documents": sum(kind["documents"] for kind in kinds.values()), **rates} and found["documents"] > 0
     assert all(kind == {"documents": kind["documents"], **rates} for kind in kinds.values())
+    held_out = [image for name, image in decoded if name == "mixed-held_out"]
+    assert len(held_out) == len(set(held_out)) > 2, "each picture is decoded once"
 
 
 MISMATCHES = {

@@ -9,17 +9,19 @@ Shapes: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.corpus import HELD_OUT, Corpus
 from data.images.store import PictureStream
 from data.loader import Batch
+from model.vision.config import CHANNELS
 from parallel.fsdp import release
 from parallel.parallelize import ParallelModel
 from train.engine.images import load_tiles
@@ -77,16 +79,16 @@ def answers(
     if pictures is None:
         return None
     placed.model.eval()
-    found, total = {}, torch.zeros(0)
     count = min(sequences, loader.num_held_out(source))
-    for shown in Shown:
-        sums = torch.zeros(2, corpus.tokenizer.vocab_size, dtype=torch.int64, device=placed.device)
-        for _, batch in local_batches(partial(loader.held_out, source), count, micro_batch_size, placed.meshes.dp):
-            sums += _right(placed, _with(batch, shown, placed, pictures), corpus)
-        placed.meshes.world.sum(sums, "evaluation")
-        found[shown.value], total = sums.cpu()
+    sums = torch.zeros(len(Shown), 2, corpus.tokenizer.vocab_size, dtype=torch.int64, device=placed.device)
+    for _, batch in local_batches(partial(loader.held_out, source), count, micro_batch_size, placed.meshes.dp):
+        for row, shown in zip(sums, Shown, strict=True):
+            row += _right(placed, _with(batch, shown, placed, pictures), corpus)
+    placed.meshes.world.sum(sums, "evaluation")
     placed.model.train()
     release(placed.stacks)
+    right, (total, *_) = sums.cpu().unbind(1)
+    found = {shown.value: row for shown, row in zip(Shown, right, strict=True)}
     return _answers(found, total, corpus) if int(total.sum()) else None
 
 
@@ -118,14 +120,18 @@ def _answers(right: dict[str, Tensor], documents_V: Tensor, corpus: Corpus) -> A
 
 
 def _with(batch: Batch, shown: Shown, placed: ParallelModel, pictures: PictureStream) -> Batch:
+    """Return the batch with the pictures that the model is to see. Black ones are not decoded."""
     images = batch.images
     assert images is not None
-    if shown is Shown.other:
-        images.tiles = [[pictures.distant(tile) for tile in tiles] for tiles in images.tiles]
-    load_tiles(images, placed.meshes, len(batch.tokens_BT))
-    if shown is Shown.none:
-        images.pixels = [torch.zeros_like(tiles) for tiles in images.pixels]
-    return batch
+    match shown:
+        case Shown.own:
+            seen = replace(images)
+        case Shown.other:
+            seen = replace(images, tiles=[[pictures.distant(tile) for tile in tiles] for tiles in images.tiles])
+        case Shown.none:
+            seen = replace(images, decode=lambda tile: np.zeros((CHANNELS, images.side, images.side), np.uint8))
+    load_tiles(seen, placed.meshes, len(batch.tokens_BT))
+    return replace(batch, images=seen)
 
 
 def _right(placed: ParallelModel, batch: Batch, corpus: Corpus) -> Tensor:

@@ -1,11 +1,13 @@
 """Sample a continuation of a text.
 
 For every token the model runs on the whole window, without a KV cache. This is simple and enough to inspect a model.
+Pictures are encoded once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -59,7 +61,8 @@ def placed_logits(placed: ParallelModel, tokens: list[int], pictures: PicturePro
     if pictures is not None:
         pixels, greys = pictures.pixels_N3SS, torch.tensor(GREYS, device=placed.device)
         mine = pixels[list(tile_share(meshes, len(pixels)))]
-        context.images = placed.images(pictures.rows(row_BT), len(pixels), mine, greys)
+        images = placed.images(pictures.rows(row_BT), len(pixels), mine, greys)
+        context.images = None if images is None else replace(images, kept=pictures.rows_kept)
     logits_BTV = placed.logits(share.take(row_BT).to(placed.device), context)
     at = (share.take(torch.arange(length)[None])[0] == last).nonzero()
     found_V = torch.zeros(placed.model.config.vocab_size, dtype=torch.float64, device=placed.device)
@@ -77,7 +80,7 @@ def logits_after_pictures(
     row_BT = torch.tensor([tokens])
     context = ForwardContext(torch.arange(len(tokens))[None], device)
     greys = torch.tensor(GREYS, device=device)
-    context.images = Images(pictures.pixels_N3SS.to(device), pictures.rows(row_BT).to(device), greys)
+    context.images = Images(pictures.pixels_N3SS, pictures.rows(row_BT).to(device), greys, pictures.rows_kept)
     return model(row_BT.to(device), context)[0, -1]
 
 

@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, N tiles, S side of a tile in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,8 @@ class PicturePrompt:
     ids: list[int]
     pixels_N3SS: Tensor
     placeholder: int
+    rows_kept: list[Tensor] = field(default_factory=list)
+    """The encoder's rows, once a token was generated."""
 
     def rows(self, tokens_BT: Tensor) -> Tensor:
         """Return the encoder row of each placeholder in a sequence that begins with BOS and `ids`; -1 elsewhere."""

@@ -67,8 +67,8 @@ class Clip:
     @cached_property
     def data(self) -> bytes:
         """The video: ffv1 in Matroska. Needs PyAV and Pillow."""
-        require("PIL", "Pillow", "video")
-        require("av", "PyAV", "video")
+        require("av")
+        require("PIL")
         import av
         from PIL import Image
 

@@ -36,7 +36,7 @@ class GlyphConfig:
 
 def glyph(number: int, config: GlyphConfig) -> tuple[bytes, str]:
     """Return a character's picture as a PNG, and its name. Each face's each character is equally likely."""
-    require("PIL", "Pillow", "vision")
+    require("PIL")
     from PIL import Image, ImageDraw
 
     draws, size = Draws("glyph", config.seed, number), config.size

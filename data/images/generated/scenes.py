@@ -145,7 +145,7 @@ class Scene:
     @cached_property
     def png(self) -> bytes:
         """The picture. Needs Pillow."""
-        require("PIL", "Pillow", "vision")
+        require("PIL")
         from PIL import Image
 
         picture = Image.new("RGB", (self.size, self.size), self.background)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.metadata import version
 
 from core.errors import ConfigError, check_numbers
 from core.files import sha256_text
-from data.images.generated import clips, draws, scenes
+from data.images.generated import clips, draws, glyphs, scenes
 from data.images.parts import ImagePart, PartsDocument, VideoPart
 
 
@@ -49,3 +51,21 @@ class Clips:
             clip = clips.clip(number, self.config)
             text = f"{clip.question} {clip.answer}"
             yield PartsDocument(f"clip {number}", (VideoPart(clip.data, f"clip {number}"), text))
+
+
+class Glyphs:
+    """`number` characters of fonts: a picture, then the character's Unicode name. Options: those of `GlyphConfig`."""
+
+    def __init__(self, number: int = 4096, **options: int) -> None:
+        self.number, self.config = number, glyphs.GlyphConfig(**options)
+        check_numbers(self, positive=("number",))
+
+    def fingerprint(self) -> str:
+        source = "".join(map(inspect.getsource, (glyphs, scenes, draws)))
+        versions = (version("matplotlib"), version("pillow"), unicodedata.unidata_version)  # fonts, pixels, names
+        return sha256_text("glyphs", source, *versions, str(self.number), str(asdict(self.config)))
+
+    def documents(self) -> Iterator[PartsDocument]:
+        for number in range(self.number):
+            png, name = glyphs.glyph(number, self.config)
+            yield PartsDocument(f"glyph {number}", (ImagePart(png, f"glyph {number}"), name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,17 @@ from PIL import Image
 import data.packing
 from core.config import build
 from core.errors import ConfigError, DataError
+from data import digests
 from data.config import DataConfig
 from data.corpus import HELD_OUT, TRAIN, Corpus, open_corpus, prepare
-from data.images import media
+from data.images import media, readers
 from data.images.batch import BatchImages
 from data.images.canvas import TileConfig
 from data.images.generated.clips import ClipConfig, clip
+from data.images.store import PictureStream
 from data.images.tiles import tiles
 from data.loader import IGNORED, Loader
+from data.sources import make_source
 from tests.support.mixed import png, write_documents
 
 TILES = {"tile_size": 8, "patch_size": 2, "max_tiles": 4}
@@ -210,6 +214,73 @@ def test_damage_and_another_decoder_are_named(corpus, monkeypatch):
     path.write_bytes(bytes(content[:-1]))
     with pytest.raises(DataError, match=rf"{path} is missing or does not have {entry['bytes']} bytes"):
         open_corpus(corpus.directory)
+
+
+def test_each_damaged_picture_is_found_by_one_rank(corpus):
+    entry, stored = corpus.manifest["sources"]["mixed"][TRAIN]["pictures"], corpus.pictures("mixed", TRAIN)
+    whole, found = (corpus.directory / entry["file"]).read_bytes(), []
+    for place in stored.offsets.tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        (corpus.directory / entry["file"]).write_bytes(damaged)
+        found.append([rank for rank in range(4) if list(open_pictures(corpus).verify(rank, 4))])
+    assert all(len(ranks) == 1 for ranks in found) and len({rank for (rank,) in found}) == 4
+    (corpus.directory / entry["file"]).write_bytes(whole)
+    index = corpus.directory / entry["index"]
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(index), index, compression="gzip")
+    with pytest.raises(DataError, match=rf"{index} does not match its SHA-256"):
+        open_corpus(corpus.directory).verify()
+
+
+def open_pictures(corpus: Corpus) -> PictureStream:
+    pictures = open_corpus(corpus.directory).pictures("mixed", TRAIN)
+    assert pictures is not None
+    return pictures
+
+
+def prints(path: Path, cache: Path, **parts: Any) -> str:
+    source = {"kind": "documents", "path": str(path), "parts": parts}
+    config = build(DataConfig, {"sources": {"mixed": source}, "images": {"tiles": TILES}, "cache": str(cache)})
+    return make_source("mixed", config.sources["mixed"], config).fingerprint()
+
+
+def test_only_changed_pictures_are_read_at_a_start(tmp_path, monkeypatch):
+    path, cache, hashed = write_documents(tmp_path / "in", 8), tmp_path / "cache", []
+    bad = {"parts": [{"image": "later.png"}, {"image": ""}, {"image": "\ud800"}, {"image": "../x"}]}
+    path.write_text(f"{path.read_text()}\n{json.dumps(bad)}\n")
+    honest = digests.sha256_file
+    monkeypatch.setattr(digests, "_TICK_NS", 0)
+    monkeypatch.setattr(digests, "sha256_file", lambda file: hashed.append(file.name) or honest(file))
+    first = prints(path, cache)
+    assert len(hashed) == 1 + len(list((tmp_path / "in").glob("*.png"))) > 10 and hashed.pop(0) == path.name
+    hashed.clear()
+    assert prints(path, cache) == first and hashed == []
+    with monkeypatch.context() as patch:
+        patch.setattr(readers, "json_lines", lambda file: pytest.fail("read the records"))
+        assert prints(path, cache) == first
+    name, stamp = "3-1.png", (tmp_path / "in" / "3-1.png").stat()
+    content = bytearray((tmp_path / "in" / name).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "in" / name).write_bytes(content)
+    os.utime(tmp_path / "in" / name, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # of the same size and time
+    second = prints(path, cache)
+    assert second != first and hashed == [name]
+    (tmp_path / "in" / "later.png").write_bytes(png(1, 8, 8))
+    third = prints(path, cache)
+    assert third not in (first, second) and hashed == [name, "later.png"]
+    assert third == prints(path, tmp_path / "other"), "the record only saves time"
+    assert prints(path, cache, largest_bytes=90) != third
+
+
+def test_a_file_that_just_changed_is_read_again(tmp_path, monkeypatch):
+    path, hashed, honest = write_documents(tmp_path / "in", 4), [], digests.sha256_file
+    monkeypatch.setattr(digests, "sha256_file", lambda file: hashed.append(file.name) or honest(file))
+    first = prints(path, tmp_path / "cache")
+    count = len(hashed)
+    assert prints(path, tmp_path / "cache") == first and len(hashed) == 2 * count
+    (record,) = (tmp_path / "cache" / "digests").iterdir()
+    record.write_bytes(b"PAR1 damaged PAR1")
+    assert prints(path, tmp_path / "cache") == first
 
 
 def test_pictures_need_settings_and_tokens_for_them(tmp_path):

@@ -9,11 +9,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 
 from core.errors import ConfigError
 from data.images import decode as module
-from data.images.decode import _SAMPLES, decode, decoder_fingerprint, decoder_versions, image_size
+from data.images.decode import _SAMPLES, decode, decoder_fingerprint, decoder_versions
 from tests.data.images import encoded as make
 from tests.data.images.encoded import animation, encoded, png_of_greys, sample, turned
 
@@ -23,7 +23,6 @@ LOSSLESS = ("PNG", "TIFF", "BMP")
 def pixels(data):
     picture = decode(data, "x")
     assert picture.mode == "RGB"
-    assert image_size(data, "x") == (picture.height, picture.width)
     return np.asarray(picture).astype(int)
 
 
@@ -125,12 +124,6 @@ def test_damaged_exif_is_ignored():
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_an_animation_gives_its_first_frame(kind):
     assert (abs(pixels(animation(kind)) - [255, 0, 0]) <= 3).all()
-
-
-def test_the_size_is_read_without_the_pixels(monkeypatch):
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded the pixels"))
-    for kind in ("PNG", "JPEG", "BMP", "GIF"):
-        assert image_size(encoded(sample(), kind), "x") == (48, 64)
 
 
 def test_a_missing_pillow_names_the_install_line(monkeypatch):

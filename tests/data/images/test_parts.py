@@ -63,7 +63,6 @@ def test_a_bad_record_is_one_printable_line():
         ({"image_key": "text"}, "image_key=text: is the column of text_key too"),
         ({"texts_key": "images"}, "texts_key=images: is the column of images_key too"),
         ({"marker": ""}, "marker=(''|): must not be empty"),
-        ({"max_images": 0}, "max_images=0: must be at least 1"),
         ({"largest_bytes": 0}, "largest_bytes=0: must be at least 1"),
     ],
 )

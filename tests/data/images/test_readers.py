@@ -203,7 +203,7 @@ def test_the_check_of_links_is_needed(folder, monkeypatch):
         ({"text": "<image>", "images": []}, "has 0 pictures but 1 times the marker <image>"),
         ({"text": "<image>", "images": ["a", "b"]}, "has 2 pictures but 1 times the marker <image>"),
         ({"text": "x", "images": [None]}, "images.0 has neither bytes nor a path"),
-        ({"text": "x", "images": ["a"] * 49}, "has 49 pictures and videos, more than max_images=48"),
+        ({"text": "x", "images": ["a"] * 49}, "has 49 pictures and videos, more than data.images.max_images=48"),
         ({"parts": [{"image": "a"}] * 40 + [{"video": "b"}] * 9}, "has 49 pictures and videos"),
         ({"texts": ["a", None], "images": [None]}, "texts has 2 places and images 1"),
         ({"texts": ["a"], "images": ["b"]}, "place 0 has a text and a picture"),

@@ -40,10 +40,10 @@ def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
     return header
 
 
-def shown(path: Path, **keys: Any) -> list[Any]:
+def shown(path: Path, most: int = 48, **keys: Any) -> list[Any]:
     return [
         str(one) if isinstance(one, BadRecord) else [p if isinstance(p, str) else p.data for p in one.parts]
-        for one in read_documents(path, PartsConfig(**keys))
+        for one in read_documents(path, PartsConfig(**keys), most=most)
     ]
 
 
@@ -130,7 +130,10 @@ def bad_samples() -> dict[str, tuple[list[Any], str]]:
         "pickle of webdataset": ([("a.left.pyd", b"x"), text], "a: a.left.pyd is a pickle"),
         "large": ([text, ("a.jpg", bytes(1001))], "a: a.jpg has 1001 bytes, more than largest_bytes=1000"),
         "empty": ([text, ("a.jpg", b"")], "a: a.jpg is empty"),
-        "many": ([(f"a.{n}.jpg", b"x") for n in range(5)], "a: has 5 pictures and videos, more than max_images=4"),
+        "many": (
+            [(f"a.{n}.jpg", b"x") for n in range(5)],
+            "a: has 5 pictures and videos, more than data.images.max_images=4",
+        ),
         "twice": ([("a.jpg", b"x"), ("a.jpg", b"y")], "a: a.jpg is in the tar twice"),
         "not UTF-8": ([("a.jpg", b"x"), ("a.txt", b"\xff")], "a: a.txt is not UTF-8 text (byte 0)"),
         "name not UTF-8": ([("a\udcff.jpg", b"x")], r"a\udcff: the name of a member holds half of a surrogate"),
@@ -146,7 +149,7 @@ def bad_samples() -> dict[str, tuple[list[Any], str]]:
 def test_a_bad_sample_does_not_stop_the_others(tmp_path, case):
     members, reason = bad_samples()[case]
     kind = tarfile.PAX_FORMAT if "pax" in case else tarfile.GNU_FORMAT
-    bad, good = shown(write(tmp_path / "a.tar", *members, *GOOD, kind=kind), largest_bytes=1000, max_images=4)
+    bad, good = shown(write(tmp_path / "a.tar", *members, *GOOD, kind=kind), most=4, largest_bytes=1000)
     assert bad.startswith(f"a.tar:{reason}") and "\n" not in bad
     assert good == [b"jpg", "A good one."]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar"]

@@ -117,5 +117,5 @@ def test_settings_that_cannot_work_are_refused(change, message):
 
 def test_missing_pyav_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(ConfigError, match=r"^needs PyAV: pip install 'leviathan\[video\]'$"):
+    with pytest.raises(ConfigError, match=r"^videos need PyAV: pip install 'leviathan\[video\]'$"):
         _ = clips.clip(1, CONFIG).data

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from core.config import build
 from core.errors import ConfigError
-from data.images.generated import glyphs
+from data.config import DataConfig
+from data.corpus import prepare
+from data.images.generated import glyphs, sources
 from data.images.generated.glyphs import GlyphConfig, glyph
+from data.images.generated.sources import Glyphs
+from data.images.parts import ImagePart
 
 
 def drawn(png: bytes) -> np.ndarray:
@@ -58,6 +63,23 @@ def test_fonts_without_shapes_of_their_own_are_left_out():
     codes = {code for _, code in glyphs._characters()}
     assert ord("\N{SNOWMAN}") in codes and not codes & {ord(" "), ord("\N{COMBINING GRAVE ACCENT}"), 0}
     assert ord("\N{BRAILLE PATTERN BLANK}") not in codes
+
+
+def test_glyphs_are_a_source_of_documents(tmp_path, monkeypatch):
+    source = Glyphs(12, size=32)
+    for number, document in enumerate(source.documents()):
+        png, name = glyph(number, GlyphConfig(size=32))
+        assert document.parts == (ImagePart(png, f"glyph {number}"), name)
+    kind = {"kind": "data.images.generated.sources:Glyphs", "options": {"number": 12, "size": 32}}
+    settings = {"images": {"tiles": {"tile_size": 32, "patch_size": 4}}, "tokenizer": {"vocab_size": 300}}
+    config = build(DataConfig, {**settings, "sources": {"glyphs": kind}, "cache": str(tmp_path), "held_out": 0.3})
+    corpus = prepare(config, lambda line: None)
+    counts = [split["counts"].get("pictures", 0) for split in corpus.manifest["sources"]["glyphs"].values()]
+    assert sum(counts) == 12 and min(counts) > 0
+    prints = {Glyphs(12, size=32).fingerprint(), Glyphs(13, size=32).fingerprint(), Glyphs(12, size=33).fingerprint()}
+    assert source.fingerprint() in prints and len(prints) == 3
+    monkeypatch.setattr(sources, "version", lambda package: "0")
+    assert source.fingerprint() not in prints
 
 
 def test_a_size_that_cannot_work_is_refused():

@@ -166,5 +166,5 @@ def test_settings_that_cannot_work_are_refused(change, message):
 
 def test_missing_pillow_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    with pytest.raises(ConfigError, match=r"^needs Pillow: pip install 'leviathan\[vision\]'$"):
+    with pytest.raises(ConfigError, match=r"^pictures need Pillow: pip install 'leviathan\[vision\]'$"):
         _ = scene(1, SceneConfig()).png
