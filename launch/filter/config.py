@@ -13,7 +13,7 @@ from typing import Any
 from core.config import differences, plain
 from core.errors import ConfigError, check_numbers
 from core.overrides import quoted
-from data.filter.config import FilterRules, InputConfig
+from data.filter.config import FilterRules, InputConfig, OnError
 
 _OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
 _BARE_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/.~][\w./~-]*", re.IGNORECASE)
@@ -69,11 +69,14 @@ class FilterConfig(FilterRules, InputConfig):
         FilterRules.__post_init__(self)
         if self.explain is None and self.action is FilterAction.filter:
             InputConfig.__post_init__(self)
+        if self.images is not None and self.on_error is OnError.keep:
+            reason = "would keep documents whose pictures cannot be used"
+            raise ConfigError("on_error", self.on_error, reason, [OnError.drop, OnError.fail])
         if self.action is FilterAction.ablate:
             keys = (*_INPUT_KEYS, "tokenizer", "processes", "explain", "run")
             self._refuse(keys, "whose data are those of leviathan train (docs/filter.md)", [_OWN_DATA])
         if self.action is FilterAction.stream:
-            keys = ("input", "dataset", "subset", "split", "processes", "explain", "run")
+            keys = ("input", "dataset", "subset", "split", "images", "processes", "explain", "run")
             self._refuse(keys, "which reads JSON lines from standard input", ["< FILE"])
             from data.filter.select.lines import check_rules
 
@@ -104,7 +107,7 @@ def command_of(config: FilterConfig) -> str:
     given = {key: values[key] for key in inputs if values[key]}
     shown = {key: value for key, value in (given | changed).items() if key in given or key not in inputs}
     # Hydra sets a key of a dictionary that is empty by default only with +
-    added = ("select.domains.", "contamination.sets.")
+    added = ("select.domains.", "contamination.sets.", "images")
     words = [f"{'+' if key.startswith(added) else ''}{key}={_override(value)}" for key, value in shown.items()]
     return " ".join(["leviathan filter", *map(shlex.quote, words)])
 
