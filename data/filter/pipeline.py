@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -200,8 +200,10 @@ class Filter:
         names = ["id", "domain", "source", "text", "answer_start"]
         table = self.records.read(shard, names)
         columns = [table[name].to_pylist() for name in names]
-        rows = zip(*columns, self.pictures(shard), strict=True)
-        return [Record(*values, pictures=pictures) for *values, pictures in rows]
+        return [
+            replace(Record(*values), pictures=pictures)
+            for *values, pictures in zip(*columns, self.pictures(shard), strict=True)
+        ]
 
     def pictures(self, shard: str) -> list[tuple[RecordPicture, ...]]:
         """Return the pictures of each record of a shard, without thumbnails."""

@@ -28,7 +28,7 @@ def pictures_of(parts: Sequence[Part], config: ImagesConfig) -> tuple[RecordPict
             RecordPicture(
                 name=picture.name,
                 sha256=picture.sha256,
-                bytes=len(picture.data),
+                size=len(picture.data),
                 width=decoded.width,
                 height=decoded.height,
                 tiles=picture.canvas.tiles,

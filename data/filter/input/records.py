@@ -17,7 +17,8 @@ class RecordPicture:
     name: str
     """Its path, its column, or its member of a tar."""
     sha256: str
-    bytes: int
+    size: int
+    """Bytes as encoded."""
     width: int
     height: int
     tiles: int
