@@ -26,7 +26,7 @@ _BAND_BITS = _BITS // _BANDS
 _BITS_OF = np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8)).reshape(-1, 16).sum(1, dtype=np.uint8)
 _PAIRS = 2**20
 """Pairs that are compared at once, but for those of one hash."""
-_COLOUR_CELLS = 4
+_COLOUR_CELLS = 8
 COLOUR_BYTES = 3 * _COLOUR_CELLS**2
 
 
@@ -40,7 +40,7 @@ def perceptual_hash(picture: Any) -> int:
 
 
 def hash_and_colours(picture: Any) -> tuple[int, bytes]:
-    """Return the perceptual hash of an RGB picture, and its mean colours in a grid of 4 x 4 cells, row by row.
+    """Return the perceptual hash of an RGB picture, and its mean colours in a grid of 8 x 8 cells, row by row.
 
     The hash knows no colours, and little of pictures with large plain parts. The colours tell these apart.
     """
@@ -83,7 +83,7 @@ def near_duplicates(hashes: Sequence[int] | NDArray[np.uint64], distance: int = 
     hashes_H, where = np.unique(np.array(hashes, np.uint64), return_inverse=True)
     groups_H = np.arange(len(hashes_H))
     for first, second in _candidates(hashes_H, distance // _BANDS):
-        near = _set_bits(hashes_H[first] ^ hashes_H[second]) <= distance
+        near = set_bits(hashes_H[first] ^ hashes_H[second]) <= distance
         _join(groups_H, first[near], second[near])
     members: dict[int, list[int]] = defaultdict(list)
     for index, group in enumerate(groups_H[where].tolist()):
@@ -110,7 +110,7 @@ def _candidates(hashes_H: NDArray[np.uint64], most: int) -> Iterator[tuple[NDArr
                 yield order[np.repeat(rows, found)], order[np.repeat(starts[rows], found) + within]
 
 
-def _set_bits(values_N: NDArray[np.uint64]) -> NDArray[np.int64]:
+def set_bits(values_N: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Count the bits of each value that are set, by a table of 16 bits: numpy 1 has no function for it."""
     return _BITS_OF[values_N.view(np.uint16).reshape(-1, _BITS // 16)].sum(1, dtype=np.int64)
 
