@@ -20,7 +20,7 @@ from core.errors import ConfigError, printable
 from data.corpus import DOCUMENTS, TRAIN, Corpus
 from data.filter.audit.outputs import SCORES
 from data.filter.explain import explain, find
-from data.images.store import StoredPicture
+from data.images.store import PictureStream, StoredPicture
 from parallel.comm.world import World
 from train.config import Phase, TrainConfig, phases
 from train.corpus import run_loaders, stored_corpus
@@ -79,7 +79,8 @@ def explain_run(directory: Path, name: str) -> str:
     found = {one: None for place in places for one in visits(directory, config, corpus, place, steps)}
     visited = sorted(found, key=lambda one: (one.step, one.index))
     lines.append(f"trained on in {len(visited):,} sequences of the {steps:,} logged steps")
-    lines += [f"  {_visit(one, pictures)}" for one in visited[:_SHOWN]]
+    stream = corpus.pictures(places[0].source, TRAIN)
+    lines += [f"  {_visit(one, pictures, stream)}" for one in visited[:_SHOWN]]
     lines += [f"  and {len(visited) - _SHOWN:,} more"] if len(visited) > _SHOWN else []
     return "\n".join(lines)
 
@@ -106,7 +107,7 @@ def explain_step(directory: Path, step: int) -> str:
             continue
         _, refs = stream.rows_of(int(sequence) * phase.seq_len, phase.seq_len)
         for image, tiles in groupby(refs, key=lambda ref: ref.image):
-            picture = _StreamPicture(source, int(stream.starts[image]), stream.describe(image))
+            picture = _picture(stream, source, image)
             shown = [ref.tile for ref in tiles]
             whole = "" if len(shown) == picture.stored.canvas.tiles else f"; tiles {shown[0]} to {shown[-1]} are shown"
             document = printable(documents[source].name(picture.start))
@@ -116,9 +117,10 @@ def explain_step(directory: Path, step: int) -> str:
 
 @dataclass(frozen=True)
 class _StreamPicture:
-    """A picture of a training stream. `start`: its first token."""
+    """Picture number `image` of a source's training stream. `start`: its first token."""
 
     source: str
+    image: int
     start: int
     stored: StoredPicture
 
@@ -127,7 +129,11 @@ def _pictures_in(corpus: Corpus, place: DocumentSpan) -> list[_StreamPicture]:
     if (stream := corpus.pictures(place.source, TRAIN)) is None:
         return []
     numbers = stream.inside(place.start, place.start + place.tokens)
-    return [_StreamPicture(place.source, int(stream.starts[one]), stream.describe(one)) for one in numbers]
+    return [_picture(stream, place.source, image) for image in numbers]
+
+
+def _picture(stream: PictureStream, source: str, image: int) -> _StreamPicture:
+    return _StreamPicture(source, image, int(stream.starts[image]), stream.describe(image))
 
 
 def _described(picture: _StreamPicture) -> str:
@@ -137,10 +143,11 @@ def _described(picture: _StreamPicture) -> str:
     return f"{printable(stored.name)}, {stored.bytes:,} bytes, {tiles}, {place}, SHA-256 {stored.sha256}"
 
 
-def _visit(visit: TrainedSequence, pictures: list[_StreamPicture]) -> str:
-    """Describe a sequence, and which of the document's pictures have a token in it."""
-    stop = visit.start + visit.tokens
-    shown = [n for n, one in enumerate(pictures) if one.start < stop and one.start + one.stored.tokens > visit.start]
+def _visit(visit: TrainedSequence, pictures: list[_StreamPicture], stream: PictureStream | None) -> str:
+    """Describe a sequence, and of which of the document's pictures it shows a tile."""
+    tiles = [] if stream is None else stream.rows_of(visit.start, visit.tokens)[1]
+    images = {tile.image for tile in tiles}
+    shown = [number for number, picture in enumerate(pictures) if picture.image in images]
     named = f", picture{'' if len(shown) == 1 else 's'} {', '.join(map(str, shown))}" if shown else ""
     return f"step {visit.step} ({visit.phase}), sequence {visit.index} of the batch{named}"
 
