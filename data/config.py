@@ -219,9 +219,6 @@ class DataConfig:
             raise ConfigError("pack_seq_len", self.pack_seq_len, "must hold BOS and a token", [2])
         if self.packing is Packing.best_fit and self.pack_seq_len is None:
             raise ConfigError("pack_seq_len", None, "packing=best_fit needs the length of its sequences")
-        if self.filter is not None and any(one.kind is SourceKind.documents for one in self.sources.values()):
-            reason = "sees only the text of documents, not their pictures; filter text sources in a run of their own"
-            raise ConfigError("filter", None, reason, ["null"])
         if self.images is not None and self.long_documents is LongDocuments.truncate:
             reason = "cannot cut documents with pictures"
             raise ConfigError("long_documents", self.long_documents, reason, ["split", "drop", "refuse"])

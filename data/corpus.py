@@ -21,6 +21,7 @@ from core.errors import ConfigError, DataError
 from core.files import misfit, new_directory, read_json, sha256_text, write_json
 from data.config import DataConfig, LongDocuments, Packing, SourceKind, TokenizerKind
 from data.files import skipped_files
+from data.filter.config import without_defaults
 from data.filter.corpus import SourcePart, describe_filter, filter_sources, rules_fingerprint
 from data.filter.score.factory import Models
 from data.images.batch import TileRef
@@ -30,7 +31,7 @@ from data.images.media import BadMediaError, EncodedPicture, ImageDescription, I
 from data.images.parts import VideoPart
 from data.images.store import PictureStream, PictureWriter
 from data.packing import PackedSequence, Packer, PlacedPicture
-from data.sources import BAD_MEDIA, Document, Source, make_source
+from data.sources import BAD_MEDIA, Document, Source, make_source, may_have_pictures
 from data.tokenizer import Tokenizer, from_file, load_tokenizer, train_bpe
 from data.tokens import Shard, TokenStream, TokenWriter, rebuild, token_dtype, verify_shard
 
@@ -207,7 +208,10 @@ def prepare(config: DataConfig, report: Callable[[str], None], models: Models | 
                 specials = [] if config.images is None else config.images.tokens.names
                 tokenizer = train_bpe(sample, config.tokenizer, cache, specials)
             if config.filter is not None:
-                parts = [SourcePart(*pair) for pair in zip(sources, fingerprints, strict=True)]
+                parts = [
+                    SourcePart(source, fingerprint, config.images if may_have_pictures(one) else None)
+                    for source, fingerprint, one in zip(sources, fingerprints, config.sources.values(), strict=True)
+                ]
                 sources = filter_sources(parts, config.filter, tokenizer, cache, report, models)
             with new_directory(directory) as scratch:
                 _write(scratch, config, sources, tokenizer, report)
@@ -263,6 +267,8 @@ def _cache_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
             del part["parts"]
     if config.packing is Packing.greedy:
         del settings["packing"]
+    if settings["filter"] is not None:
+        settings["filter"] = without_defaults(settings["filter"])
     for name in ("align", "pack_seq_len", "filter", "images"):
         if settings[name] is None:  # corpora made before these settings existed stay valid
             del settings[name]

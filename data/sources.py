@@ -81,6 +81,11 @@ def make_source(name: str, config: SourceConfig, data: DataConfig) -> Source:
     return kinds[config.kind](name, config, data)
 
 
+def may_have_pictures(config: SourceConfig) -> bool:
+    """Return whether documents of a source can have pictures. Those of an imported class may."""
+    return isinstance(config.kind, str) or config.kind is SourceKind.documents
+
+
 def is_held_out(origin: str, share: float) -> bool:
     """Decide whether a document of this origin is held out; true for a fraction `share` of all origins."""
     return key_of("held out", origin) < share * 2**64

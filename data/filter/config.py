@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
 from core.config import plain
 from core.errors import ConfigError, check_numbers
 from core.import_path import check_options
+from data.images.config import ImagesConfig
+from data.images.parts import PartsConfig
+
+FARTHEST = 11
+"""Most bits in which perceptual hashes may differ. `data.images.phash` searches at most two bits around each of four
+bands.
+"""
 
 
 @contextmanager
@@ -153,7 +160,7 @@ class GateConfig:
     """Gates reject garbage before it is scored. Null or false disables a gate."""
 
     min_characters: int | None = 20
-    """Drop records with fewer characters, without whitespace at the ends."""
+    """Drop records with fewer characters, without whitespace at the ends. Records with pictures may have fewer."""
     max_characters: int | None = None
     """Drop records with more characters, without whitespace at the ends."""
     repetition: bool = True
@@ -174,8 +181,14 @@ class DuplicateConfig:
     """Records whose word 5-grams have at least this Jaccard similarity are near-duplicates (MinHash, Broder 1997).
     null: keep near-duplicates.
     """
+    pictures: int | None = 8
+    """Drop a document if each of its pictures resembles one of an earlier document: of the 64 bits of their perceptual
+    hashes at most this many differ, and their colours are close. null: compare no pictures.
+    """
 
     def __post_init__(self) -> None:
+        if self.pictures is not None and not 0 <= self.pictures <= FARTHEST:
+            raise ConfigError("pictures", self.pictures, f"must be from 0 to {FARTHEST}", [8])
         if self.near is not None and not 0.3 <= self.near < 1:
             raise ConfigError("near", self.near, "must lie in [0.3, 1)", [0.7, 0.8, 0.9])
 
@@ -250,9 +263,18 @@ class FilterRules:
 def decisive_settings(rules: FilterRules) -> dict[str, Any]:
     """Return the settings that decide what is kept, as plain values: all rules except `_CONNECTION` of the scorers.
 
-    The order of training samples depends on their hash, so a renamed key keeps its old name here (`_HASHED_AS`).
+    The order of training samples depends on their hash, so a renamed key keeps its old name here (`_HASHED_AS`), and a
+    new one is left out where it has its default.
     """
-    return {**plain(rules), "scorer": _decisive(plain(rules.scorer))}
+    return {**without_defaults(plain(rules)), "scorer": _decisive(plain(rules.scorer))}
+
+
+def without_defaults(rules: dict[str, Any]) -> dict[str, Any]:
+    """Return plain rules without the keys that older versions did not have, where they have their defaults."""
+    duplicates = dict(rules["duplicates"])
+    if duplicates["pictures"] == DuplicateConfig().pictures:
+        del duplicates["pictures"]
+    return {**rules, "duplicates": duplicates}
 
 
 def _decisive(scorer: dict[str, Any]) -> dict[str, Any]:
@@ -262,9 +284,15 @@ def _decisive(scorer: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "members": [_decisive(member) for member in kept["members"]]}
 
 
+_OF_TEXT = ("dataset", "text_key", "prompt_key", "response_key", "messages_key", "id_key", "domain_key", "template")
+"""Settings of an input that documents with pictures do not have."""
+
+
 @dataclass(frozen=True)
 class InputConfig:
-    """A record is made from `messages_key` if set, else from `prompt_key` and `response_key`, else from `text_key`."""
+    """A record is made from `messages_key` if set, else from `prompt_key` and `response_key`, else from `text_key`.
+    With `images` it is a document of text, pictures and videos, whose columns `parts` names.
+    """
 
     input: str | None = None
     """A file, a folder or a glob pattern of jsonl (also .gz, .zst), parquet or text files."""
@@ -288,6 +316,10 @@ class InputConfig:
     """Column with the domain; null: all records are of one domain."""
     template: str = "{prompt}\n\n{response}"
     """How prompt and response are joined to one text."""
+    images: ImagesConfig | None = None
+    """Read documents of text, pictures and videos: jsonl, parquet or WebDataset tars. null: records are text."""
+    parts: PartsConfig = field(default_factory=PartsConfig)
+    """With `images`: the columns of text, pictures and videos."""
 
     def __post_init__(self) -> None:
         if (self.input is None) == (self.dataset is None):
@@ -296,6 +328,12 @@ class InputConfig:
             raise ConfigError("response_key", self.response_key, "prompt_key and response_key go together")
         if self.prompt_key and self.messages_key:
             raise ConfigError("messages_key", self.messages_key, "set it, or prompt_key and response_key, but not both")
+        if self.images is None and self.parts != PartsConfig():
+            raise ConfigError("parts", None, "has no effect without pictures", ["+images={}"])
+        for one in fields(InputConfig) if self.images is not None else ():
+            if one.name in _OF_TEXT and (value := getattr(self, one.name)) != one.default:
+                reason = "has no effect on documents with pictures (images), whose columns are those of parts"
+                raise ConfigError(one.name, value, reason)
         before, found, after = self.template.partition("{response}")
         if not found or "{prompt}" not in before or "{" in after:
             raise ConfigError("template", self.template, "needs {prompt} and, after it, {response}")

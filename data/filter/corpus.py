@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError, DataError
+from core.config import plain
+from core.errors import ConfigError, DataError, printable
 from core.files import sha256_text
 from data.filter.audit.outputs import SCORES, keep_audit, write_audit_of, write_scores
 from data.filter.config import FilterRules, InputConfig, decisive_settings, under
+from data.filter.input.pictures import pictures_of
 from data.filter.input.readers import MalformedRecord, clean_records
-from data.filter.input.records import Record
+from data.filter.input.records import Reason, Record
 from data.filter.pipeline import FORMAT, Filter, FilterJob, file_digest
 from data.filter.score.factory import Models, make_scorer
 from data.filter.store import OneWorker
-from data.sources import Document, Source
+from data.images.config import BadMedia, ImagesConfig
+from data.images.media import BadMediaError
+from data.sources import BAD_MEDIA, Document, Source
 from data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class SourcePart:
-    """The training documents of a source as records. Their domain is the source's name. `content`: its fingerprint."""
+    """The training documents of a source as records. Their domain is the source's name. `content`: its fingerprint.
+    `images`: how pictures are read, None for a source of text.
+    """
 
     source: Source
     content: str
+    images: ImagesConfig | None = None
 
     @property
     def name(self) -> str:
@@ -38,22 +46,31 @@ class SourcePart:
 
     @property
     def keys(self) -> dict[str, str | None]:
-        return {}
+        if self.images is None:
+            return {}
+        return {f"data.images.{key}": json.dumps(value) for key, value in plain(self.images).items()}
 
     def records(self) -> Iterator[Record | MalformedRecord]:
         for name, document in _named(self.source):
-            if document.parts is not None:
-                reason = f"would see only the text of the documents with pictures in sources.{self.source.name}"
-                raise ConfigError("data.filter", None, reason, ["null"])
-            if not document.held_out and document.dropped is None:
-                yield Record(name, self.source.name, name, document.text)
+            if document.held_out or document.dropped is not None:
+                continue
+            try:
+                pictures = () if self.images is None else pictures_of(document.parts or (), self.images)
+            except BadMediaError as error:
+                if self.images is not None and self.images.on_bad is BadMedia.fail:
+                    key, advice = f"data.sources.{self.name}", ["data.images.on_bad=drop"]
+                    raise ConfigError(key, document.name, str(error), advice) from None
+                yield MalformedRecord(name, name, printable(str(error)))
+            else:
+                yield Record(name, self.name, name, document.text, pictures=pictures)
 
 
 class FilteredSource:
     """A source without the training documents that the filter dropped."""
 
-    def __init__(self, part: SourcePart, done: Filter) -> None:
-        self.part, self.source, self.done, self.name = part, part.source, done, part.name
+    def __init__(self, number: int, part: SourcePart, done: Filter) -> None:
+        """`number`: that of the part in the job."""
+        self.number, self.part, self.source, self.done, self.name = number, part, part.source, done, part.name
 
     def fingerprint(self) -> str:
         return sha256_text(self.part.content, self.done.decided.key)
@@ -72,7 +89,12 @@ class FilteredSource:
             reason = next(reasons, end)
             if reason == end:
                 raise self._changed()
-            yield replace(document, name=name) if reason is None else Document("", False, f"by_filter_{reason}")
+            if reason is None:
+                yield replace(document, name=name)
+            else:
+                # no record of a source is malformed but for its pictures
+                dropped = BAD_MEDIA if reason == Reason.malformed.name else f"by_filter_{reason}"
+                yield Document("", False, dropped)
         if next(reasons, end) != end:
             raise self._changed()
 
@@ -81,16 +103,24 @@ class FilteredSource:
 
     def _reasons(self) -> Iterator[str | None]:
         """Yield the reason for which each training document of this source is dropped, in order; None: it is kept."""
-        for shard in self.done.records.shards:
-            if self.done.records.read(shard, ["domain"])["domain"][0].as_py() == self.name:
-                table = self.done.decided.read(shard, ["kept", "reason"])
-                for kept, reason in zip(table["kept"].to_pylist(), table["reason"].to_pylist(), strict=True):
-                    yield None if kept else reason
+        for shard in self.done.shards_of(self.number):
+            table = self.done.decided.read(shard, ["kept", "reason"])
+            for kept, reason in zip(table["kept"].to_pylist(), table["reason"].to_pylist(), strict=True):
+                yield None if kept else reason
 
 
 def _named(source: Source) -> Iterator[tuple[str, Document]]:
     for ordinal, document in enumerate(source.documents()):
         yield f"{source.name}:{ordinal if document.name is None else document.name}", document
+
+
+@contextmanager
+def _under_filter() -> Iterator[None]:
+    """Prepend `data.filter.` to the key of a `ConfigError`, unless it is that of a source."""
+    try:
+        yield
+    except ConfigError as error:
+        raise (error if error.key.startswith("data.") else error.under("data.filter")) from None
 
 
 def filter_sources(
@@ -105,9 +135,10 @@ def filter_sources(
     unknown = set(rules.select.domains) | set(rules.select.protect)
     for name in sorted(unknown - {part.name for part in parts}):
         raise ConfigError("data.filter.select", name, "no such source", [part.name for part in parts])
-    key = sha256_text(rules_fingerprint(rules), tokenizer.fingerprint, *(part.content for part in parts))
+    contents = (text for part in parts for text in (part.content, *part.keys.values()))
+    key = sha256_text(rules_fingerprint(rules), tokenizer.fingerprint, *map(str, contents))
     directory = cache / "filter" / key[:32]
-    with under("data.filter"):
+    with _under_filter():
         with under("scorer"):
             scorer = make_scorer(rules.scorer, models, cache / "answers", rules.seed)
         job = FilterJob(
@@ -126,7 +157,7 @@ def filter_sources(
         done.run()
     write_scores(done, directory / SCORES)
     write_audit_of(done, directory, "data.filter")
-    return [FilteredSource(part, done) for part in parts]
+    return [FilteredSource(number, part, done) for number, part in enumerate(parts)]
 
 
 def rules_fingerprint(rules: FilterRules) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from core.errors import ConfigError
+from core.errors import ConfigError, printable
 from core.files import read_json
 from data.filter.audit.outputs import AUDIT_JSON, SCORES
 from data.filter.input.records import Reason
@@ -17,7 +17,7 @@ from data.filter.store import reading
 _ADVICE = "filter again with the same out to rewrite it"
 
 
-def explain(out: Path, name: str) -> str:
+def explain(out: Path, name: str, with_pictures: bool = True) -> str:
     """Describe the record `name` of the filter run in `out`. Raises `ConfigError` if the run or record is missing."""
     row = find(out, name)
     reason, score = Reason[row["reason"]].describe(row["detail"]), row["score"]
@@ -30,6 +30,11 @@ def explain(out: Path, name: str) -> str:
         lines += [f"score {score:.4f}, {_rank(out, row)}", *_threshold(out, row)]
     elif row.get("why") is not None:
         lines.append(f"no score: {row['why']}; rerun the filter to request it again")
+    for number, picture in enumerate(row.get("pictures", []) if with_pictures else []):
+        shape = f"{picture['width']} x {picture['height']} pixels, {picture['size']:,} bytes"
+        tiles = f"{picture['tiles']} tile{'' if picture['tiles'] == 1 else 's'} ({picture['tokens']:,} tokens)"
+        name = printable(picture["name"])
+        lines.append(f"picture {number}: {name}, {shape}, {tiles}, SHA-256 {picture['sha256']}")
     return "\n".join(lines)
 
 

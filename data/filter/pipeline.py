@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -24,14 +24,16 @@ from data.files import find_files
 from data.filter.audit.statistics import OTHER
 from data.filter.config import FilterRules, KeepUnit, OnError, decisive_settings
 from data.filter.input.readers import InputPart, MalformedRecord, json_keys
-from data.filter.input.records import Reason, Record
+from data.filter.input.records import Reason, Record, RecordPicture
 from data.filter.score.factory import Models, check_models
 from data.filter.score.scorer import CompositeScorer, RemoteScorer, Scorer
 from data.filter.screen.contamination import EvaluationSets
 from data.filter.screen.duplicates import PLACES, Copy, Signatures, find_duplicates, signatures
 from data.filter.screen.gates import Gates
+from data.filter.screen.pictures import PictureSignatures, find_picture_duplicates
 from data.filter.select.selection import REASONS, ShardScores, noise_threshold, select
 from data.filter.store import StageStore, Workers, barrier, local_items
+from data.images.phash import COLOUR_BYTES
 from data.sampling import key_of
 
 FORMAT = 2
@@ -39,6 +41,9 @@ SHARD_RECORDS = 4096
 DECISIONS, THRESHOLDS = "decisions", "thresholds.json"
 _SHOWN = 200
 """Characters to show of a malformed record, or of the reason why a record has no score."""
+PICTURES, THUMBNAILS = "pictures", "thumbnails"
+"""Columns of the shards whose records have pictures."""
+_OF_PICTURES = tuple(one.name for one in fields(RecordPicture) if one.name != "thumbnail")
 UNREADABLE = "unreadable"
 """Domain of malformed records. A domain of the input may have the same name."""
 
@@ -144,7 +149,7 @@ class Filter:
                 for record in batch:
                     if isinstance(record, MalformedRecord):
                         raise record.error
-            name = f"{number:05d}-{len(shards):06d}"
+            name = f"{_shard_prefix(number)}{len(shards):06d}"
             stage.write(name, _records_table(batch))
             shards[name] = len(batch)
         stage.write_json(part_name, shards)
@@ -160,10 +165,11 @@ class Filter:
         keys = ", ".join(map(repr, json_keys(raw)))
         has = "" if problem.endswith(keys) else f"; its keys are {keys}"
         reason = f"none of {sum(shards.values()):,} records can be read; {source}: {problem}{has}"
-        advice = ["text_key=", "prompt_key= with response_key=", "messages_key="]
+        settings = self.job.parts[0].keys
+        advice = ["text_key=", "prompt_key= with response_key=", "messages_key="] if "text_key" in settings else []
         for key in ("id_key", "domain_key"):
-            value = self.job.parts[0].keys[key]
-            if problem.startswith((f"no {value!r};", f"{value!r} is ")):
+            value = settings.get(key)
+            if value is not None and problem.startswith((f"no {value!r};", f"{value!r} is ")):
                 advice = [f"{key}="]
         raise ConfigError("input", None, reason, advice)
 
@@ -185,11 +191,37 @@ class Filter:
             table = self.records.read(shard, ["id", "source"])
             yield from zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True)
 
+    def shards_of(self, number: int) -> list[str]:
+        """Return the shards of a part of the job, in order."""
+        return [shard for shard in self.records.shards if shard.startswith(_shard_prefix(number))]
+
     def rows(self, shard: str) -> list[Record]:
         """Return the records of a shard; malformed ones have no text."""
         names = ["id", "domain", "source", "text", "answer_start"]
         table = self.records.read(shard, names)
-        return [Record(*values) for values in zip(*(table[name].to_pylist() for name in names), strict=True)]
+        columns = [table[name].to_pylist() for name in names]
+        return [
+            replace(Record(*values), pictures=pictures)
+            for *values, pictures in zip(*columns, self.pictures(shard), strict=True)
+        ]
+
+    def pictures(self, shard: str) -> list[tuple[RecordPicture, ...]]:
+        """Return the pictures of each record of a shard, without thumbnails."""
+        if not self.records.has_column(shard, PICTURES):
+            return [()] * self.records.shards[shard]
+        found = self.records.read(shard, [PICTURES])[PICTURES].to_pylist()
+        return [tuple(RecordPicture(**picture) for picture in pictures) for pictures in found]
+
+    @cached_property
+    def has_pictures(self) -> bool:
+        return any(self.records.has_column(shard, PICTURES) for shard in self.records.shards)
+
+    def thumbnails(self, shard: str, row: int) -> list[bytes]:
+        """Return small JPEGs of the first pictures of a record."""
+        if not self.records.has_column(shard, THUMBNAILS):
+            return []
+        found: list[bytes] = self.records.read(shard, [THUMBNAILS])[THUMBNAILS][row].as_py()
+        return found
 
     def text(self, shard: str, row: int) -> str:
         found: str = self.records.read(shard, ["text"])["text"][row].as_py()
@@ -211,14 +243,15 @@ class Filter:
             ]
             reasons = [None if reason is None else reason.name for reason, _ in screened]
             texts = [record.text for record in records]
-            found = signatures(texts)
+            found = signatures(texts, [[picture.sha256 for picture in record.pictures] for record in records])
             sizes = [len(text.encode()) for text in texts]
-            counts = self.job.count_tokens(texts) if self.job.count_tokens else sizes
+            counts = np.asarray(self.job.count_tokens(texts) if self.job.count_tokens else sizes, np.int64)
+            counts += [sum(picture.tokens for picture in record.pictures) for record in records]
             self.job.report(f"screened {shard}: {sum(map(bool, reasons)):,} of {len(records):,} dropped")
             return _table(
                 reason=reasons,
                 detail=[detail for _, detail in screened],
-                tokens=np.asarray(counts, np.int64),
+                tokens=counts,
                 bytes=np.asarray(sizes, np.int64),
                 scored_bytes=np.asarray([len(record.answer.encode()) for record in records], np.int64),
                 tie=np.asarray([key_of(self.rules.seed, record.id) for record in records], np.uint64),
@@ -236,15 +269,33 @@ class Filter:
         if problems.null_count == len(problems):
             return [None] * len(problems)
         raw = self.records.read(shard, ["raw"])["raw"].to_pylist()
-        return [p and f"{p}: {_printable(begin)}" for p, begin in zip(problems.to_pylist(), raw, strict=True)]
+        pairs = zip(problems.to_pylist(), raw, strict=True)
+        return [problem and (f"{problem}: {_printable(begin)}" if begin else problem) for problem, begin in pairs]
 
     @cached_property
     def duplicates(self) -> dict[str, list[Copy | None]]:
         """For each record of each shard, the earlier record that it duplicates, or None. The same on every process."""
-        if not self.rules.duplicates.exact and self.rules.duplicates.near is None:  # do not load the signatures
-            return {shard: [None] * rows for shard, rows in self.screened.shards.items()}
-        found = find_duplicates([_signatures(table) for _, table in self.screened.tables()], self.rules.duplicates)
-        return dict(zip(self.screened.shards, found, strict=True))
+        rules, shards = self.rules.duplicates, self.screened.shards
+        found: list[list[Copy | None]] = [[None] * rows for rows in shards.values()]
+        if rules.exact or rules.near is not None:  # else do not load the signatures
+            found = find_duplicates([_signatures(table) for _, table in self.screened.tables()], rules)
+        if rules.pictures is not None and self.has_pictures:
+            pictures = find_picture_duplicates([self._picture_signatures(shard) for shard in shards], rules.pictures)
+            # pictures first: a document with the same text has the same pictures, and the one kept is named
+            found = [[p or t for p, t in zip(*both, strict=True)] for both in zip(pictures, found, strict=True)]
+        return dict(zip(shards, found, strict=True))
+
+    def _picture_signatures(self, shard: str) -> PictureSignatures:
+        """Return the signatures of the pictures of the records that passed the gates."""
+        reasons = self.screened.read(shard, ["reason"])["reason"].to_pylist()
+        passed = [() if reason else mine for reason, mine in zip(reasons, self.pictures(shard), strict=True)]
+        pictures = [picture for mine in passed for picture in mine]
+        return PictureSignatures(
+            counts_N=np.array([len(mine) for mine in passed], np.int64),
+            sha256=[picture.sha256 for picture in pictures],
+            hashes=np.array([picture.hash for picture in pictures], np.uint64),
+            colours=np.frombuffer(b"".join(p.colours for p in pictures), np.uint8).reshape(-1, COLOUR_BYTES),
+        )
 
     def reasons(self, shard: str) -> list[str | None]:
         """Return the reason of each record that is decided before scoring, such as a duplicate; None: to be scored."""
@@ -423,6 +474,10 @@ def _part_name(number: int) -> str:
     return f"part-{number:05d}.json"
 
 
+def _shard_prefix(number: int) -> str:
+    return f"{number:05d}-"
+
+
 def file_digest(path: str) -> str:
     """Hash the content of a file, folder or pattern. Return the path if it cannot be read: a later stage says why."""
     try:
@@ -460,12 +515,32 @@ def _one_line(text: str) -> str:
 
 def _records_table(rows: Sequence[Record | MalformedRecord]) -> Any:
     whole = [Record(r.id, UNREADABLE, r.source, "") if isinstance(r, MalformedRecord) else r for r in rows]
-    fields = ("id", "domain", "source", "text", "answer_start")
+    names = ("id", "domain", "source", "text", "answer_start")
+    columns: dict[str, Any] = {}
+    if any(record.pictures for record in whole):
+        columns[PICTURES] = [
+            [{name: getattr(picture, name) for name in _OF_PICTURES} for picture in record.pictures] for record in whole
+        ]
+        columns[THUMBNAILS] = [[p.thumbnail for p in record.pictures if p.thumbnail is not None] for record in whole]
     return _table(
-        **{name: [getattr(record, name) for record in whole] for name in fields},
+        **{name: [getattr(record, name) for record in whole] for name in names},
         raw=[row.raw.encode() if isinstance(row.raw, str) else row.raw for row in rows],
         problem=[row.reason if isinstance(row, MalformedRecord) else None for row in rows],
+        **columns,
     )
+
+
+def picture_type() -> Any:
+    """Return the type of `PICTURES`: a list of structs."""
+    import pyarrow
+
+    types = {
+        "name": pyarrow.string(),
+        "sha256": pyarrow.string(),
+        "hash": pyarrow.uint64(),
+        "colours": pyarrow.binary(),
+    }
+    return pyarrow.list_(pyarrow.struct([(name, types.get(name, pyarrow.int64())) for name in _OF_PICTURES]))
 
 
 def _table(**columns: Any) -> Any:
@@ -476,4 +551,5 @@ def _table(**columns: Any) -> Any:
     types = dict.fromkeys(strings, pyarrow.string())
     types |= {"answer_start": pyarrow.int32(), "raw": pyarrow.binary()}
     types |= {"exact": pyarrow.binary(16), "near": pyarrow.binary(4 * PLACES)}
+    types |= {PICTURES: picture_type(), THUMBNAILS: pyarrow.list_(pyarrow.binary())}
     return pyarrow.table({name: pyarrow.array(values, types.get(name)) for name, values in columns.items()})

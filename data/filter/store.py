@@ -177,6 +177,13 @@ class StageStore:
         with reading(self.path(name), "remove it and run again"):
             return pyarrow.parquet.read_table(self.path(name), columns=columns)
 
+    def has_column(self, name: str, column: str) -> bool:
+        """Return whether a shard has the column. Raises `DataError` if the shard is damaged."""
+        import pyarrow.parquet
+
+        with reading(self.path(name), "remove it and run again"):
+            return column in pyarrow.parquet.read_schema(self.path(name)).names
+
     def read_json(self, name: str, shape: Any = object) -> Any:
         """Read a JSON file of the stage. Raises `DataError` if it is damaged or has not the shape."""
         with reading(self.directory / name, f"remove {self.directory} and run again"):

@@ -40,12 +40,18 @@ class EncodedPicture:
         return hashlib.sha256(self.data).hexdigest()
 
 
-def text_and_pictures(parts: Sequence[Part], config: ImagesConfig) -> list[str | EncodedPicture]:
+Look = Callable[[EncodedPicture, Any], None]
+"""Called with each picture of a document, and with the same decoded by Pillow, in RGB."""
+
+
+def text_and_pictures(
+    parts: Sequence[Part], config: ImagesConfig, look: Look | None = None
+) -> list[str | EncodedPicture]:
     """Return the texts and pictures of a document. Videos become frames. Raises `BadMediaError`."""
     found: list[str | EncodedPicture] = []
     try:
         for part in parts:
-            for one in [part] if isinstance(part, str) else _pictures(part, config):
+            for one in [part] if isinstance(part, str) else _pictures(part, config, look):
                 found.append(one)
                 if sum(isinstance(one, EncodedPicture) for one in found) > config.max_images:
                     most = f"{config.max_images} pictures and frames (data.images.max_images)"
@@ -55,21 +61,25 @@ def text_and_pictures(parts: Sequence[Part], config: ImagesConfig) -> list[str |
     return found
 
 
-def _pictures(part: ImagePart | VideoPart, config: ImagesConfig) -> Iterator[str | EncodedPicture]:
+def _pictures(part: ImagePart | VideoPart, config: ImagesConfig, look: Look | None) -> Iterator[str | EncodedPicture]:
     if isinstance(part, ImagePart):
-        yield _picture(part.data, part.name, config)
+        yield _picture(part.data, part.name, config, look)
         return
     for frame in frames(part.data, part.name, config.frames):
         file = io.BytesIO()
         frame.picture.save(file, "PNG", compress_level=1)
         text = time_text(frame.seconds)
         yield text
-        yield _picture(file.getvalue(), f"{part.name} at {text.strip()}", config)
+        yield _picture(file.getvalue(), f"{part.name} at {text.strip()}", config, look)
 
 
-def _picture(data: bytes, name: str, config: ImagesConfig) -> EncodedPicture:
-    width, height = decode(data, name, config.largest_pixels).size
-    return EncodedPicture(data, best_canvas(height, width, config.tiles), name)
+def _picture(data: bytes, name: str, config: ImagesConfig, look: Look | None) -> EncodedPicture:
+    decoded = decode(data, name, config.largest_pixels)
+    width, height = decoded.size
+    picture = EncodedPicture(data, best_canvas(height, width, config.tiles), name)
+    if look is not None:
+        look(picture, decoded)
+    return picture
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
+from data.filter.config import FARTHEST
 from data.filter.screen.duplicates import DisjointSets
 
 _SIDE, _BITS, _BANDS = 32, 64, 4
@@ -25,8 +26,8 @@ _BAND_BITS = _BITS // _BANDS
 _BITS_OF = np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8)).reshape(-1, 16).sum(1, dtype=np.uint8)
 _PAIRS = 2**20
 """Pairs that are compared at once, but for those of one hash."""
-FARTHEST = 3 * _BANDS - 1
-"""Largest distance that can be searched: at most two bits of a band may differ."""
+_COLOUR_CELLS = 8
+COLOUR_BYTES = 3 * _COLOUR_CELLS**2
 
 
 def perceptual_hash(picture: Any) -> int:
@@ -35,10 +36,29 @@ def perceptual_hash(picture: Any) -> int:
     Hashes of a picture in another size, quality or brightness differ in few bits, of unrelated pictures in about 32.
     Pictures of a single colour have the hash 0.
     """
+    return _hash(_shrunk(picture))
+
+
+def hash_and_colours(picture: Any) -> tuple[int, bytes]:
+    """Return the perceptual hash of an RGB picture, and its mean colours in a grid of 8 x 8 cells, row by row.
+
+    The hash knows no colours, and little of pictures with large plain parts. The colours tell these apart.
+    """
+    small = _shrunk(picture)
+    size = _SIDE // _COLOUR_CELLS
+    cells = small.reshape(_COLOUR_CELLS, size, _COLOUR_CELLS, size, 3).mean((1, 3))
+    return _hash(small), np.rint(cells).astype(np.uint8).tobytes()
+
+
+def _shrunk(picture: Any) -> NDArray[np.float64]:
+    """Return the averages of 32 x 32 cells, [32, 32, channels]."""
     pixels = np.asarray(picture)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    small = _averages(_averages(pixels).swapaxes(0, 1)).swapaxes(0, 1)
+    return _averages(_averages(pixels).swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def _hash(small: NDArray[np.float64]) -> int:
     grey = small[..., :3] @ [0.299, 0.587, 0.114] if small.shape[2] >= 3 else small[..., 0]
     waves = np.cos(np.pi * np.outer(np.arange(1, 9), 2 * np.arange(_SIDE) + 1) / (2 * _SIDE))
     strengths = np.round(waves @ grey @ waves.T, 6)  # so that the rounding of a flat picture sets no bit
@@ -52,7 +72,7 @@ def _averages(pixels: NDArray[Any]) -> NDArray[np.float64]:
     return np.stack([pixels[start:end].mean(0, dtype=np.float64) for start, end in edges])
 
 
-def near_duplicates(hashes: Sequence[int], distance: int = 6) -> list[list[int]]:
+def near_duplicates(hashes: Sequence[int] | NDArray[np.uint64], distance: int = 6) -> list[list[int]]:
     """Return groups of indices whose hashes differ in at most `distance` bits, directly or through others in the group.
 
     Groups have at least two members and are in ascending order. Two hashes that are that close agree up to
@@ -63,7 +83,7 @@ def near_duplicates(hashes: Sequence[int], distance: int = 6) -> list[list[int]]
     hashes_H, where = np.unique(np.array(hashes, np.uint64), return_inverse=True)
     groups_H = np.arange(len(hashes_H))
     for first, second in _candidates(hashes_H, distance // _BANDS):
-        near = _set_bits(hashes_H[first] ^ hashes_H[second]) <= distance
+        near = set_bits(hashes_H[first] ^ hashes_H[second]) <= distance
         _join(groups_H, first[near], second[near])
     members: dict[int, list[int]] = defaultdict(list)
     for index, group in enumerate(groups_H[where].tolist()):
@@ -90,7 +110,7 @@ def _candidates(hashes_H: NDArray[np.uint64], most: int) -> Iterator[tuple[NDArr
                 yield order[np.repeat(rows, found)], order[np.repeat(starts[rows], found) + within]
 
 
-def _set_bits(values_N: NDArray[np.uint64]) -> NDArray[np.int64]:
+def set_bits(values_N: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Count the bits of each value that are set, by a table of 16 bits: numpy 1 has no function for it."""
     return _BITS_OF[values_N.view(np.uint16).reshape(-1, _BITS // 16)].sum(1, dtype=np.int64)
 

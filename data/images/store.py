@@ -12,6 +12,7 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -151,8 +152,7 @@ class PictureStream:
         """
         rows = np.full(length, -1, np.int64)
         refs: list[TileRef] = []
-        first = int(np.searchsorted(self.starts + self.lengths, start, "right"))
-        for image in range(first, int(np.searchsorted(self.starts, start + length))):
+        for image in self.inside(start, start + length):
             places, q = self._placeholders(image), self.config.tokens_per_tile
             inside = places + (int(self.starts[image]) - start)
             seen = np.flatnonzero((inside >= 0) & (inside < length))
@@ -161,6 +161,23 @@ class PictureStream:
                 rows[inside[seen]] = seen + (len(refs) - tile) * q
                 refs += [TileRef(self.name, image, one) for one in range(tile, int(seen[-1]) // q + 1)]
         return rows, refs
+
+    def inside(self, start: int, stop: int) -> range:
+        """Return the numbers of the pictures that have a token in [start, stop) of the stream."""
+        first = int(np.searchsorted(self.starts + self.lengths, start, "right"))
+        return range(first, int(np.searchsorted(self.starts, stop)))
+
+    def describe(self, image: int) -> StoredPicture:
+        sha256, name = (texts[image] for texts in self._texts)
+        tokens, offset, size = (int(values[image]) for values in (self.lengths, self.offsets, self.sizes))
+        return StoredPicture(tokens, self.canvas(image), offset, size, sha256, name)
+
+    @cached_property
+    def _texts(self) -> tuple[list[str], list[str]]:
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.read_table(self.path.parent / self.entry["index"], columns=["sha256", "name"])
+        return table["sha256"].to_pylist(), table["name"].to_pylist()
 
     def _placeholders(self, image: int) -> NDArray[np.int64]:
         ids = placeholder_ids(self.canvas(image), self.config.tokens_per_tile, self.images.ids)

@@ -13,7 +13,7 @@ from typing import Any
 from core.config import differences, plain
 from core.errors import ConfigError, check_numbers
 from core.overrides import quoted
-from data.filter.config import FilterRules, InputConfig
+from data.filter.config import FilterRules, InputConfig, OnError
 
 _OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
 _BARE_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/.~][\w./~-]*", re.IGNORECASE)
@@ -58,30 +58,38 @@ class FilterConfig(FilterRules, InputConfig):
     explain: str | None = None
     """Id of a record. Explain what the filter run in `out` decided about it, and do nothing else."""
     run: str | None = None
-    """With `explain`: the directory of a training run. The record is followed through the run's filter to the training
-    steps that used it.
+    """With `explain` or `step`: the directory of a training run. The record is followed through the run's filter to the
+    training steps that used it.
     """
+    step: int | None = None
+    """With `run`: a training step, from 0. List the pictures that were in its sequences, and do nothing else."""
     action: FilterAction = FilterAction.filter
     """`filter`, `stream` (lines of JSON from standard input), or `ablate` (train on filtered data and controls)."""
     ablate: AblateConfig = field(default_factory=AblateConfig)
 
     def __post_init__(self) -> None:
         FilterRules.__post_init__(self)
-        if self.explain is None and self.action is FilterAction.filter:
+        if self.explain is None and self.step is None and self.action is FilterAction.filter:
             InputConfig.__post_init__(self)
+        if self.images is not None and self.on_error is OnError.keep:
+            reason = "would keep documents whose pictures cannot be used"
+            raise ConfigError("on_error", self.on_error, reason, [OnError.drop, OnError.fail])
         if self.action is FilterAction.ablate:
-            keys = (*_INPUT_KEYS, "tokenizer", "processes", "explain", "run")
+            keys = (*(key for key in _INPUT_KEYS if key != "parts"), "tokenizer", "processes", "explain", "run", "step")
             self._refuse(keys, "whose data are those of leviathan train (docs/filter.md)", [_OWN_DATA])
         if self.action is FilterAction.stream:
-            keys = ("input", "dataset", "subset", "split", "processes", "explain", "run")
+            keys = ("input", "dataset", "subset", "split", "images", "processes", "explain", "run", "step")
             self._refuse(keys, "which reads JSON lines from standard input", ["< FILE"])
             from data.filter.select.lines import check_rules
 
             check_rules(self)
             self.lines()
-        if self.run is not None and self.explain is None:
+        if self.run is not None and self.explain is None and self.step is None:
             raise ConfigError("run", self.run, "requires the id of a record to explain", ["explain=ID"])
-        check_numbers(self, positive=("processes",))
+        if self.step is not None and (self.run is None or self.explain is not None):
+            reason = "lists the pictures of a step of a run: name the run, and no record to explain"
+            raise ConfigError("step", self.step, reason, ["run=RUN"])
+        check_numbers(self, positive=("processes",), not_negative=("step",))
 
     def _refuse(self, keys: Sequence[str], why: str, instead: Sequence[str]) -> None:
         """Raise `ConfigError` for the first of these keys that is set, since the action ignores it."""
@@ -104,7 +112,7 @@ def command_of(config: FilterConfig) -> str:
     given = {key: values[key] for key in inputs if values[key]}
     shown = {key: value for key, value in (given | changed).items() if key in given or key not in inputs}
     # Hydra sets a key of a dictionary that is empty by default only with +
-    added = ("select.domains.", "contamination.sets.")
+    added = ("select.domains.", "contamination.sets.", "images")
     words = [f"{'+' if key.startswith(added) else ''}{key}={_override(value)}" for key, value in shown.items()]
     return " ".join(["leviathan filter", *map(shlex.quote, words)])
 

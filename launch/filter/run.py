@@ -17,9 +17,19 @@ from core.exit_codes import CRASHED, has_agent
 from core.files import write_json
 from core.process import ending_with_parent
 from data.config import TokenizerConfig, TokenizerKind
-from data.filter.audit.findings import summary
-from data.filter.audit.outputs import AUDIT_PAGE, KEPT, SCORES, write_audit_of, write_kept, write_scores
+from data.filter.audit.findings import summary, text_only
+from data.filter.audit.outputs import (
+    AUDIT_PAGE,
+    KEPT,
+    KEPT_DOCUMENTS,
+    SCORES,
+    write_audit_of,
+    write_kept,
+    write_kept_documents,
+    write_scores,
+)
 from data.filter.config import under
+from data.filter.input.documents import document_parts
 from data.filter.input.readers import clean_records, input_parts
 from data.filter.input.records import Record
 from data.filter.pipeline import Filter, FilterJob
@@ -45,12 +55,12 @@ def run_filter(config: FilterConfig, out: Path) -> int:
 
 
 def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
-    ours = [name for name in (KEPT, SCORES, AUDIT_PAGE) if (out / name).exists()]
+    ours = [name for name in (KEPT, KEPT_DOCUMENTS, SCORES, AUDIT_PAGE) if (out / name).exists()]
     if ours and not any((out / STAGES).glob(f"*/{KEY}")):
         raise ConfigError("out", str(out), f"holds {ours[0]}, but no filter run; choose another folder")
     tokenizer = _tokenizer(config)
     job = FilterJob(
-        parts=input_parts(config),
+        parts=input_parts(config) if config.images is None else document_parts(config),
         rules=config.rules(),
         scorer=_scorer(config, out),
         directory=out / STAGES,
@@ -66,9 +76,14 @@ def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
     with barrier(workers):
         if workers.rank == 0:
             write_scores(done, out / SCORES)
-            write_kept(done, out / KEPT)
+            if config.images is None:
+                write_kept(done, out / KEPT)
+            else:
+                write_kept_documents(done, out / KEPT_DOCUMENTS)
             audit = write_audit_of(done, out, str(config.input or config.dataset), command_of(config))
             print(summary(audit))
+            if (note := text_only(audit)) is not None:
+                print(note)
             for warning in audit["warnings"]:
                 print(f"warning: {warning['text']}")
             print(f"audit: {out / AUDIT_PAGE}")

@@ -17,11 +17,14 @@ from launch.filter.config import FilterAction, FilterConfig
 def run(config: FilterConfig) -> int:
     """Filter, explain, stream or ablate as configured; return the exit code."""
     out = local_path("out", config.out)
-    if config.explain is not None:
+    if config.explain is not None or config.step is not None:
         from data.filter.explain import explain
-        from train.provenance import explain_run
+        from train.provenance import explain_run, explain_step
 
-        print(explain(out, config.explain) if config.run is None else explain_run(Path(config.run), config.explain))
+        if config.explain is None:
+            print(explain_step(Path(str(config.run)), int(config.step or 0)))
+        else:
+            print(explain(out, config.explain) if config.run is None else explain_run(Path(config.run), config.explain))
         return 0
     if config.action is FilterAction.ablate:
         from launch.filter.ablate import ablate

@@ -17,7 +17,7 @@ from tests.support.filtering import two_sources
 from tests.support.tiny import TINY
 from train.config import phases
 from train.corpus import source_weights
-from train.provenance import DocumentSpan, TrainedSequence, find_place, visits
+from train.provenance import DocumentSpan, TrainedSequence, find_places, visits
 from train.run_directory import load_config
 
 PHASE = "+phases=[{name: later, steps: 5, seq_len: 32, global_batch_size: 4, weights: {code: 1.0}}]"
@@ -69,7 +69,7 @@ def test_the_steps_that_trained_on_a_document(run):
     for source in ("text", "code"):
         index = pyarrow.parquet.read_table(corpus.directory / f"{source}{DOCUMENTS}").to_pylist()
         for row in index[::4]:
-            place = find_place(corpus, row["name"])
+            [place] = find_places(corpus, row["name"])
             assert place == DocumentSpan(source, row["start"], row["tokens"])
             found = visits(run, config, corpus, place, 35)
             assert found == by_force(run, corpus, place, 35)
@@ -80,7 +80,7 @@ def test_the_steps_that_trained_on_a_document(run):
     assert visits(run, config, corpus, moved, 35) != by_force(run, corpus, place, 35), "control: another place"
     other = replace(config, run=replace(config.run, seed=1))
     assert visits(run, other, corpus, place, 35) != by_force(run, corpus, place, 35), "control: another order"
-    assert find_place(corpus, "text:none") is None
+    assert find_places(corpus, "text:none") == []
 
 
 def test_a_token_counts_where_it_is_a_label():
@@ -95,7 +95,7 @@ def test_explain_leads_to_the_steps(run, capsys):
     kept = next(row["id"] for row in rows if row["kept"] and row["domain"] == "code")
     assert main(["filter", f"explain={kept}", f"run={run}"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    place = find_place(corpus, kept)
+    [place] = find_places(corpus, kept)
     found = visits(run, load_config(run), corpus, place, 35)
     assert lines[0] == f"{kept} ({kept}, domain code): kept, hard"
     assert f"trained on in {len(found)} sequences of the 35 logged steps" in lines

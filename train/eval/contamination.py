@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from core.errors import ConfigError
 from core.files import sha256_text
-from data.corpus import TRAIN
+from data.corpus import TRAIN, Corpus
 from data.filter.input.records import Record
 from data.filter.score.factory import Models
 from data.tokens import TokenStream
@@ -82,8 +82,20 @@ def seen_by(directory: Path, size: int = SAMPLE) -> TrainedTexts:
         some = every(stream, specials) if total <= size else spread(stream, specials, -(-size * count // total))
         for ids in some:
             sampled += 1
-            found.add(text_hash(corpus.tokenizer.decode(ids.tolist())))
+            found.add(text_hash(_text_of(ids, corpus)))
     return TrainedTexts(str(directory), frozenset(found), sampled, total)
+
+
+def _text_of(ids: NDArray[np.int64], corpus: Corpus) -> str:
+    """Decode a document. Its pictures leave a line break, as in the text of a record."""
+    if corpus.images is None:
+        return corpus.tokenizer.decode(ids.tolist())
+    in_picture = np.isin(ids, list(vars(corpus.images.ids).values()))
+    borders = np.flatnonzero(np.diff(in_picture)) + 1
+    pieces = [
+        piece for piece, mark in zip(np.split(ids, borders), np.split(in_picture, borders), strict=True) if not mark[0]
+    ]
+    return "\n".join(corpus.tokenizer.decode(piece.tolist()) for piece in pieces)
 
 
 def every(stream: TokenStream, specials: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

@@ -31,6 +31,14 @@ def summary(audit: dict[str, Any]) -> str:
     return f"kept {kept:,} of {_records(whole)}" + (f"; dropped {why}" if why else "")
 
 
+def text_only(audit: dict[str, Any]) -> str | None:
+    """Return a line that says which pictures no scorer has seen; None for an input without pictures."""
+    if (found := audit.get("pictures")) is None:
+        return None
+    have = f"{_records(found['records'])} {'has' if found['records'] == 1 else 'have'} {found['in']:,} pictures"
+    return f"Scorers see the text alone: {have}, of which {found['kept']:,} are kept."
+
+
 def named(domain: str) -> str:
     """Return the name of a domain as shown to people. The name may be empty."""
     return domain or "(no domain)"

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from core.files import write_bytes, write_json, write_text
 from data.filter.audit.page import audit_page
 from data.filter.audit.plots import draw
 from data.filter.audit.statistics import OTHER, Audit
-from data.filter.pipeline import THRESHOLDS, Filter
+from data.filter.input.documents import DocumentsPart
+from data.filter.input.records import Record, RecordPicture
+from data.filter.pipeline import PICTURES, THRESHOLDS, Filter, picture_type
 from data.filter.store import writing
+from data.images.parts import ImagePart, Part, PartsDocument, VideoPart
 
 SCORES, KEPT, AUDIT_JSON, AUDIT_PAGE = "scores.parquet", "kept.jsonl", "audit.json", "audit.html"
+KEPT_DOCUMENTS = "kept.parquet"
+"""Instead of `KEPT` for documents with pictures."""
+_SHOWN_OF_PICTURES = tuple(one.name for one in fields(RecordPicture) if one.name not in ("colours", "thumbnail"))
+_FLUSHED_BYTES = 1 << 26
+"""Bytes of pictures and videos in a row group of `KEPT_DOCUMENTS`."""
 
 
 def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> dict[str, Any]:
@@ -52,13 +61,14 @@ def audit_of(done: Filter, what: str) -> dict[str, Any]:
     audit = Audit(done.rules, done.job.scorer, thresholds, what, documents, done.tokens)
     for shard, table in _tables(done):
         audit.add(shard, table.rename_columns({"length": "bytes"}))
-    return audit.finish(done.text)
+    return audit.finish(done.text, done.thumbnails if done.has_pictures else None)
 
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
     """Yield the name of each shard and its table, with the columns id, source, domain, score, length (bytes of text),
     scored_bytes (bytes of the answer, or of a whole plain document), tokens, tie, kept, reason, bucket, detail, why
-    (reason for a missing score), and "score:NAME" for every member and control of an ensemble.
+    (reason for a missing score), "score:NAME" for every member and control of an ensemble, and, if records have
+    pictures, `PICTURES`.
     """
     import pyarrow
 
@@ -73,9 +83,19 @@ def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
             scored.select(["detail", *extra]),
         )
         columns = {name: table[name] for table in parts for name in table.column_names}
+        if done.has_pictures:
+            columns[PICTURES] = _shown_pictures(done, shard)
         if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:
             raise DataError(f"{shard}: {rows:,} records were read, but {wrong} were decided: choose another out=")
         yield shard, pyarrow.table(columns)
+
+
+def _shown_pictures(done: Filter, shard: str) -> Any:
+    import pyarrow
+
+    rows = [[{n: getattr(picture, n) for n in _SHOWN_OF_PICTURES} for picture in row] for row in done.pictures(shard)]
+    struct = picture_type().value_type
+    return pyarrow.array(rows, pyarrow.list_(pyarrow.struct([struct.field(name) for name in _SHOWN_OF_PICTURES])))
 
 
 def write_scores(done: Filter, path: Path) -> None:
@@ -101,6 +121,61 @@ def write_kept(done: Filter, path: Path) -> None:
                 if stays:
                     line = json.dumps({"text": text}, ensure_ascii=False).encode() if raw is None else raw
                     file.write(line + b"\n")
+
+
+def write_kept_documents(done: Filter, path: Path) -> None:
+    """Write the kept documents with their pictures and videos, in the order of the input: a file that a source of kind
+    `documents` reads. The files of the input are read again. Raises `DataError` if their documents have changed.
+    """
+    import pyarrow.parquet
+
+    media = pyarrow.struct([("bytes", pyarrow.large_binary()), ("path", pyarrow.string())])
+    part = pyarrow.struct([("text", pyarrow.string()), ("image", media), ("video", media)])
+    schema = pyarrow.schema([("id", pyarrow.string()), ("parts", pyarrow.list_(part))])
+    with _whole(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        rows: list[dict[str, Any]] = []
+        size = 0
+        for document in _kept_documents(done):
+            rows.append({"id": document.id, "parts": [_part_of_kept(one) for one in document.parts]})
+            size += sum(len(one) if isinstance(one, str) else len(one.data) for one in document.parts)
+            if size >= _FLUSHED_BYTES:
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+                rows, size = [], 0
+        writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+
+
+def _kept_documents(done: Filter) -> Iterator[PartsDocument]:
+    for number, part in enumerate(done.job.parts):
+        assert isinstance(part, DocumentsPart)
+        documents = part.documents()
+        for shard in done.shards_of(number):
+            kept = done.decided.read(shard, ["kept"])["kept"].to_pylist()
+            for record, stays in zip(done.rows(shard), kept, strict=True):
+                document = next(documents, None)
+                if not stays:
+                    continue
+                if not isinstance(document, PartsDocument) or not _is_same(document, record):
+                    raise DataError(
+                        f"the documents of {part.name} changed while they were filtered: choose another out="
+                    )
+                yield document
+
+
+def _is_same(document: PartsDocument, record: Record) -> bool:
+    """Return whether a document is the one that was filtered. Frames of videos are not decoded again."""
+    has_video = any(isinstance(part, VideoPart) for part in document.parts)
+    digests = tuple(picture.sha256 for picture in record.pictures)
+    return (document.id, document.text) == (record.id, record.text) and (has_video or document.image_digests == digests)
+
+
+def _part_of_kept(part: Part) -> dict[str, Any]:
+    match part:
+        case str():
+            return {"text": part}
+        case ImagePart():
+            return {"image": {"bytes": part.data, "path": part.name}}
+        case VideoPart():
+            return {"video": {"bytes": part.data, "path": part.name}}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from core.html import data_url, page
-from data.filter.audit.findings import named
+from data.filter.audit.findings import named, text_only
 from data.filter.audit.plots import thresholds
 from data.filter.input.records import Reason
 
@@ -40,6 +40,7 @@ def audit_page(
     body = template.render(
         audit=audit,
         meaning=_MEANING[audit["scorer"]["direction"]],
+        text_only=text_only(audit),
         tiles=[
             ("documents kept", kept["documents"], whole["documents"]),
             ("tokens kept", kept["tokens"], whole["tokens"]),

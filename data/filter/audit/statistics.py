@@ -9,8 +9,10 @@ Counts of documents, tokens and bytes are exact. Histograms, means and quantiles
 
 from __future__ import annotations
 
+import base64
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,8 @@ COMPETED = (Reason.hard, Reason.revived, Reason.protected, Reason.easy, Reason.n
 """Reasons of records that passed the screen; `keep` is a fraction of these records."""
 
 _SAMPLE, _SIDE, _EXAMPLES, _CHARACTERS = 50_000, 10, 5, 300
+_THUMBNAILS = 240
+"""Number of small pictures in an audit, of a few kilobytes each."""
 _BINS, _LENGTH_BINS, _SCORE_BINS = 40, 28, 24
 _FEW = 30  # records in a length bucket below which a correlation is meaningless
 _OUTER = 0.0005  # fraction of scores at either end that lies beyond the axes of the plots
@@ -57,6 +61,8 @@ _COLUMNS = {
 
 TextOf = Callable[[str, int], str]
 """Returns the text of a record, given its shard and row; "" for a record without text."""
+ThumbnailsOf = Callable[[str, int], list[bytes]]
+"""Returns small JPEGs of the first pictures of a record, given its shard and row."""
 Row = dict[str, Any]
 
 
@@ -84,6 +90,7 @@ class Audit:
         self._sample: Any = None
         self._edges: Any = None
         self._examples: Any = None
+        self._pictures: Counter[str] = Counter()
 
     def add(self, shard: str, table: Any) -> None:
         """Add one shard of the selection, a `pyarrow.Table`. Raises `DataError` if the shard is inconsistent."""
@@ -93,6 +100,8 @@ class Audit:
         for reason, kept in sorted(set(pairs), key=str):
             if reason not in Reason.__members__ or Reason[reason].kept != kept:
                 raise DataError(f"audit: {shard} has a record with reason={reason} and kept={kept}")
+        if "pictures" in table.column_names:
+            self._count_pictures(table)
         table = _prepared(shard, table)
         self._counts.add(table)
         self._examples = _joined(self._examples, table, ["reason"], _AT_RANDOM, _EXAMPLES)
@@ -107,8 +116,19 @@ class Audit:
         groups, order = ["domain", "bucket", "kept"], (("inward", "ascending"), *_AT_RANDOM)
         self._edges = _joined(self._edges, by_score.append_column("inward", [inward]), groups, order, _SIDE)
 
-    def finish(self, text_of: TextOf) -> dict[str, Any]:
-        """Return the statistics, ready for JSON. Raises `DataError` if they do not add up to the input."""
+    def _count_pictures(self, table: Any) -> None:
+        from pyarrow import compute
+
+        counts = compute.list_value_length(table["pictures"]).to_numpy()
+        self._pictures["records"] += int((counts > 0).sum())
+        self._pictures["in"] += int(counts.sum())
+        self._pictures["kept"] += int(counts[np.asarray(table["kept"])].sum())
+
+    def finish(self, text_of: TextOf, thumbnails_of: ThumbnailsOf | None = None) -> dict[str, Any]:
+        """Return the statistics, ready for JSON. Raises `DataError` if they do not add up to the input.
+
+        `thumbnails_of`: None without pictures.
+        """
         rows = self._counts.table().to_pylist()
         totals = _totals(rows)
         total, competed, kept = totals["in"], totals["competed"], totals["kept"]
@@ -131,8 +151,10 @@ class Audit:
             "random": self._against_random(domains, competed, kept),
             "thresholds": self.thresholds,
             "rules": plain(self.rules),
-            **self._records(shown, text_of),
+            **self._records(shown, text_of, thumbnails_of),
         }
+        if thumbnails_of is not None:
+            audit["pictures"] = {name: self._pictures[name] for name in ("records", "in", "kept")}
         self._check_sums(audit)
         return audit | {"warnings": warnings(audit)}
 
@@ -176,8 +198,10 @@ class Audit:
             "mean_score": _mean_scores(self._scores.table()),
         }
 
-    def _records(self, shown: list[str], text_of: TextOf) -> dict[str, Any]:
-        """Return samples on either side of the thresholds, and examples of every reason, with their texts."""
+    def _records(self, shown: list[str], text_of: TextOf, thumbnails_of: ThumbnailsOf | None) -> dict[str, Any]:
+        """Return samples on either side of the thresholds, and examples of every reason, with their texts. With
+        pictures they have `thumbnails`, JPEGs in base64, at most `_THUMBNAILS` in all: examples first.
+        """
         samples = {name: self._beside_threshold(name) for name in shown}
         examples = _grouped(self._examples.to_pylist(), "reason")
         examples = {reason.name: examples[reason.name] for reason in Reason if reason.name in examples}
@@ -185,8 +209,14 @@ class Audit:
         # sorted by shard, so that each shard is read once
         places = sorted({(row["shard"], row["row"]) for rows in lists for row in rows})
         texts = {place: _beginning(text_of(*place)) for place in places}
+        pictures: dict[tuple[str, int], list[str]] = {}
+        if thumbnails_of is not None:
+            pictures = _encoded_thumbnails(
+                [(row["shard"], row["row"]) for r in lists[::-1] for row in r], thumbnails_of
+            )
         for rows in lists:
-            rows[:] = [_shown(row, texts[row["shard"], row["row"]]) for row in rows]
+            places = [(row["shard"], row["row"]) for row in rows]
+            rows[:] = [_shown(row, texts[place], pictures.get(place)) for row, place in zip(rows, places, strict=True)]
         return {"samples": samples, "examples": examples}
 
     def _beside_threshold(self, domain: str) -> dict[str, list[Row]]:
@@ -412,8 +442,21 @@ def _beginning(text: str) -> str:
     return text[:_CHARACTERS].encode("utf-8", "replace").decode()
 
 
-def _shown(row: Row, text: str) -> Row:
+def _encoded_thumbnails(
+    places: Sequence[tuple[str, int]], thumbnails_of: ThumbnailsOf
+) -> dict[tuple[str, int], list[str]]:
+    """Return the thumbnails of records in base64, in this order until `_THUMBNAILS` are found."""
+    found: dict[tuple[str, int], list[str]] = {}
+    left = _THUMBNAILS
+    for place in dict.fromkeys(places):
+        found[place] = [base64.b64encode(jpeg).decode() for jpeg in thumbnails_of(*place)[:left]] if left else []
+        left -= len(found[place])
+    return found
+
+
+def _shown(row: Row, text: str, thumbnails: list[str] | None) -> Row:
     names = ("id", "domain", "source", "reason", "detail", "tokens")
     numbers = {name: rounded(row[name]) for name in ("score", "threshold") if name in row}
     why = {} if row.get("why") is None else {"why": row["why"]}
-    return {name: row[name] for name in names} | numbers | why | {"text": text}
+    pictures = {} if thumbnails is None else {"thumbnails": thumbnails}
+    return {name: row[name] for name in names} | numbers | why | {"text": text} | pictures

@@ -9,6 +9,27 @@ from core.files import sha256_text
 
 
 @dataclass(frozen=True)
+class RecordPicture:
+    """A picture of a record, or a frame of its video. `width` and `height` are in pixels; `tiles` and `tokens` stand
+    for it in training. `hash` and `colours` are those of `data.images.phash`.
+    """
+
+    name: str
+    """Its path, its column, or its member of a tar."""
+    sha256: str
+    size: int
+    """Bytes as encoded."""
+    width: int
+    height: int
+    tiles: int
+    tokens: int
+    hash: int
+    colours: bytes
+    thumbnail: bytes | None = None
+    """A small JPEG, of the first pictures of a record."""
+
+
+@dataclass(frozen=True)
 class Record:
     id: str
     domain: str
@@ -19,6 +40,7 @@ class Record:
     """Where the response begins in `text`, in characters; None for a plain document."""
     raw: str | None = None
     """The input's line of JSON, which `kept.jsonl` repeats; None: `kept.jsonl` has {"text": ...} instead."""
+    pictures: tuple[RecordPicture, ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -32,7 +54,7 @@ class Record:
 
     @property
     def content(self) -> str:
-        """A hash of everything on which a score may depend."""
+        """A hash of everything on which a score may depend: the text, since scorers see no pictures."""
         return sha256_text(self.text, str(self.answer_start))
 
 
@@ -49,6 +71,8 @@ class Reason(Enum):
     empty = "no text"
     duplicate = "same text as another record"
     near_duplicate = "nearly the same text as another record"
+    duplicate_pictures = "same pictures as other records"
+    near_duplicate_pictures = "nearly the same pictures as other records"
     contaminated = "overlaps an evaluation set"
     non_text = "not text"
     repetitive = "repeats itself"
@@ -63,7 +87,7 @@ class Reason(Enum):
 
     def describe(self, detail: str | None) -> str:
         """Return the name with the detail: the original of a duplicate, the evaluation set, or the parse error."""
-        joint = {Reason.duplicate: " of ", Reason.near_duplicate: " of ", Reason.contaminated: " by "}.get(self, ": ")
+        joint = " of " if "duplicate" in self.name else " by " if self is Reason.contaminated else ": "
         return self.name if detail is None else f"{self.name}{joint}{detail}"
 
     @property

@@ -46,15 +46,21 @@ class Signatures:
     near_possible_N: NDArray[np.bool_]
 
 
-def signatures(texts: Sequence[str]) -> Signatures:
-    """Return the signatures of texts, the same on every machine."""
+def signatures(texts: Sequence[str], pictures: Sequence[Sequence[str]] | None = None) -> Signatures:
+    """Return the signatures of texts, the same on every machine. `pictures`: the digests of each record's pictures.
+    Records with pictures are exact duplicates only with the same pictures in the same order, and never near-duplicates
+    by their text: captions of different pictures may be equal.
+    """
     exact = np.zeros((len(texts), 2), np.uint64)
     near = np.zeros((len(texts), PLACES), np.uint32)
     possible = np.zeros(len(texts), np.bool_)
     factors, offsets = _permutations()
     for row, text in enumerate(texts):
-        digest = xxhash.xxh3_128_digest(canonical(text).encode("utf-8", "surrogatepass"))
-        exact[row] = np.frombuffer(digest, ">u8")
+        digests = pictures[row] if pictures is not None else ()
+        content = "\0".join([canonical(text), *digests])
+        exact[row] = np.frombuffer(xxhash.xxh3_128_digest(content.encode("utf-8", "surrogatepass")), ">u8")
+        if digests:
+            continue
         runs = np.unique(ngram_hashes(words(text), SHINGLE))
         if len(runs):
             possible[row] = True

@@ -67,7 +67,8 @@ _LETTERS, _CAPITAL, _DIGIT, _SPACE, _SIGN, _NO_CHARACTER = range(6)
 class Gates:
     """The gates of a configuration. A call returns why a record is rejected, or None.
 
-    A prompt and its response are also checked separately, because a long one would hide garbage in the other.
+    A prompt and its response are also checked separately, because a long one would hide garbage in the other. The text
+    of a record with pictures may be short.
     Raises `ConfigError` if `py3langid` is missing or does not know a language.
     """
 
@@ -80,7 +81,7 @@ class Gates:
         config, text = self.config, record.text.strip()
         if not text:
             return Reason.empty
-        if config.min_characters is not None and len(text) < config.min_characters:
+        if config.min_characters is not None and len(text) < config.min_characters and not record.pictures:
             return Reason.too_short
         if config.max_characters is not None and len(text) > config.max_characters:
             return Reason.too_long

@@ -328,11 +328,3 @@ def test_held_out_documents_are_read_from_their_path(tmp_path):
     source["held_out_path"] = str(write_documents(tmp_path / "other", 8))
     corpus = made(tmp_path, tmp_path / "cache", sources={"mixed": {**source, "max_bytes": 200}})
     assert corpus.manifest["sources"]["mixed"][HELD_OUT]["counts"]["documents"] == 8
-
-
-def test_a_filter_refuses_documents_with_pictures(tmp_path):
-    with pytest.raises(ConfigError, match=r"filter: sees only the text of documents"):
-        made(write_documents(tmp_path / "in"), tmp_path / "cache", filter={"keep": 0.5})
-    scenes = {"kind": "data.images.generated.sources:Scenes", "options": {"number": 8}}
-    with pytest.raises(ConfigError, match=r"data.filter: would see only the text"):
-        made(tmp_path, tmp_path / "cache", sources={"scenes": scenes}, filter={"keep": 0.5}, images={})
