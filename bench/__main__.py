@@ -35,6 +35,7 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "bubble": ("bench.pipeline.bubble:run", {}),
     "startup": ("bench.startup:run", {}),
     "images": ("bench.images:run", {}),
+    "vision_encoder": ("bench.vision_encoder:run", {}),
     "filtering": ("bench.data.filtering:run", {}),
     "selection": ("bench.data.selection:run", {}),
 }
