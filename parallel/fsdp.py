@@ -96,6 +96,8 @@ def count_traffic(stacks: Mapping[int, Stack], meshes: Meshes) -> None:
             if group is not None and axis.size > 1:
                 group.unshard = partial(_counted_unshard, group, group.unshard, axis)
             for parameter in group.fsdp_params if group is not None else ():
+                if not parameter.sharded_param.requires_grad:
+                    continue
                 count = partial(_count_reduced, parameter, axis, meshes.replicate)
                 parameter.sharded_param.register_post_accumulate_grad_hook(count)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
@@ -106,10 +107,19 @@ class ParallelModel:
 
 
 def build(
-    config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, device: torch.device, seed: int
+    config: ModelConfig,
+    precision: PrecisionConfig,
+    meshes: Meshes,
+    device: torch.device,
+    seed: int,
+    frozen: AbstractSet[Role] = frozenset(),
 ) -> ParallelModel:
-    """Build, distribute and initialise a model. Each rank allocates only its own part."""
+    """Build, distribute and initialise a model. Each rank allocates only its own part. Parameters of `frozen` roles
+    have `requires_grad=False`, by which engines and optimizers know them.
+    """
     layout, model = meshes.layout, on_meta(config, precision, resolve(precision, device))
+    for name, info in registry(model).items():
+        model.get_parameter(name).requires_grad_(info.role not in frozen)
     stacks = runtime.split_stages(model, meshes)
     specs = sharding.shard_specs(registry(model), config, meshes)
     parallelize(model, stacks, specs, meshes, precision)
@@ -188,11 +198,11 @@ def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout
 
 def _cast_to_compute_dtype(model: Transformer, specs: dict[str, ShardSpec], precision: PrecisionConfig) -> None:
     """Cast parameters, for an engine with its own master weights, to the dtypes that FSDP2 would all-gather: bf16 under
-    bf16 compute, except routers, which keep the master dtype.
+    bf16 compute, except routers, which keep the master dtype. So do frozen parameters, which have no master weights.
     """
     if precision.compute_dtype is torch.bfloat16:
         for name, parameter in model.named_parameters():
-            if specs[name].info.role is not Role.router:
+            if parameter.requires_grad and specs[name].info.role is not Role.router:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
@@ -202,7 +212,7 @@ def _shrink_parameters(model: Transformer, specs: dict[str, ShardSpec]) -> None:
         if specs[name].splits:
             owner, _, attribute = name.rpartition(".")
             part = torch.empty(specs[name].compute_block.shape, dtype=parameter.dtype, device=parameter.device)
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(part))
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(part, parameter.requires_grad))
 
 
 def _count_whole_sequences(model: Transformer, meshes: Meshes) -> None:

@@ -87,7 +87,8 @@ class Trainer:
         self.last: StepMetrics | None = None
         begun = world.from_main(lambda: bool(committed(directory.checkpoints)))
         source = None if begun else initial_source(config.model, config.run.seed, log)
-        placed = build(config.model, config.precision, self.meshes, world.device, config.run.seed)
+        frozen = config.training.frozen
+        placed = build(config.model, config.precision, self.meshes, world.device, config.run.seed, frozen)
         self.engine = make_engine(placed, config.optimizer, config.run.seed)
         self.balancer = Balancer(placed.model, partial(self.meshes.world.sum, purpose="balance"))
         progress = self.checkpointer.restore(self.engine.state())
@@ -241,9 +242,9 @@ class Trainer:
         layout, cache = self.meshes.layout, Path(self.config.data.cache).expanduser()
         if not layout.axes:
             return None
-        kind, precision = self.config.optimizer.kind, self.config.precision
+        kind, precision, freeze = self.config.optimizer.kind, self.config.precision, self.config.training.freeze
         precision = replace(precision, recipe=precision.recipe.on(self.world.device))
-        found = store.find(layout.axes, self.config.model, layout, cache, kind, precision)
+        found = store.find(layout.axes, self.config.model, layout, cache, kind, precision, freeze)
         if found is None:
             self.log(
                 f"no certificate for this layout and this code; to make one: leviathan certify {self.directory.path}"

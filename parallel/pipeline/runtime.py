@@ -49,7 +49,9 @@ class StageStack(Stack):
     """On the last stage, a copy of the tied embedding. The head uses its weight; the stage does not run it."""
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
-        return super().forward(x, context or self.contexts.popleft())
+        y = super().forward(x, context or self.contexts.popleft())
+        # torch's schedules send a gradient to every stage, also to one whose parameters are frozen
+        return y.requires_grad_() if torch.is_grad_enabled() and not y.requires_grad else y
 
 
 def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:

@@ -361,6 +361,12 @@ def shares_that_overlap(honest, tiles, size, rank):
     return range(share.start, min(share.stop + 1, tiles))
 
 
+@replaces(worker, "build")
+def frozen_roles_forgotten(honest, model, precision, meshes, device, seed, frozen):
+    """All parameters are trained."""
+    return honest(model, precision, meshes, device, seed)
+
+
 @replaces(engine, "sum_partial_gradients")
 def encoder_not_summed_over_tp(honest, model, specs):
     """Each tp rank keeps the encoder's gradient from its own tiles."""

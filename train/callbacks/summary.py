@@ -36,7 +36,8 @@ class SummaryCallback(Callback):
         parameters, held_out = count_parameters(config.model), self.evaluation.result
         flops = training_flops(config.model, trainer.phase(trainer.steps - 1).seq_len)
         layout, moments = trainer.meshes.layout, config.optimizer.moments_dtype(config.precision)
-        muon = config.optimizer.kind is OptimizerKind.muon
+        muon, frozen = config.optimizer.kind is OptimizerKind.muon, config.training.frozen
+        kept = static_bytes(config.model, config.precision, layout, moments, muon=muon, frozen=frozen)
         summary: dict[str, Any] = {
             "steps": trainer.step,
             "tokens": trainer.tokens,
@@ -51,7 +52,7 @@ class SummaryCallback(Callback):
             "flops_per_token": flops.total,
             "world_size": trainer.world.size,
             "layout": layout.axes,
-            "static_bytes": vars(static_bytes(config.model, config.precision, layout, moments, muon=muon)),
+            "static_bytes": vars(kept),
             "heldout": held_out.plain() if held_out else None,
             "corpus": trainer.corpus.fingerprint,
         }

@@ -21,6 +21,7 @@ from data.images.batch import BatchImages, TileRef
 from data.loader import IGNORED, Batch
 from model.config import ModelConfig
 from model.load_balance import Balancer, RouterBalance
+from model.roles import Role
 from model.vision.config import VisionConfig
 from parallel.comm.world import World, connect
 from parallel.layout import Layout, ParallelConfig
@@ -59,6 +60,7 @@ class CertifyCase:
     seq_len: int = SEQ_LEN
     batch_size: int = BATCH_SIZE
     emulates: int | None = None
+    frozen: frozenset[Role] = frozenset()
 
 
 class RunOnRanks(Protocol):
@@ -172,7 +174,7 @@ def copy_blocks(blocks: Iterable[LocalShard]) -> Blocks:
 
 def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     """Run `case` on this rank."""
-    placed = build(case.model, case.precision, meshes, world.device, SEED)
+    placed = build(case.model, case.precision, meshes, world.device, SEED, case.frozen)
     model, engine, found = placed.model, make_engine(placed, case.optimizer, SEED), RankResults()
     balancer = Balancer(model, lambda counts: meshes.world.sum(counts, "balance"))
     order = np.arange(case.batch_size)
