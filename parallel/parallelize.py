@@ -24,6 +24,7 @@ from parallel.mesh import Meshes, meshes_of_rank
 from parallel.pipeline import runtime
 from parallel.sharding import ShardSpec
 from parallel.vision import exchange
+from parallel.vision.ahead import EncodedStep
 from precision.config import PrecisionConfig
 from precision.resolve import Precision, resolve
 
@@ -79,7 +80,8 @@ class ParallelModel:
         return context
 
     def images(self, rows_BT: Tensor, tiles: int, pixels_N3SS: Tensor, greys: Tensor | None = None) -> Images | None:
-        """Return the images of this rank's positions, for `ForwardContext.images`. None if another rank encodes them.
+        """Return the images of this rank's positions, for `ForwardContext.images` of `logits`, or for `encode_ahead`.
+        None if other ranks encode them.
 
         `rows_BT`: the encoder row that each position of the whole sequences shows, or -1, on the host. `tiles`: the
         number of tiles of these sequences. `pixels_N3SS`: those of them that this rank encodes, as
@@ -98,9 +100,20 @@ class ParallelModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def encode_ahead(self, images: Images | None, micro_batches: int) -> EncodedStep | None:
+        """Encode the images of a step, made for all of its sequences at once, before the pipeline runs. Returns None
+        if each micro-batch is encoded on its own.
+        """
+        encoder = self.model.vision
+        if encoder is None or not self.meshes.layout.encodes_ahead:
+            return None
+        return EncodedStep(encoder, images, micro_batches, self.device)
+
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor, context: ForwardContext) -> Tensor | None:
         """Run a forward pass over this rank's part of the sequences. Returns None if another rank has the head."""
+        if context.images is not None and (encoded := self.encode_ahead(context.images, 1)):
+            (context.images,) = encoded.micro_batches()
         if self.meshes.pp.size > 1:
             return runtime.forward(self.stacks, self.model, self.meshes, tokens_BT, context)
         return self.model(tokens_BT, context)
@@ -127,9 +140,10 @@ def build(
         _cast_to_compute_dtype(model, specs, precision)
     if layout.zero_stage == 3:
         zero3.partition(model, meshes, device)
-    for stack in stacks.values():
-        stack.to_empty(device=device)
-    fsdp.count_traffic(stacks, meshes)
+    roots = [*stacks.values()] + ([model.vision] if model.vision is not None and layout.encodes_ahead else [])
+    for root in roots:
+        root.to_empty(device=device)
+    fsdp.count_traffic(roots, meshes)
     if layout.zero_stage != 3:  # in stage 3 the engine sets the initial weights
         sharding.initialise(sharding.local_shards(model, specs), config, seed)
     reset_buffers(model)

@@ -137,6 +137,8 @@ def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
     shared: tuple[MeshAxis, ...] = () if splits or meshes.tp.size == 1 else (meshes.tp,)
     if info.role is Role.embedding and model.tie_embeddings and meshes.ends.size > 1:
         shared += (meshes.ends,)
+    if info.role.is_vision and meshes.layout.encodes_ahead:
+        shared += (meshes.pp,)
     return ShardSpec(info, splits, Split(meshes.fsdp, 0), (meshes.replicate, *shared), partial=shared)
 
 

@@ -52,9 +52,10 @@ class StepBatches:
         self._sequences += torch.bincount(batch.sources_B, minlength=len(self.sources))
         return batch
 
-    def read(self) -> dict[str, Any]:
+    def read(self, device: torch.device) -> dict[str, Any]:
         """Return metrics of this rank's sequences since the last call. Each rank's sequences are a sample of the same
-        blend of sources, so rank 0 logs its own fractions, which needs no collective.
+        blend of sources, so rank 0 logs its own fractions, which needs no collective. Tiles and image tokens are those
+        of global batches, summed on `device`.
         """
         total = max(int(self._sequences.sum()), 1)
         counts = zip(self.sources, self._sequences.tolist(), strict=True)
@@ -65,8 +66,10 @@ class StepBatches:
             "source_shares": {name: round(count / total, 4) for name, count in counts},
         }
         if next(iter(self.loaders.values())).corpus.images is not None:
-            line["image_token_share"] = round(self._image_tokens / max(self._positions, 1), 6)
-            line["tiles"] = self._tiles
+            counts = torch.tensor([self._tiles, self._image_tokens], device=device)
+            self.axis.sum(counts, "metrics")
+            line["tiles"], line["image_tokens"] = counts.tolist()
+            line["image_token_share"] = round(line["image_tokens"] / max(self._positions * self.axis.size, 1), 6)
         self._reset()
         return line
 

@@ -41,7 +41,7 @@ from train.checkpoint.index import check_run
 from train.checkpoint.init_from import compare_vocabularies, copy_selection_biases, initial_source
 from train.checkpoint.manager import Checkpointer
 from train.config import Phase, TrainConfig, check, phase_of, phases
-from train.corpus import check_same_data, get_corpus, keep_tokenizer, run_loaders, source_weights
+from train.corpus import check_same_data, get_corpus, keep_tokenizer, run_loaders, source_weights, with_image_tokens
 from train.engine import make_engine
 from train.engine.base import optimizer_step
 from train.engine.memory import check_memory
@@ -75,7 +75,7 @@ class Trainer:
         self.weights = source_weights(config, corpus)
         self.vocabulary = vocabulary_fingerprint(corpus.tokenizer)
         self.loaders = run_loaders(config, corpus, log)
-        self.meshes = make_meshes(layout, world)
+        self.meshes = make_meshes(with_image_tokens(layout, config, corpus), world)
         self.batches = StepBatches(config, self.phases, self.loaders, self.meshes, corpus.tokenizer.eos_id)
         paged = layout.zero.offload is Offload.nvme  # an asynchronous save would copy all paged state to memory
         asynchronous = config.checkpoint.asynchronous and not paged

@@ -31,9 +31,25 @@ class Images:
 
     def encode(self, encoder: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the encoder's rows, [M, D]."""
-        if self.greys is None:
-            return encoder(self.tiles_N3SS)
-        return encoder(self.greys[self.tiles_N3SS.to(self.greys.device).int()])
+        return self.deliver(encoder(self.normalised(self.tiles_N3SS)))
+
+    def normalised(self, tiles_N3SS: Tensor) -> Tensor:
+        """Return pixels for the encoder, on the device."""
+        return tiles_N3SS if self.greys is None else self.greys[tiles_N3SS.to(self.greys.device).int()]
+
+    def deliver(self, rows_MD: Tensor) -> Tensor:
+        """Return the rows that `rows_BT` numbers, from the rows of all tiles."""
+        return rows_MD
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImages(Images):
+    """Images whose rows have been encoded before."""
+
+    rows_MD: Tensor
+
+    def encode(self, encoder: Callable[[Tensor], Tensor] | None) -> Tensor:
+        return self.rows_MD
 
 
 def no_images(config: VisionConfig, x_BTD: Tensor) -> Images:

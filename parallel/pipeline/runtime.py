@@ -67,7 +67,8 @@ def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
     shares_table = model.config.tie_embeddings and last in here
     if 0 not in here and not shares_table:
         model.embedding = None
-    if 0 not in here:
+    ahead = meshes.layout.encodes_ahead
+    if 0 not in here and not ahead:
         model.vision = None
     if last not in here:
         model.final_norm = model.head = None
@@ -78,7 +79,7 @@ def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
             {str(layer): layers[str(layer)] for layer in plan.layers[stage]},
             model.final_norm if stage == last else None,
             model.head if stage == last else None,
-            model.vision if stage == 0 else None,
+            model.vision if stage == 0 and not ahead else None,
         )
         for stage in here
     }

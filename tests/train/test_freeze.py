@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from core.config import load
 from core.errors import ConfigError
 from model.config import BalanceConfig
-from model.flops import vision_flops
+from model.flops import training_flops, vision_flops
 from model.roles import GROUPS, Role, roles_of
 from model.vision.config import VisionConfig
 from parallel.layout import ParallelConfig
@@ -20,6 +20,7 @@ from parallel.parallelize import ParallelModel, build
 from precision.config import Compute, PrecisionConfig
 from tests.support.models import meshes_here, small
 from tests.support.tiny import TINY, config, saved, synthetic
+from train.certify.worker import SEQ_LEN
 from train.config import TrainConfig, check
 from train.optim.config import MuonConfig, OptimizerConfig, OptimizerKind
 from train.run_directory import RunDirectory
@@ -82,22 +83,38 @@ def test_a_frozen_router_keeps_its_selection_bias_and_is_counted():
 
 
 def test_no_backward_pass_runs_through_a_frozen_encoder():
-    work = {}
-    for freeze in ((), ("vision",)):
-        placed, kept = seeing(*freeze), []
-        _, batch, step = synthetic(placed, OptimizerConfig(kind=OptimizerKind.sgd), 4)
-        encoder, hooks = placed.model.vision, ExitStack()
-        saving = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x)
-        encoder.register_forward_pre_hook(lambda *_: hooks.enter_context(saving))
-        encoder.register_forward_hook(lambda *_: hooks.close())
-        with FlopCounterMode(display=False) as counter:
-            step()
-        encoded = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith(".vision")]
-        work[freeze] = sum(kept), max(encoded), sum(map(len, batch.images.tiles))
-    (bytes_kept, trained, tiles), (nothing, frozen, _) = work[()], work[("vision",)]
-    assert nothing == 0 < bytes_kept
-    forward = tiles * vision_flops(VISION, 32).matrices / 3  # torch does not count attention on a CPU
-    assert frozen == forward and trained > 2.5 * frozen
+    """Torch does not count attention on a CPU. It computes no gradient of pixels, which the formulas count."""
+    free, (encoder, everything, kept) = work(), work("vision")
+    assert kept == 0 < free[2]
+    assert encoder == 6 * vision_flops(VISION, 32, roles_of(["vision"])).matrices
+    assert free[0] == 6 * (vision_flops(VISION, 32).matrices - 2 * 16 * 12 * 16)
+    assert free[1] - everything == free[0] - encoder
+
+
+def work(*freeze: str) -> tuple[int, int, int]:
+    """Return the FLOPs of the encoder and of the model in a step of 6 tiles, and the bytes that the encoder keeps."""
+    placed, kept, hooks = seeing(*freeze), list[int](), ExitStack()
+    _, _, step = synthetic(placed, OptimizerConfig(kind=OptimizerKind.sgd), 4)
+    saving = torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x)
+    encoder = placed.model.vision
+    encoder.register_forward_pre_hook(lambda *_: hooks.enter_context(saving))
+    encoder.register_forward_hook(lambda *_: hooks.close())
+    with FlopCounterMode(display=False) as counter:
+        step()
+    counts = counter.get_flop_counts()
+    encoded = max(sum(ops.values()) for name, ops in counts.items() if name.endswith(".vision"))
+    return encoded, counter.get_total_flops(), sum(kept)
+
+
+@pytest.mark.parametrize("freeze", [["decoder"], ["query", "expert_down", "head", "vision_up", "adapter_out"]])
+def test_frozen_roles_need_fewer_flops(freeze):
+    """Weight gradients are not computed. Gradients of hidden states are. The counter ignores attention here."""
+    tokens, config = 8 * SEQ_LEN, small(vision=VISION)
+    formula = [
+        tokens * training_flops(config, SEQ_LEN, frozen).matrices + 6 * vision_flops(VISION, 32, frozen).matrices
+        for frozen in (roles_of(freeze), frozenset())
+    ]
+    assert work()[1] - work(*freeze)[1] == formula[1] - formula[0] > 0
 
 
 def refusal(*overrides: str) -> str:

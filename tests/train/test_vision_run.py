@@ -62,7 +62,11 @@ def figures(run: Path) -> dict[int, tuple[float, float]]:
 def test_a_resumed_run_sees_the_same_pictures(train, tmp_path, capsys):
     assert train("run.name=whole", "evaluation.sequences=16", "training.seq_len=96") == 0
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["tiles"] > 0 and 0 < line["image_token_share"] < 1 for line in lines if "loss" in line)
+    logged = [line for line in lines if "loss" in line]
+    assert all(line["image_tokens"] <= 4 * line["tiles"] and line["tiles_per_second"] > 0 for line in logged)
+    for line in logged:
+        assert line["tiles"] > 0 and line["image_token_share"] == round(line["image_tokens"] / (8 * 96), 6) < 1
+        assert 0 < line["encoder_flops_share"] < 1
     [answers] = [line["answers"]["mixed"] for line in lines if "answers" in line]
     assert answers["documents"] > 0 and all(0 <= answers[key] <= 1 for key in ("own", "other", "none"))
     assert train("run.name=parts", "checkpoint.every=2", "training.seq_len=96") == 0

@@ -33,6 +33,7 @@ from parallel.deepspeed import zero12
 from parallel.deepspeed.config import Offload, ZeroConfig
 from parallel.layout import AUTO, DEGREES, ContextMethod, EngineKind, ParallelConfig, Reduce
 from parallel.pipeline.stages import PipelineSchedule, stages
+from parallel.vision.config import EncoderStages
 from precision.config import Compute, PrecisionConfig
 from train.certify import fp8
 from train.certify.compare import Comparison, compare, compare_resumed, join_blocks
@@ -265,6 +266,7 @@ def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: Parallel
     count = wanted["pp"] * parallel.per_rank
     if wanted["pp"] == 1:
         changed |= {"schedule": PipelineSchedule.one_f_one_b, "stages_per_rank": None}
+        changed["vision"] = replace(parallel.vision, stages=EncoderStages.first)
     elif parallel.layers_per_stage is not None and count <= model.num_layers:
         changed["layers_per_stage"] = [1] * (count - 1) + [model.num_layers - count + 1]
     return Trial(axes, replace(parallel, **changed), wanted["pp"] * wanted["dp_replicate"] * spread)
@@ -323,6 +325,8 @@ def techniques(
     found = {key: plain(getattr(parallel, key)) for key in keys}
     if parallel.engine is EngineKind.deepspeed:  # offloading is tested separately
         found["zero"] = plain(replace(parallel.zero, nvme=None, offload=Offload.none))
+    if parallel.vision.stages is not EncoderStages.first:
+        found["encoder_stages"] = parallel.vision.stages.value
     if freeze:
         found["frozen"] = sorted(role.name for role in roles_of(freeze))
     float8 = fp8.describe(precision) if precision and precision.uses_float8 else None

@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from data.images.batch import BatchImages
 from data.images.tiles import GREYS
+from model.attention.plan import ForwardContext
 from model.vision.fusion import Images
 from parallel.mesh import Meshes
 from parallel.parallelize import ParallelModel
+from parallel.vision.ahead import EncodedStep
 from parallel.vision.exchange import tile_share
 
 
 def batch_images(placed: ParallelModel, images: BatchImages | None, micro_batch_size: int) -> list[Images | None]:
-    """Return the images of each micro-batch of a batch whose pixels `BatchImages.load` has decoded: for
-    `ForwardContext.images`. Empty if the batch has no images, or if this rank has no vision encoder.
+    """Return the images of each micro-batch of a batch whose pixels `load_tiles` has decoded: for
+    `ForwardContext.images`. Those of all sequences together if they are encoded ahead (`ParallelModel.encode_ahead`).
+    Empty if the batch has no images, or if this rank has no vision encoder.
     """
     if images is None or placed.model.vision is None:
         return []
     greys = torch.tensor(GREYS, device=placed.device)
     return [
         placed.images(rows_BT, len(tiles), pixels_N3SS, greys)
-        for (rows_BT, tiles), pixels_N3SS in zip(images.micro_batches(micro_batch_size), images.pixels, strict=True)
+        for (rows_BT, tiles), pixels_N3SS in zip(
+            images.micro_batches(_together(images, placed.meshes, micro_batch_size)), images.pixels, strict=True
+        )
     ]
 
 
 def load_tiles(images: BatchImages | None, meshes: Meshes, micro_batch_size: int) -> None:
-    """Decode the tiles that this rank encodes, of each micro-batch."""
+    """Decode the tiles that this rank encodes, of each micro-batch or, if they are encoded ahead, of all sequences."""
     if images is not None:
         assert images.decode is not None
-        images.load(images.decode, micro_batch_size, images.side, partial(tile_share, meshes))
+        size = _together(images, meshes, micro_batch_size)
+        images.load(images.decode, size, images.side, partial(tile_share, meshes))
+
+
+def give_images(
+    placed: ParallelModel, images: BatchImages | None, micro_batch_size: int, contexts: Sequence[ForwardContext]
+) -> EncodedStep | None:
+    """Give the images of a batch to the contexts of its micro-batches. Returns what encoded them if they are encoded
+    ahead: call its `backward` after the backward passes of all micro-batches.
+    """
+    found = batch_images(placed, images, micro_batch_size)
+    encoded = placed.encode_ahead(found[0] if found else None, len(contexts))
+    if encoded is not None and found:
+        found = [*encoded.micro_batches()]
+    for context, shown in zip(contexts, found or [None] * len(contexts), strict=True):
+        context.images = shown
+    return encoded
+
+
+def _together(images: BatchImages, meshes: Meshes, micro_batch_size: int) -> int:
+    return len(images.tiles) if meshes.layout.encodes_ahead else micro_batch_size

@@ -30,7 +30,10 @@ def make_optimizer(
     rest = elementwise([group for group in everything if not config.by_muon(Role[group["name"]])], config)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = {name: p for name, p in trained.items() if config.by_muon(specs[name].info.role)}
-    plan = rounds({name: specs[name] for name in hidden}, meshes)
+    # ranks of all pipeline stages keep the encoder equal, so the matrices beside which one is updated must be the same
+    apart = [name for name in hidden if specs[name].info.role.is_vision and meshes.layout.encodes_ahead]
+    parts = [names for names in ([name for name in hidden if name not in apart], apart) if names]
+    plan = [one for names in parts for one in rounds({name: specs[name] for name in names}, meshes)]
     moments = torch.bfloat16 if config.moments is Moments.bfloat16 else None
     return Muon(matrices, rest, hidden, plan, config.muon, config.muon.format(model.compute_dtype), moments)
 
