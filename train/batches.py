@@ -59,17 +59,18 @@ class StepBatches:
         """
         total = max(int(self._sequences.sum()), 1)
         counts = zip(self.sources, self._sequences.tolist(), strict=True)
-        line = {
+        line: dict[str, Any] = {
             "data_wait_s": round(self.waited_s, 6),
             "labelled_tokens": self._labelled,
             "padding_share": round(self._padding / max(self._positions, 1), 6),
             "source_shares": {name: round(count / total, 4) for name, count in counts},
         }
         if next(iter(self.loaders.values())).corpus.images is not None:
-            counts = torch.tensor([self._tiles, self._image_tokens], device=device)
-            self.axis.sum(counts, "metrics")
-            line["tiles"], line["image_tokens"] = counts.tolist()
-            line["image_token_share"] = round(line["image_tokens"] / max(self._positions * self.axis.size, 1), 6)
+            seen = torch.tensor([self._tiles, self._image_tokens], device=device)
+            self.axis.sum(seen, "metrics")
+            tiles, tokens = seen.tolist()
+            share = round(tokens / max(self._positions * self.axis.size, 1), 6)
+            line |= {"tiles": tiles, "image_tokens": tokens, "image_token_share": share}
         self._reset()
         return line
 

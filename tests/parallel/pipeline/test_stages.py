@@ -50,7 +50,7 @@ def test_a_large_head_and_full_attention_cost_more():
 
 def test_the_first_stage_has_fewer_layers_if_it_encodes_tiles():
     """The share of the corpus replaces null when a run has opened it."""
-    short = replace(MODEL, attention_chunk_size=16)
+    short = replace(MODEL, attention_chunk_size=16, nope_every=0)
     seeing = replace(short, vision=VisionConfig(32, 2, 2, 128, 32, tile_size=8, patch_size=2, image_token_id=63))
     encoder = layer_costs(seeing, image_token_share=0.1)[0] - layer_costs(seeing)[0]
     assert encoder == pytest.approx(vision_flops(seeing.vision, 32).total / 6 / 40)
