@@ -82,10 +82,10 @@ class Meshes:
     tied embedding; its size is 1 on other ranks. `dp`: the ranks that get different sequences of a batch. `cp`: the
     ranks that hold other parts of the same sequences. `cp_tp`: the cp * tp ranks that hold parts of the same sequences,
     tp varying faster; its size is 1 unless both cp and tp exceed 1. `pipeline`: the pp * cp * tp ranks that get the
-    same sequences, pp varying slowest; its size is 1 unless all of them encode tiles. `experts`: the ep * etp ranks
-    over which routed experts are split, etp varying faster. `ep` and `etp` are positions in `experts` without groups.
-    `dense` and `sparse`: the meshes over which FSDP2 shards parameters, (fsdp) or (dp_replicate, fsdp); None in a world
-    of one rank.
+    same sequences, pp varying slowest; its size is 1 unless all of them encode tiles. `stage`: the ranks with the same
+    layers in a pipeline; its size is 1 unless they share tiles. `experts`: the ep * etp ranks over which routed experts
+    are split, etp varying faster. `ep` and `etp` are positions in `experts` without groups. `dense` and `sparse`: the
+    meshes over which FSDP2 shards parameters, (fsdp) or (dp_replicate, fsdp); None in a world of one rank.
     """
 
     layout: Layout
@@ -96,6 +96,7 @@ class Meshes:
     cp: MeshAxis
     cp_tp: MeshAxis
     pipeline: MeshAxis
+    stage: MeshAxis
     replicate: MeshAxis
     fsdp: MeshAxis
     efsdp: MeshAxis
@@ -113,10 +114,13 @@ class Meshes:
             return self.tp
         return self.cp if self.layout.tp == 1 else self.cp_tp
 
-    @property
-    def encoders(self) -> MeshAxis:
-        """The ranks that share tiles."""
-        return self.pipeline if self.layout.encodes_ahead else self.sequence
+    def encoders(self, over_data: bool) -> MeshAxis:
+        """Return the ranks that share tiles: those of the same sequences or, with `over_data`, of a global batch."""
+        if self.layout.encodes_ahead:
+            return self.world if over_data else self.pipeline
+        if over_data:
+            return self.world if self.layout.pp == 1 else self.stage
+        return self.sequence
 
     @property
     def joined(self) -> list[MeshAxis]:
@@ -170,6 +174,9 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
         stages = torch.arange(world.size).view(layout.pp, layout.dp, -1).transpose(0, 1).flatten(1)
         parts = DeviceMesh(world.device.type, stages, mesh_dim_names=("dp", "pipeline"))
         axes["pipeline"] = replace(meshes.pipeline, group=parts.get_group("pipeline"))
+    if meshes.stage.size > 1:
+        parts = mesh(pp=layout.pp, stage=meshes.stage.size)
+        axes["stage"] = replace(meshes.stage, group=parts.get_group("stage"))
     if meshes.ends.size > 1:
         axes["ends"] = replace(meshes.ends, group=_ends_group(axes["pp"]))
     replicated = ("dp_replicate",) if layout.dp_replicate > 1 else ()
@@ -182,7 +189,8 @@ def meshes_of_rank(layout: Layout, rank: int, traffic: Traffic | None = None) ->
     outer, inner = divmod(rank, layout.fsdp * layout.tp)
     stage, experts = rank // (layout.world_size // layout.pp), layout.ep * layout.etp
     parts = layout.cp * layout.tp if layout.cp > 1 and layout.tp > 1 else 1
-    inside = layout.cp * layout.tp
+    inside, of_stage = layout.cp * layout.tp, layout.world_size // layout.pp
+    shared = layout.pp > 1 and layout.vision.over_data_parallel and not layout.encodes_ahead
     is_end = layout.pp > 1 and stage in (0, layout.pp - 1)
     along = {
         "world": (layout.world_size, rank),
@@ -191,6 +199,7 @@ def meshes_of_rank(layout: Layout, rank: int, traffic: Traffic | None = None) ->
         "cp": (layout.cp, rank // layout.tp % layout.cp),
         "cp_tp": (parts, rank % parts),
         "pipeline": (layout.pp * inside, stage * inside + rank % inside) if layout.encodes_ahead else (1, 0),
+        "stage": (of_stage, rank % of_stage) if shared else (1, 0),
         "dp": (layout.dp, rank // inside % layout.dp),
         "dp_replicate": (layout.dp_replicate, outer % layout.dp_replicate),
         "fsdp": (layout.fsdp, inner // layout.tp),

@@ -79,18 +79,21 @@ class ParallelModel:
             context.prepare(self.model.config, self.model.compute_dtype)
         return context
 
-    def images(self, rows_BT: Tensor, tiles: int, pixels_N3SS: Tensor, greys: Tensor | None = None) -> Images | None:
+    def images(
+        self, rows_BT: Tensor, tiles: int, pixels_N3SS: Tensor, greys: Tensor | None = None, ranks: int = 1
+    ) -> Images | None:
         """Return the images of this rank's positions, for `ForwardContext.images` of `logits`, or for `encode_ahead`.
         None if other ranks encode them.
 
         `rows_BT`: the encoder row that each position of the whole sequences shows, or -1, on the host. `tiles`: the
         number of tiles of these sequences. `pixels_N3SS`: those of them that this rank encodes, as
-        `vision.exchange.tile_share` selects them; with `greys`, grey levels in uint8: see `Images`.
+        `vision.exchange.tile_share` selects them; with `greys`, grey levels in uint8: see `Images`. `ranks`: number of
+        data-parallel ranks whose sequences these are, one after the other.
         """
         if self.model.vision is None:
             return None
         per_tile, shard = self.model.vision.config.tokens_per_tile, self.context_shard(rows_BT.shape[1])
-        return exchange.spread(self.meshes, shard, rows_BT, tiles, per_tile, pixels_N3SS, greys, self.device)
+        return exchange.spread(self.meshes, shard, rows_BT, tiles, per_tile, pixels_N3SS, greys, self.device, ranks)
 
     def padded_length(self, length: int) -> int:
         """Return the smallest length of at least `length` tokens that this layout can divide."""

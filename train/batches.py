@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from data.loader import IGNORED, Batch, Loader
 from data.prefetch import Prefetcher
 from parallel.mesh import Meshes
 from train.config import Phase, TrainConfig
-from train.engine.images import load_tiles
+from train.engine.images import load_tiles, local_sequences
 from train.online_filter import OnlineWindow
 
 
@@ -67,7 +68,8 @@ class StepBatches:
         }
         if next(iter(self.loaders.values())).corpus.images is not None:
             seen = torch.tensor([self._tiles, self._image_tokens], device=device)
-            self.axis.sum(seen, "metrics")
+            if not self.meshes.layout.vision.over_data_parallel:  # else each rank has seen all
+                self.axis.sum(seen, "metrics")
             tiles, tokens = seen.tolist()
             share = round(tokens / max(self._positions * self.axis.size, 1), 6)
             line |= {"tiles": tiles, "image_tokens": tokens, "image_token_share": share}
@@ -85,11 +87,14 @@ class StepBatches:
 
     def _sequences_of(self, step: int, phase: Phase) -> Batch:
         loader, size = self.loaders[phase.name], phase.global_batch_size // self.axis.size
-        start = self.axis.rank * size
+        take: Callable[[int, int], Batch]
         if self.window is None:
-            return loader.batch(step - phase.start, start, start + size)
-        start += (step - self.window.first_step) * phase.global_batch_size
-        return loader.samples(self.window.rows[start : start + size])
+            take = partial(loader.batch, step - phase.start)
+        else:
+            begin = (step - self.window.first_step) * phase.global_batch_size
+            rows = self.window.rows[begin : begin + phase.global_batch_size]
+            take = lambda start, stop: loader.samples(rows[start:stop])  # noqa: E731
+        return local_sequences(take, self.meshes, size, phase.micro_batch_size)
 
     def _known_until(self, step: int) -> int:
         """Return the first step whose sequences are not known yet: the one after the run or the window."""

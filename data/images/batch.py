@@ -42,12 +42,22 @@ class BatchImages:
     """Returns a tile, uint8 [3, S, S]."""
     side: int = 0
     """S."""
+    ranks: int = 1
+    """Number of data-parallel ranks whose sequences these are: see `interleaved`."""
     pixels: list[Tensor] = field(default_factory=list)
     """For each micro-batch the tiles that this rank encodes, uint8 [N, 3, S, S]: see `load`."""
 
     def slice(self, start: int, stop: int) -> BatchImages:
         """Return sequences [start, stop), without pixels."""
         return replace(self, rows_BT=self.rows_BT[start:stop], tiles=self.tiles[start:stop], pixels=[])
+
+    def interleaved(self, ranks: int, micro_batch_size: int) -> BatchImages:
+        """Return the images of the same sequences in another order, without pixels. Those of `ranks` ranks, one rank
+        after the other, become the first micro-batch of each rank, then the second of each.
+        """
+        order = torch.arange(len(self.tiles)).view(ranks, -1, micro_batch_size).transpose(0, 1).flatten()
+        tiles = [self.tiles[number] for number in order.tolist()]
+        return replace(self, rows_BT=self.rows_BT[order], tiles=tiles, ranks=ranks, pixels=[])
 
     def concat(self, other: BatchImages) -> BatchImages:
         rows = torch.cat([self.rows_BT, other.rows_BT])

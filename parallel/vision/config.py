@@ -24,6 +24,10 @@ class VisionParallelConfig:
     """How the vision encoder is spread over ranks."""
 
     stages: EncoderStages = EncoderStages.first
+    over_data_parallel: bool = False
+    """Share the tiles of all data-parallel ranks, whose sequences may show very different numbers of them. Each rank
+    then reads the tokens of the whole batch.
+    """
     image_token_share: float | None = None
     """Expected fraction of image tokens. The first stage of a pipeline gets fewer layers the higher it is, because it
     encodes the tiles (stages=first). null: that of the corpus.

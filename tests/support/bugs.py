@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from data.images.batch import BatchImages
 from model import moe
 from model.kernels import TorchKernels
 from model.transformer import Stack
@@ -379,6 +380,12 @@ def encoder_summed_over_stages_twice(honest, model, specs):
 def encoder_not_summed_over_stages(honest, model, specs):
     others = lambda spec: tuple(axis for axis in spec.partial if axis.name != "pp")  # noqa: E731
     honest(model, {name: dataclasses.replace(spec, partial=others(spec)) for name, spec in specs.items()})
+
+
+@replaces(BatchImages, "interleaved")
+def images_of_another_micro_batch(honest, self, ranks, micro_batch_size):
+    """The sequences of one rank follow those of another, although micro-batches take some of each."""
+    return honest(self, ranks, len(self.tiles) // ranks)
 
 
 @replaces(EncodedStep, "backward")

@@ -87,7 +87,7 @@ class _Step:
 
     def images(self, rows: int) -> Entries:
         """Yield the encoder's rows that all ranks together send to positions, and their gradients back."""
-        if (axis := self.meshes.encoders).size > 1:
+        if (axis := self.meshes.encoders(self.layout.vision.over_data_parallel and self.layout.dp > 1)).size > 1:
             yield (axis.name, PURPOSE), 2 * rows * self.model.hidden_size * self.size
 
     def context(self) -> Entries:

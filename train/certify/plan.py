@@ -33,7 +33,7 @@ from parallel.deepspeed import zero12
 from parallel.deepspeed.config import Offload, ZeroConfig
 from parallel.layout import AUTO, DEGREES, ContextMethod, EngineKind, ParallelConfig, Reduce
 from parallel.pipeline.stages import PipelineSchedule, stages
-from parallel.vision.config import EncoderStages
+from parallel.vision.config import EncoderStages, VisionParallelConfig
 from precision.config import Compute, PrecisionConfig
 from train.certify import fp8
 from train.certify.compare import Comparison, compare, compare_resumed, join_blocks
@@ -325,8 +325,9 @@ def techniques(
     found = {key: plain(getattr(parallel, key)) for key in keys}
     if parallel.engine is EngineKind.deepspeed:  # offloading is tested separately
         found["zero"] = plain(replace(parallel.zero, nvme=None, offload=Offload.none))
-    if parallel.vision.stages is not EncoderStages.first:
-        found["encoder_stages"] = parallel.vision.stages.value
+    spread = replace(parallel.vision, image_token_share=None)
+    if spread != VisionParallelConfig():
+        found["vision"] = plain(spread)
     if freeze:
         found["frozen"] = sorted(role.name for role in roles_of(freeze))
     float8 = fp8.describe(precision) if precision and precision.uses_float8 else None

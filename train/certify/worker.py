@@ -32,7 +32,7 @@ from precision.config import PrecisionConfig
 from train.checkpoint.manager import Checkpointer
 from train.engine import make_engine
 from train.engine.base import optimizer_step
-from train.engine.images import load_tiles
+from train.engine.images import load_tiles, local_sequences
 from train.eval.held_out import held_out_loss
 from train.optim.config import OptimizerConfig
 
@@ -199,7 +199,7 @@ def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     for step in range(begin, case.steps):
         if case.save is not None and step == case.steps - 1:
             Checkpointer(case.save, world, 1, False, _fail).save(step, engine.state(), {})
-        batch = loader.batch(step, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
+        batch = local_sequences(partial(loader.batch, step), meshes, share, size)
         load_tiles(batch.images, meshes, size)
         if not case.labels:
             batch.labels_BT.fill_(IGNORED)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
 from data.images.batch import BatchImages
 from data.images.tiles import GREYS
+from data.loader import Batch
 from model.attention.plan import ForwardContext
 from model.vision.fusion import Images
 from parallel.mesh import Meshes
@@ -26,7 +27,7 @@ def batch_images(placed: ParallelModel, images: BatchImages | None, micro_batch_
         return []
     greys = torch.tensor(GREYS, device=placed.device)
     return [
-        placed.images(rows_BT, len(tiles), pixels_N3SS, greys)
+        placed.images(rows_BT, len(tiles), pixels_N3SS, greys, images.ranks)
         for (rows_BT, tiles), pixels_N3SS in zip(
             images.micro_batches(_together(images, placed.meshes, micro_batch_size)), images.pixels, strict=True
         )
@@ -38,7 +39,22 @@ def load_tiles(images: BatchImages | None, meshes: Meshes, micro_batch_size: int
     if images is not None:
         assert images.decode is not None
         size = _together(images, meshes, micro_batch_size)
-        images.load(images.decode, size, images.side, partial(tile_share, meshes))
+        images.load(images.decode, size, images.side, partial(tile_share, meshes, ranks=images.ranks))
+
+
+def local_sequences(take: Callable[[int, int], Batch], meshes: Meshes, count: int, micro_batch_size: int) -> Batch:
+    """Return this rank's `count` sequences of a global batch, of which `take` returns a range. If data-parallel ranks
+    share tiles, its images are those of the whole global batch.
+    """
+    start = meshes.dp.rank * count
+    if meshes.dp.size == 1 or not meshes.layout.vision.over_data_parallel:
+        return take(start, start + count)
+    whole = take(0, meshes.dp.size * count)
+    batch = whole.slice(start, start + count)
+    if whole.images is not None:
+        size = count if meshes.layout.encodes_ahead else micro_batch_size
+        batch.images = whole.images.interleaved(meshes.dp.size, size)
+    return batch
 
 
 def give_images(
@@ -57,4 +73,4 @@ def give_images(
 
 
 def _together(images: BatchImages, meshes: Meshes, micro_batch_size: int) -> int:
-    return len(images.tiles) if meshes.layout.encodes_ahead else micro_batch_size
+    return len(images.tiles) if meshes.layout.encodes_ahead else micro_batch_size * images.ranks
