@@ -50,14 +50,16 @@ def failed(ranks, alone, name: str, bug: str | None = None) -> dict[str, str | N
     return {one.name: one.first for one in compare("run", alone, [r["run"] for r in found], CASE) if not one.passed}
 
 
-def test_three_steps_are_those_of_one_process(ranks, alone):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in AHEAD if name != "pp2 zero1"])
+def test_three_steps_are_those_of_one_process(ranks, alone, name):
     """Some micro-batches, a stage's share and a whole step have no tile."""
-    assert failed(ranks, alone, "pp2 zbv") == {}
+    assert failed(ranks, alone, name) == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", AHEAD)
-def test_every_pipeline_passes_with_the_encoder_ahead(ranks, name):
+@pytest.mark.parametrize("name", ["pp2 zbv", "pp2 + tp2", "pp2 + cp2", "pp2 zero1"])
+def test_pipelines_pass_with_the_encoder_ahead(ranks, name):
     """Compare resumed checkpoints, balancing terms, held-out loss and float32 too."""
     count, config = over_all(name)
     (outcome,) = compare_layouts(seeing(2), [Trial((), config, count)], 3, ranks)
