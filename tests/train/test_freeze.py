@@ -21,12 +21,11 @@ from precision.config import Compute, PrecisionConfig
 from tests.support.models import meshes_here, small
 from tests.support.tiny import TINY, config, saved, synthetic
 from train.certify.worker import SEQ_LEN
-from train.config import TrainConfig, check
+from train.config import TrainConfig, check, check_freeze
 from train.optim.config import MuonConfig, OptimizerConfig, OptimizerKind
 from train.run_directory import RunDirectory
 
 VISION = VisionConfig(16, 2, 2, 24, 20, tile_size=8, patch_size=2, image_token_id=63)
-SEES = "+model.vision={hidden_size: 16, num_layers: 2, num_heads: 2, mlp_hidden_size: 24, tile_size: 8, patch_size: 2, image_token_id: 63}"
 
 
 def seeing(*freeze: str) -> ParallelModel:
@@ -42,8 +41,14 @@ def weights(placed: ParallelModel) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in placed.model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", [OptimizerKind.adamw, OptimizerKind.muon])
-@pytest.mark.parametrize("freeze", ["vision", "decoder", "router"])
+@pytest.mark.parametrize(
+    "freeze, kind",
+    [
+        ("vision", OptimizerKind.adamw),
+        ("decoder", OptimizerKind.muon),
+        *(pytest.param("router", kind, marks=pytest.mark.slow) for kind in (OptimizerKind.adamw, OptimizerKind.muon)),
+    ],
+)
 def test_frozen_weights_stay_and_the_others_move(freeze, kind):
     placed = seeing(freeze)
     before = weights(placed)
@@ -106,7 +111,10 @@ def work(*freeze: str) -> tuple[int, int, int]:
     return encoded, counter.get_total_flops(), sum(kept)
 
 
-@pytest.mark.parametrize("freeze", [["decoder"], ["query", "expert_down", "head", "vision_up", "adapter_out"]])
+@pytest.mark.parametrize(
+    "freeze",
+    [pytest.param(["decoder"], marks=pytest.mark.slow), ["query", "expert_down", "head", "vision_up", "adapter_out"]],
+)
 def test_frozen_roles_need_fewer_flops(freeze):
     """Weight gradients are not computed. Gradients of hidden states are. The counter ignores attention here."""
     tokens, config = 8 * SEQ_LEN, small(vision=VISION)
@@ -117,22 +125,24 @@ def test_frozen_roles_need_fewer_flops(freeze):
     assert work()[1] - work(*freeze)[1] == formula[1] - formula[0] > 0
 
 
-def refusal(*overrides: str) -> str:
-    with pytest.raises(ConfigError) as found:
-        check(load("train", TrainConfig, [*TINY, "run.name=x", *overrides]), 1)
-    return str(found.value)
-
-
 def test_bad_names_are_refused_in_one_line():
-    assert refusal("training.freeze=[quary]").startswith("training.freeze=quary: no such role or group of roles; try")
-    assert refusal("training.freeze=[vision]").startswith("training.freeze=vision: the model has no such parameters")
-    assert "leaves nothing to train" in refusal("training.freeze=[decoder]")
-    assert "leaves nothing to train" in refusal("training.freeze=[vision,decoder]", SEES)
-    allowed = [*TINY, "run.name=x", "data.tokenizer.vocab_size=300", "training.freeze=[vision]", SEES]
-    assert check(load("train", TrainConfig, allowed), 1).world_size == 1
+    text, seeing = small(), small(vision=VISION)
+    for freeze, model, reason in (
+        (["quary"], None, r"freeze=quary: no such role or group of roles; try vision, decoder, embedding"),
+        (["vision"], text, "freeze=vision: the model has no such parameters; try embedding"),
+        (["decoder"], text, "leaves nothing to train"),
+        (["vision", "decoder"], seeing, "leaves nothing to train"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            check_freeze(freeze, model)
+    for freeze in (["vision"], ["decoder"], []):
+        check_freeze(freeze, seeing)
+    with pytest.raises(ConfigError, match=r"^training\.freeze=vision: the model has no such parameters"):
+        check(load("train", TrainConfig, [*TINY, "run.name=x", "training.freeze=[vision]"]), 1)
     assert GROUPS["vision"] | GROUPS["decoder"] == set(Role) and not GROUPS["vision"] & GROUPS["decoder"]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_the_same_frozen_roles_only(tmp_path: Path, small_corpus):
     freeze = [*small_corpus, "training.freeze=[embedding,router]"]
     first = saved(tmp_path, "run", freeze)
