@@ -112,7 +112,10 @@ def main() -> int:
     print(f"{chosen.scenes} held-out scenes, task {config.task.value}, at most {config.distractors} distractors")
     for shown in Picture:
         found = figures(asked, answers(model, asked, shown))
-        print(f"{shown.value:>6} picture: " + ", ".join(f"{name} {value:.1%}" for name, value in found.items()), flush=True)
+        print(
+            f"{shown.value:>6} picture: " + ", ".join(f"{name} {value:.1%}" for name, value in found.items()),
+            flush=True,
+        )
     return 0
 
 

@@ -114,6 +114,12 @@ class Corpus:
         counts = self._counts(source)
         return counts.get("padding", 0) / max(counts["tokens"], 1)
 
+    def image_tokens(self, source: str) -> float:
+        """Return the fraction of a source's training tokens that stand for parts of pictures."""
+        pictures = self.pictures(source, TRAIN)
+        count = 0 if pictures is None else pictures.num_tiles * pictures.config.tokens_per_tile
+        return count / max(self._counts(source)["tokens"], 1)
+
     def cut_documents(self, source: str) -> float:
         """Return the fraction of a source's training documents that span several sequences (`data.pack_seq_len`)."""
         counts = self._counts(source)

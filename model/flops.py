@@ -1,21 +1,24 @@
 """Model FLOPs of training per token, and parameter counts.
 
 Convention: a multiply-add counts as 2 FLOPs, and the backward pass as twice the forward pass. Recomputation is not
-counted. Attention counts causal pairs only: on average half the sequence per query, or half the chunk in chunked
-layers. The head is counted; the embedding, norms, activations and softmax are not.
+counted. A frozen matrix has no gradient, which saves a third. Attention counts causal pairs only: on average half the
+sequence per query, or half the chunk in chunked layers. The head is counted; the embedding, norms, activations and
+softmax are not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from model.config import FeedForward, LayerConfig, ModelConfig, QKNorm
+from model.roles import Role
 from model.vision.config import VisionConfig
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs per token, forward and backward."""
+    """FLOPs, forward and backward."""
 
     matrices: float
     attention: float
@@ -25,29 +28,59 @@ class Flops:
         return self.matrices + self.attention
 
 
-def training_flops(model: ModelConfig, seq_len: int) -> Flops:
-    """Return the FLOPs per token for sequences of one document each. Attention in packed documents needs fewer."""
-    active = model.hidden_size * model.vocab_size + sum(active_parameters(model, layer) for layer in model.blocks)
+def training_flops(model: ModelConfig, seq_len: int, frozen: AbstractSet[Role] = frozenset()) -> Flops:
+    """Return the FLOPs per token for sequences of one document each. Attention in packed documents needs fewer.
+    Gradients are assumed to pass through every layer of the decoder.
+    """
+    head = model.hidden_size * model.vocab_size
+    active = head + sum(active_parameters(model, layer) for layer in model.blocks)
+    still = head if (Role.embedding if model.tie_embeddings else Role.head) in frozen else 0
+    for layer in model.blocks if frozen else ():
+        still += sum(size for role, size in active_matrices(model, layer).items() if role in frozen)
     reach = sum(min(seq_len, layer.attention_chunk_size or seq_len) for layer in model.blocks)
-    return Flops(matrices=6.0 * active, attention=6.0 * reach * model.num_heads * model.head_dim)
+    return Flops(matrices=6.0 * active - 2.0 * still, attention=6.0 * reach * model.num_heads * model.head_dim)
 
 
 def active_parameters(model: ModelConfig, layer: LayerConfig) -> int:
     """Return how many parameters in the matrices of one layer each token uses."""
-    attention = 2 * model.hidden_size * model.head_dim * (model.num_heads + model.num_kv_heads)
+    return sum(active_matrices(model, layer).values())
+
+
+def active_matrices(model: ModelConfig, layer: LayerConfig) -> dict[Role, int]:
+    """Return how many parameters in the matrices of one layer each token uses, by role."""
+    queries, keys = (model.hidden_size * model.head_dim * n for n in (model.num_heads, model.num_kv_heads))
+    found = {Role.query: queries, Role.key: keys, Role.value: keys, Role.attention_output: queries}
     if layer.feed_forward is FeedForward.dense:
-        return attention + 3 * model.hidden_size * model.dense_hidden_size
-    sizes = model.router.top_k * model.expert_hidden_size + model.shared_hidden_size
-    return attention + 3 * model.hidden_size * sizes + model.num_experts * model.hidden_size
+        return found | dict.fromkeys(
+            (Role.dense_gate, Role.dense_up, Role.dense_down), model.hidden_size * model.dense_hidden_size
+        )
+    shared = dict.fromkeys(
+        (Role.shared_gate, Role.shared_up, Role.shared_down), model.hidden_size * model.shared_hidden_size
+    )
+    expert = model.router.top_k * model.hidden_size * model.expert_hidden_size
+    routed = {Role.expert_gate_up: 2 * expert, Role.expert_down: expert}
+    return found | shared | routed | {Role.router: model.num_experts * model.hidden_size}
 
 
-def vision_flops(vision: VisionConfig, decoder_size: int) -> Flops:
-    """Return the FLOPs per tile of the encoder, its adapter and its projector."""
-    positions, c, a = vision.patches + 1, vision.hidden_size, vision.adapter_hidden_size
-    layer = 4 * c * c + 2 * c * vision.mlp_hidden_size
-    adapter = vision.tokens_per_tile * (vision.shuffled_size * a + a * a + a * decoder_size)
-    products = vision.patches * vision.patch_values * c + positions * vision.num_layers * layer + adapter
-    return Flops(matrices=6.0 * products, attention=12.0 * vision.num_layers * positions**2 * c)
+def vision_flops(vision: VisionConfig, decoder_size: int, frozen: AbstractSet[Role] = frozenset()) -> Flops:
+    """Return the FLOPs per tile of the encoder, its adapter and its projector. No gradient passes through a part if it
+    and all parts before it are frozen.
+    """
+    positions, c, a, q = vision.patches + 1, vision.hidden_size, vision.adapter_hidden_size, vision.tokens_per_tile
+    square, wide = (positions * vision.num_layers * c * size for size in (c, vision.mlp_hidden_size))
+    layers = dict.fromkeys((Role.vision_query, Role.vision_key, Role.vision_value, Role.vision_output), square)
+    layers |= {Role.vision_up: wide, Role.vision_down: wide}
+    layers[Role.vision_patch] = vision.patches * vision.patch_values * c
+    rest = {Role.adapter_in: q * vision.shuffled_size * a, Role.adapter_out: q * a * a}
+    rest[Role.projector] = q * a * decoder_size
+    outside = {Role.vision_position, Role.vision_norm, Role.vision_bias}
+    reached = not frozen >= layers.keys() | outside
+    attention = 4.0 * (1 + 2 * reached) * vision.num_layers * positions**2 * c
+    matrices = sum(size * (2 + 2 * reached + 2 * (role not in frozen)) for role, size in layers.items())
+    for role, size in rest.items():
+        reached = reached or role not in frozen
+        matrices += size * (2 + 2 * reached + 2 * (role not in frozen))
+    return Flops(matrices=float(matrices), attention=attention)
 
 
 def vision_parameters(vision: VisionConfig, decoder_size: int) -> int:

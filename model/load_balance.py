@@ -73,20 +73,60 @@ class RouterBalance(nn.Module):
         is_image_BT: Tensor | None = None,
     ) -> Tensor:
         """Return the logits unchanged. Their backward pass adds the losses' gradients and counts the loads."""
-        if not (torch.is_grad_enabled() and logits_BTE.requires_grad):
+        if not torch.is_grad_enabled():
             return logits_BTE
         if routed_tokens is None:
             if self.config.aux or self.config.z:
                 raise ValueError("balancing losses need ForwardContext.routed_tokens, the step's global token count")
             routed_tokens = float(logits_BTE.shape[0] * logits_BTE.shape[1])
+        if not logits_BTE.requires_grad:  # everything up to here is frozen
+            if torch._C._current_graph_task_id() == -1:  # else a backward pass recomputes the layer
+                self.measure(logits_BTE, experts_BTK, routed_tokens, is_image_BT)
+            return logits_BTE
         return _InjectGradient.apply(logits_BTE, experts_BTK, self, routed_tokens, is_image_BT)
 
+    def measure(
+        self,
+        logits_BTE: Tensor,
+        experts_BTK: Tensor,
+        routed_tokens: Tensor | float,
+        is_image_BT: Tensor | None,
+        grad_BTE: Tensor | None = None,
+    ) -> Tensor | None:
+        """Count the loads and `RouterSums` of a micro-batch. Returns `grad_BTE`, the gradient of the logits, plus the
+        gradients of the losses.
+        """
+        counts_BE = count(experts_BTK, logits_BTE.shape[-1])
+        self.counts_E += counts_BE.sum(0)
+        if is_image_BT is not None:
+            self.image_counts_E += count(experts_BTK, logits_BTE.shape[-1], is_image_BT).sum(0)
+        log_p_BTE = logits_BTE.log_softmax(-1)
+        lse_BT = logits_BTE.amax(-1) - log_p_BTE.amax(-1)  # as exact as logsumexp, in a fraction of its time
+        aux = None
+        if self.config.z and grad_BTE is not None:
+            grad_BTE = grad_BTE + log_p_BTE.exp() * (2 * self.config.z / routed_tokens * lse_BT)[..., None]
+        if self.config.aux:
+            if self.config.aux_scope is not AuxScope.whole:
+                self.sum_over_sequence(counts_BE)
+            load_BE = _load(counts_BE, self)
+            aux, gradient_BTE = aux_loss(self.router, logits_BTE, load_BE.to(logits_BTE.dtype))
+            if grad_BTE is not None:
+                grad_BTE = grad_BTE + gradient_BTE * (self.config.aux / routed_tokens)
+        z = _dot(lse_BT, lse_BT)
+        log_p_BTE = log_probabilities(self.router, logits_BTE, log_p_BTE)
+        entropy = _dot(log_p_BTE.exp(), log_p_BTE) * (-1 / math.log(logits_BTE.shape[-1]))
+        sums = RouterSums(aux=torch.zeros_like(z) if aux is None else aux, z=z, entropy=entropy)
+        self.sums += torch.stack(sums) / routed_tokens
+        return grad_BTE
+
     @torch.no_grad()
-    def step(self, counts_E: Tensor) -> None:
-        """Update load and selection bias from the step's global counts; reset this step's counts."""
+    def step(self, counts_E: Tensor, frozen: bool = False) -> None:
+        """Update load and, unless the router is `frozen`, selection bias from the step's global counts; reset this
+        step's counts.
+        """
         mean = counts_E.double().mean().clamp_min(1)
         self.load_E.copy_(counts_E.double() / mean)
-        if self.config.bias_rate:
+        if self.config.bias_rate and not frozen:
             delta_E = torch.sign(1 - self.load_E) * self.config.bias_rate
             self.bias_E.add_(delta_E - delta_E.mean())
         for buffer in (self.counts_E, self.image_counts_E, self.sums):
@@ -110,28 +150,7 @@ class _InjectGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits_BTE, experts_BTK = ctx.saved_tensors
-        balance, (grad_BTE,) = ctx.balance, grads
-        counts_BE = count(experts_BTK, logits_BTE.shape[-1])
-        balance.counts_E += counts_BE.sum(0)
-        if ctx.is_image_BT is not None:
-            balance.image_counts_E += count(experts_BTK, logits_BTE.shape[-1], ctx.is_image_BT).sum(0)
-        divisor = ctx.routed_tokens
-        log_p_BTE = logits_BTE.log_softmax(-1)
-        lse_BT = logits_BTE.amax(-1) - log_p_BTE.amax(-1)  # as exact as logsumexp, in a fraction of its time
-        aux = None
-        if balance.config.z:
-            grad_BTE = grad_BTE + log_p_BTE.exp() * (2 * balance.config.z / divisor * lse_BT)[..., None]
-        if balance.config.aux:
-            if balance.config.aux_scope is not AuxScope.whole:
-                balance.sum_over_sequence(counts_BE)
-            load_BE = _load(counts_BE, balance)
-            aux, gradient_BTE = aux_loss(balance.router, logits_BTE, load_BE.to(logits_BTE.dtype))
-            grad_BTE = grad_BTE + gradient_BTE * (balance.config.aux / divisor)
-        z = _dot(lse_BT, lse_BT)
-        log_p_BTE = log_probabilities(balance.router, logits_BTE, log_p_BTE)
-        entropy = _dot(log_p_BTE.exp(), log_p_BTE) * (-1 / math.log(logits_BTE.shape[-1]))
-        sums = RouterSums(aux=torch.zeros_like(z) if aux is None else aux, z=z, entropy=entropy)
-        balance.sums += torch.stack(sums) / divisor
+        grad_BTE = ctx.balance.measure(logits_BTE, experts_BTK, ctx.routed_tokens, ctx.is_image_BT, grads[0])
         return grad_BTE, None, None, None, None
 
 
@@ -167,8 +186,13 @@ class RoutedModel(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
+def _router(layer: Any) -> nn.Parameter:
+    weight: nn.Parameter = layer.ffn.router.weight
+    return weight
+
+
 class Balancer:
-    """Updates all routers of a model once per optimizer step.
+    """Updates all routers of a model once per optimizer step. A frozen router keeps its selection bias.
 
     `reduce` sums a tensor in place over all ranks (identity for one process). A rank that holds only some of the layers
     contributes zeros for the others.
@@ -181,6 +205,9 @@ class Balancer:
             index[name]: next(module for module in layer.modules() if isinstance(module, RouterBalance))
             for name, layer in model.layers.items()
             if name in index
+        }
+        self.frozen = {
+            index[name] for name, layer in model.layers.items() if name in index and not _router(layer).requires_grad
         }
         self.shape, self.reduce = (len(moe), model.config.num_experts), reduce
         self.counts_images = model.config.vision is not None
@@ -205,6 +232,6 @@ class Balancer:
         self.reduce(counts)
         self.reduce(sums)
         for layer, balance in self.routers.items():
-            balance.step(counts[0, layer])
+            balance.step(counts[0, layer], layer in self.frozen)
         named = dict(zip(("counts", "image_counts"), counts.unbind(), strict=False))
         return named | dict(zip(RouterSums._fields, sums.unbind(1), strict=True))

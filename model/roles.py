@@ -5,11 +5,12 @@ Roles are kept in a registry by name, because `fully_shard`, `deepcopy` and `to_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from core.errors import ConfigError
 from precision.config import Products
 
 if TYPE_CHECKING:
@@ -103,6 +104,23 @@ _PRODUCTS = {
         Products.vision,
     ),
 }
+
+
+GROUPS = {
+    "vision": frozenset(role for role in Role if role.is_vision),
+    "decoder": frozenset(role for role in Role if not role.is_vision),
+}
+"""Names of several roles: the vision encoder with its adapter and projector, and everything else."""
+
+
+def roles_of(names: Iterable[str]) -> frozenset[Role]:
+    """Return the roles with these names, each that of a role or of a group. Raises `ConfigError` for another name."""
+    found: set[Role] = set()
+    for name in names:
+        if name not in GROUPS and name not in Role.__members__:
+            raise ConfigError("", name, "no such role or group of roles", [*GROUPS, *Role.__members__])
+        found |= GROUPS[name] if name in GROUPS else {Role[name]}
+    return frozenset(found)
 
 
 @dataclass(frozen=True)

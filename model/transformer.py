@@ -16,7 +16,7 @@ from model.layers import Embedding, GatedMLP, Linear, RMSNorm, TiedHead
 from model.moe import MixtureOfExperts
 from model.roles import Role
 from model.vision.encoder import VisionEncoder
-from model.vision.fusion import images_of, no_images, place
+from model.vision.fusion import EncodedImages, images_of, no_images, place
 from precision.resolve import LayerGemms, Precision
 
 
@@ -77,10 +77,11 @@ class Stack(nn.Module):
 
     def _embed(self, tokens_BT: Tensor, embedding: Embedding, context: ForwardContext) -> Tensor:
         x_BTD = embedding(tokens_BT)
-        if self.vision is None:
-            return x_BTD
-        images = context.images or no_images(self.vision.config, x_BTD)
-        return place(x_BTD, images.encode(self.vision), images.rows_BT)
+        images = context.images
+        if self.vision is not None:
+            images = images or no_images(self.vision.config, x_BTD)
+            return place(x_BTD, images.encode(self.vision), images.rows_BT)
+        return place(x_BTD, images.rows_MD, images.rows_BT) if isinstance(images, EncodedImages) else x_BTD
 
 
 class Transformer(Stack):

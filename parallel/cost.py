@@ -6,6 +6,7 @@ Models are built on the meta device only, and no process group is needed. Tests 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import assert_never
@@ -54,28 +55,35 @@ def static_bytes(
     moments: torch.dtype | None,
     rank: int = 0,
     muon: bool = False,
+    frozen: AbstractSet[Role] = frozenset(),
 ) -> StaticBytes:
     """Return the bytes that `rank` keeps. Of the ranks of a pipeline stage, the first keeps the most. `moments`: the
-    dtype of AdamW's two moments, or of the one moment that Muon has for matrices; None for SGD. Under DeepSpeed, only
-    bytes on the device count, without the padding of flat buffers.
+    dtype of AdamW's two moments, or of the one moment that Muon has for matrices; None for SGD. `frozen`: roles without
+    gradients and optimizer state. Under DeepSpeed, only bytes on the device count, without the padding of flat buffers.
     """
     meshes, here = meshes_of_rank(layout, rank), on_meta(model, precision)
     runtime.split_stages(here, meshes)
     specs = shard_specs(registry(here), model, meshes)
     if layout.engine is EngineKind.deepspeed:
-        return _zero_bytes(specs, precision, layout, moments)
-    elements, size = sum(spec.local_block.numel for spec in specs.values()), precision.master_dtype.itemsize
+        return _zero_bytes(specs, precision, layout, moments, frozen)
+    trained = {name: spec for name, spec in specs.items() if spec.info.role not in frozen}
+    elements, held = (sum(spec.local_block.numel for spec in some.values()) for some in (specs, trained))
+    size = precision.master_dtype.itemsize
     optimizer, width = 0, 0 if moments is None else moments.itemsize
-    for spec in specs.values() if width else ():
+    for spec in trained.values() if width else ():
         if muon and spec.info.role.is_matrix:
             optimizer += width * spec.local_block.numel
         else:
             optimizer += 2 * width * spec.local_block.numel + 4  # plus a step count in float32
-    return StaticBytes(size * elements, size * elements, optimizer)
+    return StaticBytes(size * elements, size * held, optimizer)
 
 
 def _zero_bytes(
-    specs: Mapping[str, ShardSpec], precision: PrecisionConfig, layout: Layout, moments: torch.dtype | None
+    specs: Mapping[str, ShardSpec],
+    precision: PrecisionConfig,
+    layout: Layout,
+    moments: torch.dtype | None,
+    frozen: AbstractSet[Role],
 ) -> StaticBytes:
     stage, here = layout.zero_stage, layout.zero.offload is Offload.none
     away = layout.zero.offload_parameters is not ParameterOffload.none
@@ -83,8 +91,11 @@ def _zero_bytes(
     for spec in specs.values():
         whole = spec.compute_block.numel
         shard = -(-whole // (layout.efsdp if spec.info.role.is_expert else layout.fsdp))
-        width = master if spec.info.role is Role.router else precision.compute_dtype.itemsize
+        is_frozen = spec.info.role in frozen
+        width = master if spec.info.role is Role.router or is_frozen else precision.compute_dtype.itemsize
         parameters += 0 if away else width * (shard if stage == 3 else whole)
+        if is_frozen:
+            continue
         gradients += master * (whole if stage == 1 else shard)
         if here:
             optimizer += shard * (master + (0 if moments is None else 2 * moments.itemsize))

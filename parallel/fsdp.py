@@ -6,7 +6,7 @@ experts are sharded over a mesh of their own, because expert parallelism already
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -67,13 +67,31 @@ def apply(
             for one in (*stack.vision.layers.values(), stack.vision):
                 shard(one, meshes.dense, policy)
         shard(stack, meshes.dense, policy)
+    if model.vision is not None and meshes.layout.encodes_ahead:  # else it is in a stack
+        for one in (*model.vision.layers.values(), model.vision):
+            shard(one, meshes.dense, policy)
 
 
 def release(stacks: Mapping[int, Stack]) -> None:
     """Free the parameters that a forward pass without a backward pass leaves gathered."""
     for stack in stacks.values():
-        for unit, _ in units(stack):
-            unit.reshard()
+        reshard(stack)
+
+
+def reshard(module: nn.Module) -> None:
+    """Free the gathered parameters of a module."""
+    for unit, _ in units(module):
+        unit.reshard()
+
+
+def reduce_after(module: nn.Module, last: bool) -> None:
+    """Set whether the next backward pass is the `last` of a step: only then gradients are reduced, and parameters are
+    freed.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_is_last_backward(last)
+        module.set_reshard_after_backward(last)
+        module.set_requires_gradient_sync(last)
 
 
 def units(stack: nn.Module) -> Iterator[tuple[Any, Any]]:
@@ -83,19 +101,21 @@ def units(stack: nn.Module) -> Iterator[tuple[Any, Any]]:
             yield module, module._get_fsdp_state()._fsdp_param_group
 
 
-def count_traffic(stacks: Mapping[int, Stack], meshes: Meshes) -> None:
+def count_traffic(roots: Iterable[nn.Module], meshes: Meshes) -> None:
     """Count the bytes of FSDP2's collectives as they are issued. Parameters must have storage already.
 
     torch's all-reduce hook is not used. With a hook, torch runs the work that follows a reduction on another stream and
     does not order it before the next reduction: a race on gradients (torch 2.13, _fsdp_collectives.py). FSDP2's
     communication objects are not replaced, so `set_symm_mem` works.
     """
-    for stack in stacks.values():
-        for module, group in units(stack):
+    for root in roots:
+        for module, group in units(root):
             axis = meshes.efsdp if isinstance(module, Experts) else meshes.fsdp
             if group is not None and axis.size > 1:
                 group.unshard = partial(_counted_unshard, group, group.unshard, axis)
             for parameter in group.fsdp_params if group is not None else ():
+                if not parameter.sharded_param.requires_grad:
+                    continue
                 count = partial(_count_reduced, parameter, axis, meshes.replicate)
                 parameter.sharded_param.register_post_accumulate_grad_hook(count)
 

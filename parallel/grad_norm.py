@@ -32,4 +32,5 @@ def gradient_norm(
 def scale_gradients(model: nn.Module, factor: Tensor) -> None:
     """Multiply every gradient in place, without copying the factor to the host."""
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    torch._foreach_mul_([g for g in gradients if g.numel()], factor)
+    if filled := [g for g in gradients if g.numel()]:
+        torch._foreach_mul_(filled, factor)

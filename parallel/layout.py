@@ -12,6 +12,7 @@ from core.errors import ConfigError, check_numbers, divisors
 from model.config import FeedForward, ModelConfig
 from parallel.deepspeed.config import ZeroConfig
 from parallel.pipeline.stages import V_SCHEDULES_SINCE, PipelineSchedule, Stages, stages
+from parallel.vision.config import EncoderStages, VisionParallelConfig
 
 AUTO = "auto"
 DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
@@ -117,6 +118,8 @@ class ParallelConfig:
     """Number of pipeline stages on each rank. null: 1, or 2 if the schedule needs several."""
     layers_per_stage: list[int] | None = None
     """Number of layers of each stage, first to last. null: the cost of the costliest stage is as low as possible."""
+    vision: VisionParallelConfig = field(default_factory=VisionParallelConfig)
+    """Used by models with a vision encoder."""
     timeout_s: float = 300.0
     """Seconds after which a waiting collective is reported with the missing ranks, and the run ends."""
 
@@ -134,6 +137,9 @@ class ParallelConfig:
     def _check_schedule(self) -> None:
         schedule, per_rank = self.schedule, self.stages_per_rank
         if self.pp == 1:
+            if self.vision.stages is not EncoderStages.first:
+                reason = "there is no pipeline: add parallel.pp=2"
+                raise ConfigError("vision.stages", self.vision.stages, reason, [EncoderStages.first.value])
             defaults = {"schedule": PipelineSchedule.one_f_one_b, "stages_per_rank": None, "layers_per_stage": None}
             for key, default in defaults.items():
                 if getattr(self, key) != default:
@@ -210,6 +216,11 @@ class Layout(ParallelConfig):
         return self.dp_shard * self.cp
 
     @property
+    def encodes_ahead(self) -> bool:
+        """Whether all ranks of a pipeline encode tiles, before it runs."""
+        return self.vision.stages is EncoderStages.all
+
+    @property
     def efsdp(self) -> int:
         """Number of ranks over which a routed expert is sharded."""
         return self.dp_shard * self.cp * self.tp // (self.ep * self.etp)
@@ -219,11 +230,15 @@ class Layout(ParallelConfig):
         return {key: degree for key in DEGREES if (degree := getattr(self, key)) > 1}
 
     def stages(self, model: ModelConfig) -> Stages:
-        return stages(model, self.pp, self.schedule, self.per_rank, self.layers_per_stage)
+        share = 0.0 if self.encodes_ahead else self.vision.image_token_share or 0.0
+        return stages(model, self.pp, self.schedule, self.per_rank, self.layers_per_stage, share)
 
     def check_model(self, model: ModelConfig) -> None:
         """Reject degrees that cannot split this model evenly."""
         self.stages(model)
+        if model.vision is None and self.encodes_ahead:
+            reason = "the model has no vision encoder"
+            raise ConfigError("parallel.vision.stages", self.vision.stages, reason, [EncoderStages.first.value])
         if model.tie_embeddings and self.pp > 1 and self.schedule.is_v:
             others = [one.name for one in PipelineSchedule if not one.is_v]
             reason = "both ends of a V-schedule are on one rank and would gather tied embeddings twice: untie them"

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -80,10 +81,11 @@ class Meshes:
     `pp`: the ranks that hold other layers of the same model. `ends`: the first and the last of them, which both hold a
     tied embedding; its size is 1 on other ranks. `dp`: the ranks that get different sequences of a batch. `cp`: the
     ranks that hold other parts of the same sequences. `cp_tp`: the cp * tp ranks that hold parts of the same sequences,
-    tp varying faster; its size is 1 unless both cp and tp exceed 1. `experts`: the ep * etp ranks over which routed
-    experts are split, etp varying faster. `ep` and `etp` are positions in `experts` without groups. `dense` and
-    `sparse`: the meshes over which FSDP2 shards parameters, (fsdp) or (dp_replicate, fsdp); None in a world of one
-    rank.
+    tp varying faster; its size is 1 unless both cp and tp exceed 1. `pipeline`: the pp * cp * tp ranks that get the
+    same sequences, pp varying slowest; its size is 1 unless all of them encode tiles. `stage`: the ranks with the same
+    layers in a pipeline; its size is 1 unless they share tiles. `experts`: the ep * etp ranks over which routed experts
+    are split, etp varying faster. `ep` and `etp` are positions in `experts` without groups. `dense` and `sparse`: the
+    meshes over which FSDP2 shards parameters, (fsdp) or (dp_replicate, fsdp); None in a world of one rank.
     """
 
     layout: Layout
@@ -93,6 +95,8 @@ class Meshes:
     dp: MeshAxis
     cp: MeshAxis
     cp_tp: MeshAxis
+    pipeline: MeshAxis
+    stage: MeshAxis
     replicate: MeshAxis
     fsdp: MeshAxis
     efsdp: MeshAxis
@@ -109,6 +113,14 @@ class Meshes:
         if self.layout.cp == 1:
             return self.tp
         return self.cp if self.layout.tp == 1 else self.cp_tp
+
+    def encoders(self, over_data: bool) -> MeshAxis:
+        """Return the ranks that share tiles: those of the same sequences or, with `over_data`, of a global batch."""
+        if self.layout.encodes_ahead:
+            return self.world if over_data else self.pipeline
+        if over_data:
+            return self.world if self.layout.pp == 1 else self.stage
+        return self.sequence
 
     @property
     def joined(self) -> list[MeshAxis]:
@@ -158,6 +170,13 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
     if meshes.cp_tp.size > 1:
         parts = mesh(pp=layout.pp, dp=layout.dp, cp_tp=layout.cp * layout.tp)
         axes["cp_tp"] = replace(meshes.cp_tp, group=parts.get_group("cp_tp"))
+    if meshes.pipeline.size > 1:
+        stages = torch.arange(world.size).view(layout.pp, layout.dp, -1).transpose(0, 1).flatten(1)
+        parts = DeviceMesh(world.device.type, stages, mesh_dim_names=("dp", "pipeline"))
+        axes["pipeline"] = replace(meshes.pipeline, group=parts.get_group("pipeline"))
+    if meshes.stage.size > 1:
+        parts = mesh(pp=layout.pp, stage=meshes.stage.size)
+        axes["stage"] = replace(meshes.stage, group=parts.get_group("stage"))
     if meshes.ends.size > 1:
         axes["ends"] = replace(meshes.ends, group=_ends_group(axes["pp"]))
     replicated = ("dp_replicate",) if layout.dp_replicate > 1 else ()
@@ -170,6 +189,8 @@ def meshes_of_rank(layout: Layout, rank: int, traffic: Traffic | None = None) ->
     outer, inner = divmod(rank, layout.fsdp * layout.tp)
     stage, experts = rank // (layout.world_size // layout.pp), layout.ep * layout.etp
     parts = layout.cp * layout.tp if layout.cp > 1 and layout.tp > 1 else 1
+    inside, of_stage = layout.cp * layout.tp, layout.world_size // layout.pp
+    shared = layout.pp > 1 and layout.vision.over_data_parallel and not layout.encodes_ahead
     is_end = layout.pp > 1 and stage in (0, layout.pp - 1)
     along = {
         "world": (layout.world_size, rank),
@@ -177,7 +198,9 @@ def meshes_of_rank(layout: Layout, rank: int, traffic: Traffic | None = None) ->
         "ends": (2, int(stage > 0)) if is_end else (1, 0),
         "cp": (layout.cp, rank // layout.tp % layout.cp),
         "cp_tp": (parts, rank % parts),
-        "dp": (layout.dp, rank // (layout.cp * layout.tp) % layout.dp),
+        "pipeline": (layout.pp * inside, stage * inside + rank % inside) if layout.encodes_ahead else (1, 0),
+        "stage": (of_stage, rank % of_stage) if shared else (1, 0),
+        "dp": (layout.dp, rank // inside % layout.dp),
         "dp_replicate": (layout.dp_replicate, outer % layout.dp_replicate),
         "fsdp": (layout.fsdp, inner // layout.tp),
         "efsdp": (layout.efsdp, inner // experts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from parallel.mesh import Meshes, meshes_of_rank
 from parallel.pipeline import runtime
 from parallel.sharding import ShardSpec
 from parallel.vision import exchange
+from parallel.vision.ahead import EncodedStep
 from precision.config import PrecisionConfig
 from precision.resolve import Precision, resolve
 
@@ -77,17 +79,21 @@ class ParallelModel:
             context.prepare(self.model.config, self.model.compute_dtype)
         return context
 
-    def images(self, rows_BT: Tensor, tiles: int, pixels_N3SS: Tensor, greys: Tensor | None = None) -> Images | None:
-        """Return the images of this rank's positions, for `ForwardContext.images`. None if another rank encodes them.
+    def images(
+        self, rows_BT: Tensor, tiles: int, pixels_N3SS: Tensor, greys: Tensor | None = None, ranks: int = 1
+    ) -> Images | None:
+        """Return the images of this rank's positions, for `ForwardContext.images` of `logits`, or for `encode_ahead`.
+        None if other ranks encode them.
 
         `rows_BT`: the encoder row that each position of the whole sequences shows, or -1, on the host. `tiles`: the
         number of tiles of these sequences. `pixels_N3SS`: those of them that this rank encodes, as
-        `vision.exchange.tile_share` selects them; with `greys`, grey levels in uint8: see `Images`.
+        `vision.exchange.tile_share` selects them; with `greys`, grey levels in uint8: see `Images`. `ranks`: number of
+        data-parallel ranks whose sequences these are, one after the other.
         """
         if self.model.vision is None:
             return None
         per_tile, shard = self.model.vision.config.tokens_per_tile, self.context_shard(rows_BT.shape[1])
-        return exchange.spread(self.meshes, shard, rows_BT, tiles, per_tile, pixels_N3SS, greys, self.device)
+        return exchange.spread(self.meshes, shard, rows_BT, tiles, per_tile, pixels_N3SS, greys, self.device, ranks)
 
     def padded_length(self, length: int) -> int:
         """Return the smallest length of at least `length` tokens that this layout can divide."""
@@ -97,19 +103,39 @@ class ParallelModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def encode_ahead(self, images: Images | None, micro_batches: int) -> EncodedStep | None:
+        """Encode the images of a step, made for all of its sequences at once, before the pipeline runs. Returns None
+        if each micro-batch is encoded on its own.
+        """
+        encoder = self.model.vision
+        if encoder is None or not self.meshes.layout.encodes_ahead:
+            return None
+        return EncodedStep(encoder, images, micro_batches, self.device)
+
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor, context: ForwardContext) -> Tensor | None:
         """Run a forward pass over this rank's part of the sequences. Returns None if another rank has the head."""
+        if context.images is not None and (encoded := self.encode_ahead(context.images, 1)):
+            (context.images,) = encoded.micro_batches()
         if self.meshes.pp.size > 1:
             return runtime.forward(self.stacks, self.model, self.meshes, tokens_BT, context)
         return self.model(tokens_BT, context)
 
 
 def build(
-    config: ModelConfig, precision: PrecisionConfig, meshes: Meshes, device: torch.device, seed: int
+    config: ModelConfig,
+    precision: PrecisionConfig,
+    meshes: Meshes,
+    device: torch.device,
+    seed: int,
+    frozen: AbstractSet[Role] = frozenset(),
 ) -> ParallelModel:
-    """Build, distribute and initialise a model. Each rank allocates only its own part."""
+    """Build, distribute and initialise a model. Each rank allocates only its own part. Parameters of `frozen` roles
+    have `requires_grad=False`, by which engines and optimizers know them.
+    """
     layout, model = meshes.layout, on_meta(config, precision, resolve(precision, device))
+    for name, info in registry(model).items():
+        model.get_parameter(name).requires_grad_(info.role not in frozen)
     stacks = runtime.split_stages(model, meshes)
     specs = sharding.shard_specs(registry(model), config, meshes)
     parallelize(model, stacks, specs, meshes, precision)
@@ -117,9 +143,10 @@ def build(
         _cast_to_compute_dtype(model, specs, precision)
     if layout.zero_stage == 3:
         zero3.partition(model, meshes, device)
-    for stack in stacks.values():
-        stack.to_empty(device=device)
-    fsdp.count_traffic(stacks, meshes)
+    roots = [*stacks.values()] + ([model.vision] if model.vision is not None and layout.encodes_ahead else [])
+    for root in roots:
+        root.to_empty(device=device)
+    fsdp.count_traffic(roots, meshes)
     if layout.zero_stage != 3:  # in stage 3 the engine sets the initial weights
         sharding.initialise(sharding.local_shards(model, specs), config, seed)
     reset_buffers(model)
@@ -188,11 +215,11 @@ def check_float8(config: ModelConfig, precision: PrecisionConfig, layout: Layout
 
 def _cast_to_compute_dtype(model: Transformer, specs: dict[str, ShardSpec], precision: PrecisionConfig) -> None:
     """Cast parameters, for an engine with its own master weights, to the dtypes that FSDP2 would all-gather: bf16 under
-    bf16 compute, except routers, which keep the master dtype.
+    bf16 compute, except routers, which keep the master dtype. So do frozen parameters, which have no master weights.
     """
     if precision.compute_dtype is torch.bfloat16:
         for name, parameter in model.named_parameters():
-            if specs[name].info.role is not Role.router:
+            if parameter.requires_grad and specs[name].info.role is not Role.router:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
@@ -202,7 +229,7 @@ def _shrink_parameters(model: Transformer, specs: dict[str, ShardSpec]) -> None:
         if specs[name].splits:
             owner, _, attribute = name.rpartition(".")
             part = torch.empty(specs[name].compute_block.shape, dtype=parameter.dtype, device=parameter.device)
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(part))
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(part, parameter.requires_grad))
 
 
 def _count_whole_sequences(model: Transformer, meshes: Meshes) -> None:

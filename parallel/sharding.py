@@ -137,6 +137,8 @@ def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
     shared: tuple[MeshAxis, ...] = () if splits or meshes.tp.size == 1 else (meshes.tp,)
     if info.role is Role.embedding and model.tie_embeddings and meshes.ends.size > 1:
         shared += (meshes.ends,)
+    if info.role.is_vision and meshes.layout.encodes_ahead:
+        shared += (meshes.pp,)
     return ShardSpec(info, splits, Split(meshes.fsdp, 0), (meshes.replicate, *shared), partial=shared)
 
 
@@ -162,10 +164,12 @@ def local_shards(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[L
 
 
 def local_gradients(model: nn.Module, specs: Mapping[str, ShardSpec]) -> Iterator[LocalShard]:
-    """Yield this rank's blocks of a model's gradients. Raises `ValueError` if a parameter has no gradient: a norm would
-    omit it silently.
+    """Yield this rank's blocks of a model's gradients, without those of frozen parameters. Raises `ValueError` if
+    another parameter has no gradient: a norm would omit it silently.
     """
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.grad is None:
             raise ValueError(f"{name} has no gradient")
         yield LocalShard(specs[name], specs[name].local_block, local(parameter.grad))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from data.loader import IGNORED, Batch, Loader
 from data.prefetch import Prefetcher
 from parallel.mesh import Meshes
 from train.config import Phase, TrainConfig
-from train.engine.images import load_tiles
+from train.engine.images import load_tiles, local_sequences
 from train.online_filter import OnlineWindow
 
 
@@ -52,21 +53,26 @@ class StepBatches:
         self._sequences += torch.bincount(batch.sources_B, minlength=len(self.sources))
         return batch
 
-    def read(self) -> dict[str, Any]:
+    def read(self, device: torch.device) -> dict[str, Any]:
         """Return metrics of this rank's sequences since the last call. Each rank's sequences are a sample of the same
-        blend of sources, so rank 0 logs its own fractions, which needs no collective.
+        blend of sources, so rank 0 logs its own fractions, which needs no collective. Tiles and image tokens are those
+        of global batches, summed on `device`.
         """
         total = max(int(self._sequences.sum()), 1)
         counts = zip(self.sources, self._sequences.tolist(), strict=True)
-        line = {
+        line: dict[str, Any] = {
             "data_wait_s": round(self.waited_s, 6),
             "labelled_tokens": self._labelled,
             "padding_share": round(self._padding / max(self._positions, 1), 6),
             "source_shares": {name: round(count / total, 4) for name, count in counts},
         }
         if next(iter(self.loaders.values())).corpus.images is not None:
-            line["image_token_share"] = round(self._image_tokens / max(self._positions, 1), 6)
-            line["tiles"] = self._tiles
+            seen = torch.tensor([self._tiles, self._image_tokens], device=device)
+            if not self.meshes.layout.vision.over_data_parallel:  # else each rank has seen all
+                self.axis.sum(seen, "metrics")
+            tiles, tokens = seen.tolist()
+            share = round(tokens / max(self._positions * self.axis.size, 1), 6)
+            line |= {"tiles": tiles, "image_tokens": tokens, "image_token_share": share}
         self._reset()
         return line
 
@@ -81,11 +87,14 @@ class StepBatches:
 
     def _sequences_of(self, step: int, phase: Phase) -> Batch:
         loader, size = self.loaders[phase.name], phase.global_batch_size // self.axis.size
-        start = self.axis.rank * size
+        take: Callable[[int, int], Batch]
         if self.window is None:
-            return loader.batch(step - phase.start, start, start + size)
-        start += (step - self.window.first_step) * phase.global_batch_size
-        return loader.samples(self.window.rows[start : start + size])
+            take = partial(loader.batch, step - phase.start)
+        else:
+            begin = (step - self.window.first_step) * phase.global_batch_size
+            rows = self.window.rows[begin : begin + phase.global_batch_size]
+            take = lambda start, stop: loader.samples(rows[start:stop])  # noqa: E731
+        return local_sequences(take, self.meshes, size, phase.micro_batch_size)
 
     def _known_until(self, step: int) -> int:
         """Return the first step whose sequences are not known yet: the one after the run or the window."""

@@ -16,7 +16,7 @@ from data.config import DataConfig, Packing, TokenizerKind
 from data.images.config import TileConfig
 from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
-from model.roles import Role
+from model.roles import Role, roles_of
 from parallel.layout import Layout, ParallelConfig, split_unit
 from precision.config import PrecisionConfig
 from train.optim.config import OptimizerConfig, OptimizerKind
@@ -66,10 +66,17 @@ class TrainingConfig:
     """Relative weights of the sources; a source that is not named is excluded. Empty: the weights in data.sources."""
     clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; null: no clipping."""
+    freeze: list[str] = field(default_factory=list)
+    """Roles that keep their initial weights (`embedding`, `router`, ...), or the groups `vision` and `decoder`."""
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=(*SIZES, "clip_norm"))
         _check_weights(self.weights or None)
+        check_freeze(self.freeze)
+
+    @property
+    def frozen(self) -> frozenset[Role]:
+        return roles_of(self.freeze)
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,27 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         check_numbers(self, positive=(*SIZES, "rope_theta", "temperature_floor"))
         _check_weights(self.weights)
+
+
+def check_freeze(freeze: list[str], model: ModelConfig | None = None) -> None:
+    """Raise `ConfigError` for a name of no role or group, or of none that the model has, and if nothing is left to
+    train.
+    """
+    try:
+        roles_of(freeze)
+    except ConfigError as error:
+        raise error.under("freeze") from None
+    if not freeze or model is None:
+        return
+    from model.tensor_source import parameter_infos  # imports torch
+
+    there = {info.role for info in parameter_infos(model).values()}
+    for name in freeze:
+        if not there & roles_of([name]):
+            reason = "the model has no such parameters"
+            raise ConfigError("freeze", name, reason, [role.name for role in Role if role in there])
+    if there <= roles_of(freeze):
+        raise ConfigError("freeze", freeze, "leaves nothing to train: omit a role or a group")
 
 
 def _check_weights(weights: dict[str, float] | None) -> None:
@@ -327,6 +355,10 @@ def check(config: TrainConfig, world_size: int) -> Layout:
     for role in config.model.init.roles:
         if role not in Role.__members__:
             raise ConfigError(f"model.init.roles.{role}", None, "no such role", [one.name for one in Role])
+    try:
+        check_freeze(config.training.freeze, config.model)
+    except ConfigError as error:
+        raise error.under("training") from None
     optimizer, precision = config.optimizer, config.precision
     moments, muon = optimizer.moments_dtype(precision), optimizer.kind is OptimizerKind.muon
     layout = resolve_layout(config.parallel, world_size, config.model, precision, moments, muon)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from data.images.media import ImageDescription
 from data.loader import Loader
 from data.tokenizer import Tokenizer, load_tokenizer, vocabulary_fingerprint
 from parallel.comm.world import World
+from parallel.layout import Layout
 from train.checkpoint.index import read_progress
 from train.config import TrainConfig, check_placeholder, check_tiles, check_vocabulary, phases
 from train.online_filter import candidates
@@ -134,6 +135,15 @@ def check_same_data(progress: dict[str, Any], corpus: Corpus) -> None:
 def source_weights(config: TrainConfig, corpus: Corpus) -> dict[str, float]:
     """Return the weight of each source of the corpus: that of the configuration, or 1 for a source it does not name."""
     return {name: config.data.sources[name].weight if name in config.data.sources else 1.0 for name in corpus.sources}
+
+
+def with_image_tokens(layout: Layout, config: TrainConfig, corpus: Corpus) -> Layout:
+    """Return the layout with the share of image tokens in the training data, unless the configuration names one."""
+    if layout.vision.image_token_share is not None or corpus.images is None:
+        return layout
+    weights = phases(config)[0].weights or source_weights(config, corpus)
+    share = sum(weight * corpus.image_tokens(name) for name, weight in weights.items()) / sum(weights.values())
+    return replace(layout, vision=replace(layout.vision, image_token_share=share))
 
 
 def run_loaders(config: TrainConfig, corpus: Corpus, report: Callable[[str], None]) -> dict[str, Loader]:

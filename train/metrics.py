@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,8 @@ from core.errors import Diverged
 from core.files import append_json_line, append_text
 from core.process import say
 from model.config import ModelConfig
-from model.flops import training_flops
+from model.flops import training_flops, vision_flops
+from model.roles import Role
 from train.config import LoggingConfig, Wandb
 from train.engine.base import StepResult
 
@@ -111,20 +113,39 @@ class Log:
 
 
 class Throughput:
-    """Measures tokens per second and MFU, of an interval and of the run."""
+    """Measures tokens per second and MFU, of an interval and of the run. `frozen`: roles without gradients."""
 
-    def __init__(self, model: ModelConfig, device: torch.device, world_size: int) -> None:
-        self.model = model
+    def __init__(
+        self, model: ModelConfig, device: torch.device, world_size: int, frozen: AbstractSet[Role] = frozenset()
+    ) -> None:
+        self.model, self.frozen = model, frozen
         peak = peak_flops(device)
         self.peak = None if peak is None else peak * world_size
         self.seconds = self.tokens = 0.0
 
-    def read(self, seconds: float, tokens: int, seq_len: int) -> tuple[float, float | None]:
-        """Return tokens per second and MFU of an interval. `seconds` exclude pauses for evaluation and saving."""
+    def read(self, seconds: float, tokens: int, seq_len: int, tiles: int = 0) -> tuple[float, float | None]:
+        """Return tokens per second and MFU of an interval in which `tiles` tiles were encoded. `seconds` exclude pauses
+        for evaluation and saving.
+        """
         self.seconds += seconds
         self.tokens += tokens
-        rate = tokens / max(seconds, 1e-9)
-        return rate, None if self.peak is None else rate * training_flops(self.model, seq_len).total / self.peak
+        rate, encoded = tokens / max(seconds, 1e-9), tiles / max(seconds, 1e-9)
+        flops = rate * self._decoder(seq_len) + encoded * self._encoder
+        return rate, None if self.peak is None else flops / self.peak
+
+    def encoder_share(self, tokens: int, seq_len: int, tiles: int) -> float:
+        """Return the fraction of the FLOPs of `tokens` tokens and `tiles` tiles that the vision encoder takes."""
+        encoder = tiles * self._encoder
+        return encoder / max(tokens * self._decoder(seq_len) + encoder, 1.0)
+
+    def _decoder(self, seq_len: int) -> float:
+        return training_flops(self.model, seq_len, self.frozen).total
+
+    @property
+    def _encoder(self) -> float:
+        """FLOPs per tile."""
+        vision = self.model.vision
+        return 0.0 if vision is None else vision_flops(vision, self.model.hidden_size, self.frozen).total
 
     @property
     def mean(self) -> float:

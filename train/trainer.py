@@ -41,7 +41,7 @@ from train.checkpoint.index import check_run
 from train.checkpoint.init_from import compare_vocabularies, copy_selection_biases, initial_source
 from train.checkpoint.manager import Checkpointer
 from train.config import Phase, TrainConfig, check, phase_of, phases
-from train.corpus import check_same_data, get_corpus, keep_tokenizer, run_loaders, source_weights
+from train.corpus import check_same_data, get_corpus, keep_tokenizer, run_loaders, source_weights, with_image_tokens
 from train.engine import make_engine
 from train.engine.base import optimizer_step
 from train.engine.memory import check_memory
@@ -75,7 +75,7 @@ class Trainer:
         self.weights = source_weights(config, corpus)
         self.vocabulary = vocabulary_fingerprint(corpus.tokenizer)
         self.loaders = run_loaders(config, corpus, log)
-        self.meshes = make_meshes(layout, world)
+        self.meshes = make_meshes(with_image_tokens(layout, config, corpus), world)
         self.batches = StepBatches(config, self.phases, self.loaders, self.meshes, corpus.tokenizer.eos_id)
         paged = layout.zero.offload is Offload.nvme  # an asynchronous save would copy all paged state to memory
         asynchronous = config.checkpoint.asynchronous and not paged
@@ -87,7 +87,8 @@ class Trainer:
         self.last: StepMetrics | None = None
         begun = world.from_main(lambda: bool(committed(directory.checkpoints)))
         source = None if begun else initial_source(config.model, config.run.seed, log)
-        placed = build(config.model, config.precision, self.meshes, world.device, config.run.seed)
+        frozen = config.training.frozen
+        placed = build(config.model, config.precision, self.meshes, world.device, config.run.seed, frozen)
         self.engine = make_engine(placed, config.optimizer, config.run.seed)
         self.balancer = Balancer(placed.model, partial(self.meshes.world.sum, purpose="balance"))
         progress = self.checkpointer.restore(self.engine.state())
@@ -241,9 +242,9 @@ class Trainer:
         layout, cache = self.meshes.layout, Path(self.config.data.cache).expanduser()
         if not layout.axes:
             return None
-        kind, precision = self.config.optimizer.kind, self.config.precision
+        kind, precision, freeze = self.config.optimizer.kind, self.config.precision, self.config.training.freeze
         precision = replace(precision, recipe=precision.recipe.on(self.world.device))
-        found = store.find(layout.axes, self.config.model, layout, cache, kind, precision)
+        found = store.find(layout.axes, self.config.model, layout, cache, kind, precision, freeze)
         if found is None:
             self.log(
                 f"no certificate for this layout and this code; to make one: leviathan certify {self.directory.path}"

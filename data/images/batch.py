@@ -44,19 +44,37 @@ class BatchImages:
     """Returns a tile, uint8 [3, S, S]."""
     side: int = 0
     """S."""
+    ranks: int = 1
+    """Number of data-parallel ranks whose sequences these are: see `interleaved`."""
+    own_BT: Tensor | None = None
+    """`rows_BT` of this rank's sequences alone, if these are of several ranks."""
     pixels: list[Tensor] = field(default_factory=list)
     """For each micro-batch the tiles that this rank encodes, uint8 [N, 3, S, S]: see `load`."""
+
+    @property
+    def local_rows_BT(self) -> Tensor:
+        """The encoder row of each placeholder in this rank's sequences, -1 elsewhere."""
+        return self.rows_BT if self.own_BT is None else self.own_BT
 
     def documents_with_images(self, positions_BT: Tensor) -> Tensor:
         """Return whether the document of each position shows an image in the same sequence, bool [B, T]."""
         documents_BT = (positions_BT == 0).cumsum(1)
         placeholders_BT = torch.zeros(len(positions_BT), positions_BT.shape[1] + 1, dtype=torch.int64)
-        placeholders_BT.scatter_add_(1, documents_BT, (self.rows_BT >= 0).long())
+        placeholders_BT.scatter_add_(1, documents_BT, (self.local_rows_BT >= 0).long())
         return placeholders_BT.gather(1, documents_BT) > 0
 
     def slice(self, start: int, stop: int) -> BatchImages:
         """Return sequences [start, stop), without pixels."""
         return replace(self, rows_BT=self.rows_BT[start:stop], tiles=self.tiles[start:stop], pixels=[])
+
+    def interleaved(self, ranks: int, micro_batch_size: int, rank: int) -> BatchImages:
+        """Return the images of the same sequences in another order, without pixels. Those of `ranks` ranks, one rank
+        after the other, become the first micro-batch of each rank, then the second of each. `rank`: this one.
+        """
+        order = torch.arange(len(self.tiles)).view(ranks, -1, micro_batch_size).transpose(0, 1).flatten()
+        tiles = [self.tiles[number] for number in order.tolist()]
+        own_BT = self.rows_BT.chunk(ranks)[rank]
+        return replace(self, rows_BT=self.rows_BT[order], tiles=tiles, ranks=ranks, own_BT=own_BT, pixels=[])
 
     def concat(self, other: BatchImages) -> BatchImages:
         rows = torch.cat([self.rows_BT, other.rows_BT])

@@ -146,6 +146,11 @@ class PictureStream:
     def canvas(self, image: int) -> Canvas:
         return Canvas(int(self.rows[image]), int(self.columns[image]))
 
+    @property
+    def num_tiles(self) -> int:
+        grids = self.rows * self.columns
+        return int((grids + (grids > 1)).sum())  # with a global tile, as `Canvas.tiles`
+
     def rows_of(self, start: int, length: int) -> tuple[NDArray[np.int64], list[TileRef]]:
         """Return, for tokens [start, start + length) of the stream, the encoder row of each placeholder (-1 for other
         tokens) and the tiles, in order. A row is tile * Q + q, with the tiles counted from the first in the window.

@@ -29,6 +29,7 @@ def run(config: CertifyConfig) -> int:
         stored = load_config(Path(config.run))
         config = replace(config, model=stored.model, parallel=stored.parallel, cache=stored.data.cache)
         config = replace(config, optimizer=stored.optimizer, precision=stored.precision)
+        config = replace(config, freeze=stored.training.freeze)
     check_target("out", config.out, ".json")
     _, omitted = trials(config)
     for line in omitted:

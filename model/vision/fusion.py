@@ -33,13 +33,34 @@ class Images:
 
     def encode(self, encoder: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the encoder's rows, [M, D]."""
+        return self.deliver(self._rows(encoder))
+
+    def _rows(self, encoder: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the rows of all tiles of this rank."""
         if self.kept:
             return self.kept[0]
-        greys = self.greys
-        rows_MD = encoder(self.tiles_N3SS if greys is None else greys[self.tiles_N3SS.to(greys.device).int()])
+        rows_MD = encoder(self.normalised(self.tiles_N3SS))
         if self.kept is not None:
             self.kept.append(rows_MD)
         return rows_MD
+
+    def normalised(self, tiles_N3SS: Tensor) -> Tensor:
+        """Return pixels for the encoder, on the device."""
+        return tiles_N3SS if self.greys is None else self.greys[tiles_N3SS.to(self.greys.device).int()]
+
+    def deliver(self, rows_MD: Tensor) -> Tensor:
+        """Return the rows that `rows_BT` numbers, from the rows of all tiles."""
+        return rows_MD
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImages(Images):
+    """Images whose rows have been encoded before."""
+
+    rows_MD: Tensor
+
+    def encode(self, encoder: Callable[[Tensor], Tensor] | None) -> Tensor:
+        return self.rows_MD
 
 
 def no_images(config: VisionConfig, x_BTD: Tensor) -> Images:

@@ -125,13 +125,36 @@ def zero_section(config: ZeroConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class FlatSlice:
-    """This rank's range [start, stop) of a parameter's flattened elements. `at`: its start in the group's buffer."""
+class FlatRange:
+    """This rank's range [start, stop) of a parameter's flattened elements. `at`: its start in a flat buffer."""
 
     spec: ShardSpec
     start: int
     stop: int
     at: int
+
+    def of(self, buffer: Tensor) -> Iterator[tuple[ShardBlock, Tensor]]:
+        """Yield the range as blocks of the whole tensor, each with a view of its elements in `buffer`."""
+        at = self.at
+        for block in blocks(self.spec.compute_block, self.start, self.stop):
+            yield block, buffer.narrow(0, at, block.numel).view(block.shape)
+            at += block.numel
+
+
+@dataclass(frozen=True)
+class FrozenRange(FlatRange):
+    """A range of a frozen parameter, in the buffer `masters`: the model's own weights, which have the master dtype.
+    `writes`: whether this rank saves it.
+    """
+
+    masters: Tensor
+    writes: bool
+
+
+@dataclass(frozen=True)
+class FlatSlice(FlatRange):
+    """A range of a trained parameter, in the buffers of `group`, a parameter group of DeepSpeed's wrapper."""
+
     wrapper: Any
     group: int
 
@@ -144,13 +167,6 @@ class FlatSlice:
     def gradients(self) -> Tensor:
         """The flat buffer of summed gradients, fp32. Valid between a reduction and a step."""
         return self.wrapper.averaged_gradients[self.group].flat_partition
-
-    def of(self, buffer: Tensor) -> Iterator[tuple[ShardBlock, Tensor]]:
-        """Yield the range as blocks of the whole tensor, each with a view of its elements in `buffer`."""
-        at = self.at
-        for block in blocks(self.spec.compute_block, self.start, self.stop):
-            yield block, buffer.narrow(0, at, block.numel).view(block.shape)
-            at += block.numel
 
     @property
     def masters(self) -> Tensor:
@@ -168,11 +184,12 @@ OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 class ZeroOptimizer(ABC):
     """An optimizer whose state DeepSpeed shards, and from stage 2 on its gradients. `step` applies the gradients that
-    `reduce` has summed. `slices`: this rank's slices of all parameters.
+    `reduce` has summed. `slices`: this rank's slices of all trained parameters. `frozen`: those of frozen parameters.
     """
 
     names: Mapping[nn.Parameter, str]
     slices: Sequence[FlatSlice]
+    frozen: Sequence[FrozenRange]
     param_groups: list[dict[str, Any]]
 
     @abstractmethod
@@ -198,9 +215,11 @@ class ZeroOptimizer(ABC):
         """Copy the master weights to the model's parameters on all ranks, after master weights were overwritten."""
 
     def weights(self) -> Iterator[LocalShard]:
-        """Yield this rank's blocks of the fp32 master weights."""
+        """Yield this rank's blocks of the fp32 master weights, and of the frozen weights."""
         for one in self.slices:
             yield from (LocalShard(one.spec, block, part) for block, part in one.of(one.masters))
+        for still in self.frozen:
+            yield from (LocalShard(still.spec, block, part) for block, part in still.of(still.masters))
 
     def gradients(self) -> Iterator[LocalShard]:
         """Yield this rank's blocks of the summed gradients. Valid between `reduce` and `step`."""
@@ -208,9 +227,9 @@ class ZeroOptimizer(ABC):
             yield from (LocalShard(one.spec, block, part) for block, part in one.of(one.gradients))
 
     def _check_gradients(self, there: Collection[nn.Parameter]) -> None:
-        """Raise `ValueError` for a parameter without a gradient, which DeepSpeed would silently skip."""
+        """Raise `ValueError` for a trained parameter without a gradient, which DeepSpeed would silently skip."""
         for parameter, name in self.names.items():
-            if parameter not in there:
+            if parameter.requires_grad and parameter not in there:
                 raise ValueError(f"{name} has no gradient")
 
     def _sum_partial(self) -> None:
@@ -240,12 +259,19 @@ class Zero12(ZeroOptimizer):
         join()
         sets: dict[tuple[str, torch.dtype], list[dict[str, Any]]] = {}
         for group in groups:
+            if not group["params"]:  # a frozen role
+                continue
             first = group["params"][0]
             expert = specs[names[first]].info.role.is_expert
             sets.setdefault(("efsdp" if expert else "fsdp", first.dtype), []).append(group)
         self.wrappers = [(getattr(meshes, axis), self._wrap(some, make, axis)) for (axis, _), some in sets.items()]
         self.slices = [one for _, wrapper in self.wrappers for one in self._slices(wrapper, specs)]
         self.param_groups = [group for _, wrapper in self.wrappers for group in wrapper.optimizer.param_groups]
+        self.frozen = [self._whole(specs[n], p) for p, n in names.items() if not p.requires_grad]
+
+    def _whole(self, spec: ShardSpec, parameter: nn.Parameter) -> FrozenRange:
+        axis = self.meshes.efsdp if spec.info.role.is_expert else self.meshes.fsdp
+        return FrozenRange(spec, 0, parameter.numel(), 0, parameter.data.view(-1), spec.is_owner and axis.rank == 0)
 
     def _wrap(self, groups: list[dict[str, Any]], make: OptimizerFactory, axis: str) -> Any:
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer

@@ -25,6 +25,7 @@ from parallel.deepspeed.config import Offload, ParameterOffload
 from parallel.deepspeed.offload import PagedAdamW, on_host
 from parallel.deepspeed.zero12 import (
     FlatSlice,
+    FrozenRange,
     OptimizerFactory,
     ZeroOptimizer,
     join,
@@ -67,7 +68,7 @@ def partition(model: Transformer, meshes: Meshes, device: torch.device) -> None:
     number = 0
     for module in model.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
-            whole: Any = nn.Parameter(torch.empty_like(parameter, device=device))
+            whole: Any = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
             setattr(module, key, whole)
             init._convert_to_deepspeed_param(whole)
             whole.ds_id, number = number, number + 1  # DeepSpeed's own numbers may differ between ranks
@@ -90,13 +91,18 @@ class Zero3(ZeroOptimizer):
         self.config, self.meshes = meshes.layout.zero, meshes
         self.names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
         self.reduced: set[Any] = set()
-        self.wrapper = self._wrap(model, make(list(groups)))
+        self.wrapper = self._wrap(model, make([group for group in groups if group["params"]]))
         # each forward or backward pass gathers all parameters that are not kept whole
-        self.gathered = _bytes(parameter for parameter in self.names if not parameter.ds_persist)
+        passing = [parameter for parameter in self.names if not parameter.ds_persist]
+        self.gathered = _bytes(passing)
+        seen = {p: specs[name].info.role.is_vision for p, name in self.names.items()}
+        blind = not any(p.requires_grad for p, is_vision in seen.items() if is_vision)
+        self.gathered_back = _bytes(p for p in passing if not (blind and seen[p]))  # a frozen encoder has no such pass
         self.optimizer: torch.optim.Optimizer = self.wrapper.optimizer
         self.param_groups = self.optimizer.param_groups
         self._take_over(prime)
         self.slices = list(self._slices(specs))
+        self.frozen = list(self._frozen(specs))
         self._attach(model)
 
     def _wrap(self, model: Transformer, optimizer: torch.optim.Optimizer) -> Any:
@@ -173,6 +179,13 @@ class Zero3(ZeroOptimizer):
                     yield PartitionedSlice(specs[self.names[parameter]], start, stop, at, self.wrapper, index)
                 at += size
 
+    def _frozen(self, specs: Mapping[str, ShardSpec]) -> Iterator[FrozenRange]:
+        for parameter, name in self.names.items():
+            start = min(parameter.partition_numel() * self.meshes.fsdp.rank, parameter.ds_numel)
+            stop = min(start + parameter.partition_numel(), parameter.ds_numel)
+            if not parameter.requires_grad and start < stop:
+                yield FrozenRange(specs[name], start, stop, 0, parameter.ds_tensor.data, specs[name].is_owner)
+
     def _sum_and_scatter(self, parameters: Sequence[Any], _: torch.dtype) -> list[Tensor]:
         """Return this rank's partitions of a bucket's summed gradients, fp32. Replaces DeepSpeed's average."""
         axis, sizes = self.meshes.fsdp, [parameter.partition_numel() for parameter in parameters]
@@ -189,7 +202,7 @@ class Zero3(ZeroOptimizer):
     def after_backward(self, last: bool) -> None:
         from deepspeed.runtime.zero import parameter_offload
 
-        note(self.meshes.fsdp, "parameters", self.gathered)
+        note(self.meshes.fsdp, "parameters", self.gathered_back)
         self.wrapper.independent_gradient_partition_epilogue()  # flush the buckets
         self.wrapper.parameter_offload.release_backward_leftovers()
         parameter_offload.FWD_MODULE_STACK.clear()  # recomputation leaves modules, and so their tensors, in it

@@ -58,7 +58,9 @@ class DeferringProducts:
         self.input_gradient, self.weight_gradient = inner.input_gradient, inner.weight_gradient
 
     def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
-        return _Product.apply(x, w, groups, self) if torch.is_grad_enabled() else self.inner.linear(x, w, groups)
+        if torch.is_grad_enabled() and w.requires_grad:
+            return _Product.apply(x, w, groups, self)
+        return self.inner.linear(x, w, groups)
 
 
 class _Product(torch.autograd.Function):

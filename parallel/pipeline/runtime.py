@@ -49,7 +49,9 @@ class StageStack(Stack):
     """On the last stage, a copy of the tied embedding. The head uses its weight; the stage does not run it."""
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
-        return super().forward(x, context or self.contexts.popleft())
+        y = super().forward(x, context or self.contexts.popleft())
+        # torch's schedules send a gradient to every stage, also to one whose parameters are frozen
+        return y.requires_grad_() if torch.is_grad_enabled() and not y.requires_grad else y
 
 
 def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
@@ -65,7 +67,8 @@ def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
     shares_table = model.config.tie_embeddings and last in here
     if 0 not in here and not shares_table:
         model.embedding = None
-    if 0 not in here:
+    ahead = meshes.layout.encodes_ahead
+    if 0 not in here and not ahead:
         model.vision = None
     if last not in here:
         model.final_norm = model.head = None
@@ -76,7 +79,7 @@ def split_stages(model: Transformer, meshes: Meshes) -> dict[int, Stack]:
             {str(layer): layers[str(layer)] for layer in plan.layers[stage]},
             model.final_norm if stage == last else None,
             model.head if stage == last else None,
-            model.vision if stage == 0 else None,
+            model.vision if stage == 0 and not ahead else None,
         )
         for stage in here
     }

@@ -13,7 +13,7 @@ from enum import Enum
 
 from core.errors import ConfigError
 from model.config import ModelConfig
-from model.flops import active_parameters
+from model.flops import active_parameters, vision_flops
 
 V_SCHEDULES_SINCE = (2, 13)
 """The first torch version in which V-schedules run on gloo. In earlier versions a rank could not send to itself."""
@@ -78,29 +78,37 @@ class Stages:
         return [stage for stage, owner in enumerate(self.owners) if owner == rank]
 
 
-def stages(model: ModelConfig, pp: int, schedule: PipelineSchedule, per_rank: int, given: list[int] | None) -> Stages:
+def stages(
+    model: ModelConfig,
+    pp: int,
+    schedule: PipelineSchedule,
+    per_rank: int,
+    given: list[int] | None,
+    image_token_share: float = 0.0,
+) -> Stages:
     """Spread the layers over pp * per_rank stages so that the cost of the costliest stage is as low as possible,
     or put `given[i]` layers on stage i. Raises `ConfigError` if a stage would have no layer.
     """
-    count = pp * per_rank
+    count, costs = pp * per_rank, layer_costs(model, image_token_share=image_token_share)
     if count > model.num_layers:
         least = 1 if schedule is PipelineSchedule.one_f_one_b else 2  # other schedules need pp > 1
         legal = list(range(least, model.num_layers // per_rank + 1))
         reason = f"times {per_rank} stages per rank = {count} stages, more than the model's {model.num_layers} layers"
         raise ConfigError("parallel.pp", pp, reason, legal[-4:])
-    sizes = given if given is not None else balanced(layer_costs(model), count)
+    sizes = given if given is not None else balanced(costs, count)
     if len(sizes) != count or sum(sizes) != model.num_layers or min(sizes) < 1:
         reason = f"must name {count} stages of at least one layer, {model.num_layers} layers together"
-        raise ConfigError("parallel.layers_per_stage", sizes, reason, [balanced(layer_costs(model), count)])
+        raise ConfigError("parallel.layers_per_stage", sizes, reason, [balanced(costs, count)])
     bounds = itertools.pairwise(itertools.accumulate(sizes, initial=0))
     owners = [min(stage, 2 * pp - 1 - stage) if schedule.is_v else stage % pp for stage in range(count)]
     return Stages(tuple(range(begin, end) for begin, end in bounds), tuple(owners))
 
 
-def layer_costs(model: ModelConfig, seq_len: int = 4096) -> list[float]:
+def layer_costs(model: ModelConfig, seq_len: int = 4096, image_token_share: float = 0.0) -> list[float]:
     """Return the multiply-adds of each layer's forward pass per token: one per active parameter, plus attention
     at this sequence length. On average a query attends to half of the sequence or chunk. The head's matmul counts
-    towards the last layer, the embedding's lookup of a row towards the first.
+    towards the last layer, the embedding's lookup of a row towards the first. If the first stage encodes tiles, the
+    vision encoder counts towards the first layer too: `image_token_share` is the fraction of tokens that show a tile.
     """
     reaches = [min(seq_len, layer.attention_chunk_size or seq_len) for layer in model.blocks]
     costs: list[float] = [
@@ -109,6 +117,9 @@ def layer_costs(model: ModelConfig, seq_len: int = 4096) -> list[float]:
     ]
     costs[0] += model.hidden_size
     costs[-1] += model.hidden_size * model.vocab_size
+    if model.vision is not None and image_token_share:
+        tiles = image_token_share / model.vision.tokens_per_tile
+        costs[0] += tiles * vision_flops(model.vision, model.hidden_size).total / 6
     return costs
 
 

@@ -1,6 +1,8 @@
-"""Spread the tiles of a micro-batch over ranks, and send the encoder's rows to the positions that show them.
+"""Spread tiles over ranks, and send the encoder's rows to the positions that show them.
 
-The cp * tp ranks that hold parts of the same sequences each encode an equal share of their tiles. Every rank has the
+The cp * tp ranks that hold parts of the same sequences each encode an equal share of their tiles: those of a
+micro-batch or, if the ranks of all pipeline stages share them (`parallel.vision.ahead`), of a step. Data-parallel ranks
+may share those of their sequences too. Every rank has the
 whole encoder, so a tile is never split. All of these ranks know which tile each position of the whole sequences shows.
 So they plan on the host, without communication, which rows they send to each other in one all-to-all.
 
@@ -14,7 +16,6 @@ M image tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,11 +30,14 @@ from parallel.mesh import MeshAxis, Meshes
 PURPOSE = "images"
 
 
-def tile_share(meshes: Meshes, tiles: int) -> range:
-    """Return which tiles of a micro-batch with `tiles` tiles this rank encodes. In a pipeline the ranks of the first
-    stage encode them.
+def tile_share(meshes: Meshes, tiles: int, ranks: int = 1) -> range:
+    """Return which of `tiles` tiles this rank encodes: tiles of a micro-batch or, if all stages of a pipeline encode,
+    of a step. `ranks`: the number of data-parallel ranks whose sequences show these tiles.
     """
-    return range(0) if meshes.pp.rank else _share(tiles, meshes.sequence.size, meshes.sequence.rank)
+    if meshes.pp.rank and not meshes.layout.encodes_ahead:
+        return range(0)
+    axis = meshes.encoders(ranks > 1)
+    return _share(tiles, axis.size, axis.rank)
 
 
 def _share(tiles: int, size: int, rank: int) -> range:
@@ -51,9 +55,8 @@ class SpreadImages(Images):
     send: list[int]
     receive: list[int]
 
-    def encode(self, encoder: Callable[[Tensor], Tensor]) -> Tensor:
-        rows_MD = F.embedding(self.chosen_M, super().encode(encoder))
-        return all_to_all(rows_MD, self.send, self.receive, self.axis, PURPOSE)
+    def deliver(self, rows_MD: Tensor) -> Tensor:
+        return all_to_all(F.embedding(self.chosen_M, rows_MD), self.send, self.receive, self.axis, PURPOSE)
 
 
 def spread(
@@ -65,17 +68,22 @@ def spread(
     pixels_N3SS: Tensor,
     greys: Tensor | None,
     device: torch.device,
+    ranks: int = 1,
 ) -> Images:
     """Return the images of this rank's positions. `rows_BT`: the encoder rows that the whole sequences show, on the
-    host. `tiles`: the number of their tiles. `pixels_N3SS`: those of `tile_share`.
+    host, those of `ranks` data-parallel ranks one after the other. `tiles`: the number of their tiles. `pixels_N3SS`:
+    those of `tile_share`. The result's `rows_BT` stay on the host if the images are encoded ahead.
     """
-    share, axis = tile_share(meshes, tiles), meshes.sequence
+    share, axis = tile_share(meshes, tiles, ranks), meshes.encoders(ranks > 1)
+    where = torch.device("cpu") if meshes.layout.encodes_ahead else device
     assert len(pixels_N3SS) == len(share), f"{len(pixels_N3SS)} tiles are decoded, not tiles {share} of {tiles}"
-    parts = [rows_BT] if shard.axis.size == 1 else shard.shards(rows_BT, 1)
+    sequences = rows_BT.chunk(ranks)
+    parts = [part for own in sequences for part in ([own] if shard.axis.size == 1 else shard.shards(own, 1))]
     places = [place for part in parts for place in part.chunk(meshes.tp.size, 1)]
+    places += [sequences[0][:, :0]] * (axis.size - len(places))  # later stages have no positions
     here_BT = places[axis.rank].contiguous()
     if axis.size == 1 or tiles == 0:
-        return Images(pixels_N3SS, here_BT.to(device), greys)
+        return Images(pixels_N3SS, here_BT.to(where), greys)
     shown = [place[place >= 0].unique() for place in places]  # ascending, and so in the order of the sending ranks
     first, last = share.start * tokens_per_tile, share.stop * tokens_per_tile
     chosen = [rows[(rows >= first) & (rows < last)] - first for rows in shown]
@@ -84,7 +92,7 @@ def spread(
     numbers_BT = torch.searchsorted(shown[axis.rank], here_BT)
     return SpreadImages(
         pixels_N3SS,
-        torch.where(here_BT < 0, -1, numbers_BT).to(device),
+        torch.where(here_BT < 0, -1, numbers_BT).to(where),
         greys,
         axis=axis,
         chosen_M=torch.cat(chosen).to(device),

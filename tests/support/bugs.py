@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from data.images.batch import BatchImages
 from model import moe
 from model.kernels import TorchKernels
 from model.transformer import Stack
@@ -29,6 +30,7 @@ from parallel.pipeline import runtime
 from parallel.pipeline.deferred_wgrad import Deferred
 from parallel.sharding import local
 from parallel.vision import exchange
+from parallel.vision.ahead import EncodedStep
 from parallel.vision.exchange import SpreadImages
 from precision import fp8_tiles
 from train.certify import worker
@@ -359,6 +361,42 @@ def shares_that_overlap(honest, tiles, size, rank):
     """A rank encodes the first tile of the next rank as well."""
     share = honest(tiles, size, rank)
     return range(share.start, min(share.stop + 1, tiles))
+
+
+@replaces(SpreadImages, "deliver")
+def tiles_of_later_stages_lost(honest, self, rows_MD):
+    """Only the first stage's tiles reach the positions that show them."""
+    return honest(self, rows_MD if self.axis.rank < self.axis.size // 2 else rows_MD * 0)
+
+
+@replaces(engine, "sum_partial_gradients")
+def encoder_summed_over_stages_twice(honest, model, specs):
+    honest(model, specs)
+    over_pp = lambda spec: tuple(axis for axis in spec.partial if axis.name == "pp")  # noqa: E731
+    honest(model, {name: dataclasses.replace(spec, partial=over_pp(spec)) for name, spec in specs.items()})
+
+
+@replaces(engine, "sum_partial_gradients")
+def encoder_not_summed_over_stages(honest, model, specs):
+    others = lambda spec: tuple(axis for axis in spec.partial if axis.name != "pp")  # noqa: E731
+    honest(model, {name: dataclasses.replace(spec, partial=others(spec)) for name, spec in specs.items()})
+
+
+@replaces(BatchImages, "interleaved")
+def images_of_another_micro_batch(honest, self, ranks, micro_batch_size):
+    """The sequences of one rank follow those of another, although micro-batches take some of each."""
+    return honest(self, ranks, len(self.tiles) // ranks)
+
+
+@replaces(EncodedStep, "backward")
+def encoder_not_run_again(honest, self):
+    """The second phase is forgotten."""
+
+
+@replaces(worker, "build")
+def frozen_roles_forgotten(honest, model, precision, meshes, device, seed, frozen):
+    """All parameters are trained."""
+    return honest(model, precision, meshes, device, seed)
 
 
 @replaces(engine, "sum_partial_gradients")

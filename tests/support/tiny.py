@@ -24,7 +24,7 @@ from train.config import TrainConfig
 from train.corpus import get_corpus
 from train.engine.base import StepResult, optimizer_step
 from train.engine.fsdp import TorchEngine
-from train.engine.images import load_tiles
+from train.engine.images import load_tiles, local_sequences
 from train.metrics import Log
 from train.optim.config import OptimizerConfig
 from train.run_directory import RunDirectory
@@ -96,7 +96,7 @@ def synthetic(
     share = BATCH_SIZE // meshes.dp.size
     vision = placed.model.config.vision
     loader = SyntheticLoader(placed.model.config.vocab_size, vision=vision)
-    batch = loader.batch(0, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
+    batch = local_sequences(partial(loader.batch, 0), meshes, share, micro_batch_size)
     load_tiles(batch.images, meshes, micro_batch_size)
     return engine, batch, partial(optimizer_step, engine, balancer, batch, micro_batch_size, None, 1.0)
 

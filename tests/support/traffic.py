@@ -87,7 +87,7 @@ class _Step:
 
     def images(self, rows: int) -> Entries:
         """Yield the encoder's rows that all ranks together send to positions, and their gradients back."""
-        if (axis := self.meshes.sequence).size > 1:
+        if (axis := self.meshes.encoders(self.layout.vision.over_data_parallel and self.layout.dp > 1)).size > 1:
             yield (axis.name, PURPOSE), 2 * rows * self.model.hidden_size * self.size
 
     def context(self) -> Entries:
@@ -133,14 +133,17 @@ class _Step:
         """Yield what FSDP2 sends in one micro-batch on a rank of each stage. Layers gather their parameters for the
         forward pass and again for the backward pass, and so does the vision encoder; the other parameters (the root)
         stay gathered in between.
-        Gradients are reduced after each micro-batch. In a pipeline everything is gathered and reduced once per step.
+        Gradients are reduced after each micro-batch. In a pipeline everything is gathered and reduced once per step,
+        but an encoder on all stages is gathered before and after the pipeline.
         """
         layout, master = self.layout, self.precision.master_dtype.itemsize
         narrow = self.precision.compute_dtype is torch.bfloat16
         for name, spec in self.specs.items():
+            ahead = layout.encodes_ahead and spec.info.role.is_vision
             stages = 1 + any(axis.name == "ends" for axis in spec.replicas)  # tied embeddings are on both ends
+            stages = layout.pp if ahead else stages
             size = master if narrow and spec.info.role is Role.router else self.size
-            gathers = 2 if name.startswith(("layers.", "vision.")) and layout.pp == 1 else 1
+            gathers = 2 if ahead or (name.startswith(("layers.", "vision.")) and layout.pp == 1) else 1
             elements = spec.local_block.numel  # of rank 0, whose shard is full; shorter shards are padded to its size
             if (axis := spec.fsdp_split.axis).size > 1:
                 yield (axis.name, "parameters"), stages * gathers * size * elements
@@ -157,6 +160,7 @@ class _Step:
         for spec in self.specs.values():
             for axis in spec.partial:
                 copies = world // self.layout.pp // self.layout.fsdp * (2 if axis.name == "ends" else 1)
+                copies *= self.layout.pp if self.layout.encodes_ahead and spec.info.role.is_vision else 1
                 size = spec.compute_block.numel * self.precision.master_dtype.itemsize
                 yield (axis.name, "gradients"), size * copies
 

@@ -65,14 +65,15 @@ def figures(run: Path) -> dict[int, tuple[float, float]]:
 def test_a_resumed_run_sees_the_same_pictures(train, tmp_path, capsys):
     assert train("run.name=whole", "evaluation.sequences=16", "training.seq_len=96") == 0
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["tiles"] > 0 and 0 < line["image_token_share"] < 1 for line in lines if "loss" in line)
     for line in lines:
         if "loss" in line:
+            assert line["image_tokens"] <= 4 * line["tiles"] and line["tiles_per_second"] > 0
+            assert line["tiles"] > 0 and line["image_token_share"] == round(line["image_tokens"] / (8 * 96), 6) < 1
+            assert 0 < line["encoder_flops_share"] < 1
             apart, loads = line["loss_by_modality"], line["expert_load_by_modality"]
             assert min(apart.values()) < line["loss"] < max(apart.values())
-            assert list(apart) == list(loads) == ["images", "text"] and len(line["expert_overlap"]) == len(
-                loads["text"]
-            )
+            assert list(apart) == list(loads) == ["images", "text"]
+            assert len(line["expert_overlap"]) == len(loads["text"])
     [held_out] = [line for line in lines if "heldout" in line]
     [mixed] = held_out["heldout"].values()
     parts, whole = list(mixed["modalities"].values()), mixed["loss"] * mixed["tokens"]

@@ -21,7 +21,8 @@ class LoggingCallback(Callback):
 
     def __init__(self, trainer: TrainingRun) -> None:
         super().__init__(trainer)
-        self.throughput = Throughput(trainer.config.model, trainer.world.device, trainer.world.size)
+        config, world = trainer.config, trainer.world
+        self.throughput = Throughput(config.model, world.device, world.size, config.training.frozen)
         self.writer: MetricsWriter | None = None
         self.last_loss: float | None = None
         self.last_rate = 0.0
@@ -66,8 +67,12 @@ class LoggingCallback(Callback):
 
     def _line(self, steps: int, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
         trainer = self.trainer
-        seq_len = trainer.phase(steps - 1).seq_len
-        rate, mfu = self.throughput.read(seconds, metrics.tokens - self._tokens, seq_len)
+        seq_len, tokens = trainer.phase(steps - 1).seq_len, metrics.tokens - self._tokens
+        data = trainer.batches.read(trainer.world.device)
+        if "tiles" in data:
+            data["tiles_per_second"] = round(data["tiles"] / max(seconds, 1e-9), 2)
+            data["encoder_flops_share"] = round(self.throughput.encoder_share(tokens, seq_len, data["tiles"]), 4)
+        rate, mfu = self.throughput.read(seconds, tokens, seq_len, data.get("tiles", 0))
         line: dict[str, Any] = {
             "step": steps,
             "tokens": metrics.tokens,
@@ -77,7 +82,7 @@ class LoggingCallback(Callback):
             "tokens_per_second": round(rate, 1),
             "mfu": mfu,
             "peak_memory_bytes": peak_memory_bytes(trainer.world.device),
-            **trainer.batches.read(),
+            **data,
         }
         if traffic := trainer.meshes.traffic.take():
             done = steps - self._logged

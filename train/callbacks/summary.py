@@ -7,7 +7,7 @@ from typing import Any
 from core.errors import LeviathanError
 from core.files import write_json
 from data.ngram_baseline import NgramBaseline
-from model.flops import count_parameters, training_flops
+from model.flops import count_parameters, training_flops, vision_flops
 from parallel.cost import static_bytes
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.evaluation import EvaluationCallback
@@ -34,9 +34,10 @@ class SummaryCallback(Callback):
     def summary(self) -> dict[str, Any]:
         trainer, config = self.trainer, self.trainer.config
         parameters, held_out = count_parameters(config.model), self.evaluation.result
-        flops = training_flops(config.model, trainer.phase(trainer.steps - 1).seq_len)
         layout, moments = trainer.meshes.layout, config.optimizer.moments_dtype(config.precision)
-        muon = config.optimizer.kind is OptimizerKind.muon
+        muon, frozen = config.optimizer.kind is OptimizerKind.muon, config.training.frozen
+        kept = static_bytes(config.model, config.precision, layout, moments, muon=muon, frozen=frozen)
+        flops = training_flops(config.model, trainer.phase(trainer.steps - 1).seq_len, frozen)
         summary: dict[str, Any] = {
             "steps": trainer.step,
             "tokens": trainer.tokens,
@@ -51,10 +52,12 @@ class SummaryCallback(Callback):
             "flops_per_token": flops.total,
             "world_size": trainer.world.size,
             "layout": layout.axes,
-            "static_bytes": vars(static_bytes(config.model, config.precision, layout, moments, muon=muon)),
+            "static_bytes": vars(kept),
             "heldout": held_out.plain() if held_out else None,
             "corpus": trainer.corpus.fingerprint,
         }
+        if config.model.vision is not None:
+            summary["flops_per_tile"] = vision_flops(config.model.vision, config.model.hidden_size, frozen).total
         if config.evaluation.baselines and held_out:
             summary |= self._baselines(list(held_out.sources))
         return summary

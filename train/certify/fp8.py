@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
+from model.roles import Role
 from parallel.layout import Layout, ParallelConfig
 from precision.config import Backend, Compute, PrecisionConfig, Products, Recipe
 from train.certify.compare import Comparison, compare, largest_difference, relative_errors, worst_parameter
@@ -32,12 +33,17 @@ _SAME, _ANY, _UNROUNDED = "FP8 in the same tiles", "FP8", "unrounded"
 
 
 def compare_fp8(
-    model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, count: int, ranks: RunOnRanks
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    parallel: ParallelConfig,
+    count: int,
+    ranks: RunOnRanks,
+    frozen: frozenset[Role] = frozenset(),
 ) -> Iterator[Comparison]:
     """Compare a layout of `count` ranks with one process that makes the same micro-batches. `model`: shrunk, with sizes
     that are multiples of `TILE`. Raises `RankFailure` if a rank fails.
     """
-    cases = _cases(model, precision, parallel.resolve(count))
+    cases = {k: replace(one, frozen=frozen) for k, one in _cases(model, precision, parallel.resolve(count)).items()}
     unrounded = replace(cases[_ANY], precision=PrecisionConfig(Compute.float64))
     (wanted,) = ranks(1, run_cases, ParallelConfig(), {**cases, _UNROUNDED: unrounded})
     found = ranks(count, run_cases, parallel, cases)

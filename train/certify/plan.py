@@ -26,17 +26,20 @@ from core.config import plain
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import RankFailure
 from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, ModelConfig
+from model.roles import Role, roles_of
 from model.vision.config import VisionConfig
 from parallel import expert_parallel
 from parallel.deepspeed import zero12
 from parallel.deepspeed.config import Offload, ZeroConfig
 from parallel.layout import AUTO, DEGREES, ContextMethod, EngineKind, ParallelConfig, Reduce
 from parallel.pipeline.stages import PipelineSchedule, stages
+from parallel.vision.config import EncoderStages, VisionParallelConfig
 from precision.config import Compute, PrecisionConfig
 from train.certify import fp8
 from train.certify.compare import Comparison, compare, compare_resumed, join_blocks
 from train.certify.config import CertifyConfig
 from train.certify.worker import BATCH_SIZE, SEQ_LEN, CertifyCase, RankResults, RunOnRanks, micro_batch_size, run_cases
+from train.config import check_freeze
 from train.optim.config import OptimizerConfig, OptimizerKind
 
 _TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
@@ -89,6 +92,7 @@ def certify(config: CertifyConfig, ranks: RunOnRanks) -> Iterator[Outcome]:
     """Run the trials one by one and compare each with one process. Small sets of axes come first, so that the first
     failure names the fewest axes. Raises `ConfigError` before anything runs if a trial is impossible.
     """
+    check_freeze(config.freeze, config.model)
     chosen, _ = trials(config)
     model, optimizer = shrink(config.model, config.parallel), config.optimizer
     if config.parallel.engine is EngineKind.deepspeed and config.precision.uses_float8:
@@ -97,11 +101,11 @@ def certify(config: CertifyConfig, ranks: RunOnRanks) -> Iterator[Outcome]:
     for trial in chosen:
         muon = optimizer.kind is OptimizerKind.muon
         zero12.check(trial.parallel.resolve(trial.ranks), torch.float32, torch.float32, muon, model.has_experts)
-    outcomes = compare_layouts(model, chosen, config.steps, ranks, optimizer)
+    outcomes = compare_layouts(model, chosen, config.steps, ranks, optimizer, roles_of(config.freeze))
     if not config.precision.uses_float8:
         return outcomes
     wide = shrink(config.model, config.parallel, fp8.TILE)
-    return (_with_fp8(outcome, wide, config.precision, ranks) for outcome in outcomes)
+    return (_with_fp8(outcome, wide, config, ranks) for outcome in outcomes)
 
 
 def compare_layouts(
@@ -110,6 +114,7 @@ def compare_layouts(
     steps: int,
     ranks: RunOnRanks,
     optimizer: OptimizerConfig | None = None,
+    frozen: frozenset[Role] = frozenset(),
 ) -> Iterator[Outcome]:
     """Compare each layout with one process. `optimizer`: AdamW if None."""
     learning = _learning(optimizer or OptimizerConfig())
@@ -118,19 +123,19 @@ def compare_layouts(
     with tempfile.TemporaryDirectory() as folder:
         one = Path(folder) / "one"
         try:
-            cases = _cases(model, learning, steps, one, None, compute)
+            cases = _cases(model, learning, steps, one, None, compute, frozen)
             (wanted,) = ranks(1, run_cases, ParallelConfig(), cases)
         except RankFailure as error:
             raise LeviathanError(f"the run in one process failed, so nothing can be compared:\n{error}") from None
         for trial in layouts:
             own = Path(tempfile.mkdtemp(dir=folder))  # a unique folder, because two trials may have the same axes
-            yield _try(trial, _cases(model, learning, steps, own, one, compute), own, wanted, ranks)
+            yield _try(trial, _cases(model, learning, steps, own, one, compute, frozen), own, wanted, ranks)
 
 
-def _with_fp8(outcome: Outcome, model: ModelConfig, precision: PrecisionConfig, ranks: RunOnRanks) -> Outcome:
-    trial = outcome.trial
+def _with_fp8(outcome: Outcome, model: ModelConfig, config: CertifyConfig, ranks: RunOnRanks) -> Outcome:
+    trial, frozen = outcome.trial, roles_of(config.freeze)
     try:
-        more = list(fp8.compare_fp8(model, precision, trial.parallel, trial.ranks, ranks))
+        more = list(fp8.compare_fp8(model, config.precision, trial.parallel, trial.ranks, ranks, frozen))
     except RankFailure as error:
         return replace(outcome, error=outcome.error or _raised(error))
     return replace(outcome, comparisons=[*outcome.comparisons, *more])
@@ -187,11 +192,12 @@ def _cases(
     save: Path,
     resume: Path | None,
     compute: Compute = Compute.float64,
+    frozen: frozenset[Role] = frozenset(),
 ) -> dict[str, CertifyCase]:
     """Return the runs to compare, by name. The run `resumed` is one of them only if `resume` names a checkpoint."""
     sgd = OptimizerConfig(kind=OptimizerKind.sgd, lr=0.1, weight_decay=0.0)
     whole = replace(model, balance=replace(_TERMS, aux_scope=AuxScope.whole))
-    base = CertifyCase(replace(model, balance=_TERMS), PrecisionConfig(compute), sgd)
+    base = CertifyCase(replace(model, balance=_TERMS), PrecisionConfig(compute), sgd, frozen=frozen)
     learning = replace(base, model=whole, optimizer=optimizer, clip_norm=0.05, steps=steps)
     cases = {"sgd": replace(base, steps=steps), optimizer.kind.name: replace(learning, save=save)}
     if compute is Compute.float64:
@@ -260,6 +266,7 @@ def _trial(axes: tuple[str, ...], degrees: Mapping[str, int], parallel: Parallel
     count = wanted["pp"] * parallel.per_rank
     if wanted["pp"] == 1:
         changed |= {"schedule": PipelineSchedule.one_f_one_b, "stages_per_rank": None}
+        changed["vision"] = replace(parallel.vision, stages=EncoderStages.first)
     elif parallel.layers_per_stage is not None and count <= model.num_layers:
         changed["layers_per_stage"] = [1] * (count - 1) + [model.num_layers - count + 1]
     return Trial(axes, replace(parallel, **changed), wanted["pp"] * wanted["dp_replicate"] * spread)
@@ -308,13 +315,21 @@ def _small_encoder(vision: VisionConfig, image_token_id: int) -> VisionConfig:
 
 
 def techniques(
-    parallel: ParallelConfig, kind: OptimizerKind = OptimizerKind.adamw, precision: PrecisionConfig | None = None
+    parallel: ParallelConfig,
+    kind: OptimizerKind = OptimizerKind.adamw,
+    precision: PrecisionConfig | None = None,
+    freeze: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the settings, besides axes and model, that a certificate covers."""
     keys = ("dispatch", "cp_method", "recompute", "compile", "schedule", "stages_per_rank", "engine")
     found = {key: plain(getattr(parallel, key)) for key in keys}
     if parallel.engine is EngineKind.deepspeed:  # offloading is tested separately
         found["zero"] = plain(replace(parallel.zero, nvme=None, offload=Offload.none))
+    spread = replace(parallel.vision, image_token_share=None)
+    if spread != VisionParallelConfig():
+        found["vision"] = plain(spread)
+    if freeze:
+        found["frozen"] = sorted(role.name for role in roles_of(freeze))
     float8 = fp8.describe(precision) if precision and precision.uses_float8 else None
     return {**found, "muon": kind is OptimizerKind.muon, "float8": float8}
 
@@ -327,7 +342,7 @@ def certificate(config: CertifyConfig, outcomes: Sequence[Outcome], identity: Ma
         **identity,
         "axes": list(axes_in_use(config.parallel)),
         "omitted": trials(config)[1],
-        "techniques": techniques(config.parallel, config.optimizer.kind, config.precision),
+        "techniques": techniques(config.parallel, config.optimizer.kind, config.precision, config.freeze),
         "smallest_failing_axes": list(failed[0].trial.axes) if failed else None,
         "first_failure": failed[0].failures()[0] if failed else None,
         "model": plain(shrink(config.model, config.parallel)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,12 @@ def find(
     cache: Path,
     kind: OptimizerKind = OptimizerKind.adamw,
     precision: PrecisionConfig | None = None,
+    freeze: Sequence[str] = (),
 ) -> str | None:
     """Return the digest of a passed certificate, or None. The certificate must be of this code and this version of
     torch and cover these axes, the shrunk model and the techniques.
     """
-    wanted = [plain(shrink(model, parallel)), techniques(parallel, kind, precision)]
+    wanted = [plain(shrink(model, parallel)), techniques(parallel, kind, precision, freeze)]
     for path in sorted(_folder(cache).glob("*.json")):
         try:
             certificate = read_json(path, _SHAPE)

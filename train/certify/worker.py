@@ -21,6 +21,7 @@ from data.images.batch import BatchImages, TileRef
 from data.loader import IGNORED, Batch
 from model.config import ModelConfig
 from model.load_balance import Balancer, RouterBalance
+from model.roles import Role
 from model.vision.config import VisionConfig
 from parallel.comm.world import World, connect
 from parallel.layout import Layout, ParallelConfig
@@ -31,7 +32,7 @@ from precision.config import PrecisionConfig
 from train.checkpoint.manager import Checkpointer
 from train.engine import make_engine
 from train.engine.base import optimizer_step
-from train.engine.images import load_tiles
+from train.engine.images import load_tiles, local_sequences
 from train.eval.held_out import held_out_loss
 from train.optim.config import OptimizerConfig
 
@@ -59,6 +60,7 @@ class CertifyCase:
     seq_len: int = SEQ_LEN
     batch_size: int = BATCH_SIZE
     emulates: int | None = None
+    frozen: frozenset[Role] = frozenset()
 
 
 class RunOnRanks(Protocol):
@@ -172,7 +174,7 @@ def copy_blocks(blocks: Iterable[LocalShard]) -> Blocks:
 
 def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     """Run `case` on this rank."""
-    placed = build(case.model, case.precision, meshes, world.device, SEED)
+    placed = build(case.model, case.precision, meshes, world.device, SEED, case.frozen)
     model, engine, found = placed.model, make_engine(placed, case.optimizer, SEED), RankResults()
     balancer = Balancer(model, lambda counts: meshes.world.sum(counts, "balance"))
     order = np.arange(case.batch_size)
@@ -197,7 +199,7 @@ def run_case(case: CertifyCase, world: World, meshes: Meshes) -> RankResults:
     for step in range(begin, case.steps):
         if case.save is not None and step == case.steps - 1:
             Checkpointer(case.save, world, 1, False, _fail).save(step, engine.state(), {})
-        batch = loader.batch(step, meshes.dp.rank * share, (meshes.dp.rank + 1) * share)
+        batch = local_sequences(partial(loader.batch, step), meshes, share, size)
         load_tiles(batch.images, meshes, size)
         if not case.labels:
             batch.labels_BT.fill_(IGNORED)

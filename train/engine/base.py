@@ -16,7 +16,7 @@ from parallel.parallelize import ParallelModel
 from parallel.pipeline.runtime import Pipeline
 from parallel.sharding import LocalShard
 from train.checkpoint.state import TensorShard
-from train.engine.images import batch_images, image_positions
+from train.engine.images import give_images, image_positions
 from train.loss import BatchLoss
 
 
@@ -55,9 +55,7 @@ class Engine(ABC):
         contexts = [
             self.placed.sequence_context(part_BT, routed) for part_BT in batch.positions_BT.split(micro_batch_size)
         ]
-        if images := batch_images(self.placed, batch.images, micro_batch_size):
-            for context, shown in zip(contexts, images, strict=True):
-                context.images = shown
+        encoded = give_images(self.placed, batch.images, micro_batch_size, contexts)
         tokens_BT = share.take(batch.tokens_BT).to(self.device)
         if batch.images is not None:
             is_image_BT = image_positions(self.placed, batch.images)
@@ -72,6 +70,8 @@ class Engine(ABC):
                 one.backward()
                 total += one.detach()
                 self.after_backward(context is contexts[-1])
+        if encoded is not None:
+            encoded.backward()
         self.complete_gradients()
         total, self.modality_losses = loss.reduce(total)
         return total

@@ -72,6 +72,10 @@ class ZeroEngine(Engine):
             found += _parts(f"model.{one.spec.info.name}", one, one.masters)
             for key, held in one.state.items():
                 found += _parts(f"optimizer.{one.spec.info.name}.{key}", one, held)
+        for still in self.zero.frozen:
+            name, shape = f"model.{still.spec.info.name}", tuple(still.spec.info.shape)
+            for block, values in still.of(still.masters):
+                found.append(TensorShard(name, values, shape, block.offset, still.writes))
         return found
 
     def written(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -9,22 +10,28 @@ from torch import Tensor
 
 from data.images.batch import BatchImages
 from data.images.tiles import GREYS
+from data.loader import Batch
+from model.attention.plan import ForwardContext
 from model.vision.fusion import Images
 from parallel.mesh import Meshes
 from parallel.parallelize import ParallelModel
+from parallel.vision.ahead import EncodedStep
 from parallel.vision.exchange import tile_share
 
 
 def batch_images(placed: ParallelModel, images: BatchImages | None, micro_batch_size: int) -> list[Images | None]:
-    """Return the images of each micro-batch of a batch whose pixels `BatchImages.load` has decoded: for
-    `ForwardContext.images`. Empty if the batch has no images, or if this rank has no vision encoder.
+    """Return the images of each micro-batch of a batch whose pixels `load_tiles` has decoded: for
+    `ForwardContext.images`. Those of all sequences together if they are encoded ahead (`ParallelModel.encode_ahead`).
+    Empty if the batch has no images, or if this rank has no vision encoder.
     """
     if images is None or placed.model.vision is None:
         return []
     greys = torch.tensor(GREYS, device=placed.device)
     return [
-        placed.images(rows_BT, len(tiles), pixels_N3SS, greys)
-        for (rows_BT, tiles), pixels_N3SS in zip(images.micro_batches(micro_batch_size), images.pixels, strict=True)
+        placed.images(rows_BT, len(tiles), pixels_N3SS, greys, images.ranks)
+        for (rows_BT, tiles), pixels_N3SS in zip(
+            images.micro_batches(_together(images, placed.meshes, micro_batch_size)), images.pixels, strict=True
+        )
     ]
 
 
@@ -32,12 +39,47 @@ def image_positions(placed: ParallelModel, images: BatchImages) -> Tensor:
     """Return which positions of this rank show an image, for `ForwardContext.is_image_BT`: bool [B, T], where T is this
     rank's part of the sequence after the splits of cp and tp.
     """
-    tp, share = placed.meshes.tp, placed.context_shard(images.rows_BT.shape[1])
-    return (share.take(images.rows_BT) >= 0).chunk(tp.size, 1)[tp.rank].to(placed.device)
+    tp, share = placed.meshes.tp, placed.context_shard(images.local_rows_BT.shape[1])
+    return (share.take(images.local_rows_BT) >= 0).chunk(tp.size, 1)[tp.rank].to(placed.device)
 
 
 def load_tiles(images: BatchImages | None, meshes: Meshes, micro_batch_size: int) -> None:
-    """Decode the tiles that this rank encodes, of each micro-batch."""
+    """Decode the tiles that this rank encodes, of each micro-batch or, if they are encoded ahead, of all sequences."""
     if images is not None:
         assert images.decode is not None
-        images.load(images.decode, micro_batch_size, images.side, partial(tile_share, meshes))
+        size = _together(images, meshes, micro_batch_size)
+        images.load(images.decode, size, images.side, partial(tile_share, meshes, ranks=images.ranks))
+
+
+def local_sequences(take: Callable[[int, int], Batch], meshes: Meshes, count: int, micro_batch_size: int) -> Batch:
+    """Return this rank's `count` sequences of a global batch, of which `take` returns a range. If data-parallel ranks
+    share tiles, its images are those of the whole global batch.
+    """
+    start = meshes.dp.rank * count
+    if meshes.dp.size == 1 or not meshes.layout.vision.over_data_parallel:
+        return take(start, start + count)
+    whole = take(0, meshes.dp.size * count)
+    batch = whole.slice(start, start + count)
+    if whole.images is not None:
+        size = count if meshes.layout.encodes_ahead else micro_batch_size
+        batch.images = whole.images.interleaved(meshes.dp.size, size, meshes.dp.rank)
+    return batch
+
+
+def give_images(
+    placed: ParallelModel, images: BatchImages | None, micro_batch_size: int, contexts: Sequence[ForwardContext]
+) -> EncodedStep | None:
+    """Give the images of a batch to the contexts of its micro-batches. Returns what encoded them if they are encoded
+    ahead: call its `backward` after the backward passes of all micro-batches.
+    """
+    found = batch_images(placed, images, micro_batch_size)
+    encoded = placed.encode_ahead(found[0] if found else None, len(contexts))
+    if encoded is not None and found:
+        found = [*encoded.micro_batches()]
+    for context, shown in zip(contexts, found or [None] * len(contexts), strict=True):
+        context.images = shown
+    return encoded
+
+
+def _together(images: BatchImages, meshes: Meshes, micro_batch_size: int) -> int:
+    return len(images.tiles) if meshes.layout.encodes_ahead else micro_batch_size * images.ranks

@@ -7,6 +7,7 @@ import torch
 from core.errors import ConfigError
 from core.memory import available_memory
 from model.flops import count_parameters
+from model.tensor_source import parameter_infos
 from parallel.comm.world import ranks_on_machine
 from parallel.layout import Layout
 from train.config import TrainConfig, phases
@@ -26,8 +27,9 @@ def check_memory(config: TrainConfig, layout: Layout, device: torch.device) -> N
         have, where = torch.cuda.get_device_properties(device).total_memory, "the GPU has"
     else:
         have, where = available_memory() // here, f"this machine has for each of its {here} ranks"
-    parameters = count_parameters(config.model).total
-    state = parameters * _bytes_per_parameter(config) * layout.dp_replicate // layout.world_size
+    parameters, frozen = count_parameters(config.model).total, _frozen_parameters(config)
+    state = (parameters - frozen) * _bytes_per_parameter(config) + frozen * config.precision.master_dtype.itemsize
+    state = state * layout.dp_replicate // layout.world_size
     for phase in phases(config):
         tokens = phase.micro_batch_size * phase.seq_len // layout.cp
         hidden = tokens * config.model.hidden_size * config.precision.compute_dtype.itemsize
@@ -43,8 +45,14 @@ def check_memory(config: TrainConfig, layout: Layout, device: torch.device) -> N
                 raise ConfigError(key, None, reason)
 
 
+def _frozen_parameters(config: TrainConfig) -> int:
+    frozen = config.training.frozen
+    infos = parameter_infos(config.model).values() if frozen else ()
+    return sum(info.shape.numel() for info in infos if info.role in frozen)
+
+
 def _bytes_per_parameter(config: TrainConfig) -> int:
-    """Return the bytes of a parameter with its gradient and moments; the optimizer's state may be elsewhere."""
+    """Return the bytes of a trained parameter with its gradient and moments; the optimizer's state may be elsewhere."""
     moments = config.optimizer.moments_dtype(config.precision)
     held = 0 if moments is None else moments.itemsize * (1 if config.optimizer.kind is OptimizerKind.muon else 2)
     if config.parallel.zero.offload.name != "none":

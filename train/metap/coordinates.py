@@ -35,7 +35,8 @@ def changes(config: TrainConfig, batches: Sequence[Batch], probe: Batch) -> dict
     """
     world = World(0, 1, torch.device("cpu"))
     meshes = make_meshes(ParallelConfig().resolve(1), world)
-    placed = build(config.model, config.precision, meshes, world.device, config.run.seed)
+    frozen = config.training.frozen
+    placed = build(config.model, config.precision, meshes, world.device, config.run.seed, frozen)
     engine = TorchEngine(placed, config.optimizer)
     balancer = Balancer(placed.model, partial(meshes.world.sum, purpose="balance"))
     phase = phases(config)[0]

@@ -28,17 +28,23 @@ def make_optimizer(
         return elementwise(everything, config)
     matrices = [group for group in everything if config.by_muon(Role[group["name"]])]
     rest = elementwise([group for group in everything if not config.by_muon(Role[group["name"]])], config)
-    hidden = {name: p for name, p in model.named_parameters() if config.by_muon(specs[name].info.role)}
-    plan = rounds({name: specs[name] for name in hidden}, meshes)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = {name: p for name, p in trained.items() if config.by_muon(specs[name].info.role)}
+    # ranks of all pipeline stages keep the encoder equal, so the matrices beside which one is updated must be the same
+    apart = [name for name in hidden if specs[name].info.role.is_vision and meshes.layout.encodes_ahead]
+    parts = [names for names in ([name for name in hidden if name not in apart], apart) if names]
+    plan = [one for names in parts for one in rounds({name: specs[name] for name in names}, meshes)]
     moments = torch.bfloat16 if config.moments is Moments.bfloat16 else None
     return Muon(matrices, rest, hidden, plan, config.muon, config.muon.format(model.compute_dtype), moments)
 
 
 def role_groups(model: Transformer, specs: Mapping[str, ShardSpec], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Return a parameter group per role, with its `name`, `peak_lr` and parameters in the model's order."""
+    """Return a parameter group per role, with its `name`, `peak_lr` and parameters in the model's order. The group of
+    a frozen role is empty: a rank may have frozen parameters only, and torch's optimizers need a group.
+    """
     by_role: dict[Role, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        by_role.setdefault(specs[name].info.role, []).append(parameter)
+        by_role.setdefault(specs[name].info.role, []).extend([parameter] if parameter.requires_grad else [])
     groups = []
     for role, parameters in by_role.items():
         own = config.of(role)

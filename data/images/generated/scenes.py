@@ -36,8 +36,8 @@ COLOURS = {
     "purple": (130, 45, 165),
 }
 BACKGROUNDS = ((128, 128, 128), (118, 120, 124), (138, 133, 122))
-"""Greys in the middle of the range, as the mean of photographs. On white the same large vector is in every patch, and an
-encoder has to learn to subtract it first: 200 steps more in the smoke run.
+"""Greys in the middle of the range, where the mean of photographs is. On white the same large vector is in every patch,
+and the encoder must learn to subtract it first: learning to count then begins about 150 steps later.
 """
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MOST = len(NUMBERS) - 1

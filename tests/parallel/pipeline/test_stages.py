@@ -11,9 +11,12 @@ import pytest
 from core.config import load
 from core.errors import ConfigError
 from model.config import ModelConfig
+from model.flops import vision_flops
+from model.vision.config import VisionConfig
 from parallel import layout
 from parallel.layout import ParallelConfig
 from parallel.pipeline.stages import PipelineSchedule, balanced, layer_costs, stages
+from parallel.vision.config import VisionParallelConfig
 from tests.parallel.test_layout import SMALL, refusal
 from train.config import TrainConfig, check
 
@@ -43,6 +46,20 @@ def test_a_large_head_and_full_attention_cost_more():
     assert balanced(layer_costs(replace(MODEL, vocab_size=32768)), 2)[1] < 4
     costs = layer_costs(replace(MODEL, attention_chunk_size=64, nope_every=4))
     assert costs[3] > 5 * costs[2]
+
+
+def test_the_first_stage_has_fewer_layers_if_it_encodes_tiles():
+    """The share of the corpus replaces null when a run has opened it."""
+    short = replace(MODEL, attention_chunk_size=16, nope_every=0)
+    seeing = replace(short, vision=VisionConfig(32, 2, 2, 128, 32, tile_size=8, patch_size=2, image_token_id=63))
+    encoder = layer_costs(seeing, image_token_share=0.1)[0] - layer_costs(seeing)[0]
+    assert encoder == pytest.approx(vision_flops(seeing.vision, 32).total / 6 / 40)
+    assert layer_costs(short, image_token_share=0.1) == layer_costs(short)
+    sizes = []
+    for share in (None, 0.0, 0.25, 0.5):
+        config = ParallelConfig(pp=2, vision=VisionParallelConfig(image_token_share=share)).resolve(2)
+        sizes.append(len(config.stages(seeing).layers[0]))
+    assert sizes[0] == sizes[1] == 4 > sizes[2] >= sizes[3] >= 1, sizes
 
 
 def test_ties_go_to_the_even_split():
@@ -75,6 +92,9 @@ def test_loops_and_vs_give_ranks_their_stages():
         (2, ["parallel.pp=2", "parallel.schedule=dualpipev", "training.micro_batch_size=4"], "training.micro_batch_size=4: dualpipev with pp=2 needs at least 4"),
         (2, ["parallel.pp=2", "parallel.schedule=interleaved", "training.global_batch_size=5"], "training.global_batch_size=5: interleaved with pp=2 needs at least 2 micro-batches, in rounds of equal"),
         (4, ["parallel.pp=4", "training.global_batch_size=2"], "training.global_batch_size=2: one_f_one_b with pp=4 needs at least 4 micro-batches"),
+        (2, ["parallel.vision.stages=all"], "parallel.vision.stages=all: there is no pipeline: add parallel.pp=2"),
+        (2, ["parallel.pp=2", "parallel.vision.stages=all"], "parallel.vision.stages=all: the model has no vision enc"),
+        (2, ["parallel.vision.image_token_share=1.5"], "parallel.vision.image_token_share=1.5: must lie between 0"),
         (2, ["parallel.pp=2", "parallel.schedule=zbv", "parallel.compile=true"], "parallel.compile=true: compiled layers cannot defer the gradients"),
         (2, ["parallel.pp=2", "parallel.schedule=zbv", "model.tie_embeddings=true"], "parallel.schedule=zbv: both ends of a V-schedule are on one rank"),
     ],
