@@ -23,7 +23,7 @@ from launch.cli import main
 from model.vision.encoder import VisionEncoder
 from model.vision.fusion import Images
 from tests.support.mixed import png, write_documents
-from tests.support.tiny import TINY
+from tests.support.tiny import EXACT, TINY
 from train.config import TrainConfig
 from train.eval.answers import last_tokens
 from train.eval.pictures import PicturePrompt
@@ -226,3 +226,23 @@ MISMATCHES = {
 def test_settings_that_do_not_fit_are_refused(override, train, capsys):
     assert train(override) == 2
     assert MISMATCHES[override] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", ["first", "all"])
+def test_a_run_whose_ranks_share_tiles_equals_one_process(train, tmp_path, stages):
+    """Two pipeline stages on two data-parallel ranks, which share the tiles of the corpus's pictures."""
+    same = [*EXACT, "training.seq_len=96", "training.micro_batch_size=1", "training.freeze=[router,vision_up]"]
+    shares = ["parallel.vision.over_data_parallel=true", f"parallel.vision.stages={stages}"]
+    assert train("run.name=one", *same) == 0
+    assert train("run.name=many", "launch=torchrun", "launch.processes=4", "parallel.pp=2", *shares, *same) == 0
+    one, many = (figures(tmp_path / name) for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    for step, values in one.items():
+        assert many[step] == pytest.approx(values, rel=1e-9)
+    keys = ("tiles", "image_tokens", "image_token_share", "encoder_flops_share")
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "many")]
+    logged = [[json.loads(line) for line in some if "tiles" in json.loads(line)] for some in lines]
+    assert [[one[key] for key in keys] for one in logged[0]] == [[one[key] for key in keys] for one in logged[1]]
+    answers = [next(one["answers"] for one in map(json.loads, reversed(some)) if "answers" in one) for some in lines]
+    assert answers[0] == answers[1]
