@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model.moe import MixtureOfExperts
@@ -29,7 +30,7 @@ _KEPT = frozenset(
 """Operations whose results `selective` keeps, as the costliest to recompute: matmuls and attention."""
 
 
-def apply(model: Transformer, mode: Recompute) -> None:
+def apply(model: Transformer, mode: Recompute, gathers: bool = False) -> None:
     """Checkpoint the layers of a model in place. Names of modules and parameters do not change.
 
     `full` recomputes whole layers. `selective` recomputes attention, experts and dense feed-forward parts separately,
@@ -38,7 +39,7 @@ def apply(model: Transformer, mode: Recompute) -> None:
     and the hooks of an inner unit issue other operations in the recomputation.)
 
     Layers of the vision encoder are recomputed whole in both modes. Keeping their matmuls and attention would keep most
-    of their activations.
+    of their activations. `gathers`: hooks of modules inside these parts gather parameters, as in DeepSpeed's stage 3.
     """
     if mode is Recompute.none:
         return
@@ -47,7 +48,8 @@ def apply(model: Transformer, mode: Recompute) -> None:
         for layer in model.vision.layers.values():
             layer.forward = partial(checkpoint, layer.forward, **options)
     if mode is Recompute.selective:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        contexts = partial(create_selective_checkpoint_contexts, _policy)
+        options["context_fn"] = partial(_without_hooks, contexts) if gathers else contexts
     for layer in model.layers.values():
         assert isinstance(layer, Layer)
         modules: list[Any] = [layer] if mode is Recompute.full else _parts(layer)
@@ -64,3 +66,24 @@ def _parts(layer: Layer) -> list[nn.Module]:
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _without_hooks(contexts: Any) -> tuple[Any, Any]:
+    """Return the contexts of a forward pass and its recomputation, whose hooks may issue other operations."""
+    keeping, reusing = contexts()
+    return keeping, _ReuseKept(reusing)
+
+
+class _ReuseKept(TorchDispatchMode):
+    """Pass to torch's mode the operations in `_KEPT` alone. It refuses others that the forward pass did not issue, such
+    as gathering parameters that were prefetched there. With torch.compile it would need rules of its own.
+    """
+
+    def __init__(self, reusing: Any) -> None:
+        super().__init__()
+        self.reusing = reusing
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation in _KEPT:
+            return self.reusing.__torch_dispatch__(operation, types, args, kwargs or {})
+        return operation(*args, **(kwargs or {}))

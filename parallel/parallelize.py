@@ -46,7 +46,7 @@ def parallelize(
     context_parallel.apply(model, meshes.cp)
     expert_parallel.apply(model, meshes)
     _count_whole_sequences(model, meshes)
-    activation_checkpoint.apply(model, layout.recompute)
+    activation_checkpoint.apply(model, layout.recompute, gathers=layout.zero_stage == 3)
     if layout.compile:
         compile.apply(model)
     if layout.engine is EngineKind.fsdp2:

@@ -19,6 +19,7 @@ from data.images.batch import BatchImages
 from model import moe
 from model.kernels import TorchKernels
 from model.transformer import Stack
+from model.vision.encoder import VisionEncoder
 from model.vision.fusion import Images
 from parallel import context_parallel, fsdp, parallelize, whole_matrices
 from parallel.comm import collectives
@@ -354,6 +355,26 @@ def tiles_on_two_ranks(honest, self, encoder):
 @replaces(Images, "encode")
 def tiles_in_reverse_order(honest, self, encoder):
     return honest(dataclasses.replace(self, tiles_N3SS=self.tiles_N3SS.flip(0)), encoder)
+
+
+@replaces(VisionEncoder, "forward")
+def class_token_first(honest, self, tiles_N3SS):
+    """The class token precedes the patches, and the last patch is dropped in its place."""
+    hook = self.first_norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].roll(1, dims=1),))
+    try:
+        return honest(self, tiles_N3SS)
+    finally:
+        hook.remove()
+
+
+@replaces(worker.SyntheticLoader, "batch")
+def text_after_pictures_not_learnt(honest, self, *arguments):
+    """The token after a picture is no label."""
+    batch = honest(self, *arguments)
+    if batch.images is not None:
+        rows_BT = batch.images.rows_BT
+        batch.labels_BT[:, :-1][(rows_BT[:, :-1] >= 0) & (rows_BT[:, 1:] < 0)] = worker.IGNORED
+    return batch
 
 
 @replaces(exchange, "_share")

@@ -63,6 +63,9 @@ def test_three_steps_are_those_of_one_process(ranks, alone, name):
         ("rows_placed_before_the_scatter", "tp2", "embedding.weight"),
         pytest.param("tiles_in_reverse_order", "fsdp2", "embedding.weight", marks=pytest.mark.slow),
         pytest.param("tiles_in_reverse_order", "pp2 zbv", "embedding.weight", marks=pytest.mark.slow),
+        pytest.param("class_token_first", "fsdp2", "embedding.weight", marks=pytest.mark.slow),
+        pytest.param("class_token_first", "pp2 zbv", "embedding.weight", marks=pytest.mark.slow),
+        pytest.param("text_after_pictures_not_learnt", "tp2", "embedding.weight", marks=pytest.mark.slow),
         ("scaled_by_participation", "fsdp2", "vision.class_token"),
         pytest.param("tiles_on_two_ranks", "tp2", "vision.class_token", marks=pytest.mark.slow),
         pytest.param("tiles_on_two_ranks", "cp2 ring", "vision.class_token", marks=pytest.mark.slow),
@@ -189,6 +192,7 @@ ZERO = {
         "dp2": (2, ParallelConfig()),
         "tp2": (4, ParallelConfig(tp=2)),
         "cp2 recomputed": (2, ParallelConfig(cp=2, recompute=Recompute.full)),
+        "dp2 selective": (2, ParallelConfig(recompute=Recompute.selective)),
     }.items()
 }
 """Layouts besides those of the page."""

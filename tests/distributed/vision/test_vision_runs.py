@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data.images.batch import BatchImages
-from data.loader import Batch
+from data.loader import IGNORED, Batch, Loader
 from precision.config import Compute, PrecisionConfig
 from tests.distributed.test_data_parallel import same_sequences_on_every_rank
 from tests.distributed.vision.test_vision import CASE
@@ -194,7 +194,16 @@ def words_of_one_rank(honest, x, axis, dim, purpose):
     return torch.cat([x] * axis.size, dim)
 
 
+@replaces(Loader, "_assemble")
+def no_label_at_image_end(honest, self, *arguments):
+    """The first token after a picture is no label."""
+    batch = honest(self, *arguments)
+    batch.labels_BT[batch.tokens_BT == self.corpus.images.ids.end] = IGNORED
+    return batch
+
+
 NOTICED = {
+    (no_label_at_image_end.__name__, "tp2"): ["run: loss", "labels of", "held-out loss"],
     (same_sequences_on_every_rank.__name__, "fsdp2"): ["gradients", "tokens of", "pixels of"],
     (tiles_of_a_neighbour.__name__, "fsdp2"): ["gradients", "pixels of", "held-out loss"],
     (tiles_of_a_neighbour.__name__, "cp2"): ["gradients", "pixels of", "held-out loss"],
