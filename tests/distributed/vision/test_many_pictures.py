@@ -15,7 +15,7 @@ from launch.cli import main
 from tests.distributed.vision.test_vision_runs import differences, images_of, train_on_rank
 from tests.support.mixed import png
 from tests.support.tiny import TINY
-from tests.train.test_vision_run import VISION, data_of
+from tests.train.vision.test_vision_run import VISION, data_of
 
 MOST = 48
 SIZES = [(8, 8), (5, 7), (7, 4)]

@@ -24,7 +24,7 @@ from tests.distributed.vision.test_vision import CASE
 from tests.support.bugs import planted, replaces
 from tests.support.mixed import write_documents
 from tests.support.tiny import EXACT, trainer
-from tests.train.test_vision_run import VISION, data_of
+from tests.train.vision.test_vision_run import VISION, data_of
 from train.certify.compare import compare
 from train.certify.worker import RankResults, copy_blocks
 from train.engine import images as engine_images

@@ -13,7 +13,7 @@ from model.attention.plan import ForwardContext
 from tests.support.mixed import write_documents
 from tests.support.tiny import EXACT, trainer
 from tests.train.test_online_run import ONLINE, stepped
-from tests.train.test_vision_run import VISION, data_of
+from tests.train.vision.test_vision_run import VISION, data_of
 from train.engine.images import batch_images, load_tiles
 from train.loss import IGNORED
 from train.trainer import Trainer

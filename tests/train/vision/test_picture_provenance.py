@@ -17,7 +17,7 @@ from data.loader import Loader
 from launch.cli import main
 from tests.data.conftest import silent
 from tests.support.mixed import write_documents
-from tests.train.test_vision_run import train_in
+from tests.train.vision.test_vision_run import train_in
 from train.corpus import source_weights
 from train.provenance import explain_run, explain_step
 from train.run_directory import load_config

@@ -1,4 +1,4 @@
-"""Ask a trained model about held-out counted scenes: `python -m bench.scenes RUN [--scenes 300]`.
+"""Ask a trained model about held-out counted scenes: `python -m bench.vision.scenes RUN [--scenes 300]`.
 
 The answers are decoded greedily, token by token, as `generate` does, and read as text. The same questions with another
 scene's picture and with a black one show what the text alone gives away.
@@ -31,7 +31,7 @@ LONGEST = 24
 """Most tokens of an answer."""
 
 
-class Picture(Enum):
+class ShownPicture(Enum):
     """Which picture goes with a question. `other`: that of a scene with another number of things."""
 
     own = "own"
@@ -65,18 +65,18 @@ def black(size: int) -> bytes:
     return file.getvalue()
 
 
-def picture(asked: list[Scene], place: int, shown: Picture) -> bytes:
+def picture(asked: list[Scene], place: int, shown: ShownPicture) -> bytes:
     match shown:
-        case Picture.own:
+        case ShownPicture.own:
             return asked[place].png
-        case Picture.other:
+        case ShownPicture.other:
             others = asked[place + 1 :] + asked[:place]
             return next(other for other in others if other.count != asked[place].count).png
-        case Picture.black:
+        case ShownPicture.black:
             return black(asked[place].size)
 
 
-def answers(model: HarnessModel, asked: list[Scene], shown: Picture) -> list[str]:
+def answers(model: HarnessModel, asked: list[Scene], shown: ShownPicture) -> list[str]:
     """Return the model's greedy answer to each scene's prompt."""
     options = {"max_gen_toks": LONGEST, "do_sample": False}
     requests = []
@@ -110,7 +110,7 @@ def main() -> int:
     asked = [scene(held_out(index), config) for index in range(chosen.scenes)]
     model = HarnessModel(open_scoring_model(chosen.run, World(0, 1, torch.device("cpu"))), 1)
     print(f"{chosen.scenes} held-out scenes, task {config.task.value}, at most {config.distractors} distractors")
-    for shown in Picture:
+    for shown in ShownPicture:
         found = figures(asked, answers(model, asked, shown))
         print(
             f"{shown.value:>6} picture: " + ", ".join(f"{name} {value:.1%}" for name, value in found.items()),
