@@ -21,7 +21,7 @@ from lm_eval.api.instance import Instance
 
 from core.errors import ConfigError
 from data.images.decode import pillow
-from data.images.generated.scenes import NUMBERS, THINGS, Scene, SceneConfig, SceneTask, held_out, scene
+from data.images.generated.scenes import NUMBERS, Scene, SceneConfig, held_out, scene
 from data.images.generated.sources import Scenes
 from parallel.comm.world import World
 from train.eval.lm_eval import HarnessModel, open_scoring_model
@@ -47,15 +47,12 @@ def scenes_of(run: Path) -> SceneConfig:
     raise ConfigError("RUN", str(run), "was not trained on counted scenes (kind=data.images.generated.sources:Scenes)")
 
 
-def number(text: str, asked: Scene) -> int | None:
-    """Return how many things of the kind that a scene asks for an answer says there are; None if it does not say."""
-    if asked.task is SceneTask.question:
-        return int(text) if re.fullmatch(r"\s*\d", text) else None
-    for part in text.strip().split(" and "):
-        word, _, kind = part.partition(" ")
-        if word in NUMBERS and kind in (asked.kind, THINGS[asked.kind]):
-            return NUMBERS.index(word)
-    return 0  # a caption does not name a kind that is not there
+def number(text: str) -> int | None:
+    """Return the number that an answer to a question is, or the first and largest of a caption; None without one."""
+    word = text.split()[0] if text.split() else ""
+    if re.fullmatch(r"\d", word):
+        return int(word)
+    return 0 if word == "nothing" else NUMBERS.index(word) if word in NUMBERS else None
 
 
 @cache
@@ -87,8 +84,8 @@ def answers(model: HarnessModel, asked: list[Scene], shown: ShownPicture) -> lis
 
 
 def figures(asked: list[Scene], found: list[str]) -> dict[str, float]:
-    """Return the shares of answers with the right number of the kind asked for, within one of it, and wholly right."""
-    counted = [(number(text, one), one.count) for one, text in zip(asked, found, strict=True)]
+    """Return the shares of answers with the right number, within one of it, and wholly right."""
+    counted = [(number(text), number(one.target) or 0) for one, text in zip(asked, found, strict=True)]
     return {
         "exact number": share(said == count for said, count in counted),
         "within one": share(said is not None and abs(said - count) <= 1 for said, count in counted),

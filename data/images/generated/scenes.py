@@ -5,7 +5,7 @@ with whole numbers and is the same on every machine. The bytes of the PNG and th
 between versions of Pillow and zlib.
 
 What can be learnt: a question names the kind, so its answer follows from the picture. A caption lists what is in the
-picture, in the fixed order of `THINGS`, and so follows from the picture too: "four stars and two balls" says the same
+picture, the larger number first, and so follows from the picture too: "four stars and two balls" says the same
 whichever kind is asked for. A kind that is absent is not named, since the picture does not show which one it would be;
 the caption of an empty picture is "nothing". Without distractors one in ten pictures is empty, with equal pixels in
 training and held-out scenes.
@@ -120,9 +120,10 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """List what is in the picture, in the order of `THINGS`."""
+        """List what is in the picture: the larger number first, and equal ones in the order of `THINGS`."""
         numbers = {self.kind: self.count, self.distractor: self.distractors}
-        return " and ".join(counted(numbers[kind], kind) for kind in THINGS if numbers.get(kind)) or "nothing"
+        there = sorted((kind for kind in THINGS if numbers.get(kind)), key=lambda kind: -numbers[kind])
+        return " and ".join(counted(numbers[kind], kind) for kind in there) or "nothing"
 
     @property
     def prompt(self) -> str:

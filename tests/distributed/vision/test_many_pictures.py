@@ -85,5 +85,5 @@ def test_49_pictures_are_refused(tmp_path, capsys, write: Write, record):
     words = overrides(write(tmp_path, [3, MOST + 1]), f"run.root={tmp_path}", "run.name=run", "training.steps=1")
     train = partial(main, ["train", *TINY, *words])
     assert train() == 2
-    assert f"{record}: has 49 pictures and videos, more than max_images=48" in capsys.readouterr().err
+    assert f"{record}: has 49 pictures and videos, more than data.images.max_images=48" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("metrics.jsonl"))

@@ -131,7 +131,8 @@ def test_questions_and_captions_follow_from_the_picture():
         one = scene(number, MIXED)
         assert one.question == f"How many {scenes.THINGS[one.kind]}?" and one.answer == str(one.count)
         seen = Counter(thing.kind for thing in one.things)
-        named = [counted(seen[kind], kind) for kind in scenes.THINGS if seen[kind]]
+        largest_first = sorted(scenes.THINGS, key=lambda kind: seen[kind], reverse=True)
+        named = [counted(seen[kind], kind) for kind in largest_first if seen[kind]]
         assert one.caption == (" and ".join(named) or "nothing")
         assert one.distractor != one.kind and bool(one.distractor) == bool(one.distractors)
 
@@ -139,7 +140,7 @@ def test_questions_and_captions_follow_from_the_picture():
 def test_the_task_chooses_prompt_and_target():
     question, caption = (scene(26, replace(MIXED, task=task)) for task in SceneTask)
     assert (question.prompt, question.target) == ("How many moons?", "4")
-    assert (caption.prompt, caption.target) == ("", "three boxes and four moons")
+    assert (caption.prompt, caption.target) == ("", "four moons and three boxes")
     assert question.png == caption.png
 
 
