@@ -24,7 +24,6 @@ from data.images import media, readers
 from data.images.batch import BatchImages
 from data.images.canvas import TileConfig
 from data.images.generated.clips import ClipConfig, clip
-from data.images.store import PictureStream
 from data.images.tiles import tiles
 from data.loader import IGNORED, Loader
 from data.sources import make_source
@@ -219,23 +218,18 @@ def test_damage_and_another_decoder_are_named(corpus, monkeypatch):
 def test_each_damaged_picture_is_found_by_one_rank(corpus):
     entry, stored = corpus.manifest["sources"]["mixed"][TRAIN]["pictures"], corpus.pictures("mixed", TRAIN)
     whole, found = (corpus.directory / entry["file"]).read_bytes(), []
-    for place in stored.offsets.tolist():
+    for place in stored.offsets[:: len(stored.offsets) // 8].tolist():
         damaged = bytearray(whole)
         damaged[place] ^= 1
         (corpus.directory / entry["file"]).write_bytes(damaged)
-        found.append([rank for rank in range(4) if list(open_pictures(corpus).verify(rank, 4))])
+        pictures = open_corpus(corpus.directory).pictures("mixed", TRAIN)
+        found.append([rank for rank in range(4) if list(pictures.verify(rank, 4))])
     assert all(len(ranks) == 1 for ranks in found) and len({rank for (rank,) in found}) == 4
     (corpus.directory / entry["file"]).write_bytes(whole)
     index = corpus.directory / entry["index"]
     pyarrow.parquet.write_table(pyarrow.parquet.read_table(index), index, compression="gzip")
     with pytest.raises(DataError, match=rf"{index} does not match its SHA-256"):
         open_corpus(corpus.directory).verify()
-
-
-def open_pictures(corpus: Corpus) -> PictureStream:
-    pictures = open_corpus(corpus.directory).pictures("mixed", TRAIN)
-    assert pictures is not None
-    return pictures
 
 
 def prints(path: Path, cache: Path, **parts: Any) -> str:
