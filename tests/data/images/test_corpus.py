@@ -265,3 +265,11 @@ def test_a_filter_refuses_documents_with_pictures(tmp_path):
     scenes = {"kind": "data.images.generated.sources:Scenes", "options": {"number": 8}}
     with pytest.raises(ConfigError, match=r"data.filter: would see only the text"):
         made(tmp_path, tmp_path / "cache", sources={"scenes": scenes}, filter={"keep": 0.5}, images={})
+
+
+def test_a_document_shows_images_before_and_after_its_text():
+    # a document ends, a text, a document begins; a text, a document
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1], [0, 1, 2, 3, 0, 1, 2, 3]])
+    rows = torch.tensor([[-1, 0, 1, -1, -1, -1, -1, 2], [-1, -1, -1, -1, -1, -1, 0, -1]])
+    found = BatchImages(rows, [[], []], 1).documents_with_images(positions)
+    assert found.int().tolist() == [[1, 1, 1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]]

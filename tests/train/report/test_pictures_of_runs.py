@@ -63,7 +63,7 @@ def test_the_page_shows_pictures_with_answers(tmp_path, undrawn):
     assert rows["right answers: scenes, own pictures"] == "75.0%"
     assert rows["right answers: scenes, without pictures"] == "6.2%"
     without = page_of(make_run(tmp_path / "text"))
-    assert "right answers" not in without and "images" not in without and "Predicted" not in without
+    assert "right answers" not in without and "with images" not in without and "Predicted" not in without
 
 
 def test_plots_by_modality_are_drawn_where_there_are_images(tmp_path, recwarn):
