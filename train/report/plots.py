@@ -48,8 +48,8 @@ class _LayerPlot(NamedTuple):
     scale: Callable[[Sequence[RunData]], tuple[float, float]]
     """Return the scale on which all runs are drawn."""
     wide: bool = False
-    metric: str = "expert_load"
-    """Runs without this metric are left out."""
+    modality: str | None = None
+    """Runs that have logged no loads of its tokens are left out; None: of any tokens."""
 
 
 def draw(runs: Sequence[RunData]) -> list[Picture]:
@@ -59,7 +59,8 @@ def draw(runs: Sequence[RunData]) -> list[Picture]:
         if any(run.has(overview.metric) for run in runs):
             found.append(_picture(name, overview.title, _bound(overview.draw, runs), overview.wide))
     for name, plot in _LAYER_PLOTS.items():
-        with_layers = [(number, run) for number, run in enumerate(runs, start=1) if run.layers and run.has(plot.metric)]
+        numbered = enumerate(runs, start=1)
+        with_layers = [(number, run) for number, run in numbered if run.layers and run.layer_steps(plot.modality)]
         scale = plot.scale([run for _, run in with_layers])
         for number, run in with_layers:
             drawing = _bound(plot.draw, run, scale)
@@ -160,7 +161,7 @@ def _load_scale(runs: Sequence[RunData], *modalities: str) -> tuple[float, float
 def _load_of(modality: str, title: str) -> _LayerPlot:
     """Return the plot of the load of a modality's tokens. That of the other has the same scale."""
     drawing, scale = partial(_expert_load, modality=modality), lambda runs: _load_scale(runs, "images", "text")
-    return _LayerPlot(title, drawing, scale, metric="expert_load_by_modality")
+    return _LayerPlot(title, drawing, scale, modality=modality)
 
 
 def _layers(key: str, label: str, modality: str | None = None) -> Callable[..., None]:
@@ -218,7 +219,7 @@ _LAYER_PLOTS = {
         "Experts shared by images and text",
         _layers("expert_overlap", "share of the load that image and text tokens have in common", "images"),
         lambda runs: (0.0, 1.02),
-        metric="expert_overlap",
+        modality="images",
     ),
     "router_entropy": _lines_by_layer(
         "Router entropy", "router_entropy", "entropy of a token's scores over its maximum"

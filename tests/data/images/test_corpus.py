@@ -322,3 +322,11 @@ def test_held_out_documents_are_read_from_their_path(tmp_path):
     source["held_out_path"] = str(write_documents(tmp_path / "other", 8))
     corpus = made(tmp_path, tmp_path / "cache", sources={"mixed": {**source, "max_bytes": 200}})
     assert corpus.manifest["sources"]["mixed"][HELD_OUT]["counts"]["documents"] == 8
+
+
+def test_a_document_shows_images_before_and_after_its_text():
+    # a document ends, a text, a document begins; a text, a document
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1], [0, 1, 2, 3, 0, 1, 2, 3]])
+    rows = torch.tensor([[-1, 0, 1, -1, -1, -1, -1, 2], [-1, -1, -1, -1, -1, -1, 0, -1]])
+    found = BatchImages(rows, [[], []], 1).documents_with_images(positions)
+    assert found.int().tolist() == [[1, 1, 1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]]

@@ -120,7 +120,7 @@ def harness(run) -> HarnessModel:
 
 
 @pytest.mark.slow
-def test_scores_are_arithmetic_and_need_the_picture(run, tmp_path):
+def test_scores_need_the_picture_and_are_plain_arithmetic(run, tmp_path):
     """One and two pictures, wide and square. The control shows other pictures."""
     pictures = [png(1, 16, 8), png(2, 8, 8)]
     found = evaluated(run, tmp_path / "a", "[one,two,say]", pictures)

@@ -84,12 +84,19 @@ LINES = [
     {"router_z": [0.5]},
     {"router_z": "high"},
     {"router_entropy": [None, 0.5]},
+    {"loss_by_modality": 4.0},
+    {"loss_by_modality": {"images": "low"}},
+    {"expert_load_by_modality": []},
+    {"expert_load_by_modality": {"images": LOADS[:1]}},
+    {"expert_overlap": [0.5]},
 ]
 EVALUATIONS = [
     {"heldout_loss": "low", "heldout": {}},
     {"heldout_loss": 4.0, "heldout": 4.0},
     {"heldout_loss": 4.0, "heldout": {"code": 4.0}},
     {"heldout_loss": 4.0, "heldout": {"code": {"loss": None}}},
+    {"heldout_loss": 4.0, "heldout_by_modality": {"images": 4.0}},
+    {"heldout_loss": 4.0, "answers": {"scenes": {"documents": 3, "own": 0.5}}},
 ]
 
 

@@ -82,6 +82,14 @@ def test_a_resumed_run_sees_the_same_pictures(train, tmp_path, capsys):
     assert held_out["heldout_by_modality"] == {name: pytest.approx(one) for name, one in mixed["modalities"].items()}
     answers = held_out["answers"]["mixed"]
     assert answers["documents"] > 0 and all(0 <= answers[key] <= 1 for key in ("own", "other", "none"))
+    kept = json.loads((tmp_path / "whole" / "examples" / "examples.json").read_text())
+    assert kept["step"] == 4 and all(
+        (tmp_path / "whole" / "examples" / n).exists() for n in kept["examples"][0]["pictures"]
+    )
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "whole")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["answers"] == held_out["answers"] and printed["modalities"] == held_out["heldout_by_modality"]
     assert train("run.name=parts", "checkpoint.every=2", "training.seq_len=96") == 0
     steps = tmp_path / "parts" / "checkpoints" / "step-00000004"
     (steps / "COMPLETE").unlink() if (steps / "COMPLETE").exists() else None
