@@ -46,7 +46,7 @@ def not_empty(count: int) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Any]:
-    return not_empty(66)[:60]
+    return not_empty(45)[:40]
 
 
 def signed(documents: list[list[Any]], names: list[list[str]] | None = None) -> PictureSignatures:
