@@ -72,6 +72,7 @@ class Filter:
     def __init__(self, job: FilterJob) -> None:
         self.job, self.rules, self.workers = job, job.rules, job.workers
         self._is_fitted = False
+        self._thumbnails: tuple[str, Any] = ("", None)
         rules, parts = decisive_settings(job.rules), [part.fingerprint for part in job.parts]
         screen = {key: rules[key] for key in ("gates", "duplicates", "contamination", "on_error", "seed")}
         sets = [file_digest(path) for path in rules["contamination"]["sets"].values()]
@@ -217,10 +218,12 @@ class Filter:
         return any(self.records.has_column(shard, PICTURES) for shard in self.records.shards)
 
     def thumbnails(self, shard: str, row: int) -> list[bytes]:
-        """Return small JPEGs of the first pictures of a record."""
-        if not self.records.has_column(shard, THUMBNAILS):
-            return []
-        found: list[bytes] = self.records.read(shard, [THUMBNAILS])[THUMBNAILS][row].as_py()
+        """Return small JPEGs of the first pictures of a record. Those of one shard stay in memory."""
+        if self._thumbnails[0] != shard:
+            has_any = self.records.has_column(shard, THUMBNAILS)
+            self._thumbnails = shard, self.records.read(shard, [THUMBNAILS])[THUMBNAILS] if has_any else None
+        column = self._thumbnails[1]
+        found: list[bytes] = [] if column is None else column[row].as_py()
         return found
 
     def text(self, shard: str, row: int) -> str:

@@ -446,10 +446,11 @@ def _encoded_thumbnails(
     places: Sequence[tuple[str, int]], thumbnails_of: ThumbnailsOf
 ) -> dict[tuple[str, int], list[str]]:
     """Return the thumbnails of records in base64, in this order until `_THUMBNAILS` are found."""
+    jpegs = {place: thumbnails_of(*place) for place in sorted(set(places))}  # each shard is read once
     found: dict[tuple[str, int], list[str]] = {}
     left = _THUMBNAILS
     for place in dict.fromkeys(places):
-        found[place] = [base64.b64encode(jpeg).decode() for jpeg in thumbnails_of(*place)[:left]] if left else []
+        found[place] = [base64.b64encode(jpeg).decode() for jpeg in jpegs[place][:left]]
         left -= len(found[place])
     return found
 

@@ -90,6 +90,7 @@ def test_bad_pictures_follow_the_policy_of_the_run(tmp_path, no_page):
     assert pictures_by_document(corpora[0]) == pictures_by_document(corpora[1])
 
 
+@pytest.mark.slow  # 1 s
 def test_other_images_settings_are_filtered_again(source, tmp_path, no_page):
     first = made(source, tmp_path / "cache", RULES)
     with pytest.raises(ConfigError, match=r"has more than 2 pictures"):

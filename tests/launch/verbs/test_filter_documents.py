@@ -76,6 +76,7 @@ def test_the_page_shows_small_pictures(tmp_path, capsys, monkeypatch):
             assert max(picture.size) <= 96
 
 
+@pytest.mark.slow  # 3 s
 def test_impossible_settings_are_refused(tmp_path, refused):
     source = f"input={hostile(tmp_path / 'in', 2)}"
     cases = {

@@ -13,12 +13,16 @@ import pytest
 
 from core.errors import ConfigError
 from data.corpus import DOCUMENTS, TRAIN, Corpus, prepare
+from data.filter.input.records import Record
+from data.images.canvas import Canvas, placeholder_ids
 from data.loader import Loader
 from launch.cli import main
 from tests.data.conftest import silent
+from tests.data.filter.test_documents import documents_in
 from tests.support.mixed import write_documents
 from tests.train.vision.test_vision_run import train_in
 from train.corpus import source_weights
+from train.eval.contamination import _text_of, seen_by
 from train.provenance import explain_run, explain_step
 from train.run_directory import load_config
 
@@ -106,6 +110,18 @@ def test_a_document_names_its_pictures_and_steps(root, name):
                     seen += 1
                     assert (int(index), wanted[place]) in listed(explain_step(root / name, int(step)))
     assert seen > 5
+
+
+@pytest.mark.slow  # with the run of the first test
+def test_a_scorer_that_was_trained_on_the_documents(root):
+    documents = documents_in(root / "in" / "documents.jsonl")
+    records = [Record(document.id, "all", document.id, document.text) for document in documents]
+    assert seen_by(root / "online").share(records) > 0.7, "all but the held-out documents"
+    corpus, _ = opened(root / "online")
+    one, two = corpus.tokenizer.encode(["one", "two"])
+    ids = np.array([*one, *placeholder_ids(Canvas(1, 1), 4, corpus.images.ids), *two])
+    assert corpus.tokenizer.decode(ids.tolist()) == "onetwo", "control: words on both sides of a picture would join"
+    assert _text_of(ids, corpus) == "one\ntwo"
 
 
 @pytest.mark.slow  # with the run of the first test

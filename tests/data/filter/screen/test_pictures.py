@@ -46,7 +46,7 @@ def not_empty(count: int) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Any]:
-    return not_empty(66)[:60]
+    return not_empty(45)[:40]
 
 
 def signed(documents: list[list[Any]], names: list[list[str]] | None = None) -> PictureSignatures:
@@ -67,12 +67,12 @@ def found(documents: list[list[Any]], names: list[list[str]] | None = None, dist
 
 
 COPIES: dict[str, tuple[Callable[[Any], Any], float]] = {
-    "half the size": (lambda picture: picture.resize((picture.width // 2, picture.height // 2)), 1.0),
+    "half the size": (lambda picture: picture.resize((picture.width // 2, picture.height // 2)), 0.99),
     "twice the size": (lambda picture: picture.resize((picture.width * 2, picture.height * 2)), 0.98),
-    "JPEG of quality 40": (lambda picture: jpeg(picture, 40), 1.0),
+    "JPEG of quality 40": (lambda picture: jpeg(picture, 40), 0.95),
     "small JPEG": (lambda picture: jpeg(picture.resize((70, 60)), 75), 0.95),
-    "1% cut at each border": (lambda picture: cut(picture, 0.01), 0.95),
-    "2% cut at each border": (lambda picture: cut(picture, 0.02), 0.9),
+    "1% cut at each border": (lambda picture: cut(picture, 0.01), 0.97),
+    "2% cut at each border": (lambda picture: cut(picture, 0.02), 0.92),
 }
 
 
@@ -99,7 +99,7 @@ def test_rates_on_scenes_and_glyphs():
     originals = [*not_empty(650)[:600], *glyphs]
     for change, least in COPIES.values():
         share, wrong = shares(originals[::4], change)
-        assert share >= least - 0.02 and wrong <= 2
+        assert share >= least and wrong <= 2
     signatures = signed([[picture] for picture in originals])
     [copies] = find_picture_duplicates([signatures], DISTANCE)
     [by_hash] = find_picture_duplicates([replace(signatures, colours=np.zeros_like(signatures.colours))], DISTANCE)
