@@ -1,7 +1,7 @@
 """Compare the training of text with another checkout of this repository: `python -m bench.checkouts DIRECTORY`.
 
-A process per checkout trains the smoke model on the built-in text with one thread. The two take turns of a few steps, so
-that a drift of the machine's speed affects both alike. Their losses are compared to the bit.
+A process per checkout trains the smoke model on the built-in text with one thread. The two take turns of a few steps,
+so that a drift of the machine's speed affects both alike. Their losses are compared to the bit.
 
 Use the CPU's time where other work runs on the machine, and wall time on a quiet one.
 """
