@@ -54,7 +54,7 @@ class Side:
                 if counts:
                     self.turns.append((float(wall), float(cpu)))
                 return losses
-        raise SystemExit(f"{self.process.args[0]} ended: see its message above")  # type: ignore[index]
+        raise SystemExit(f"process {self.process.pid} ended: see its message above")
 
     def close(self) -> None:
         assert self.process.stdin is not None

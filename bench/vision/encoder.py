@@ -85,7 +85,7 @@ def assert_equal(encoder: VisionEncoder, other: TheirEncoder, tiles_N3SS: Tensor
     rows = [module(tiles_N3SS) for module in (encoder, other)]
     for one in rows:
         one.backward(gradient_MD)
-    weights = encoder.patch.weight, other.vision_model.patch_embedding.linear.weight
+    weights: list[Any] = [encoder.patch.weight, other.vision_model.patch_embedding.linear.weight]
     for a, b in (rows, [weight.grad for weight in weights]):
         worst = ((a - b).abs().max() / b.abs().max()).item()
         if not worst <= 1e-4:
