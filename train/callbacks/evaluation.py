@@ -50,6 +50,8 @@ class EvaluationCallback(Callback):
             self.result = result = held_out_loss(placed, loader, bytes_V, sequences, size, trainer.weights)
             self.answers = measure(placed, loader, trainer.weights, sequences, size, trainer.corpus)
             shown = [one for name in self.answers for one in examples(placed, loader, name, size, trainer.corpus)]
+            if shown and trainer.world.is_main:
+                self._keep(shown)
         if self.logging.writer is not None:
             line: dict[str, Any] = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": result.loss}
             found = result.plain()
@@ -57,7 +59,6 @@ class EvaluationCallback(Callback):
             if result.modalities:
                 line["heldout_by_modality"] = found["modalities"]
             if self.answers:
-                self._keep(shown)
                 line["answers"] = {name: one.plain() for name, one in self.answers.items()}
             self.logging.writer.write(line)
         parts = ", ".join(f"{name} {found.loss:.3f}" for name, found in result.sources.items())
