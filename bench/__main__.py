@@ -34,8 +34,8 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "offload": ("bench.offload:run", {}),
     "bubble": ("bench.pipeline.bubble:run", {}),
     "startup": ("bench.startup:run", {}),
-    "images": ("bench.images:run", {}),
-    "vision_encoder": ("bench.vision_encoder:run", {}),
+    "images": ("bench.vision.images:run", {}),
+    "vision_encoder": ("bench.vision.encoder:run", {}),
     "filtering": ("bench.data.filtering:run", {}),
     "selection": ("bench.data.selection:run", {}),
 }
