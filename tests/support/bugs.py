@@ -404,9 +404,9 @@ def encoder_not_summed_over_stages(honest, model, specs):
 
 
 @replaces(BatchImages, "interleaved")
-def images_of_another_micro_batch(honest, self, ranks, micro_batch_size):
+def images_of_another_micro_batch(honest, self, ranks, micro_batch_size, rank):
     """The sequences of one rank follow those of another, although micro-batches take some of each."""
-    return honest(self, ranks, len(self.tiles) // ranks)
+    return honest(self, ranks, len(self.tiles) // ranks, rank)
 
 
 @replaces(EncodedStep, "backward")

@@ -183,9 +183,10 @@ def test_runs_compute_what_one_process_does(ranks, corpus, alone, tmp_path, name
 
 
 @replaces(engine_images, "tile_share")
-def tiles_of_a_neighbour(honest, meshes, tiles):
+def tiles_of_a_neighbour(honest, meshes, tiles, ranks):
     """A rank decodes the right number of tiles, from the other end of the micro-batch."""
-    return range(tiles)[::-1][honest(meshes, tiles).start : honest(meshes, tiles).stop]
+    mine = honest(meshes, tiles, ranks)
+    return range(tiles)[::-1][mine.start : mine.stop]
 
 
 @replaces(held_out, "all_gather_no_grad")
