@@ -10,7 +10,7 @@ from typing import Any
 
 from core.errors import ConfigError, check_local, check_numbers
 from core.import_path import check_options
-from data.filter.config import FilterRules
+from data.filter.config import FilterRules, OnError
 from data.images.config import ImagesConfig
 from data.images.parts import PartsConfig
 
@@ -219,6 +219,9 @@ class DataConfig:
             raise ConfigError("pack_seq_len", self.pack_seq_len, "must hold BOS and a token", [2])
         if self.packing is Packing.best_fit and self.pack_seq_len is None:
             raise ConfigError("pack_seq_len", None, "packing=best_fit needs the length of its sequences")
+        if self.images is not None and self.filter is not None and self.filter.on_error is OnError.keep:
+            reason = "would keep documents whose pictures cannot be used"
+            raise ConfigError("filter.on_error", self.filter.on_error, reason, [OnError.drop, OnError.fail])
         if self.images is not None and self.long_documents is LongDocuments.truncate:
             reason = "cannot cut documents with pictures"
             raise ConfigError("long_documents", self.long_documents, reason, ["split", "drop", "refuse"])

@@ -72,7 +72,9 @@ def explain_run(directory: Path, name: str) -> str:
         return explain(corpus.directory, name)
     lines = [explain(corpus.directory, name, with_pictures=False) if is_filtered else f"{name}: not filtered"]
     if not places:
-        return "\n".join([*lines, "not in the token stream: it is longer than data.limit_tokens"])
+        limits = {f"data.{key}": getattr(config.data, key) for key in ("limit_tokens", "pack_seq_len")}
+        over = " or ".join(f"{key}={limit}" for key, limit in limits.items() if limit is not None)
+        return "\n".join([*lines, f"not in the token stream: it or a picture of it is longer than {over}"])
     pictures = [one for place in places for one in _pictures_in(corpus, place)]
     lines += [f"picture {number}: {_described(picture)}" for number, picture in enumerate(pictures)]
     steps = max((line["step"] for line in read_lines(RunDirectory(directory).metrics, {"step": int})), default=0)

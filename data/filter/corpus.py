@@ -116,10 +116,15 @@ def _named(source: Source) -> Iterator[tuple[str, Document]]:
 
 @contextmanager
 def _under_filter() -> Iterator[None]:
-    """Prepend `data.filter.` to the key of a `ConfigError`, unless it is that of a source."""
+    """Prepend `data.filter.` to the key of a `ConfigError`, unless it is that of a source. A record of the input is one
+    of a source.
+    """
     try:
         yield
     except ConfigError as error:
+        if error.key == "input":
+            advice = [f"data.filter.{one}" for one in error.legal]
+            raise ConfigError("data.sources", error.value, error.reason, advice) from None
         raise (error if error.key.startswith("data.") else error.under("data.filter")) from None
 
 

@@ -46,6 +46,7 @@ def test_sources(source, message):
         ({"sources": {"a/b": {"path": "x"}}}, r"sources.a/b: a name of a source has letters"),
         ({"held_out": 1.0}, r"held_out=1.0: must lie in \[0, 1\)"),
         ({"long_documents": "truncate"}, r"limit_tokens: long_documents=truncate needs a limit"),
+        ({"images": {}, "filter": {"on_error": "keep"}}, r"filter.on_error=keep: .* cannot be used; try drop or fail"),
         ({"limit_tokens": 0}, r"limit_tokens=0: must be positive"),
         ({"packing": "best_fit"}, r"pack_seq_len: packing=best_fit needs the length"),
         ({"pack_seq_len": 1}, r"pack_seq_len=1: must hold"),

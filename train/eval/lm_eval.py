@@ -185,6 +185,8 @@ def run_tasks(
         )
     except (OSError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         raise CheckpointError(f"a task's data cannot be read: {first_line(error)}") from error
+    except (ValueError, KeyError) as error:  # such as a template or doc_to_image that names no column of the data
+        raise ConfigError("tasks", ",".join(tasks), f"a task cannot be asked: {first_line(error)}") from error
     print(utils.make_table(found))
     if out is not None:
         figures = {"results": found["results"], "samples": found.get("samples", {})}

@@ -53,6 +53,8 @@ def question(
         raise ConfigError("tasks", None, "ask about pictures, which the model has no tokens or no encoder for")
     if len(texts) - 1 != len(found):
         reason = f"a question has {len(found)} pictures, but {len(texts) - 1} times {PLACEHOLDER} in its text"
+        if len(texts) - 1 > len(found):
+            reason += " (examples of few_shot cannot have pictures)"
         raise ConfigError("tasks", None, f"{reason}: {text[:80]!r}")
     ids: list[int] = []
     pixels = []

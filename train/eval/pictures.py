@@ -22,9 +22,11 @@ from data.images.decode import BadImage, decode
 from data.images.media import ImageDescription, ImageSpelling
 from data.images.tiles import tiles
 from model.config import ModelConfig
-from model.huggingface.vision import PROCESSOR_FILES
+from model.huggingface.vision import PROCESSOR_FILES, processor_files
 
 LARGEST_BYTES = 64 * 2**20
+_NAMES = ("image_processor_type", "processor_class")
+"""Keys of a processor's file that change no pixels."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,21 @@ def picture_prompt(paths: Sequence[str], model: ModelConfig, images: ImageDescri
 def exported_images(
     directory: Path, model: ModelConfig, special_id: Callable[[str], int | None]
 ) -> ImageDescription | None:
-    """Return how pictures become tiles and tokens in a model in the Hugging Face format, by its processor's files."""
+    """Return how pictures become tiles and tokens in a model in the Hugging Face format, by its processor's files.
+
+    Raises `ConfigError` for a processor that gives other pixels than ours. Without a file it is that of Llama 4.
+    """
     if model.vision is None:
         return None
     path, settings = directory / PROCESSOR_FILES[0], {}
     if path.exists():
         settings = read_json(path, {"max_patches?": int, "resize_to_max_canvas?": bool})
     most, enlarge = settings.get("max_patches", 16), settings.get("resize_to_max_canvas", False)
-    config = TileConfig(model.vision.tile_size, model.vision.patch_size, most, enlarge)
+    for key, ours in processor_files(model.vision, most, enlarge)[PROCESSOR_FILES[0]].items():
+        if key not in _NAMES and settings.get(key, ours) != ours:
+            raise ConfigError(f"{path}: {key}", settings[key], f"must be {ours}: no other processor is supported")
+    try:
+        config = TileConfig(model.vision.tile_size, model.vision.patch_size, most, enlarge)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: max_patches", most, error.reason) from None
     return ImageDescription.read(ImageSpelling(ImagesConfig(config), special_id).describe())

@@ -84,6 +84,10 @@ def test_bad_pictures_follow_the_policy_of_the_run(tmp_path, no_page):
     folder = broken(tmp_path / "in")
     with pytest.raises(ConfigError, match=r"^data\.sources\.mixed.*images\.on_bad=drop$"):
         made(folder, tmp_path / "cache", RULES)
+    with pytest.raises(
+        ConfigError, match=r"^data\.sources=mixed:documents\.jsonl:3: .*; try data\.filter\.on_error=drop"
+    ):
+        made(folder, tmp_path / "cache", {**RULES, "on_error": "fail"}, on_bad="drop")
     corpora = [made(folder, tmp_path / "cache", rules, on_bad="drop") for rules in (None, RULES)]
     dropped = [corpus.manifest["sources"]["mixed"][TRAIN]["counts"]["dropped_bad_media"] for corpus in corpora]
     assert dropped == [2, 2]

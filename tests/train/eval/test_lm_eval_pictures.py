@@ -174,6 +174,14 @@ def test_a_question_that_cannot_be_asked_is_one_line(harness, name):
         assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
+def test_a_task_that_names_no_column_is_one_line(run, tmp_path, capsys):
+    path = parquet(tmp_path / "test.parquet", [png(1, 8, 8)], [png(2, 8, 8)])
+    (tmp_path / "one.yaml").write_text(CHOICE.format(name="one", path=path, columns="nothing", text="<image>How many?"))
+    assert main(["evaluate", str(run), "tasks=[one]", f"task_path={tmp_path}"]) == 2
+    assert "tasks=one: a task cannot be asked: " in capsys.readouterr().err
+
+
 def test_a_model_without_an_encoder_refuses_pictures():
     with pytest.raises(ConfigError, match="no tokens or no encoder"):
         question("<image>", [png(1, 8, 8)], None, lambda part: [])

@@ -16,17 +16,20 @@ import torch
 
 import train.eval.answers as answers_file
 from core.config import load
+from core.errors import ConfigError
 from data.corpus import prepare
+from data.images.config import ImageTokenNames
 from data.images.store import PictureStream
 from data.loader import Batch, Loader
 from launch.cli import main
+from model.huggingface.vision import PROCESSOR_FILES, processor_files
 from model.vision.encoder import VisionEncoder
 from model.vision.fusion import Images
 from tests.support.mixed import png, write_documents
 from tests.support.tiny import EXACT, TINY
 from train.config import TrainConfig
 from train.eval.answers import last_tokens
-from train.eval.pictures import PicturePrompt
+from train.eval.pictures import PicturePrompt, exported_images
 from train.metap.coordinates import changes
 
 SIZES = "tile_size: 8, patch_size: 2"
@@ -150,6 +153,21 @@ def test_an_export_answers_as_the_run_does(train, tmp_path, capsys):
         assert main(["generate", str(tmp_path / source), "word", *words]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    "key, value", [("image_mean", [0, 0, 0]), ("size", {"height": 8, "width": 8}), ("max_patches", 0)]
+)
+def test_another_processor_is_refused(tmp_path, key, value):
+    model = load("train", TrainConfig, [*TINY, *VISION]).model
+    assert model.vision is not None
+    names = {name: number for number, name in enumerate(vars(ImageTokenNames()).values())}
+    file = tmp_path / PROCESSOR_FILES[0]
+    file.write_text(json.dumps(processor_files(model.vision)[file.name]))
+    assert exported_images(tmp_path, model, names.get) is not None
+    file.write_text(json.dumps(processor_files(model.vision)[file.name] | {key: value}))
+    with pytest.raises(ConfigError, match=rf"{file.name}: {key}=.*: must be"):
+        exported_images(tmp_path, model, names.get)
 
 
 def test_the_coordinate_check_sees_pictures(tmp_path, monkeypatch):
