@@ -82,8 +82,8 @@ def make_source(name: str, config: SourceConfig, data: DataConfig) -> Source:
 
 
 def may_have_pictures(config: SourceConfig) -> bool:
-    """Return whether documents of a source can have pictures. Those of an imported class may."""
-    return isinstance(config.kind, str) or config.kind is SourceKind.documents
+    """Return whether documents of a source can have pictures. Those of an imported class and of the hub may."""
+    return isinstance(config.kind, str) or config.kind in (SourceKind.documents, SourceKind.huggingface)
 
 
 def is_held_out(origin: str, share: float) -> bool:

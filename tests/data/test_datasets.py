@@ -181,6 +181,17 @@ def test_a_corpus_of_a_data_set(tmp_path):
     assert made(largest_bytes=10**6).directory != corpus.directory, "the columns and limits count"
 
 
+def test_a_filter_compares_the_pictures_of_a_data_set(tmp_path):
+    """Three short captions are equal; only the second picture is there twice."""
+    rows = {"text": ["a cat", "a cat", "a cat", "a cat"], "photo": [stored(0), stored(1), stored(2), stored(1)]}
+    features = datasets.Features({"text": datasets.Value("string"), "photo": IMAGE})
+    path = write(datasets.Dataset.from_dict(rows, features), tmp_path / "in", "saved")
+    rules = {"keep": 1.0, "unit": "documents", "scorer": {"kind": "length"}, "duplicates": {"pictures": 0}}
+    corpus = prepare(config(path, {}, filter=rules), lambda line: None)
+    counts = corpus.manifest["sources"]["set"][TRAIN]["counts"]
+    assert counts["documents"] == 3 and counts["dropped_by_filter_duplicate_pictures"] == 1
+
+
 def test_a_data_set_of_text_is_read_as_before(tmp_path):
     texts = [f"text {number}" for number in range(20)]
     path = write(datasets.Dataset.from_dict({"text": texts, "id": list(range(20))}), tmp_path / "set", "parquet")

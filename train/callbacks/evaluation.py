@@ -69,7 +69,7 @@ class EvaluationCallback(Callback):
         for name, one in self.answers.items():
             trainer.log(
                 f"last tokens of {one.documents} held-out documents of {name}: {one.own:.1%} right, with another "
-                f"document's pictures {one.other:.1%}, without pictures {one.none:.1%}"
+                f"document's pictures {one.other:.1%}, with black ones {one.none:.1%}"
             )
 
     def _keep(self, found: list[Example]) -> None:

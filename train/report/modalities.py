@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 NAMES = {"images": "documents with images", "text": "text alone"}
 """What a report calls the modalities."""
-SHOWN = {"own": "own pictures", "other": "another document's pictures", "none": "without pictures"}
+SHOWN = {"own": "own pictures", "other": "another document's pictures", "none": "black pictures"}
 _SMALL: dict[str, Any] = {"fontsize": 8, "frameon": False}
 _DASHES = {"own": "-", "other": (0, (5, 2)), "none": (0, (1, 2))}
 

@@ -80,6 +80,8 @@ LAYOUTS = {
     "cp2": (2, ["parallel.cp=2"]),
     "pp2": (2, ["parallel.pp=2"]),
     "tp2 + cp2": (4, ["parallel.tp=2", "parallel.cp=2"]),
+    "pp2, all stages": (2, ["parallel.pp=2", "parallel.vision.stages=all"]),
+    "dp2, shared tiles": (2, ["parallel.vision.over_data_parallel=true"]),
 }
 
 

@@ -43,6 +43,8 @@ LAYOUTS = {
     "pp2": (2, ["parallel.pp=2", "training.micro_batch_size=1"]),
     "tp2 + cp2": (4, ["parallel.tp=2", "parallel.cp=2"]),
     "pp2 + fsdp2": (4, ["parallel.pp=2", "parallel.schedule=zbv", "training.micro_batch_size=1"]),
+    "pp2, all stages": (2, ["parallel.pp=2", "parallel.vision.stages=all", "training.micro_batch_size=1"]),
+    "fsdp2, shared tiles": (2, ["parallel.vision.over_data_parallel=true"]),
     "zero2": (2, ["parallel.engine=deepspeed", "parallel.zero.stage=2", "precision=fp32"]),
 }
 

@@ -62,7 +62,7 @@ def test_the_page_shows_pictures_with_answers(tmp_path, undrawn):
     rows = dict(re.findall(r"<tr><td>(.*?)</td><td class=n>(.*?)</td></tr>", text))
     assert rows["held-out loss: documents with images"] == "1.2500" and rows["held-out loss: text alone"] == "5.5000"
     assert rows["right answers: scenes, own pictures"] == "75.0%"
-    assert rows["right answers: scenes, without pictures"] == "6.2%"
+    assert rows["right answers: scenes, black pictures"] == "6.2%"
     without = page_of(make_run(tmp_path / "text"))
     assert "right answers" not in without and "with images" not in without and "Predicted" not in without
 

@@ -156,7 +156,7 @@ def test_an_export_answers_as_the_run_does(train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "key, value", [("image_mean", [0, 0, 0]), ("size", {"height": 8, "width": 8}), ("max_patches", 0)]
+    "key, value", [("image_mean", [0, 0, 0]), ("size", {"height": 9, "width": 9}), ("max_patches", 0)]
 )
 def test_another_processor_is_refused(tmp_path, key, value):
     model = load("train", TrainConfig, [*TINY, *VISION]).model
@@ -188,6 +188,17 @@ def test_the_vision_experiment_trains(tmp_path, capsys):
     sizes = ["training.global_batch_size=4", "training.micro_batch_size=2", f"data.cache={tmp_path / 'cache'}"]
     assert main(["train", "experiment=smoke_vision", f"run.root={tmp_path}", *words, *sizes]) == 0
     assert "held-out documents of scenes" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_vision_experiment_learns_to_count(tmp_path):
+    """A bit more than half of the experiment. Chance is 10%; the answers to other pictures and to none are the control."""
+    words = ["training.steps=240", f"data.cache={tmp_path / 'cache'}", "run.name=run", f"run.root={tmp_path}"]
+    assert main(["train", "experiment=smoke_vision", *words]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [line["answers"]["scenes"] for line in lines if "answers" in line][-1]
+    assert found["documents"] > 300
+    assert found["own"] > 0.45 and found["other"] < 0.16 and found["none"] < 0.16
 
 
 def test_generated_placeholders_are_no_pictures():
