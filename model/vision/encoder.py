@@ -122,7 +122,8 @@ class VisionEncoder(nn.Module):
             x_NPC = layer(x_NPC, rotation_1P1K2)
         x_NPC = self.last_norm(x_NPC)[:, :-1]
         x_NQA = F.gelu(self.adapter_in(pixel_shuffle(x_NPC, self.config.patches_per_side)))
-        return self.projector(F.gelu(self.adapter_out(x_NQA))).flatten(0, 1)
+        # flattened before the matmul: FSDP2 warns of a module that returns a view
+        return self.projector(F.gelu(self.adapter_out(x_NQA)).flatten(0, 1))
 
 
 def patches(tiles_N3SS: Tensor, size: int) -> Tensor:

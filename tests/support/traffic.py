@@ -13,6 +13,7 @@ from collections import Counter
 
 import torch
 
+from data.images.batch import MODALITIES
 from model.config import AuxScope, FeedForward, LayerConfig, ModelConfig, QKNorm, WeightsOn
 from model.load_balance import RouterSums
 from model.roles import Role, registry
@@ -46,7 +47,7 @@ def step_traffic(
     for times, entries in (
         *((stage * micro_batches, part()) for part in (step.tensor, step.context, step.experts, step.pipeline)),
         (stage * (1 if layout.pp > 1 else micro_batches), step.data()),
-        (1, step.once()),
+        (1, step.once(image_tokens > 0)),
         (1, step.matrices(matrices)),
         (1, step.images(image_tokens)),
     ):
@@ -151,12 +152,15 @@ class _Step:
             if layout.dp_replicate > 1:
                 yield ("dp_replicate", "gradients"), stages * master * elements
 
-    def once(self) -> Entries:
-        """Yield what all ranks together send once per step, besides Muon's matrices."""
-        world = self.layout.world_size
-        yield ("world", "loss"), world * (8 + 8)  # the number of labels, the loss
+    def once(self, has_images: bool) -> Entries:
+        """Yield what all ranks together send once per step, besides Muon's matrices. With images, numbers of labels and
+        losses are those of all documents and of each modality; a model with vision counts image tokens apart.
+        """
+        world, modalities = self.layout.world_size, len(MODALITIES) if has_images else 0
+        yield ("world", "loss"), world * (1 + modalities) * (8 + 8)  # the number of labels, the loss
         yield ("world", "norm"), world * 8
-        yield ("world", "balance"), world * self.mixtures * 8 * (self.model.num_experts + len(RouterSums._fields))
+        counts = self.model.num_experts * (1 if self.model.vision is None else 2)
+        yield ("world", "balance"), world * self.mixtures * 8 * (counts + len(RouterSums._fields))
         for spec in self.specs.values():
             for axis in spec.partial:
                 copies = world // self.layout.pp // self.layout.fsdp * (2 if axis.name == "ends" else 1)

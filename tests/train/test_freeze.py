@@ -15,16 +15,20 @@ from model.config import BalanceConfig
 from model.flops import training_flops, vision_flops
 from model.roles import GROUPS, Role, roles_of
 from model.vision.config import VisionConfig
+from parallel.cost import static_bytes
 from parallel.layout import ParallelConfig
 from parallel.parallelize import ParallelModel, build
+from parallel.vision.config import VisionParallelConfig
 from precision.config import Compute, PrecisionConfig
 from tests.support.models import meshes_here, small
 from tests.support.tiny import TINY, config, saved, synthetic
+from train.certify.plan import techniques
 from train.certify.worker import SEQ_LEN
 from train.config import TrainConfig, check, check_freeze
 from train.optim.config import MuonConfig, OptimizerConfig, OptimizerKind
 from train.run_directory import RunDirectory
 
+FP64 = PrecisionConfig(Compute.float64)
 VISION = VisionConfig(16, 2, 2, 24, 20, tile_size=8, patch_size=2, image_token_id=63)
 
 
@@ -32,9 +36,7 @@ def seeing(*freeze: str) -> ParallelModel:
     meshes = meshes_here(ParallelConfig())
     device = torch.device("cpu")
     balance = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
-    return build(
-        small(vision=VISION, balance=balance), PrecisionConfig(Compute.float64), meshes, device, 1, roles_of(freeze)
-    )
+    return build(small(vision=VISION, balance=balance), FP64, meshes, device, 1, roles_of(freeze))
 
 
 def weights(placed: ParallelModel) -> dict[str, torch.Tensor]:
@@ -61,6 +63,12 @@ def test_frozen_weights_stay_and_the_others_move(freeze, kind):
     held = {name for name, parameter in placed.model.named_parameters() if parameter in engine.optimizer.state}
     assert held == before.keys() - frozen
     assert not any(parameter.grad is not None for parameter in placed.model.parameters())
+    kept = sum(value.nbytes for state in engine.optimizer.state.values() for value in state.values())
+    model, muon, roles = placed.model.config, kind is OptimizerKind.muon, roles_of([freeze])
+    formula = static_bytes(model, FP64, placed.meshes.layout, torch.float64, muon=muon, frozen=roles)
+    trained = sum(8 * p.numel() for p in placed.model.parameters() if p.requires_grad)
+    assert (formula.optimizer, formula.gradients) == (kept, trained)
+    assert formula.parameters == sum(8 * p.numel() for p in placed.model.parameters())
 
 
 def test_the_norm_has_trained_parameters_only():
@@ -153,3 +161,13 @@ def test_a_run_resumes_with_the_same_frozen_roles_only(tmp_path: Path, small_cor
     other = config(tmp_path, "run", *small_corpus, "training.freeze=[router]")
     with pytest.raises(ConfigError, match=r"training\.freeze.*was started with"):
         RunDirectory.of(other).check(other)
+
+
+def test_a_certificate_names_frozen_roles_and_the_encoders_ranks():
+    """Only where they are set: other certificates stay valid."""
+    usual = techniques(ParallelConfig())
+    assert not {"frozen", "vision"} & usual.keys()
+    assert techniques(ParallelConfig(), freeze=["head", "query"]) == usual | {"frozen": ["head", "query"]}
+    shared = VisionParallelConfig(over_data_parallel=True, image_token_share=0.3)
+    assert techniques(ParallelConfig(vision=shared))["vision"]["over_data_parallel"] is True
+    assert techniques(ParallelConfig(vision=VisionParallelConfig(image_token_share=0.3))) == usual

@@ -97,7 +97,7 @@ def test_bad_pictures_follow_the_policy_of_the_run(tmp_path, no_page):
 @pytest.mark.slow  # 1 s
 def test_other_images_settings_are_filtered_again(source, tmp_path, no_page):
     first = made(source, tmp_path / "cache", RULES)
-    with pytest.raises(ConfigError, match=r"has more than 2 pictures"):
+    with pytest.raises(ConfigError, match=r"has 3 pictures and videos, more than data\.images\.max_images=2"):
         made(source, tmp_path / "cache", RULES, max_images=2)
     assert made(source, tmp_path / "cache", RULES, max_images=2, on_bad="drop").fingerprint != first.fingerprint
 

@@ -80,7 +80,7 @@ def test_data_parallel_ranks_encode_equal_shares(ranks):
 @pytest.mark.parametrize("name", ["fsdp2", "cp2 + fsdp2", "pp2 + fsdp2", "pp2 + fsdp2, all stages"])
 def test_the_formulas_count_the_bytes_over_data(ranks, name):
     count, config = OVER_DATA[name]
-    sent = assert_formulas_hold(ranks, CASE.model, count, config, micro_batch_size=1, image_tokens=24)
+    sent = assert_formulas_hold(ranks, CASE.model, count, config, image_tokens=24)
     assert any(purpose == PURPOSE for _, purpose in sent)
 
 
