@@ -83,8 +83,13 @@ def images_of(config: VisionConfig, tokens_BT: Tensor, tiles_N3SS: Tensor) -> Im
     if found != expected:
         tiles = f"{len(tiles_N3SS)} tiles of {config.tokens_per_tile} tokens = {expected}"
         raise DataError(f"the sequences have {found} placeholders (id {config.image_token_id}), but there are {tiles}")
-    numbers_BT = (is_image_BT.flatten().cumsum(0) - 1).view_as(tokens_BT)
-    return Images(tiles_N3SS, torch.where(is_image_BT, numbers_BT, -1))
+    return Images(tiles_N3SS, placeholder_rows(is_image_BT))
+
+
+def placeholder_rows(is_image_BT: Tensor) -> Tensor:
+    """Number the placeholders in row-major order, for `Images.rows_BT`; -1 elsewhere."""
+    numbers_BT = (is_image_BT.flatten().cumsum(0) - 1).view_as(is_image_BT)
+    return torch.where(is_image_BT, numbers_BT, -1)
 
 
 def place(x_BTD: Tensor, rows_MD: Tensor, rows_BT: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from data.images.canvas import placeholder_ids
 from data.images.decode import BadImage, decode
 from data.images.media import ImageDescription
 from data.images.tiles import GREYS, tiles
-from model.vision.fusion import Images
+from model.vision.fusion import Images, placeholder_rows
 
 PLACEHOLDER = "<image>"
 _PLAIN = ("RGB", "RGBA", "L", "LA", "P", "1", "I", "I;16")
@@ -78,8 +78,8 @@ def place_tiles(
     is_image_BT = tokens_BT == placeholder
     if length is not None:
         is_image_BT[:, length:] = False  # a model may generate the token
-    rows_BT = torch.where(is_image_BT, is_image_BT.flatten().cumsum(0).view_as(tokens_BT) - 1, -1)
-    return Images(pixels_N3SS.to(device), rows_BT.to(device), torch.tensor(GREYS, device=device))
+    rows_BT = placeholder_rows(is_image_BT).to(device)
+    return Images(pixels_N3SS.to(device), rows_BT, torch.tensor(GREYS, device=device))
 
 
 def _flat(visuals: Any) -> list[Any]:

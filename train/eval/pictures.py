@@ -23,6 +23,7 @@ from data.images.media import ImageDescription, ImageSpelling
 from data.images.tiles import tiles
 from model.config import ModelConfig
 from model.huggingface.vision import PROCESSOR_FILES, processor_files
+from model.vision.fusion import placeholder_rows
 
 LARGEST_BYTES = 64 * 2**20
 _NAMES = ("image_processor_type", "processor_class")
@@ -43,7 +44,7 @@ class PicturePrompt:
         """Return the encoder row of each placeholder in a sequence that begins with BOS and `ids`; -1 elsewhere."""
         is_picture_BT = tokens_BT == self.placeholder
         is_picture_BT[:, 1 + len(self.ids) :] = False  # a model may generate the token
-        return torch.where(is_picture_BT, is_picture_BT.flatten().cumsum(0).view_as(tokens_BT) - 1, -1)
+        return placeholder_rows(is_picture_BT)
 
 
 def picture_prompt(paths: Sequence[str], model: ModelConfig, images: ImageDescription | None) -> PicturePrompt:
