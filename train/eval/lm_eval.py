@@ -128,7 +128,7 @@ class HarnessModel(TemplateLM):
             ids = [self.prefix_token_id, *asked.ids, *self.model.tokenizer.encode([asked.last])[0]]
             self._check_length(len(ids), 1)
             limit = min(limit, self.model.context - len(ids))
-            next_logits = partial(self._next_logits, asked.pixels_N3SS, len(ids))
+            next_logits = partial(self._next_logits, asked.pixels_N3SS, len(ids), kept=[])
         config = GenerateConfig(run="", tokens=limit, temperature=temperature, top_k=None)
         found: list[int] = []
         for token in continue_tokens(next_logits, ids, self.model.context, config, self.eot_token_id):
@@ -139,9 +139,11 @@ class HarnessModel(TemplateLM):
                 return text[:cut]
         return text
 
-    def _next_logits(self, pixels_N3SS: Tensor, length: int, tokens: list[int]) -> Tensor:
+    def _next_logits(
+        self, pixels_N3SS: Tensor, length: int, tokens: list[int], kept: list[Tensor] | None = None
+    ) -> Tensor:
         """Return the logits [V] of the token after `tokens`, whose first `length` are a question with pictures."""
-        return self.model.logits_of(torch.tensor([tokens]), pixels_N3SS, length)[0, -1]
+        return self.model.logits_of(torch.tensor([tokens]), pixels_N3SS, length, kept)[0, -1]
 
 
 def run_tasks(

@@ -97,13 +97,15 @@ class ScoringModel:
         """Return the logits [V] of the token after `tokens`."""
         return self.logits(torch.tensor([tokens]))[0, -1]
 
-    def logits_of(self, tokens_BT: Tensor, pixels_N3SS: Tensor, length: int | None = None) -> Tensor:
+    def logits_of(
+        self, tokens_BT: Tensor, pixels_N3SS: Tensor, length: int | None = None, kept: list[Tensor] | None = None
+    ) -> Tensor:
         """Return the logits [B, T, V] of sequences with pictures, whose tiles are in the order of the placeholders in
-        the first `length` tokens (None: in all).
+        the first `length` tokens (None: in all). `kept`: a list in which the encoded tiles stay from call to call.
         """
         assert self.images is not None
         device = next(self.network.parameters()).device
-        images = place_tiles(tokens_BT, pixels_N3SS, self.images.ids.patch, device, length)
+        images = place_tiles(tokens_BT, pixels_N3SS, self.images.ids.patch, device, length, kept)
         return self.logits(tokens_BT, images)
 
     @torch.no_grad()

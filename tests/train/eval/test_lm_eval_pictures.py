@@ -19,6 +19,7 @@ from data.images.canvas import placeholder_ids
 from data.images.decode import decode
 from data.images.tiles import GREYS, tiles
 from launch.cli import main
+from model.vision.encoder import VisionEncoder
 from parallel.comm.world import World
 from tests.support.mixed import png
 from tests.support.tiny import TINY
@@ -151,6 +152,22 @@ def test_generation_reads_the_picture_and_may_fill_the_context(harness):
         logits.append(harness._next_logits(asked.pixels_N3SS, len(asked.ids) + 1, ids))
     assert not torch.allclose(*logits)
     assert ask(png(3, 8, 8), 10**6) == ask(Image.open(io.BytesIO(png(3, 8, 8))), 10**6)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_generation_encodes_the_pictures_once(harness, monkeypatch):
+    honest, encoded, seen = VisionEncoder.forward, [], []
+    encode = lambda self, tiles: (encoded.append(len(tiles)), honest(self, tiles))[1]  # noqa: E731
+    step = harness._next_logits
+    monkeypatch.setattr(VisionEncoder, "forward", encode)
+    monkeypatch.setattr(harness, "_next_logits", lambda *words, **kept: (seen.append(words), step(*words, **kept))[1])
+    options = {"max_gen_toks": 4, "until": []}
+    harness.generate_until([SimpleNamespace(args=("<image>word", options, {"visual": [png(3, 8, 8)]}))])
+    assert len(seen) > 1 and encoded == [1]
+    step(*seen[-1])
+    step(*seen[-1])
+    assert encoded == [1, 1, 1], "the control keeps nothing"
 
 
 REFUSED = {
