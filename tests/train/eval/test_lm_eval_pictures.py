@@ -68,7 +68,7 @@ def run(tmp_path_factory) -> Iterator[Path]:
         patch.setenv("HF_DATASETS_OFFLINE", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("HF_DATASETS_CACHE", str(root / "datasets"))
-        assert main(["train", *TINY, *VISION, *words, "training.steps=2", "optimizer.lr=0.01"]) == 0
+        assert main(["train", *TINY, *VISION, *words, "training.steps=30", "optimizer.lr=0.01"]) == 0
         yield root / "run"
 
 
