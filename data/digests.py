@@ -55,7 +55,7 @@ class FileDigests:
         return self._named[name]
 
     def save(self) -> None:
-        """Write the record if anything has changed. Without space or permission the next start reads the files anew."""
+        """Write the record if it has changed. Without space or permission the next start reads the files again."""
         if self._now == self._then and self._named == self._named_then:
             return
         import pyarrow.parquet

@@ -138,7 +138,7 @@ class ParallelConfig:
         schedule, per_rank = self.schedule, self.stages_per_rank
         if self.pp == 1:
             if self.vision.stages is not EncoderStages.first:
-                reason = "there is no pipeline: add parallel.pp=2"
+                reason = "needs a pipeline: add parallel.pp=2"
                 raise ConfigError("vision.stages", self.vision.stages, reason, [EncoderStages.first.value])
             defaults = {"schedule": PipelineSchedule.one_f_one_b, "stages_per_rank": None, "layers_per_stage": None}
             for key, default in defaults.items():

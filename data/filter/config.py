@@ -264,7 +264,7 @@ def decisive_settings(rules: FilterRules) -> dict[str, Any]:
     """Return the settings that decide what is kept, as plain values: all rules except `_CONNECTION` of the scorers.
 
     The order of training samples depends on their hash, so a renamed key keeps its old name here (`_HASHED_AS`), and a
-    new one is left out where it has its default.
+    new one is omitted where it has its default.
     """
     return {**without_defaults(plain(rules)), "scorer": _decisive(plain(rules.scorer))}
 

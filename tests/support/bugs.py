@@ -347,7 +347,7 @@ def rows_placed_before_the_scatter(honest, self, encoder):
 def tiles_on_two_ranks(honest, self, encoder):
     """Two ranks encode what the first rank shows, and both add its gradient."""
     rows_MD = honest(self, encoder)
-    if self.axis.rank == 0:
+    if self.axis.rank == 0 and rows_MD.requires_grad:
         rows_MD.register_hook(lambda gradient: gradient * 2)
     return rows_MD
 
@@ -369,7 +369,7 @@ def class_token_first(honest, self, tiles_N3SS):
 
 @replaces(worker.SyntheticLoader, "batch")
 def text_after_pictures_not_learnt(honest, self, *arguments):
-    """The token after a picture is no label."""
+    """The token after a picture is not predicted."""
     batch = honest(self, *arguments)
     if batch.images is not None:
         rows_BT = batch.images.rows_BT

@@ -118,7 +118,7 @@ class LoggingCallback(Callback):
 
 def _by_modality(metrics: StepMetrics) -> dict[str, Any]:
     """Return the step's losses of documents with and without images, and the experts' loads of image and text tokens.
-    What the step has none of is left out.
+    Metrics that the step does not have are omitted.
     """
     line: dict[str, Any] = {}
     losses = {name: loss.item() for name, loss in metrics.modality_losses.items()}

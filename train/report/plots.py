@@ -38,7 +38,7 @@ class _Plot(NamedTuple):
     draw: Callable[[Axes, Sequence[RunData]], None]
     wide: bool = False
     metric: str = "loss"
-    """The plot is left out if no run has this metric."""
+    """Skip the plot if no run has this metric."""
 
 
 class _LayerPlot(NamedTuple):
@@ -49,7 +49,7 @@ class _LayerPlot(NamedTuple):
     """Return the scale on which all runs are drawn."""
     wide: bool = False
     modality: str | None = None
-    """Runs that have logged no loads of its tokens are left out; None: of any tokens."""
+    """Omit runs without logged loads of its tokens; None: of any tokens."""
 
 
 def draw(runs: Sequence[RunData]) -> list[Picture]:

@@ -199,7 +199,7 @@ def words_of_one_rank(honest, x, axis, dim, purpose):
 
 @replaces(Loader, "_assemble")
 def no_label_at_image_end(honest, self, *arguments):
-    """The first token after a picture is no label."""
+    """The first token after a picture is not predicted."""
     batch = honest(self, *arguments)
     batch.labels_BT[batch.tokens_BT == self.corpus.images.ids.end] = IGNORED
     return batch

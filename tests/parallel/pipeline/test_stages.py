@@ -92,7 +92,7 @@ def test_loops_and_vs_give_ranks_their_stages():
         (2, ["parallel.pp=2", "parallel.schedule=dualpipev", "training.micro_batch_size=4"], "training.micro_batch_size=4: dualpipev with pp=2 needs at least 4"),
         (2, ["parallel.pp=2", "parallel.schedule=interleaved", "training.global_batch_size=5"], "training.global_batch_size=5: interleaved with pp=2 needs at least 2 micro-batches, in rounds of equal"),
         (4, ["parallel.pp=4", "training.global_batch_size=2"], "training.global_batch_size=2: one_f_one_b with pp=4 needs at least 4 micro-batches"),
-        (2, ["parallel.vision.stages=all"], "parallel.vision.stages=all: there is no pipeline: add parallel.pp=2"),
+        (2, ["parallel.vision.stages=all"], "parallel.vision.stages=all: needs a pipeline: add parallel.pp=2"),
         (2, ["parallel.pp=2", "parallel.vision.stages=all"], "parallel.vision.stages=all: the model has no vision enc"),
         (2, ["parallel.vision.image_token_share=1.5"], "parallel.vision.image_token_share=1.5: must lie between 0"),
         (2, ["parallel.pp=2", "parallel.schedule=zbv", "parallel.compile=true"], "parallel.compile=true: compiled layers cannot defer the gradients"),

@@ -148,7 +148,7 @@ def test_generation_reads_the_picture_and_may_fill_the_context(harness):
     for number in (3, 4):
         asked = question("<image>word", png(number, 8, 8), harness.model.images, lambda part: [9] * len(part))
         assert asked.pixels_N3SS is not None and asked.last == "word"
-        ids = [0, *asked.ids, 9, 5]  # the generated placeholder is no picture
+        ids = [0, *asked.ids, 9, 5]  # the last placeholder is a generated one
         logits.append(harness._next_logits(asked.pixels_N3SS, len(asked.ids) + 1, ids))
     assert not torch.allclose(*logits)
     assert ask(png(3, 8, 8), 10**6) == ask(Image.open(io.BytesIO(png(3, 8, 8))), 10**6)

@@ -141,7 +141,7 @@ def test_shards_do_not_matter(scenes):
 
 
 def test_a_dropped_document_owns_no_picture(scenes):
-    """A document that was left out (0 pictures) or dropped is never named as the one that is kept."""
+    """A document that was omitted (0 pictures) or dropped is never named as the one that is kept."""
     a, b = scenes[:2]
     copies = found([[a], [a], [b], [b, a]])
     assert [copy and copy.of for copy in copies] == [None, 0, None, 2]
