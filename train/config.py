@@ -146,6 +146,10 @@ class EvaluationConfig:
     """Optimizer steps between two evaluations; 0: only at the end."""
     sequences: int = 32
     """Number of held-out sequences per source. More give a less noisy loss and take longer."""
+    answers: bool = True
+    """For sources with pictures, also predict the last token of each document with its own, other and no pictures, and
+    keep examples for the report. Takes about four times as long as the loss of these sources.
+    """
     baselines: bool = False
     """At the end, fit a unigram and a bigram model to the tokens consumed, for comparison."""
 

@@ -20,6 +20,7 @@ from data.images.canvas import Canvas, ImageTokens, TileConfig, best_canvas, pla
 from data.images.config import ImagesConfig
 from data.images.decode import BadImage, decode, decoder_fingerprint, decoder_versions
 from data.images.parts import ImagePart, Part, VideoPart
+from data.images.tiles import tiles
 from data.images.video import BadVideo, frames, time_text
 
 
@@ -102,10 +103,15 @@ class ImageDescription:
     def read(entry: dict[str, Any]) -> ImageDescription:
         """Read the entry of a manifest, of the right shape. Raises `ValueError` or `TypeError` if it is damaged."""
         try:
-            tiles, ids = TileConfig(**entry["tiles"]), ImageTokens(**entry["ids"])
+            config, ids = TileConfig(**entry["tiles"]), ImageTokens(**entry["ids"])
         except ConfigError as error:
             raise ValueError(str(error)) from None
-        return ImageDescription(tiles, ids, entry["largest_pixels"], entry["decoder"], entry["versions"])
+        return ImageDescription(config, ids, entry["largest_pixels"], entry["decoder"], entry["versions"])
+
+    def read_picture(self, data: bytes, name: str) -> tuple[list[int], NDArray[np.uint8]]:
+        """Return the token ids for an encoded picture and its tiles, uint8 [N, 3, S, S]. Raises `BadImage`."""
+        canvas, found = tiles(decode(data, name, self.largest_pixels), self.tiles)
+        return placeholder_ids(canvas, self.tiles.tokens_per_tile, self.ids).tolist(), found
 
     def check_decoder(self) -> None:
         """Raise `DataError` if this machine decodes pictures to other pixels than the one that made the corpus."""

@@ -119,9 +119,11 @@ def _run_loss(config: EvaluateConfig, world: World) -> dict[str, Any]:
         micro_batch_size,
         weights,
     )
-    answers = measure(restored.placed, loader, weights, sequences, micro_batch_size, restored.corpus)
     line = {"step": restored.step, **result.plain()}
-    return line | {"answers": {name: one.plain() for name, one in answers.items()}} if answers else line
+    if restored.config.evaluation.answers:
+        answers = measure(restored.placed, loader, weights, sequences, micro_batch_size, restored.corpus)
+        line |= {"answers": {name: one.plain() for name, one in answers.items()}} if answers else {}
+    return line
 
 
 def _model_loss(config: EvaluateConfig, world: World) -> dict[str, Any]:

@@ -21,15 +21,13 @@ def run(config: GenerateConfig) -> int:
     is_run = check_model(config.run, config.backend)
     if launch.kind is LaunchKind.torchrun:
         return run_verb("generate", config, launch)
-    from data.tokenizer import Tokenizer
     from model.transformer import Transformer
     from parallel.comm.world import connect
-    from train.checkpoint.reader import IMPORTED, TOKENIZER
     from train.checkpoint.restore import restore
     from train.corpus import run_images
     from train.eval.contamination import MODELS
-    from train.eval.generate import continue_tokens, logits_after_pictures, placed_logits
-    from train.eval.pictures import exported_images, picture_prompt
+    from train.eval.generate import continue_tokens, placed_logits
+    from train.eval.pictures import picture_prompt
     from train.eval.scoring_model import TextTokenizer, from_directory
 
     path = Path(config.run).expanduser()
@@ -47,11 +45,13 @@ def run(config: GenerateConfig) -> int:
             model = from_directory(path, world.device)
             tokenizer, context, next_logits = model.tokenizer, model.context, model.next_logits
             if config.images:
-                network = cast(Transformer, model.network)
-                folder = path / TOKENIZER if (path / IMPORTED).exists() else path
-                known = exported_images(folder, network.config, cast(Tokenizer, tokenizer).special_id)
-                pictures = picture_prompt(config.images, network.config, known)
-                next_logits = partial(logits_after_pictures, network, pictures, world.device)
+                pictures = picture_prompt(config.images, cast(Transformer, model.network).config, model.images)
+                next_logits = partial(
+                    next_logits,
+                    pixels_N3SS=pictures.pixels_N3SS,
+                    length=1 + len(pictures.ids),
+                    kept=pictures.rows_kept,
+                )
         shown = [] if pictures is None else pictures.ids
         prompt = [tokenizer.bos_id, *shown, *tokenizer.encode([config.prompt])[0]]
         if shown and len(prompt) + config.tokens > context:

@@ -33,13 +33,13 @@ class Images:
 
     def encode(self, encoder: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the encoder's rows, [M, D]."""
-        return self.deliver(self._rows(encoder))
+        return self.deliver(self.rows(lambda: encoder(self.normalised(self.tiles_N3SS))))
 
-    def _rows(self, encoder: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the rows of all tiles of this rank."""
+    def rows(self, encode: Callable[[], Tensor]) -> Tensor:
+        """Return the rows of all tiles of this rank: those that are kept, or the result of `encode`."""
         if self.kept:
             return self.kept[0]
-        rows_MD = encoder(self.normalised(self.tiles_N3SS))
+        rows_MD = encode()
         if self.kept is not None:
             self.kept.append(rows_MD)
         return rows_MD

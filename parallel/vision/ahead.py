@@ -36,15 +36,18 @@ class EncodedStep:
         self.is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
         tiles_N3SS, rows_BT = self.images.tiles_N3SS, self.images.rows_BT
         self._chunks = tiles_N3SS.split(max(1, -(-len(tiles_N3SS) // micro_batches)))
-        with torch.no_grad():
-            rows_MD = torch.cat([encoder(self.images.normalised(chunk)) for chunk in self._chunks])
-        reshard(encoder)
-        self._rows_MD = rows_MD.requires_grad_(self.is_trained)
+        self._rows_MD = self.images.rows(self._encode).requires_grad_(self.is_trained)
         self._received_MD = self.images.deliver(self._rows_MD)
         self._parts = rows_BT.chunk(micro_batches)
         counts = [len(part_BT[part_BT >= 0].unique()) for part_BT in self._parts]
         leaves = self._received_MD.detach().split(counts)  # rows are received in the order of the tiles
         self._leaves = [leaf_MD.requires_grad_(self.is_trained) for leaf_MD in leaves]
+
+    @torch.no_grad()
+    def _encode(self) -> Tensor:
+        rows_MD = torch.cat([self.encoder(self.images.normalised(chunk)) for chunk in self._chunks])
+        reshard(self.encoder)
+        return rows_MD
 
     def micro_batches(self) -> Iterator[EncodedImages]:
         """Yield the images of each micro-batch."""

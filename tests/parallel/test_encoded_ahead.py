@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -69,3 +71,16 @@ def test_a_step_without_tiles_has_gradients_of_zero():
     step = EncodedStep(here, None, MICRO_BATCHES, torch.device("cpu"))
     step.backward()
     assert all(gradient is not None and not gradient.any() for gradient in gradients(here).values())
+
+
+@torch.no_grad()
+def test_kept_rows_are_not_encoded_again(monkeypatch):
+    here, calls = encoder(), []
+    honest = VisionEncoder.forward
+    monkeypatch.setattr(VisionEncoder, "forward", lambda self, x: (calls.append(len(x)), honest(self, x))[1])
+    kept: list[Tensor] = []
+    shown = [replace(images(), kept=one) for one in (kept, kept, None)]
+    steps = [EncodedStep(here, one, MICRO_BATCHES, torch.device("cpu")) for one in shown]
+    assert calls == [2, 2, 1, 2, 2, 1], "the second step encodes nothing, the third has no list to keep rows in"
+    rows = [[one.rows_MD for one in step.micro_batches()] for step in steps]
+    assert all(torch.equal(a, b) for a, b in zip(rows[0], rows[1], strict=True))

@@ -48,10 +48,11 @@ class EvaluationCallback(Callback):
             bytes_V = torch.from_numpy(trainer.corpus.tokenizer.token_bytes())
             placed, size = trainer.engine.placed, phase.micro_batch_size
             self.result = result = held_out_loss(placed, loader, bytes_V, sequences, size, trainer.weights)
-            self.answers = measure(placed, loader, trainer.weights, sequences, size, trainer.corpus)
-            shown = [one for name in self.answers for one in examples(placed, loader, name, size, trainer.corpus)]
-            if shown and trainer.world.is_main:
-                self._keep(shown)
+            if trainer.config.evaluation.answers:
+                self.answers = measure(placed, loader, trainer.weights, sequences, size, trainer.corpus)
+                shown = [one for name in self.answers for one in examples(placed, loader, name, size, trainer.corpus)]
+                if shown and trainer.world.is_main:
+                    self._keep(shown)
         if self.logging.writer is not None:
             line: dict[str, Any] = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": result.loss}
             found = result.plain()

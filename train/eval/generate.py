@@ -14,9 +14,6 @@ import torch
 
 from core.errors import LeviathanError
 from data.images.tiles import GREYS
-from model.attention.plan import ForwardContext
-from model.transformer import Transformer
-from model.vision.fusion import Images
 from parallel.comm.world import World
 from parallel.parallelize import ParallelModel
 from parallel.vision.exchange import tile_share
@@ -71,17 +68,6 @@ def placed_logits(placed: ParallelModel, tokens: list[int], pictures: PicturePro
     for axis in (meshes.cp, meshes.pp):  # the other ranks have zeros
         axis.sum(found_V, "logits")
     return found_V
-
-
-def logits_after_pictures(
-    model: Transformer, pictures: PicturePrompt, device: torch.device, tokens: list[int]
-) -> torch.Tensor:
-    """Return the logits [V] of the token after `tokens` of a whole model on this device."""
-    row_BT = torch.tensor([tokens])
-    context = ForwardContext(torch.arange(len(tokens))[None], device)
-    greys = torch.tensor(GREYS, device=device)
-    context.images = Images(pictures.pixels_N3SS, pictures.rows(row_BT).to(device), greys, pictures.rows_kept)
-    return model(row_BT.to(device), context)[0, -1]
 
 
 def _sample(logits_V: torch.Tensor, config: GenerateConfig, generator: torch.Generator) -> int:

@@ -14,10 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
-from torch import Tensor
 
 from core.errors import CheckpointError, ConfigError, first_line
 from core.files import check_target, local_path, write_text
@@ -25,7 +23,7 @@ from parallel.comm.world import World
 from precision.config import Backend
 from train.eval.config import GenerateConfig
 from train.eval.contamination import MODELS
-from train.eval.generate import continue_tokens
+from train.eval.generate import NextLogits, continue_tokens
 from train.eval.multimodal import Question, question
 from train.eval.scoring_model import ScoringModel, TokenWindow, from_directory, from_run
 
@@ -120,7 +118,8 @@ class HarnessModel(TemplateLM):
         stops = [until] if isinstance(until, str) else list(until)
         limit = int(options.get("max_gen_toks", 256))
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", True) else 0.0
-        next_logits, text = self.model.next_logits, ""
+        next_logits: NextLogits = self.model.next_logits
+        text = ""
         asked = None if media is None else self._question(prompt, media.get("visual"))
         if asked is None or asked.pixels_N3SS is None:
             ids = self.tok_encode(prompt)[-max(1, self.model.context - limit) :]
@@ -128,7 +127,7 @@ class HarnessModel(TemplateLM):
             ids = [self.prefix_token_id, *asked.ids, *self.model.tokenizer.encode([asked.last])[0]]
             self._check_length(len(ids), 1)
             limit = min(limit, self.model.context - len(ids))
-            next_logits = partial(self._next_logits, asked.pixels_N3SS, len(ids), kept=[])
+            next_logits = partial(self.model.next_logits, pixels_N3SS=asked.pixels_N3SS, length=len(ids), kept=[])
         config = GenerateConfig(run="", tokens=limit, temperature=temperature, top_k=None)
         found: list[int] = []
         for token in continue_tokens(next_logits, ids, self.model.context, config, self.eot_token_id):
@@ -138,12 +137,6 @@ class HarnessModel(TemplateLM):
             if cut >= 0:
                 return text[:cut]
         return text
-
-    def _next_logits(
-        self, pixels_N3SS: Tensor, length: int, tokens: list[int], kept: list[Tensor] | None = None
-    ) -> Tensor:
-        """Return the logits [V] of the token after `tokens`, whose first `length` are a question with pictures."""
-        return self.model.logits_of(torch.tensor([tokens]), pixels_N3SS, length, kept)[0, -1]
 
 
 def run_tasks(

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
-from data.images.canvas import placeholder_ids
-from data.images.decode import BadImage, decode
+from data.images.decode import BadImage
 from data.images.media import ImageDescription
-from data.images.tiles import GREYS, tiles
+from data.images.tiles import GREYS
 from model.vision.fusion import Images, placeholder_rows
 
 PLACEHOLDER = "<image>"
@@ -61,12 +60,10 @@ def question(
     for place, (before, visual) in enumerate(zip(texts, found, strict=False)):
         assert images is not None
         try:
-            canvas, tiles_N3SS = tiles(
-                decode(_content(visual), f"picture {place}", images.largest_pixels), images.tiles
-            )
+            placeholders, tiles_N3SS = images.read_picture(_content(visual), f"picture {place}")
         except BadImage as error:
             raise ConfigError("tasks", None, f"{error} (question: {text[:80]!r})") from None
-        ids += [*encode(before), *placeholder_ids(canvas, images.tiles.tokens_per_tile, images.ids).tolist()]
+        ids += [*encode(before), *placeholders]
         pixels.append(tiles_N3SS)
     return Question(ids, texts[-1], torch.from_numpy(np.concatenate(pixels)) if pixels else None)
 

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from core.files import read_json
-from data.images.canvas import placeholder_ids
 from data.images.config import ImagesConfig, TileConfig
 from data.images.contents import RefusedRecord, read_inside
-from data.images.decode import BadImage, decode
+from data.images.decode import BadImage
 from data.images.media import ImageDescription, ImageSpelling
-from data.images.tiles import tiles
 from model.config import ModelConfig
 from model.huggingface.vision import PROCESSOR_FILES, processor_files
 from model.vision.fusion import placeholder_rows
@@ -63,10 +61,10 @@ def picture_prompt(paths: Sequence[str], model: ModelConfig, images: ImageDescri
             raise ConfigError("image", path, "no such file" if "://" not in path else "is a URL: nothing is fetched")
         try:
             part = read_inside(place.parent, place.name, LARGEST_BYTES)
-            canvas, found = tiles(decode(part, path, images.largest_pixels), images.tiles)
+            placeholders, found = images.read_picture(part, path)
         except (RefusedRecord, BadImage) as error:
             raise ConfigError("image", path, str(error)) from None
-        ids += placeholder_ids(canvas, images.tiles.tokens_per_tile, images.ids).tolist()
+        ids += placeholders
         pixels.append(found)
     return PicturePrompt(ids, torch.from_numpy(np.concatenate(pixels)), images.ids.patch)
 

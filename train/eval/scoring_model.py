@@ -93,9 +93,17 @@ class ScoringModel:
             weights.update(content.view(torch.uint8).numpy().data)
         return sha256_text(self.identity[0], weights.hexdigest(), *self.identity[1:])
 
-    def next_logits(self, tokens: list[int]) -> Tensor:
-        """Return the logits [V] of the token after `tokens`."""
-        return self.logits(torch.tensor([tokens]))[0, -1]
+    def next_logits(
+        self,
+        tokens: list[int],
+        pixels_N3SS: Tensor | None = None,
+        length: int | None = None,
+        kept: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return the logits [V] of the token after `tokens`. Pictures are as in `logits_of`."""
+        row_BT = torch.tensor([tokens])
+        found = self.logits(row_BT) if pixels_N3SS is None else self.logits_of(row_BT, pixels_N3SS, length, kept)
+        return found[0, -1]
 
     def logits_of(
         self, tokens_BT: Tensor, pixels_N3SS: Tensor, length: int | None = None, kept: list[Tensor] | None = None

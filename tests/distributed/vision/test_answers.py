@@ -35,11 +35,16 @@ VISION = [
 STEPS = 16
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> list[str]:
-    words = [*VISION, f"data.cache={tmp_path_factory.mktemp('cache')}"]
+def prepared(cache: Path) -> list[str]:
+    """Return the words of a run, whose corpus is made."""
+    words = [*VISION, f"data.cache={cache}"]
     prepare(load("train", TrainConfig, [*TINY, *words]).data, lambda line: None)
     return words
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    return prepared(tmp_path_factory.mktemp("cache"))
 
 
 def asked(root: Path, words: list[str], bug: bool = False) -> tuple[dict[str, Any], list[Example]]:

@@ -24,7 +24,8 @@ from parallel.comm.world import World
 from tests.support.mixed import png
 from tests.support.tiny import TINY
 from train.eval.lm_eval import HarnessModel, open_scoring_model
-from train.eval.multimodal import question
+from train.eval.multimodal import place_tiles, question
+from train.eval.scoring_model import ScoringModel
 
 ALONE = World(0, 1, torch.device("cpu"))
 SIZES = "tile_size: 8, patch_size: 2"
@@ -149,7 +150,7 @@ def test_generation_reads_the_picture_and_may_fill_the_context(harness):
         asked = question("<image>word", png(number, 8, 8), harness.model.images, lambda part: [9] * len(part))
         assert asked.pixels_N3SS is not None and asked.last == "word"
         ids = [0, *asked.ids, 9, 5]  # the last placeholder is a generated one
-        logits.append(harness._next_logits(asked.pixels_N3SS, len(asked.ids) + 1, ids))
+        logits.append(harness.model.next_logits(ids, asked.pixels_N3SS, len(asked.ids) + 1))
     assert not torch.allclose(*logits)
     assert ask(png(3, 8, 8), 10**6) == ask(Image.open(io.BytesIO(png(3, 8, 8))), 10**6)
 
@@ -159,15 +160,24 @@ def test_generation_reads_the_picture_and_may_fill_the_context(harness):
 def test_generation_encodes_the_pictures_once(harness, monkeypatch):
     honest, encoded, seen = VisionEncoder.forward, [], []
     encode = lambda self, tiles: (encoded.append(len(tiles)), honest(self, tiles))[1]  # noqa: E731
-    step = harness._next_logits
+    step = ScoringModel.next_logits
+    keep = lambda self, tokens, **shown: (seen.append((tokens, shown)), step(self, tokens, **shown))[1]  # noqa: E731
     monkeypatch.setattr(VisionEncoder, "forward", encode)
-    monkeypatch.setattr(harness, "_next_logits", lambda *words, **kept: (seen.append(words), step(*words, **kept))[1])
+    monkeypatch.setattr(ScoringModel, "next_logits", keep)
     options = {"max_gen_toks": 4, "until": []}
     harness.generate_until([SimpleNamespace(args=("<image>word", options, {"visual": [png(3, 8, 8)]}))])
     assert len(seen) > 1 and encoded == [1]
-    step(*seen[-1])
-    step(*seen[-1])
+    tokens, shown = seen[-1]
+    for _ in range(2):
+        step(harness.model, tokens, **{**shown, "kept": None})
     assert encoded == [1, 1, 1], "the control keeps nothing"
+
+
+def test_only_placeholders_of_the_question_show_tiles():
+    tokens, pixels = torch.tensor([[0, 2, 5, 5, 3, 9, 5]]), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    for length, last in ((5, -1), (None, 2)):
+        images = place_tiles(tokens, pixels, 5, torch.device("cpu"), length)
+        assert images.rows_BT.tolist() == [[-1, -1, 0, 1, -1, -1, last]]
 
 
 REFUSED = {

@@ -1,0 +1,1 @@
+"""Examinations of trained models: questions whose answers are judged by what they say or do."""

@@ -1,0 +1,74 @@
+"""The contract of an examination: it asks questions, a model answers with text, and a judge says what each is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+from core.files import sha256_text
+
+
+@dataclass(frozen=True)
+class Question:
+    """`prompt`: the text that the model continues; each `<image>` in it stands for the next of the encoded `pictures`.
+    The answer ends before the first of `stops`, or after `max_tokens` tokens. `reference`: what the judge needs to know.
+    """
+
+    id: str
+    prompt: str
+    reference: Any = None
+    pictures: tuple[bytes, ...] = ()
+    max_tokens: int = 64
+    stops: tuple[str, ...] = ("\n\n",)
+
+
+class Outcome(Enum):
+    """What became of an answer."""
+
+    right = "right"
+    partly = "partly"
+    """Some of what was asked for: the score lies between 0 and 1."""
+    wrong = "wrong"
+    unreadable = "unreadable"
+    """Nothing in it could be read as an answer. Scores 0."""
+    judge_failed = "judge_failed"
+    """The judge crashed: no fault of the model. Counted apart, without a score."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`score`: from 0 to 1. `note`: one line, why. `figures`: further numbers, averaged over the questions."""
+
+    outcome: Outcome
+    score: float
+    note: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.score <= 1:
+            raise ValueError(f"a score must lie in [0, 1], not {self.score}")
+        if (self.outcome is Outcome.right) != (self.score == 1):
+            raise ValueError(f"an answer is right if and only if it scores 1: {self.outcome.name}, {self.score}")
+
+
+class Exam(Protocol):
+    """An examination. `version` changes with everything that may change a score, but for the questions' content."""
+
+    name: str
+    version: int
+
+    def questions(self) -> Sequence[Question]:
+        """Return the same questions each time. Ids are unique."""
+        ...
+
+    def judge(self, question: Question, answer: str) -> Verdict:
+        """Judge an answer. An exception counts as `judge_failed`."""
+        ...
+
+
+def fingerprint(exam: Exam) -> str:
+    """Hash everything that an examination asks. Scores can be compared only if it is equal."""
+    parts = (exam.name, str(exam.version))
+    return sha256_text(*parts, *(repr(question) for question in exam.questions()))
