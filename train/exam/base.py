@@ -13,7 +13,7 @@ from core.files import sha256_text
 @dataclass(frozen=True)
 class Question:
     """`prompt`: the text that the model continues; each `<image>` in it stands for the next of the encoded `pictures`.
-    The answer ends before the first of `stops`, or after `max_tokens` tokens. `reference`: what the judge needs to know.
+    The answer ends before the first of `stops`, or after `max_tokens` tokens. `reference`: what the judge needs.
     """
 
     id: str
