@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import cached_property
-from itertools import count
+from functools import cache, cached_property
+from itertools import chain, count, islice
 from typing import ClassVar
 
 from core.errors import check_numbers
@@ -53,9 +53,16 @@ class AskedScene:
     answer: str
     words: tuple[str, ...]
 
+    def differs(self, other: AskedScene) -> bool:
+        """Return whether this question has another answer for the picture of `other`, whichever thing is meant."""
+        there = other.picture.things
+        kind = sum(thing.kind == self.picture.kind for thing in there)
+        is_answer = self.answer in (other.answer, str(kind), *(thing.colour for thing in there))
+        return self.words == other.words and not is_answer
+
 
 @dataclass(frozen=True)
-class Scenes:
+class SceneQuestions:
     """Questions about generated scenes. The answer is a number in digits or as a word, a colour, or a side; a text that
     names several is unreadable. The figure `within_one`, of counting, is the share of answers that miss by at most 1.
     """
@@ -89,27 +96,23 @@ class Scenes:
 
     @cached_property
     def _questions(self) -> list[Question]:
-        scenes = self._suitable()
-        asked = [next(scenes) for _ in range(self.number + self.number % 2)]  # with an odd number the last is a spare
-        spare = next(one for one in scenes if one.answer != asked[0].answer)
+        asked = list(islice(self._suitable(), self.number))
         found = []
-        for place, one in enumerate(asked[: self.number]):
-            prompt = f"{PLACEHOLDER}{one.text}"
-            picture = self._picture(one, place, [*asked[place + 1 :], *asked[:place], spare])
-            reference = (one.answer, one.words)
-            found.append(Question(f"{self.name}-{place}", prompt, reference, (picture,), 8, ("\n",)))
+        for place, one in enumerate(asked):
+            others = chain(asked[place + 1 :], asked[:place], self._suitable())
+            picture = self._picture(one, others)
+            name, prompt = f"{self.name}-{place}", f"{PLACEHOLDER}{one.text}"
+            found.append(Question(name, prompt, (one.answer, one.words), (picture,), max_tokens=8, stops=("\n",)))
         return found
 
-    def _picture(self, one: AskedScene, place: int, others: list[AskedScene]) -> bytes:
+    def _picture(self, one: AskedScene, others: Iterable[AskedScene]) -> bytes:
         match self.shown:
             case ShownPicture.own:
                 return one.picture.png
             case ShownPicture.other:
-                return next(other for other in others if _differs(one, other)).picture.png
+                return next(other for other in others if one.differs(other)).picture.png
             case ShownPicture.black:
-                file = io.BytesIO()
-                pillow().new("RGB", (self.size, self.size)).save(file, "PNG")
-                return file.getvalue()
+                return black_picture(self.size)
 
     def controls(self) -> Mapping[str, Exam]:
         if self.shown is not ShownPicture.own:
@@ -120,6 +123,7 @@ class Scenes:
         expected, words = question.reference
         said = set(re.findall(r"[a-z]+|\d+", answer.lower()))
         if self.subject is SceneSubject.count:
+            said = {"0" if one in ("zero", "none") else one for one in said}
             said = {str(NUMBERS.index(one)) if one in NUMBERS else one for one in said}
             found = {one.lstrip("0") or "0" for one in said if one.isdecimal()}
         else:
@@ -158,8 +162,8 @@ class Scenes:
             yield AskedScene(one, text, words[at > self.size / 2], words)
 
 
-def _differs(one: AskedScene, other: AskedScene) -> bool:
-    """Return whether the answer to the question about `one` would be another for the picture of `other`."""
-    if one.words and one.words != other.words and len(one.words) == 2:
-        return False
-    return one.answer != other.answer
+@cache
+def black_picture(size: int) -> bytes:
+    file = io.BytesIO()
+    pillow().new("RGB", (size, size)).save(file, "PNG")
+    return file.getvalue()
