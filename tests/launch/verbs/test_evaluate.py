@@ -20,8 +20,10 @@ from launch.cli import main
 from model.huggingface import load
 from tests.support.tiny import TINY
 from train.eval import text_files
-from train.eval.scoring_model import open_stored
+from train.eval.scoring_model import from_directory, from_transformers, open_stored
 from train.eval.text_files import read_texts
+from train.exam.ask import greedy_answers
+from train.exam.knowledge import MultipleChoice
 
 TWO_RANKS = ["launch=torchrun", "launch.processes=2"]
 TEXTS = ["the model reads", " ".join(["a line öü\n"] * 40), "x", ""]
@@ -114,6 +116,20 @@ def test_a_suite_is_asked_of_every_kind_of_model(models, printed, tmp_path, name
         assert json.loads(lines.read_text()) == kept
         again = json.loads(printed(*words, f"against={models / name}"))
         assert again["against"]["short"]["p_value"] == 1 and len(lines.read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_transformers_answers_an_exam_as_our_model_does(models, tmp_path):
+    """The same weights through both: equal answers. Control: another model."""
+    one_question(tmp_path)
+    exam, folder = MultipleChoice(str(tmp_path / "q.jsonl")), models / "exported"
+    device = torch.device("cpu")
+    ours = greedy_answers(from_directory(folder, device))(exam.questions())
+    assert greedy_answers(from_transformers(str(folder), device))(exam.questions()) == ours != [""]
+    broken = from_directory(folder, device)
+    for parameter in broken.network.parameters():
+        torch.nn.init.normal_(parameter)
+    assert greedy_answers(broken)(exam.questions()) != ours
 
 
 def test_a_suite_that_cannot_be_asked_is_one_line(models, refused, fake_ranks, tmp_path):
