@@ -13,6 +13,7 @@ from train.run_directory import read_lines
 
 EVALUATIONS = "evaluations.jsonl"
 """File in a run's directory with a line per evaluated suite."""
+_SHOWN_SHAPE = {"suite": str, "exams": {str: {"fingerprint": str, "score": (float, None), "interval": ([float], None)}}}
 LINE_SHAPE = {"suite": str, "exams": {str: RESULT_SHAPE}}
 
 
@@ -34,6 +35,20 @@ def last_results(against: str, suite: str) -> dict[str, Any]:
         reason = f"has no results of the suite {suite}; make them: leviathan evaluate RUN suite={suite}"
         raise ConfigError("against", against, reason)
     return lines[-1]
+
+
+def last_scores(path: Path) -> dict[str, str]:
+    """Return the last score of each examination in a file of results, with its confidence interval, as text. The labels
+    have the beginning of the fingerprint: scores under one label can be compared.
+    """
+    found = {}
+    for line in read_lines(path, _SHOWN_SHAPE):
+        for name, one in line["exams"].items():
+            label = f"{line['suite']}/{name} ({one['fingerprint'][:8]})"
+            if one["score"] is not None and one["interval"] is not None and len(one["interval"]) == 2:
+                low, high = one["interval"]
+                found[label] = f"{one['score']:.3f} ({low:.3f} to {high:.3f})"
+    return found
 
 
 def compare_suites(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
