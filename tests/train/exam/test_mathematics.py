@@ -7,10 +7,10 @@ from fractions import Fraction
 
 import pytest
 
-from train.exam import answers_text
+from train.exam import answers_text, mathematics
 from train.exam.answers_text import UnreadableAnswer, read_number, read_roots, read_system
 from train.exam.base import Outcome, Question
-from train.exam.linear import LinearSystem, signed_sum
+from train.exam.linear import LinearExpression, LinearSystem, signed_sum
 from train.exam.mathematics import LinearSystems, Quadratics, WordProblems, solution_text
 
 
@@ -94,6 +94,20 @@ def test_a_fault_of_a_family_is_named():
         assert all(note in verdict(MANY, answer).note for answer in answers)
     bare = verdict(MANY, "there are infinitely many solutions")
     assert bare.outcome is Outcome.partly and bare.score == 0.5 and bare.figures["kind"] == 1
+
+
+FAULTS = {
+    "no dimension": (mathematics, "rank", lambda rows: 1),
+    "no substitution": (LinearSystem, "holds", lambda self, point: True),
+    "all parameters are 0": (LinearExpression, "at", lambda self, values: self.constant),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_of_the_judge_is_noticed(monkeypatch, name):
+    assert not any(verdict(MANY, answer).score for answer in WRONG[MANY]), "control"
+    monkeypatch.setattr(*FAULTS[name])
+    assert any(verdict(MANY, answer).score == 1 for answer in WRONG[MANY])
 
 
 def test_what_says_two_things_is_unreadable():
