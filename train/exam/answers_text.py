@@ -115,9 +115,8 @@ _TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d+)?|\.\d+)|([a-z\u03b1-\u03c9](?:_?\{?\d+
 def final_part(text: str) -> str:
     """Return what follows the last mark of a final answer, in lower case and without the commands of LaTeX."""
     text = text[-LONGEST:].lower()
-    for found in _ANSWER.finditer(text):
-        end = found.end()
-    text = text[end:] if _ANSWER.search(text) else text
+    marks = list(_ANSWER.finditer(text))
+    text = text[marks[-1].end() :] if marks else text
     text = re.sub(r"\n+", "; ", re.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", text.strip(), flags=re.MULTILINE))
     while (plain := _FRACTION.sub(r"((\1)/(\2))", text)) != text:
         text = plain

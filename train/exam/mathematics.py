@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import count
 from typing import ClassVar
 
 from core.errors import ConfigError, check_numbers
@@ -31,7 +30,7 @@ from train.exam.linear import LinearSystem, rank, signed_sum
 UNKNOWNS = ("x", "y", "z")
 MOST_SHOTS = 8
 _SUBSTITUTIONS = 4
-_NAMED = 0.5
+_HALF = 0.5
 """Score of "infinitely many solutions" without the solutions, and of one of two roots."""
 
 
@@ -126,7 +125,7 @@ def judge_system(system: LinearSystem, found: SystemAnswer) -> tuple[float, str]
             return (1, "the solution") if is_right else (0, "not the solution")
         case _:
             if not found.points:
-                return _NAMED, "infinitely many, but which?"
+                return _HALF, "infinitely many, but which?"
             faults = [fault for point in found.points if (fault := family_fault(system, point))]
             return (0, faults[0]) if faults else (1, "all solutions")
 
@@ -251,13 +250,13 @@ class Quadratics(Generated):
         if found == RootsAnswer(Claim.open if roots else Claim.none, roots):
             return Verdict(Outcome.right, 1)
         if found.claim is Claim.open and set(found.roots) < set(roots):
-            return Verdict(Outcome.partly, _NAMED, "one of two roots")
+            return Verdict(Outcome.partly, _HALF, "one of two roots")
         return Verdict(Outcome.wrong, 0, "other roots")
 
     def _equation(self, what: str, place: int) -> tuple[str, tuple[Fraction, ...]]:
         """Return the equation as text, and its roots, ascending."""
         draws = Draws("quadratic", what, self.seed, place)
-        for _ in count():
+        while True:
             scale, p, q = _nonzero(draws, 3), _value(draws), _value(draws)
             if place % 3 == 1:  # (x - p)^2 + |q| + 1
                 factors, roots = (Fraction(1), -2 * p, p * p + abs(q) + 1), tuple[Fraction, ...]()
