@@ -7,12 +7,9 @@ scene's picture and with a black one show what the text alone gives away.
 from __future__ import annotations
 
 import argparse
-import io
 import re
 import sys
 from collections.abc import Iterable
-from enum import Enum
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +17,15 @@ import torch
 from lm_eval.api.instance import Instance
 
 from core.errors import ConfigError
-from data.images.decode import pillow
 from data.images.generated.scenes import NUMBERS, Scene, SceneConfig, held_out, scene
 from data.images.generated.sources import Scenes
 from parallel.comm.world import World
 from train.eval.lm_eval import HarnessModel, open_scoring_model
+from train.exam.pictures import ShownPicture, black_picture
 from train.run_directory import load_config
 
 LONGEST = 24
 """Most tokens of an answer."""
-
-
-class ShownPicture(Enum):
-    """Which picture goes with a question. `other`: that of a scene with another number of things."""
-
-    own = "own"
-    other = "other"
-    black = "black"
 
 
 def scenes_of(run: Path) -> SceneConfig:
@@ -55,13 +44,6 @@ def number(text: str) -> int | None:
     return 0 if word == "nothing" else NUMBERS.index(word) if word in NUMBERS else None
 
 
-@cache
-def black(size: int) -> bytes:
-    file = io.BytesIO()
-    pillow().new("RGB", (size, size)).save(file, "PNG")
-    return file.getvalue()
-
-
 def picture(asked: list[Scene], place: int, shown: ShownPicture) -> bytes:
     match shown:
         case ShownPicture.own:
@@ -70,7 +52,7 @@ def picture(asked: list[Scene], place: int, shown: ShownPicture) -> bytes:
             others = asked[place + 1 :] + asked[:place]
             return next(other for other in others if other.count != asked[place].count).png
         case ShownPicture.black:
-            return black(asked[place].size)
+            return black_picture(asked[place].size)
 
 
 def answers(model: HarnessModel, asked: list[Scene], shown: ShownPicture) -> list[str]:

@@ -1,4 +1,6 @@
-"""The verb `evaluate`: held-out loss of a run, loss of a text, or results on tasks of the evaluation harness."""
+"""The verb `evaluate`: held-out loss of a run, loss of a text, tasks of the evaluation harness, or a suite of
+examinations.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from core.errors import ConfigError, check_numbers
 from launch.config import LaunchKind, local_launch
 from launch.ranks import check_model, run_verb
 from precision.config import Backend
+from train.exam.config import SuiteConfig
 
 if TYPE_CHECKING:
     from parallel.comm.world import World
@@ -23,12 +26,14 @@ _OTHERWISE = ". To evaluate without the run's corpus, add text=FILES; if its tok
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Compute the held-out loss of a run's last checkpoint, the loss of a text, or run tasks of the evaluation harness
-    (lm-eval).
+    """Compute the held-out loss of a run's last checkpoint, the loss of a text, run tasks of the evaluation harness
+    (lm-eval), or a suite of examinations.
     """
 
     run: str = "???"
-    """Directory of a run. For a text or tasks, also of an imported model or a model in the Hugging Face format."""
+    """Directory of a run. For a text, tasks or a suite, also of an imported model or a model in the Hugging Face
+    format.
+    """
     text: str | None = None
     """Compute the loss of this text: a file, a folder or a glob pattern of text, jsonl or parquet files with a column
     `text`.
@@ -53,20 +58,31 @@ class EvaluateConfig:
     few_shot: int | None = None
     """Solved examples before each question; null: as the task defines."""
     out: str | None = None
-    """JSON file for the tasks' results and samples."""
+    """JSON file for the results of tasks or of a suite, with every answer."""
+    suite: SuiteConfig | None = None
+    """Examinations, judged by our own code: a preset (suite=smoke). The results of a run are appended to its
+    evaluations.jsonl.
+    """
+    against: str | None = None
+    """Directory of another run, or a JSON file written by `out`: compare the suite's results with the last ones there.
+    """
     launch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("sequences", "micro_batch_size", "limit"), not_negative=("few_shot",))
         if self.tasks and self.text is not None:
             raise ConfigError("text", self.text, "cannot be combined with tasks; drop one")
+        if self.suite is not None and (self.tasks or self.text is not None):
+            raise ConfigError("suite", self.suite.name, "cannot be combined with tasks or a text; drop one")
+        if self.against is not None and self.suite is None:
+            raise ConfigError("against", self.against, "applies to suites only; name one: suite=smoke")
         for key in ("sequences", "tokens"):
-            if getattr(self, key) is not None and (self.tasks or self.text is not None):
-                what = "tasks" if self.tasks else "a text"
+            if getattr(self, key) is not None and (self.tasks or self.text is not None or self.suite is not None):
+                what = "tasks" if self.tasks else "a text" if self.text is not None else "a suite"
                 raise ConfigError(key, getattr(self, key), f"applies to the held-out loss, not to {what}; drop it")
         for key in ("task_path", "limit", "few_shot", "out"):
             value = getattr(self, key)
-            if value is not None and not self.tasks:
+            if value is not None and not (self.tasks or (key == "out" and self.suite is not None)):
                 raise ConfigError(key, value, "applies to tasks only; name some in tasks")
 
 
@@ -74,17 +90,21 @@ def run(config: EvaluateConfig) -> int:
     """Print the results. A loss is printed as JSON."""
     launch = local_launch(config.launch)
     is_run = check_model(config.run, config.backend)
-    if not (is_run or config.tasks or config.text is not None):
-        raise ConfigError("run", config.run, "is a model without held-out text: add text=FILES or tasks=[...]")
+    if not (is_run or config.tasks or config.suite is not None or config.text is not None):
+        reason = "is a model without held-out text: add text=FILES or tasks=[...], or suite=NAME"
+        raise ConfigError("run", config.run, reason)
     if launch.kind is LaunchKind.torchrun:
-        if config.tasks:
-            raise ConfigError("launch.kind", launch.kind, "tasks are evaluated by one process; remove it")
+        if config.tasks or config.suite is not None:
+            what = "tasks are" if config.tasks else "a suite is"
+            raise ConfigError("launch.kind", launch.kind, f"{what} evaluated by one process; remove it")
         return run_verb("evaluate", config, launch)
     from parallel.comm.world import connect
 
     with closing(connect()) as world:
         if config.tasks:
             return _run_tasks(config, world)
+        if config.suite is not None:
+            return _run_suite(config, config.suite, is_run, world)
         found = _run_loss(config, world) if is_run else _model_loss(config, world)
         if world.is_main:
             print(json.dumps(found, indent=2))
@@ -154,3 +174,33 @@ def _run_tasks(config: EvaluateConfig, world: World) -> int:
         few_shot=config.few_shot,
         out=config.out,
     )
+
+
+def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: World) -> int:
+    """Print the results of a suite as JSON without the single answers, and keep them all."""
+    from core.files import append_json_line, check_target, local_path, write_json
+    from train.eval.open_model import open_scoring_model
+    from train.exam.ask import greedy_answers
+    from train.exam.registry import make_suite
+    from train.exam.results import EVALUATIONS, compare_suites, last_results
+    from train.exam.run import run_suite, summary
+
+    if world.size > 1:
+        raise ConfigError("suite", suite.name, "is evaluated by one process: start it without torchrun")
+    if config.out is not None:
+        check_target("out", config.out, ".json")
+    make_suite(suite)  # a mistake is reported before the model is read
+    other = None if config.against is None else last_results(config.against, suite.name)
+    path = Path(config.run).expanduser()
+    model = open_scoring_model(path, world, config.backend)
+    line: dict[str, Any] = {"model": model.fingerprint, "step": model.step, "decoding": "greedy"}
+    line |= run_suite(suite, greedy_answers(model))
+    if is_run:
+        append_json_line(path / EVALUATIONS, line)
+    if config.out is not None:
+        write_json(local_path("out", config.out), line)
+    shown = summary(line)
+    if other is not None:
+        shown["against"] = compare_suites(other, line)
+    print(json.dumps(shown, indent=2))
+    return 0

@@ -1,4 +1,6 @@
-"""Answers of judges and models, the cache of answers, what a server sends, and what a verifier returns."""
+"""Answers of judges and models, the cache of answers, what a server sends, what a verifier returns, and the answers and
+files of examinations.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from core.errors import LeviathanError
+from core.errors import ConfigError, LeviathanError
 from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
 from data.filter.score.endpoint import LONGEST_RETRY_AFTER_S, Endpoint, UnusableAnswer, _retry_after_s
@@ -20,6 +22,11 @@ from data.filter.score.judge import JudgeScorer, parse_difficulty
 from data.filter.score.pass_rate import PassRateScorer
 from data.filter.score.requests import AnswerCache
 from tests.fuzz.mutations import assert_reads_or_refuses, files, hostile, json_bytes, json_files
+from train.exam.answers_text import UnreadableAnswer, read_number, read_roots, read_system
+from train.exam.base import Verdict
+from train.exam.knowledge import FactChoices, FactLists, MultipleChoice, ShortLists
+from train.exam.mathematics import LinearSystems, Quadratics, WordProblems
+from train.exam.pictures import SceneQuestions
 
 RECORD = Record("1", "all", "a:1", "prompt answer", 7)
 ANSWER = {"choices": [{"index": 0, "message": {"role": "assistant", "content": '{"difficulty": 3}'}}]}
@@ -96,3 +103,43 @@ def test_any_verdict_is_a_score_or_unusable(pass_rate, verdict):
     VERDICTS[:] = [verdict]
     found = assert_reads_or_refuses(lambda: pass_rate.score_from(RECORD, ["b"]), UnusableAnswer)
     assert found in (None, 0, 1)
+
+
+EXAM_ANSWERS = [
+    *(
+        b"infinitely many: x = 1 - t/2, y = 3(t - 1), z = -2.5",
+        b"The answer is (1, 0, 2) + s(-1, 1/3, 0)",
+        b"no solution",
+    ),
+    *(
+        b"x1 = 2 or x_2 = 1 \xc2\xb1 3",
+        b"$x \\in \\{\\frac{1}{2}, -3\\}$",
+        b"1,200 + 3 = twelve",
+        b"1. Mars\n2. the Earth",
+    ),
+]
+EXAMS = [LinearSystems(3), Quadratics(3), WordProblems(2), FactLists(1), FactChoices(1), SceneQuestions(1)]
+
+
+@example(b"x = 1/0")
+@example("x = ½²".encode())
+@given(st.sampled_from(EXAM_ANSWERS).flatmap(files))
+def test_any_answer_is_judged_or_unreadable(content):
+    text = content.decode(errors="replace")
+    for read in (lambda: read_system(text, ("x", "y", "z")), lambda: read_roots(text), lambda: read_number(text)):
+        assert_reads_or_refuses(read, UnreadableAnswer)
+    for exam in EXAMS:
+        for question in exam.questions():
+            assert isinstance(assert_reads_or_refuses(lambda e=exam, q=question: e.judge(q, text)), Verdict)
+
+
+CHOICE = {"id": "1", "question": "Which?", "choices": ["Rome", "Paris"], "answer": 1}
+LIST = {"question": "Which?", "items": ["Rome", ["Paris", "Lutetia"]], "optional": ["Bonn"]}
+
+
+@pytest.mark.parametrize("kind, record", [(MultipleChoice, CHOICE), (ShortLists, LIST)], ids=["choices", "lists"])
+@given(data=st.data())
+def test_any_file_of_questions_is_read_or_refused(place, kind, record, data):
+    path = place / "questions.jsonl"
+    path.write_bytes(data.draw(json_files(record)))
+    assert_reads_or_refuses(lambda: kind(str(path)).questions(), ConfigError)

@@ -22,10 +22,10 @@ from core.files import check_target, local_path, write_text
 from parallel.comm.world import World
 from precision.config import Backend
 from train.eval.config import GenerateConfig
-from train.eval.contamination import MODELS
 from train.eval.generate import NextLogits, continue_tokens
 from train.eval.multimodal import TokenizedQuestion, question
-from train.eval.scoring_model import ScoringModel, TokenWindow, from_directory, from_run
+from train.eval.open_model import open_scoring_model
+from train.eval.scoring_model import ScoringModel, TokenWindow
 
 
 class HarnessModel(TemplateLM):
@@ -187,16 +187,3 @@ def run_tasks(
         figures = {"results": found["results"], "samples": found.get("samples", {})}
         write_text(local_path("out", out), json.dumps(figures, indent=2, default=str) + "\n")
     return 0
-
-
-def open_scoring_model(path: Path, world: World, backend: Backend | None = None) -> ScoringModel:
-    """Open a run's model, an imported model or a Hugging Face model. Models that are not runs compute in float32.
-
-    Raises `ConfigError` if `backend` is given for a model that is not a run.
-    """
-    if (path / "config.yaml").exists():
-        return from_run(path, world, backend, MODELS)
-    if backend is not None:
-        reason = "applies to runs only: any other model is evaluated in float32, by PyTorch; remove it"
-        raise ConfigError("backend", backend, reason)
-    return from_directory(path, world.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,7 +69,8 @@ class ScoringModel:
     """A network with its tokenizer. `logits` returns [B, T, V] for token ids [B, T] (int64, on the host) and, for a
     model of ours, their `Images` or None; sequences begin at position 0. `context`: the longest sequence that the model
     was made for. `identity`: the kind of model, and everything else but the weights on which its losses depend.
-    `read_images` returns how pictures become tokens and tiles, None for a model without pictures.
+    `read_images` returns how pictures become tokens and tiles, None for a model without pictures. `step`: that of
+    a run's checkpoint.
     """
 
     network: nn.Module
@@ -78,6 +79,7 @@ class ScoringModel:
     context: int
     identity: tuple[str, ...]
     read_images: Callable[[], ImageDescription | None] = lambda: None
+    step: int | None = None
 
     @cached_property
     def images(self) -> ImageDescription | None:
@@ -155,7 +157,8 @@ def from_run(
     tokenizer, precision = restored.tokenizer, json.dumps(restored.config.precision, default=str)
     identity = ("run", tokenizer.fingerprint, precision)
     model, context = restored.placed.model, restored.phase.seq_len
-    return _ours(model, world.device, tokenizer, context, identity, partial(run_images, directory))
+    opened = _ours(model, world.device, tokenizer, context, identity, partial(run_images, directory))
+    return replace(opened, step=restored.step)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import read_json
+from train.exam.results import EVALUATIONS, last_scores
 from train.run_directory import EXAMPLES, EXAMPLES_FOLDER, EXAMPLES_SHAPE, parse_lines
 
 LARGEST = 1e100
@@ -83,6 +84,10 @@ class RunFiles:
         if wrong:
             self.problems["summary.json"] = f"damaged values are left out: {', '.join(wrong)}"
         return {key: value for key, value in found.items() if key not in wrong}
+
+    def examinations(self) -> dict[str, str]:
+        """Return the last score of each examination, with its interval."""
+        return self._read(EVALUATIONS, last_scores, {})
 
     def examples(self) -> list[dict[str, Any]]:
         """Return the held-out documents with pictures that the run keeps, with `pngs`, the contents of the pictures."""

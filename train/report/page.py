@@ -111,7 +111,10 @@ def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
     for source in {source: None for one in sources for source in one}:
         rows.append((f"held-out loss: {source}", [one.get(source, {}).get("loss") for one in sources], ".4f"))
     rows += modalities.summary(runs)
-    return {label: [_shown(value, form) for value in values] for label, values, form in rows}
+    found = {label: [_shown(value, form) for value in values] for label, values, form in rows}
+    for label in {label: None for run in runs for label in run.examinations}:
+        found[f"examination {label}, 95% interval"] = [run.examinations.get(label, "-") for run in runs]
+    return found
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -48,6 +48,8 @@ class RunData:
         self.layers = moe if any("expert_load" in line for line in self.lines) else []
         """Indices of the MoE layers whose load was logged."""
         self.summary, self.log = files.summary(), files.log()
+        self.examinations = files.examinations()
+        """Last score of each examination, as text."""
         self.examples = files.examples()
         """Held-out documents with pictures and the model's answers."""
 

@@ -20,8 +20,10 @@ from launch.cli import main
 from model.huggingface import load
 from tests.support.tiny import TINY
 from train.eval import text_files
-from train.eval.scoring_model import open_stored
+from train.eval.scoring_model import from_directory, from_transformers, open_stored
 from train.eval.text_files import read_texts
+from train.exam.ask import greedy_answers
+from train.exam.knowledge import MultipleChoice
 
 TWO_RANKS = ["launch=torchrun", "launch.processes=2"]
 TEXTS = ["the model reads", " ".join(["a line öü\n"] * 40), "x", ""]
@@ -85,6 +87,69 @@ def test_groups_of_a_text_do_not_change_its_loss(models, printed, monkeypatch):
     assert many["loss"] == pytest.approx(one["loss"], rel=1e-6) and many["tokens"] == one["tokens"]
     monkeypatch.setattr(text_files, "read_texts", lambda pattern: list(read_texts(pattern))[:-2])
     assert json.loads(printed(*words))["loss"] != pytest.approx(one["loss"], rel=1e-6), "control"
+
+
+def one_question(folder: Path) -> list[str]:
+    """Return overrides of a suite of one short question, which fits the models' context."""
+    (folder / "q.jsonl").write_text(
+        json.dumps({"id": "1", "question": "?", "choices": ["11", "22"], "answer": 0}) + "\n"
+    )
+    options = f"{{path: '{folder / 'q.jsonl'}'}}"
+    return ["suite=own", f"+suite.exams.short={{exam: multiple_choice, options: {options}}}"]
+
+
+@pytest.mark.parametrize("name", ["run", "exported", "imported"])
+def test_a_suite_is_asked_of_every_kind_of_model(models, printed, tmp_path, name):
+    """The answer is what `generate` prints. The run keeps the results, which can be compared with those of `out`."""
+    words = ["evaluate", str(models / name), *one_question(tmp_path), f"out={tmp_path / 'out.json'}"]
+    found = json.loads(printed(*words))
+    kept = json.loads((tmp_path / "out.json").read_text())
+    (answer,) = kept["exams"]["short"]["answers"]
+    prompt = "?\nA. 11\nB. 22\nAnswer:"
+    text = printed("generate", str(models / name), f"prompt={prompt}", "temperature=0", "tokens=24")
+    assert text.removeprefix(prompt).removesuffix("\n").startswith(answer["answer"])
+    assert found["exams"]["short"]["outcomes"] == kept["exams"]["short"]["outcomes"] and found["suite"] == "own"
+    assert found["step"] == (3 if name == "run" else None) and "answers" not in found["exams"]["short"]
+    lines = models / name / "evaluations.jsonl"
+    assert lines.exists() == (name == "run")
+    if name == "run":
+        assert json.loads(lines.read_text()) == kept
+        again = json.loads(printed(*words, f"against={models / name}"))
+        assert again["against"]["short"]["p_value"] == 1 and len(lines.read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_transformers_answers_an_exam_as_our_model_does(models, tmp_path):
+    """The same weights through both: equal answers. Control: another model."""
+    one_question(tmp_path)
+    exam, folder = MultipleChoice(str(tmp_path / "q.jsonl")), models / "exported"
+    device = torch.device("cpu")
+    ours = greedy_answers(from_directory(folder, device))(exam.questions())
+    assert greedy_answers(from_transformers(str(folder), device))(exam.questions()) == ours != [""]
+    broken = from_directory(folder, device)
+    for parameter in broken.network.parameters():
+        torch.nn.init.normal_(parameter)
+    assert greedy_answers(broken)(exam.questions()) != ours
+
+
+def test_a_suite_that_cannot_be_asked_is_one_line(models, refused, fake_ranks, tmp_path):
+    exported, short = str(models / "exported"), one_question(tmp_path)
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "a " * 999, "choices": ["11", "22"], "answer": 0}))
+    for words, reason in {
+        ("suite=none",): "suite=none: no such choice; try own, scenes, smoke or text",
+        ("suite=own",): "suite=own: has no examination: add +suite.exams.NAME=",
+        ("suite=own", "+suite.exams.a={exam: x}"): "suite.exams.a.exam=x: no such examination; try linear_systems",
+        ("suite=own", "+suite.exams.a={exam: scenes, options: {number: 1}}"): "the model has no tokens or no encoder",
+        tuple(short): "tokens, but the model's context is",
+        (*short, "against=nothing"): "against=nothing: cannot be read",
+        ("suite=smoke", "tasks=[a]"): "suite=smoke: cannot be combined with tasks or a text",
+        ("suite=smoke", "limit=2"): "limit=2: applies to tasks only",
+        ("suite=smoke", "sequences=2"): "applies to the held-out loss, not to a suite",
+        ("suite=smoke", *TWO_RANKS): "a suite is evaluated by one process",
+        ("against=x",): "against=x: applies to suites only",
+    }.items():
+        assert reason in refused("evaluate", exported, *words), words
+    assert fake_ranks.nodes == []
 
 
 class FakeRanks:
@@ -189,7 +254,9 @@ def test_a_text_that_cannot_be_read_is_one_line(models, refused, tmp_path):
 
 def test_what_to_give_for_a_model_is_one_line(models, refused):
     exported, text = str(models / "exported"), f"text={models / 'texts'}"
-    assert "is a model without held-out text: add text=FILES or tasks=[...]" in refused("evaluate", exported)
+    assert "is a model without held-out text: add text=FILES or tasks=[...], or suite=NAME" in refused(
+        "evaluate", exported
+    )
     assert refused("evaluate", exported, text, "backend=native").startswith("backend=native: applies to runs only")
     assert "drop" in refused("evaluate", exported, text, "tasks=[a]")
     assert "not to a text" in refused("evaluate", exported, text, "sequences=2")

@@ -114,3 +114,23 @@ def test_default_ticks_would_be_halves(tmp_path, drawn, monkeypatch):
     monkeypatch.setattr(ticker, "MaxNLocator", lambda *_, **__: ticker.AutoLocator())
     plots.draw([RunData(make_run(tmp_path / "run", steps=4))])
     assert any(place % 1 for place in drawn[0].axes[0].get_xticks())
+
+
+def test_the_last_scores_of_examinations_are_listed(tmp_path, undrawn):
+    """Damaged lines are left out, and scores of different questions are not put side by side."""
+    runs = [make_run(tmp_path / name, f"run.name={name}") for name in ("first", "second")]
+    result = {"fingerprint": "a" * 64, "score": 0.5, "interval": [0.25, 0.75]}
+    for run, last in zip(runs, ({"score": 0.75}, {"score": 1.0, "fingerprint": "b" * 64}), strict=True):
+        lines = [{"suite": "smoke", "exams": {"lists": one}} for one in (result, {**result, **last})]
+        wrong = [
+            {"suite": "smoke", "exams": {"lists": {**result, **one}}} for one in ({"score": "1"}, {"interval": []})
+        ]
+        (run / "evaluations.jsonl").write_text("\n".join(map(json.dumps, [*lines, *wrong, {"suite": 3}])) + '\n{"sui')
+    found = re.findall(r"<tr><td>examination (.*?), 95% interval</td>(.*?)</tr>", page_of(*runs))
+    assert [(label, re.findall(r">([^<]+)<", values)) for label, values in found] == [
+        ("smoke/lists (aaaaaaaa)", ["0.750 (0.250 to 0.750)", "0.500 (0.250 to 0.750)"]),
+        ("smoke/lists (bbbbbbbb)", ["-", "1.000 (0.250 to 0.750)"]),
+    ]
+    (runs[0] / "evaluations.jsonl").unlink()
+    (runs[0] / "evaluations.jsonl").mkdir()
+    assert RunData(runs[0]).examinations == {} and "evaluations.jsonl" in RunData(runs[0]).problems

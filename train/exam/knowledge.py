@@ -1,0 +1,325 @@
+"""Examine knowledge: multiple choice and short lists, from jsonl files and from lists of our own."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, ClassVar
+
+from core.errors import ConfigError, UnreadableFileError, check_numbers
+from core.files import locate, misfit, parse_json, read_text
+from data.images.generated.draws import Draws
+from train.exam.base import Outcome, Question, Verdict
+from train.exam.facts import FACTS
+
+LONGEST_FILE, LONGEST_PROMPT, MOST_ITEMS = 64 * 2**20, 20_000, 1000
+_CHOICE_SHAPE = {"question": str, "choices": [str], "answer": int, "id?": str}
+_LIST_SHAPE = {"question": str, "items": [(str, [str])], "optional?": [(str, [str])], "id?": str}
+
+Items = tuple[tuple[str, ...], ...]
+"""The spellings of each item; the first is the one to show."""
+
+
+@dataclass(frozen=True)
+class ListReference:
+    """What a list must have, and what it may have."""
+
+    items: Items
+    optional: Items = ()
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """Questions with lettered choices, from a jsonl file whose lines have `question`, `choices`, `answer` (the place of
+    the right choice, from 0) and perhaps `id`.
+
+    Right is an answer that begins with the letter ("B", "(b)", "B. Paris", "Answer: B", "The answer is B") or is the
+    text of the choice. An answer with another letter or choice is wrong, and any other unreadable.
+    """
+
+    path: str = ""
+    """The jsonl file."""
+    number: int | None = None
+    """Ask only the first questions; null: all."""
+
+    name: ClassVar[str] = "multiple_choice"
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_numbers(self, positive=("number",))
+        self.questions()
+
+    @cached_property
+    def _questions(self) -> list[Question]:
+        records = _records(self.path, _CHOICE_SHAPE, self.number)
+        for where, record in records:
+            choices = record["choices"]
+            if not 2 <= len(choices) <= len(ascii_uppercase) or not 0 <= record["answer"] < len(choices):
+                reason = f"{where}: needs from 2 to 26 choices, and an answer from 0 to their number less one"
+                raise ConfigError("path", None, reason)
+            if len(set(map(normalised, choices))) < len(choices):
+                raise ConfigError("path", None, f"{where}: two choices are the same")
+            if any(len(one) == 1 and one.isalpha() for one in map(normalised, choices)):
+                raise ConfigError("path", None, f"{where}: a choice of one letter would be read as a choice's letter")
+        return [choice_question(one["id"], one["question"], one["choices"], one["answer"]) for _, one in records]
+
+    def questions(self) -> Sequence[Question]:
+        return self._questions
+
+    def judge(self, question: Question, answer: str) -> Verdict:
+        return judge_choice(question, answer)
+
+
+@dataclass(frozen=True)
+class ShortLists:
+    """Questions whose answer is a complete list, from a jsonl file whose lines have `question`, `items` and perhaps
+    `optional` (which may be there or not) and `id`. An item is a text, or a list of its spellings.
+
+    Items are separated by line breaks, or else by commas, semicolons and "and"; bullets, numbers, articles, case,
+    accents and what follows in parentheses or after a dash are ignored. A list is right if it has all items and nothing
+    else, in any order; any other scores the harmonic mean (F1) of the figures `precision` and `recall`.
+    """
+
+    path: str = ""
+    """The jsonl file."""
+    number: int | None = None
+    """Ask only the first questions; null: all."""
+
+    name: ClassVar[str] = "short_lists"
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_numbers(self, positive=("number",))
+        self.questions()
+
+    @cached_property
+    def _questions(self) -> list[Question]:
+        found = []
+        for where, record in _records(self.path, _LIST_SHAPE, self.number):
+            items, optional = (
+                tuple((one,) if isinstance(one, str) else tuple(one) for one in record.get(key, ()))
+                for key in ("items", "optional")
+            )
+            spellings = [text for one in (*items, *optional) for text in set(map(normalised, one))]
+            if not items or "" in spellings or not all((*items, *optional)) or len(spellings) > MOST_ITEMS:
+                raise ConfigError("path", None, f"{where}: needs 1 to {MOST_ITEMS} items, none of them empty")
+            if len(set(spellings)) < len(spellings):
+                raise ConfigError("path", None, f"{where}: two items have the same spelling")
+            found.append(list_question(record["id"], record["question"], ListReference(items, optional)))
+        return found
+
+    def questions(self) -> Sequence[Question]:
+        return self._questions
+
+    def judge(self, question: Question, answer: str) -> Verdict:
+        return judge_list(question.reference, answer)
+
+
+@dataclass(frozen=True)
+class FactLists:
+    """Complete lists of common knowledge, such as the planets of the Solar System. Judged as `ShortLists`."""
+
+    number: int = len(FACTS)
+    """Questions; the others are solved examples."""
+    shots: int = 1
+    """Solved examples before each question, which are other lists."""
+
+    name: ClassVar[str] = "fact_lists"
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_numbers(self, positive=("number",), not_negative=("shots",))
+        for key, most in (("number", len(FACTS)), ("shots", len(FACTS) - 1)):
+            if getattr(self, key) > most:
+                raise ConfigError(key, getattr(self, key), f"must be at most {most}")
+
+    def questions(self) -> Sequence[Question]:
+        titles = list(FACTS)
+        found = []
+        for place, title in enumerate(titles[: self.number]):
+            others = [titles[(place + 1 + i) % len(titles)] for i in range(self.shots)]
+            before = "".join(f"{_ask_list(one)}\nAnswer: {', '.join(_items(one, 0))}\n\n" for one in others)
+            items = tuple(tuple(text.split("|")) for text in FACTS[title])
+            found.append(list_question(title.replace(" ", "-"), _ask_list(title), ListReference(items), before))
+        return found
+
+    def judge(self, question: Question, answer: str) -> Verdict:
+        return judge_list(question.reference, answer)
+
+
+@dataclass(frozen=True)
+class FactChoices:
+    """Which of four things belongs to a list of common knowledge? Judged as `MultipleChoice`."""
+
+    number: int = 40
+    """Questions."""
+    seed: int = 0
+    """Another seed gives other questions."""
+    shots: int = 2
+    """Solved examples before each question."""
+
+    name: ClassVar[str] = "fact_choices"
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_numbers(self, positive=("number",), not_negative=("shots",))
+        if self.shots > 8:
+            raise ConfigError("shots", self.shots, "must be at most 8")
+
+    def questions(self) -> Sequence[Question]:
+        worked = [self._choice("worked", place) for place in range(self.shots)]
+        before = "".join(
+            f"{_lettered(text, choices)}\nAnswer: {ascii_uppercase[right]}\n\n" for text, choices, right in worked
+        )
+        asked = [self._choice("asked", place) for place in range(self.number)]
+        return [choice_question(f"{self.name}-{place}", *one, before) for place, one in enumerate(asked)]
+
+    def judge(self, question: Question, answer: str) -> Verdict:
+        return judge_choice(question, answer)
+
+    def _choice(self, what: str, place: int) -> tuple[str, list[str], int]:
+        draws = Draws("fact", what, self.seed, place)
+        titles = list(FACTS)
+        title = titles.pop(draws.below(len(titles)))
+        chosen = []
+        for _ in range(3):
+            items = _items(titles.pop(draws.below(len(titles))), 0)
+            chosen.append(items[draws.below(len(items))])
+        items, right = _items(title, 0), draws.below(4)
+        chosen.insert(right, items[draws.below(len(items))])
+        return f"Which of these is one of the {title}?", chosen, right
+
+
+def _ask_list(title: str) -> str:
+    return f"List the {title}."
+
+
+def _items(title: str, spelling: int) -> list[str]:
+    return [text.split("|")[spelling] for text in FACTS[title]]
+
+
+def choice_question(name: str, text: str, choices: Sequence[str], right: int, before: str = "") -> Question:
+    """`right`: the place of the right choice. `before`: solved examples."""
+    reference = (tuple(choices), right)
+    return Question(name, f"{before}{_lettered(text, choices)}\nAnswer:", reference, max_tokens=24, stops=("\n",))
+
+
+def list_question(name: str, text: str, reference: ListReference, before: str = "") -> Question:
+    return Question(name, f"{before}{text}\nAnswer:", reference, max_tokens=16 + 8 * len(reference.items))
+
+
+def _lettered(text: str, choices: Sequence[str]) -> str:
+    return "\n".join([text, *(f"{letter}. {one}" for letter, one in zip(ascii_uppercase, choices, strict=False))])
+
+
+def judge_choice(question: Question, answer: str) -> Verdict:
+    """Judge an answer to a `choice_question`."""
+    choices, right = question.reference
+    said = re.sub(r"\A.*\banswer\s*(?:is|:)\s*:?", "", answer.strip(), flags=re.IGNORECASE | re.DOTALL).strip()
+    letter = re.match(r"[(\[*]*([A-Za-z])(?:[)\].:,*]+(?:\s|\Z)|\Z)", said)
+    texts = [place for place, one in enumerate(choices) if normalised(one) == normalised(said)]
+    if texts:
+        chosen = texts[0]
+    elif letter and (chosen := ascii_uppercase.index(letter[1].upper())) < len(choices):
+        others = re.findall(r"(?<!\w)[(\[]?([A-Z])[)\]]", said[letter.end() :])
+        if any(other != letter[1].upper() for other in others):
+            return Verdict(Outcome.unreadable, 0, "names several choices")
+        rest = normalised(said[letter.end() :])
+        if any(rest == normalised(one) for place, one in enumerate(choices) if place != chosen):
+            return Verdict(Outcome.unreadable, 0, "the letter of one choice with the text of another")
+    else:
+        return Verdict(Outcome.unreadable, 0, "names no choice")
+    is_right = chosen == right
+    return Verdict(Outcome.right, 1) if is_right else Verdict(Outcome.wrong, 0, f"chose {ascii_uppercase[chosen]}")
+
+
+def judge_list(reference: ListReference, answer: str) -> Verdict:
+    """Judge a list of items by its precision and recall."""
+    place = {normalised(text): i for i, one in enumerate(reference.items) for text in one}
+    allowed = {normalised(text) for one in reference.optional for text in one}
+    found = list_items(answer, place.keys() | allowed)
+    if not found:
+        return Verdict(Outcome.unreadable, 0, "lists nothing", {"precision": 0, "recall": 0})
+    hits = {place[one] for one in found if one in place}
+    strangers = [one for one in found if one not in place and one not in allowed]
+    precision = len(hits) / (len(hits) + len(strangers)) if hits or strangers else 0.0
+    recall = len(hits) / len(reference.items)
+    score = 2 * precision * recall / (precision + recall) if hits else 0.0
+    figures = {"precision": precision, "recall": recall}
+    if score == 1:
+        return Verdict(Outcome.right, 1, "", figures)
+    missing = [one[0] for i, one in enumerate(reference.items) if i not in hits]
+    note = f"missing: {', '.join(missing)}; not on the list: {', '.join(strangers)}"[:500]
+    return Verdict(Outcome.partly if hits else Outcome.wrong, score, note, figures)
+
+
+def list_items(text: str, known: Mapping[str, Any] | set[str] | frozenset[str] = frozenset()) -> list[str]:
+    """Split an answer into normalised items, each once. A part that is `known` as a whole is not split further."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    bulleted = [re.sub(r"\A\s*(?:[-*•·]\s*|\(?\d+[.)]\s+)", "", line) for line in lines]
+    if len(lines) > 1 and normalised(lines[0]) not in known and re.search(r":\W*\Z", lines[0]):
+        bulleted = bulleted[1:]  # "The planets are:"
+    parts: list[str] = []
+    for line in bulleted:
+        if len(bulleted) > 1:
+            line = line.partition(":")[0]  # "Mercury: the smallest"
+        elif normalised(line) not in known:
+            line = re.sub(r"\A[^,;]*?(?:\b(?:are|is|include)\b:?|:)\s+(?=\S)", "", line)
+        parts += [line] if normalised(line) in known else re.split(r"[,;]", line)
+    found: dict[str, None] = {}
+    for part in parts:
+        whole = re.sub(r"\A\s*(?:and|&)\s+", "", part)
+        for one in [whole] if normalised(whole) in known else re.split(r"\s(?:and|&)\s", whole):
+            if name := normalised(one):
+                found[name] = None
+    return list(found)
+
+
+def normalised(text: str) -> str:
+    """Return a text without case, accents, articles, punctuation, parentheses and what follows a dash with spaces."""
+    text = re.sub(r"\([^()]*\)|\s[-\N{EN DASH}\N{EM DASH}]\s.*", " ", text, flags=re.DOTALL)
+    letters = [one for one in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(one)]
+    words = "".join(one if one.isalnum() else " " for one in letters).split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
+
+
+def _records(path: str, shape: Any, number: int | None) -> list[tuple[str, dict[str, Any]]]:
+    """Return the place and the record of each line, with `id`. Raises `ConfigError` (key `path`) for a line that does
+    not fit, and for ids that are not unique.
+    """
+    if not path:
+        raise ConfigError("path", None, "name a jsonl file")
+    try:
+        lines = read_text(Path(locate(path)), LONGEST_FILE).splitlines()
+    except OSError as error:
+        raise ConfigError("path", path, f"cannot be read: {error.strerror or error}") from None
+    except UnreadableFileError as error:
+        raise ConfigError("path", None, str(error)) from None
+    records: list[tuple[str, dict[str, Any]]] = []
+    seen: dict[str, str] = {}
+    for place, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{place}"
+        try:
+            record = parse_json(line)
+            problem = misfit(record, shape)
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise ConfigError("path", None, f"{where}: {problem}")
+        record.setdefault("id", f"line {place}")
+        if not record["question"].strip() or len(record["question"]) > LONGEST_PROMPT:
+            raise ConfigError("path", None, f"{where}: a question must have 1 to {LONGEST_PROMPT:,} characters")
+        if record["id"] in seen:
+            raise ConfigError("path", None, f"{where}: the id {record['id']!r} is also that of {seen[record['id']]}")
+        seen[record["id"]] = where
+        records.append((where, record))
+    if not records:
+        raise ConfigError("path", path, "holds no question")
+    return records[:number]
