@@ -20,7 +20,7 @@ from core.files import parse_json
 from train.exam.code.sandbox import Limits, Running, Sandbox, SandboxError, needed
 
 PAGE_LIMITS = Limits(
-    wall_s=30,
+    wall_s=20,
     cpu_s=20,
     memory_mib=1536,
     address_space_mib=None,
@@ -112,7 +112,8 @@ class Page:
     def press(self, key: str) -> None:
         """Press and release a key: one character, or a name such as ArrowLeft."""
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
-        code = _KEY_CODES.get(key, ord(key.upper()) if len(key) == 1 else 0)
+        # the codes of letters and digits are their ASCII; that of "." would be the code of Delete
+        code = _KEY_CODES.get(key, ord(key.upper()) if key.isascii() and key.isalnum() and len(key) == 1 else 0)
         event = {"key": key, "code": key, "windowsVirtualKeyCode": code}
         self._send("Input.dispatchKeyEvent", type="keyDown", **event, **({"text": text} if text else {}))
         self._send("Input.dispatchKeyEvent", type="keyUp", **event)
@@ -188,7 +189,7 @@ class Page:
                 self.errors.append(_message(parameters["exceptionDetails"]))
             case "Page.javascriptDialogOpening":  # nobody waits for an answer to this command
                 self._last_id += 1
-                closing = {"method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+                closing: dict[str, Any] = {"method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
                 closing |= {"id": self._last_id, "sessionId": self._session}
                 os.write(_pipe(self._running.stdin), json.dumps(closing).encode() + b"\0")
             case "Inspector.targetCrashed":

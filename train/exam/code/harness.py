@@ -118,11 +118,10 @@ class Remote:
             return decode(content[0])
         name, text = map(str, content)
         wanted = getattr(builtins, name, None)
-        usual = isinstance(wanted, type) and issubclass(wanted, Exception)
-        if not usual:
+        if not (isinstance(wanted, type) and issubclass(wanted, Exception)):
             raise EndedError(f"{name}: {text}")
         try:
-            error = wanted(text)
+            error: Exception = wanted(text)
         except TypeError:  # UnicodeDecodeError and its like want more
             error = Exception(f"{name}: {text}")
         raise error
@@ -155,7 +154,8 @@ def examine(prompt: str, test: str, receive: Any, send: Any) -> str:
 
 def main(role: str) -> None:
     """Take the channel from stdin and stdout, so that what the code prints goes nowhere."""
-    sys.set_int_max_str_digits(0) if hasattr(sys, "set_int_max_str_digits") else None
+    if hasattr(sys, "set_int_max_str_digits"):  # Python 3.11 and patches of older versions
+        sys.set_int_max_str_digits(0)
     receive, send = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     report = os.fdopen(os.dup(2), "w", encoding="utf-8")
     nowhere = os.open(os.devnull, os.O_RDWR)

@@ -10,8 +10,18 @@ from train.exam.base import Outcome, Question, Verdict
 from train.exam.code.browser import Browser, Page, PageError
 from train.exam.code.proof import prove
 from train.exam.code.snake import SNAKE, judge_snake
-from train.exam.code.widgets import BALL, COUNTER, FORM, STOPWATCH, TODO
-from train.exam.code.widgets import judge_ball, judge_counter, judge_form, judge_stopwatch, judge_todo
+from train.exam.code.widgets import (
+    BALL,
+    COUNTER,
+    FORM,
+    STOPWATCH,
+    TODO,
+    judge_ball,
+    judge_counter,
+    judge_form,
+    judge_stopwatch,
+    judge_todo,
+)
 
 _PROMPT = """{task}
 The page is one HTML file without external files. The browser may not reach any network.
@@ -81,7 +91,9 @@ def page_of(answer: str) -> str | None:
     """Return the HTML in an answer: a fenced block of html, or the text from the first tag of a page."""
     fenced = re.search(r"```(?:html|HTML)?[ \t]*\n(.*?)(?:\n```|\Z)", answer, re.DOTALL)
     text = fenced[1] if fenced and "<" in fenced[1] else answer
-    begin = re.search(r"<(?:!doctype|html|head|body|script|style|canvas|div|button|input|form|p|h1|title|meta)\b", text, re.I)
+    begin = re.search(
+        r"<(?:!doctype|html|head|body|script|style|canvas|div|button|input|form|p|h1|title|meta)\b", text, re.I
+    )
     if begin is None:
         return None
     end = re.search(r"</html\s*>", text, re.I)

@@ -1,6 +1,6 @@
 """The examination of Python programs with unit tests: files in HumanEval's format, and a few problems of our own.
 
-Source of the format: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", github.com/openai/human-eval.
+Source of the format: Chen et al. 2021, "Evaluating Large Language Models Trained on Code" (openai/human-eval).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CODE = re.compile(r"(?:\s|def |class |async def |import |from \S+ import |@|#|[
 
 @dataclass(frozen=True)
 class Problem:
-    """`prompt`: the beginning of a program. `test`: code that defines `check(candidate)`. Both run in the sandbox only."""
+    """`prompt`: the beginning of a program. `test`: code with `check(candidate)`. Both run in the sandbox only."""
 
     prompt: str
     entry_point: str
@@ -45,7 +45,7 @@ class ProgramsExam:
 
     version = 1
 
-    def __init__(self, path: str | None = None, limits: Limits = Limits()) -> None:
+    def __init__(self, path: str | None = None, limits: Limits | None = None) -> None:
         self.name = "programs" if path is None else f"programs_{local_path('path', path).stem}"
         self._questions = read_problems(OWN if path is None else local_path("path", path))
         self.sandbox = Sandbox(limits)

@@ -9,8 +9,8 @@ from core.errors import ConfigError
 from core.files import parse_json
 from train.exam.code.sandbox import Limit, Limits, Sandbox, SandboxError, python_command
 
-LIMITS = Limits(wall_s=30, cpu_s=10, memory_mib=256, address_space_mib=128, processes=8, file_mib=1, folder_mib=2)
-FORKS = 200
+LIMITS = Limits(wall_s=30, cpu_s=10, memory_mib=1024, address_space_mib=128, processes=8, file_mib=1, folder_mib=2)
+FORKS = 64
 """Processes that the proof tries to start: few enough to be harmless where the limit does not hold."""
 _PROBE = """
 import json, os, signal, socket, sys
@@ -72,8 +72,8 @@ print(json.dumps(found))
 def prove() -> dict[str, bool]:
     """Try, within bounds, what the sandbox must refuse. Return what was tried; all of it held.
 
-    Runs once in a process. Raises `ConfigError` if user namespaces are not permitted, and `SandboxError` if a limit does
-    not hold.
+    Runs once in a process. Raises `ConfigError` if user namespaces are not permitted, and `SandboxError` if a limit
+    does not hold.
     """
     assert LIMITS.address_space_mib is not None
     sizes = json.dumps([FORKS, 2**20, LIMITS.processes, LIMITS.address_space_mib * 2**20])
@@ -90,7 +90,10 @@ def _probe(sandbox: Sandbox, arguments: str) -> dict[str, bool]:
     try:
         result = sandbox.run([*python_command(), "/probe.py", arguments], {"/probe.py": _PROBE.encode()})
     except SandboxError as error:
-        reason = f"the sandbox cannot be set up; permit user namespaces (sysctl user.max_user_namespaces=10000, and in a container --security-opt seccomp=unconfined): {error}"
+        advice = (
+            "permit user namespaces: sysctl user.max_user_namespaces=10000, and in a container an unconfined seccomp"
+        )
+        reason = f"answers that are programs run only in a sandbox, which cannot be set up; {advice}; {error}"
         raise ConfigError("", None, reason) from error
     try:
         found = parse_json(result.stdout)

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import secrets
+import select
 import selectors
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from signal import SIGKILL, SIGXCPU
 from typing import IO, Any
 
 import psutil
@@ -72,7 +74,15 @@ class Limits:
             sizes["as"] = self.address_space_mib * MIB
         limits = [f"--{name}={size}:{size}" for name, size in sizes.items()]
         # SIGXCPU at the first limit, SIGKILL at the second
-        return ["/usr/bin/choom", "-n", "1000", "--", "/usr/bin/prlimit", f"--cpu={self.cpu_s}:{self.cpu_s + 1}", *limits]
+        return [
+            "/usr/bin/choom",
+            "-n",
+            "1000",
+            "--",
+            "/usr/bin/prlimit",
+            f"--cpu={self.cpu_s}:{self.cpu_s + 1}",
+            *limits,
+        ]
 
 
 class Limit(Enum):
@@ -103,11 +113,12 @@ class Result:
 class Running:
     """A program in the sandbox. Leave its `with` block to kill whatever is left of it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], status: int, limits: Limits, user: int | None) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], status: int, limits: Limits) -> None:
+        os.set_blocking(status, False)
         self.limits, self.limit, self.seconds = limits, None, 0.0
-        self._process, self._status, self._user = process, status, user
-        self._started, self._over = time.monotonic(), threading.Event()
-        self._init: list[psutil.Process] = []
+        self._process, self._status, self._report = process, status, b""
+        self._started, self._born = time.monotonic(), psutil.Process(process.pid).create_time()
+        self._over, self._lock = threading.Event(), threading.Lock()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
@@ -156,7 +167,6 @@ class Running:
                     kept[key.fileobj] += block[:room]
                     if len(block) > room:
                         self.stop(Limit.output)
-                        ended = True
                     if not block:
                         selector.unregister(key.fileobj)
                     ended = ended and not block
@@ -170,17 +180,14 @@ class Running:
 
     def kill(self) -> None:
         """Kill every process of the sandbox and wait until they are gone. Raises `SandboxError` if one stays."""
-        # with the first process of a PID namespace the kernel kills all others (man 7 pid_namespaces)
-        for process in [*self._init, *_children(self._process.pid)]:
-            _kill(process)
+        init = self._init()
+        if init is not None:  # with the first process of a PID namespace go all others (man 7 pid_namespaces)
+            _kill(init)
         self._process.kill()
         self._process.wait()
-        if self._user is None:
-            _, left = psutil.wait_procs(self._init, timeout=5)
-        else:
-            left = _gone(self._user)
-        if left:
-            raise SandboxError(f"{len(left)} processes of the sandbox could not be killed")
+        init = init or self._init()
+        if init is not None and not _gone(init):
+            raise SandboxError("the processes of the sandbox could not be killed")
 
     def finish(self) -> Result:
         """Return how the program ended. It must have ended: see `read`. Raises `SandboxError` if it never began."""
@@ -189,24 +196,39 @@ class Running:
             self._process.wait()
         self.seconds = time.monotonic() - self._started
         self.kill()
-        code = self._exit_code()
+        code = self._status_of("exit-code")
         if self.limit is not None:
             return Result(None, None, self.limit, stdout, stderr, self.seconds)
         if code is None:
             raise SandboxError(f"bubblewrap failed: {stderr[:300].decode(errors='replace').strip() or 'no message'}")
         signal = code - 128 if code > 128 else None
-        limit = Limit.cpu if signal == 24 or (signal == 9 and self.seconds >= self.limits.cpu_s) else None  # SIGXCPU
+        spent = signal in (SIGXCPU, SIGKILL) and self.seconds >= self.limits.cpu_s
+        limit = Limit.cpu if spent else None
         return Result(None if signal else code, signal, limit, stdout, stderr, self.seconds)
 
-    def _exit_code(self) -> int | None:
-        """Return the exit code that bubblewrap reports, outside the reach of the program. None: it never began."""
-        report = os.read(self._status, 65_536).decode()
-        codes = [json.loads(line).get("exit-code") for line in report.splitlines() if line.strip()]
-        return next((code for code in codes if code is not None), None)
+    def _status_of(self, key: str) -> int | None:
+        """Return what bubblewrap reports: `child-pid`, or `exit-code` (none if the program never began).
+
+        The program cannot reach this report.
+        """
+        with self._lock:
+            if self._status >= 0 and select.select([self._status], [], [], 0)[0]:
+                self._report += os.read(self._status, 65_536)
+            rows = [json.loads(line) for line in self._report.splitlines(keepends=True) if line.endswith(b"\n")]
+        return next((int(row[key]) for row in rows if key in row), None)
+
+    def _init(self) -> psutil.Process | None:
+        """Return the first process of the PID namespace, if it runs."""
+        pid = self._status_of("child-pid")
+        try:
+            process = None if pid is None else psutil.Process(pid)
+            # another process may have the number by now
+            return process if process is not None and process.create_time() >= self._born else None
+        except psutil.NoSuchProcess:
+            return None
 
     def _watch(self) -> None:
         while not self._over.wait(TICK_S) and self._process.poll() is None:
-            self._init = self._init or _children(self._process.pid)
             if time.monotonic() - self._started > self.limits.wall_s:
                 self.stop(Limit.wall)
             elif _memory(self._process.pid) > self.limits.memory_mib * MIB:
@@ -219,8 +241,8 @@ class Sandbox:
     `check` must pass before a program that is not trusted is run: see `train.exam.code.proof`.
     """
 
-    def __init__(self, limits: Limits = Limits()) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
         self.bubblewrap = needed("bwrap", "bubblewrap")
         for tool in ("prlimit", "choom"):
             needed(tool, "util-linux")
@@ -263,7 +285,9 @@ class Sandbox:
                 close_fds=True,
                 pass_fds=[status, seccomp, *passed.values()],
                 start_new_session=True,
-                **({} if user is None else {"user": user, "group": user, "extra_groups": []}),  # type: ignore[arg-type]
+                user=user,
+                group=user,
+                extra_groups=None if user is None else [],
             )
         except OSError as error:
             os.close(report)
@@ -271,7 +295,7 @@ class Sandbox:
         finally:
             for descriptor in (status, seccomp, *passed.values()):
                 os.close(descriptor)
-        return Running(process, report, self.limits, user)
+        return Running(process, report, self.limits)
 
     def _view(self, files: Mapping[str, int]) -> list[str]:
         """Return bubblewrap's arguments for namespaces, user and files. Their order matters."""
@@ -298,7 +322,9 @@ def needed(tool: str, package: str) -> str:
         raise ConfigError("", None, "answers that are programs run only in a sandbox, which needs Linux")
     path = shutil.which(tool, path="/usr/bin:/bin:/usr/local/bin")
     if path is None:
-        reason = f"answers that are programs run only in a sandbox, which needs {tool}; install it: apt install {package}"
+        reason = (
+            f"answers that are programs run only in a sandbox, which needs {tool}; install it: apt install {package}"
+        )
         raise ConfigError("", None, reason)
     return path
 
@@ -313,7 +339,10 @@ def python_command() -> list[str]:
 
 def _free_id() -> int:
     """Return a user id at random that this user namespace maps. Limits on processes count for each user."""
-    last = max(int(start) + int(count) for start, _, count in map(str.split, Path("/proc/self/uid_map").open())) - 1
+    last = (
+        max(int(row.split()[0]) + int(row.split()[2]) for row in Path("/proc/self/uid_map").read_text().splitlines())
+        - 1
+    )
     low, high = _HIGH_IDS if last >= _HIGH_IDS[1] else (last // 2 + 1, last)
     if low >= high:
         raise ConfigError("", None, "the sandbox needs user ids of its own, and this container maps none")
@@ -331,13 +360,6 @@ def _in_memory(content: bytes) -> int:
     return descriptor
 
 
-def _children(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children()
-    except psutil.NoSuchProcess:
-        return []
-
-
 def _kill(process: psutil.Process) -> None:
     try:
         process.kill()
@@ -345,21 +367,17 @@ def _kill(process: psutil.Process) -> None:
         return
 
 
-def _gone(user: int) -> list[int]:
-    """Return the processes of a user that are still there after 5 seconds."""
-    for _ in range(500):
-        left = [process.pid for process in psutil.process_iter() if _owner(process) == user]
-        if not left:
-            break
-        time.sleep(0.01)
-    return left
-
-
-def _owner(process: psutil.Process) -> int:
-    try:
-        return -1 if process.status() == psutil.STATUS_ZOMBIE else process.uids().real
-    except psutil.NoSuchProcess:
-        return -1
+def _gone(process: psutil.Process, timeout_s: float = 30) -> bool:
+    """Wait until a process has ended, and return whether it has. It may stay a zombie where nobody reaps it."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        try:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.002)
+    return False
 
 
 def _memory(pid: int) -> int:

@@ -34,8 +34,8 @@ FORM = """Write a web page with a form.
   "done".
 - A click on the button checks both: the email must have one @ with text on both sides and a dot after it, and the age
   must be a whole number from 18 to 120.
-- If one is not valid, "error" shows a message and "done" stays empty. If both are valid, "done" shows "sent" and "error"
-  is empty. The page is not left or loaded again."""
+- If one is not valid, "error" shows a message and "done" stays empty. If both are valid, "done" shows "sent" and
+  "error" is empty. The page is not left or loaded again."""
 
 
 def judge_counter(page: Page) -> None:
