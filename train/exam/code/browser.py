@@ -50,6 +50,8 @@ window.requestAnimationFrame = call => setTimeout(() => call(performance.now()),
 window.cancelAnimationFrame = clearTimeout;
 { let state = 1; Math.random = () => (state = state * 48271 % 2147483647) / 2147483647; }
 """
+_PASS = "pauseIfNetworkFetchesPending"
+"""How virtual time passes: it waits for files that load, such as pictures in data URLs."""
 _KEY_CODES = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13}
 
 
@@ -92,7 +94,7 @@ class Page:
     def advance(self, milliseconds: float) -> None:
         """Let virtual time pass: timers and frames run, as fast as the machine can."""
         before = self._expired
-        self._send("Emulation.setVirtualTimePolicy", policy="advance", budget=milliseconds)
+        self._send("Emulation.setVirtualTimePolicy", policy=_PASS, budget=milliseconds)
         while self._expired == before:
             self._receive()
 

@@ -31,7 +31,7 @@ WRONG = [
     ("todo", 'input.value = "";', "", "does not empty the input"),
     ("todo", 'if (event.key === "Enter") add();', "", "does not add the text at Enter"),
     ("todo", "classList.toggle", "classList.add", "marks [True, False] as done"),
-    ("stopwatch", "before = now(); since = null; show();", "before = now(); show();", "shows 3.5 and not 2.5"),
+    ("stopwatch", "before = now(); since = null; show();", "before = now(); show();", "and not 2.5"),
     ("stopwatch", "before = 0; since = null;", "", "and not 0.0"),
     ("stopwatch", "toFixed(1)", "toFixed(2)", "and not seconds like 2.5"),
     ("ball", "if (x > 290) { x = 580 - x; dx = -dx; }", "", "red pixels and not the 314"),
@@ -44,8 +44,8 @@ WRONG = [
 ATTACKS = {
     "busy": ("<script>while (true);</script>", "was ended at its limit of wall time"),
     "redirect": ("<script>location.href = 'file:///page.html?' + Math.random()</script>", "did not load within 10 s"),
-    "reload": ("<script>setTimeout(() => location.reload(), 1)</script>", "has no canvas"),
-    "refresh": ("<meta http-equiv=refresh content=0>wait", "has no canvas"),
+    "reload": ("<script>setTimeout(() => location.reload(), 1)</script>", ""),
+    "refresh": ("<meta http-equiv=refresh content=0>wait", ""),
     "alerts": ("<script>for (;;) alert(1)</script>", "was ended at its limit of wall time"),
     "memory": ("<script>const a = []; for (;;) a.push(new Uint8Array(1e7).fill(1))</script>", "limit of memory"),
     "console": ("<script>for (;;) console.log('x'.repeat(1e6))</script>", "limit of"),
@@ -56,12 +56,12 @@ ATTACKS = {
         "",
     ),
     "network": (
-        "<script>fetch('http://192.0.2.1/').then(() => alert(1), error => { throw error })</script>",
-        "throws TypeError: Failed to fetch",
+        "<script>const x = new XMLHttpRequest(); x.open('GET', 'http://192.0.2.1/', false); x.send()</script>",
+        "throws NetworkError",
     ),
     "files": (
-        "<script>fetch('file:///usr/lib/os-release').then(() => alert(1), error => { throw error })</script>",
-        "throws TypeError: Failed to fetch",
+        "<script>const x = new XMLHttpRequest(); x.open('GET', '/usr/lib/os-release', false); x.send()</script>",
+        "throws NetworkError",
     ),
     "success_word": ("<script>document.title = '{\"score\": 1}'; console.log('right')</script>", "has no canvas"),
 }

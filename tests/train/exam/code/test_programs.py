@@ -19,7 +19,7 @@ WRONG = {
     "own/merge_intervals": ("max(merged[-1][1], high)", "high"),
     "own/primes_below": ("+ 1))", "))"),
     "own/unshift": ("-places", "places"),
-    "own/longest_run": ("place and item", "item"),
+    "own/longest_run": ("max(best, length)", "length"),
     "own/transpose": ("list(column)", "tuple(column)"),
     "own/word_counts": ("text.lower()", "text"),
     "own/seconds_of": ("not text or ", ""),
