@@ -28,7 +28,7 @@ _CODE = re.compile(r"(?:\s|def |class |async def |import |from \S+ import |@|#|[
 
 
 @dataclass(frozen=True)
-class Problem:
+class ProgrammingProblem:
     """`prompt`: the beginning of a program. `test`: code with `check(candidate)`. Both run in the sandbox only."""
 
     prompt: str
@@ -57,7 +57,7 @@ class ProgramsExam:
 
     def judge(self, question: Question, answer: str) -> Verdict:
         """Run the program of an answer against its tests. Raises `SandboxError` if the sandbox or the tests fail."""
-        problem: Problem = question.reference
+        problem: ProgrammingProblem = question.reference
         code = program_of(problem, answer)
         if code is None:
             return Verdict(Outcome.unreadable, 0.0, "holds no code")
@@ -66,7 +66,7 @@ class ProgramsExam:
             return Verdict(Outcome.right, 1.0)
         return Verdict(Outcome.wrong, 0.0, " ".join(failure.split())[:300])
 
-    def _failure(self, problem: Problem, code: str) -> str:
+    def _failure(self, problem: ProgrammingProblem, code: str) -> str:
         """Return why a program fails its tests, or an empty string.
 
         Program and tests run in two sandboxes that are joined by two pipes. Only the tests can write the report.
@@ -129,14 +129,14 @@ def read_problems(path: Path) -> list[Question]:
             problem = f"entry_point {row['entry_point'][:50]!r} is not a name"
         if problem:
             raise DataError(f"{path}:{number}: {problem}")
-        reference = Problem(row["prompt"], row["entry_point"], row["test"])
+        reference = ProgrammingProblem(row["prompt"], row["entry_point"], row["test"])
         questions[row["task_id"]] = Question(row["task_id"], row["prompt"], reference, max_tokens=512, stops=_STOPS)
     if not questions:
         raise DataError(f"{path}: holds no problems")
     return list(questions.values())
 
 
-def program_of(problem: Problem, answer: str) -> str | None:
+def program_of(problem: ProgrammingProblem, answer: str) -> str | None:
     """Return the program in an answer, or None: the fenced block that defines the function, or the answer's own
     definition of it, or the prompt continued. What the prompt imports and defines before the function comes first.
     """

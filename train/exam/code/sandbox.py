@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import secrets
-import select
 import selectors
 import shutil
 import subprocess
@@ -95,7 +94,7 @@ class Limit(Enum):
 
 
 @dataclass(frozen=True)
-class Result:
+class SandboxResult:
     """How a program ended. `signal` and `exit_code`: one of them is None, and both if the sandbox killed the program.
 
     An exit code above 128 reads as the signal `exit_code - 128`, as in a shell. A program chooses its exit code, so it
@@ -146,9 +145,7 @@ class Running:
         for stream in (self.stdin, self.stdout, self.stderr):
             if stream is not None:
                 stream.close()
-        if self._status >= 0:
-            os.close(self._status)
-            self._status = -1
+        os.close(self._status)
 
     def read(self) -> tuple[bytes, bytes]:
         """Return both outputs, each cut at `output_bytes`, when the program has ended or was killed."""
@@ -176,20 +173,28 @@ class Running:
         """Kill the program because it hit a limit. The first limit counts."""
         if self.limit is None and self._process.poll() is None:
             self.limit = limit
-        self.kill()
+        self._signal()
 
     def kill(self) -> None:
         """Kill every process of the sandbox and wait until they are gone. Raises `SandboxError` if one stays."""
-        init = self._init()
-        if init is not None:  # with the first process of a PID namespace go all others (man 7 pid_namespaces)
-            _kill(init)
-        self._process.kill()
+        init = self._signal()
         self._process.wait()
-        init = init or self._init()
+        init = init or self._signal()
         if init is not None and not _gone(init):
             raise SandboxError("the processes of the sandbox could not be killed")
 
-    def finish(self) -> Result:
+    def _signal(self) -> psutil.Process | None:
+        """Kill bubblewrap and the first process of the PID namespace, with which go all others (man 7 pid_namespaces).
+
+        Return the latter, if it ran.
+        """
+        init = self._init()
+        if init is not None:
+            _kill(init)
+        self._process.kill()
+        return init
+
+    def finish(self) -> SandboxResult:
         """Return how the program ended. It must have ended: see `read`. Raises `SandboxError` if it never began."""
         stdout, stderr = self.read()
         if self.limit is None:
@@ -198,13 +203,13 @@ class Running:
         self.kill()
         code = self._status_of("exit-code")
         if self.limit is not None:
-            return Result(None, None, self.limit, stdout, stderr, self.seconds)
+            return SandboxResult(None, None, self.limit, stdout, stderr, self.seconds)
         if code is None:
             raise SandboxError(f"bubblewrap failed: {stderr[:300].decode(errors='replace').strip() or 'no message'}")
         signal = code - 128 if code > 128 else None
         spent = signal in (SIGXCPU, SIGKILL) and self.seconds >= self.limits.cpu_s
         limit = Limit.cpu if spent else None
-        return Result(None if signal else code, signal, limit, stdout, stderr, self.seconds)
+        return SandboxResult(None if signal else code, signal, limit, stdout, stderr, self.seconds)
 
     def _status_of(self, key: str) -> int | None:
         """Return what bubblewrap reports: `child-pid`, or `exit-code` (none if the program never began).
@@ -212,8 +217,10 @@ class Running:
         The program cannot reach this report.
         """
         with self._lock:
-            if self._status >= 0 and select.select([self._status], [], [], 0)[0]:
+            try:
                 self._report += os.read(self._status, 65_536)
+            except BlockingIOError:  # nothing new
+                self._report += b""
             rows = [json.loads(line) for line in self._report.splitlines(keepends=True) if line.endswith(b"\n")]
         return next((int(row[key]) for row in rows if key in row), None)
 
@@ -238,7 +245,7 @@ class Running:
 class Sandbox:
     """Programs with limits. Raises `ConfigError` with the fix if this machine lacks what the sandbox needs.
 
-    `check` must pass before a program that is not trusted is run: see `train.exam.code.proof`.
+    `train.exam.code.proof.prove` must pass before a program that is not trusted is run.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -248,7 +255,9 @@ class Sandbox:
             needed(tool, "util-linux")
         self._filter = system_call_filter()
 
-    def run(self, command: Sequence[str], files: Mapping[str, bytes] | None = None, stdin: bytes = b"") -> Result:
+    def run(
+        self, command: Sequence[str], files: Mapping[str, bytes] | None = None, stdin: bytes = b""
+    ) -> SandboxResult:
         """Run a program to its end. `files`: read-only files by absolute path. `stdin`: what it can read."""
         source = _in_memory(stdin)
         try:
@@ -292,7 +301,7 @@ class Sandbox:
         except OSError as error:
             os.close(report)
             raise SandboxError(f"bubblewrap cannot be started: {error}") from error
-        finally:
+        finally:  # bubblewrap has its own copies
             for descriptor in (status, seccomp, *passed.values()):
                 os.close(descriptor)
         return Running(process, report, self.limits)

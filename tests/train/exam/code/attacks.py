@@ -95,6 +95,12 @@ while True:
         time.sleep(0.1)
     number += 1
 """,
+    "empty_files": """
+for number in range(10**9):
+    os.close(os.open(f"/work/{number}", os.O_CREAT))
+    if number % 10_000 == 0:
+        print(number, flush=True)
+""",
     "large_file": """
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 tries(lambda: os.truncate(os.open("/work/x", os.O_CREAT | os.O_RDWR), 10**12))

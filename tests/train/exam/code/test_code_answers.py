@@ -14,13 +14,13 @@ from train.exam.code import proof, sandbox
 from train.exam.code.browser import Browser
 from train.exam.code.harness import EndedError, Remote, decode, encode, examine, parsable
 from train.exam.code.pages import PagesExam, page_of
-from train.exam.code.programs import OWN, Problem, ProgramsExam, program_of, read_problems
+from train.exam.code.programs import OWN, ProgrammingProblem, ProgramsExam, program_of, read_problems
 from train.exam.code.sandbox import Limits, Sandbox
 from train.exam.code.seccomp import system_call_filter
 
 PROMPT = 'import math\n\n\ndef area(r: float) -> float:\n    """Return the area of a circle."""\n'
 BODY = "    return math.pi * r**2"
-PROBLEM = Problem(
+PROBLEM = ProgrammingProblem(
     PROMPT, "area", "def check(candidate):\n    assert candidate(0) == 0\n    assert round(candidate(1)) == 3\n"
 )
 

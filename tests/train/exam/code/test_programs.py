@@ -7,7 +7,7 @@ import json
 import pytest
 
 from train.exam.base import Outcome
-from train.exam.code.programs import OWN, Problem, ProgramsExam
+from train.exam.code.programs import OWN, ProgrammingProblem, ProgramsExam
 from train.exam.code.sandbox import Limits, SandboxError
 
 pytestmark = pytest.mark.slow
@@ -88,6 +88,6 @@ def test_what_a_program_prints_does_not_matter(exam):
 
 def test_broken_tests_do_not_count_as_a_wrong_answer(exam):
     question = of(exam, "own/roman")
-    broken = Problem(question.reference.prompt, "roman", "import os\nos._exit(3)")
+    broken = ProgrammingProblem(question.reference.prompt, "roman", "import os\nos._exit(3)")
     with pytest.raises(SandboxError, match="the tests failed"):
         exam._failure(broken, question.prompt + SOLUTIONS["own/roman"])

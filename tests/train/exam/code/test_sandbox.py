@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -19,12 +23,13 @@ pytestmark = pytest.mark.slow
 LIMITS = Limits(wall_s=6, cpu_s=2)
 MIB = 2**20
 ENDS = {
-    "fork_bomb": {Limit.wall},
+    "fork_bomb": {Limit.wall, Limit.cpu},
     "memory_of_many": {Limit.memory},
     "shared_memory": {Limit.memory},
     "output_flood": {Limit.output},
     "long_line": {Limit.output},
-    "file_flood": {Limit.wall},
+    "file_flood": {Limit.wall, Limit.cpu},
+    "empty_files": {Limit.wall, Limit.cpu},
     "endless_loop": {Limit.wall},
     "busy_loop": {Limit.cpu, Limit.wall},
 }
@@ -75,9 +80,6 @@ def test_an_attack_fails(sandbox, name, port, tmp_path):
 
 def test_the_attacks_succeed_without_sandbox(port, tmp_path):
     """Negative control: outside, the same programs find the file, the port and the processes."""
-    import subprocess
-    import sys
-
     canary = tmp_path / "canary"
     canary.write_text("secret")
     for name in ("network", "read_outside", "processes_of_others", "symlinks"):
@@ -88,6 +90,26 @@ def test_the_attacks_succeed_without_sandbox(port, tmp_path):
         code = code.replace("resource.setrlimit", "resource.getrlimit_").replace("os.setpriority", "len")
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
         assert b"ESCAPED" in done.stdout, name
+
+
+def test_an_ordinary_user_has_the_same_sandbox():
+    """Other tests run as root, which changes to a user of its own for each sandbox."""
+    assert os.getuid() == 0, "run as root, as in the continuous integration: this test becomes another user"
+    done = subprocess.run([sys.executable, "-c", AS_ANOTHER_USER], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "wall", "memory"], done.stderr
+
+
+AS_ANOTHER_USER = """
+import os
+from train.exam.code.proof import prove
+from train.exam.code.sandbox import Limits, Sandbox, python_command
+os.setgroups([]); os.setgid(4242); os.setuid(4242)
+print(prove()["processes"])
+hold = b"import os, time\\nfor _ in range(9):\\n    if not os.fork():\\n        x = b'x' * 10**8\\n        time.sleep(99)\\n"
+for code in (b"import os, time\\nif not os.fork():\\n    os.setsid()\\ntime.sleep(99)", hold + b"time.sleep(99)"):
+    result = Sandbox(Limits(wall_s=20 if b'99)' in code[:-20] else 2)).run([*python_command(), "/x.py"], {"/x.py": code})
+    print(result.limit.name)
+"""
 
 
 def test_a_run_gets_its_files_and_input(sandbox):
@@ -135,8 +157,6 @@ def test_the_proof_notices_a_limit_that_does_not_hold(monkeypatch, option, compl
 
 
 def allowing_everything() -> bytes:
-    import struct
-
     return struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000)
 
 
