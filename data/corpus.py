@@ -315,7 +315,7 @@ def _write(
         writer = _SourceWriter(directory, config, source, tokenizer, images)
         for batch in _batches(source.documents()):
             writer.add(batch)
-            report(f"tokenising {source.name}: {sum(s.tokens for s in writer.streams.values()):,} tokens")
+            report(f"tokenising {source.name}: {writer.tokens:,} tokens")
         manifest["sources"][source.name] = writer.close()
     write_json(directory / MANIFEST, manifest)
 
@@ -348,6 +348,12 @@ class _SourceWriter:
         self.packer = None
         if config.packing is Packing.best_fit and config.pack_seq_len is not None:
             self.packer = Packer(config.pack_seq_len, tokenizer.bos_id, tokenizer.eos_id)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far, also those that wait to be packed."""
+        waiting = 0 if self.packer is None else self.packer.waiting_tokens
+        return waiting + sum(stream.tokens for stream in self.streams.values())
 
     def add(self, documents: list[Document]) -> None:
         whole = [(document, pieces) for document in documents if (pieces := self._pieces(document)) is not None]

@@ -59,7 +59,7 @@ class Packer:
         self.seq_len, self.bos_id, self.eos_id = seq_len, bos_id, eos_id
         self.buffer_tokens = buffer_tokens or max(BUFFER_TOKENS, BUFFER_SEQUENCES * seq_len)
         self._waiting: list[DocumentPiece] = []
-        self._tokens = 0
+        self.waiting_tokens = 0
 
     def add(
         self, ids: Sequence[int], name: str | None = None, pictures: Sequence[PlacedPicture] = ()
@@ -69,8 +69,8 @@ class Packer:
         """
         pieces = list(self._cut(ids, name, pictures))
         self._waiting += pieces
-        self._tokens += sum(len(piece.ids) for piece in pieces)
-        return len(pieces) > 1, self._flush(keep_half=True) if self._tokens >= self.buffer_tokens else []
+        self.waiting_tokens += sum(len(piece.ids) for piece in pieces)
+        return len(pieces) > 1, self._flush(keep_half=True) if self.waiting_tokens >= self.buffer_tokens else []
 
     def close(self) -> list[PackedSequence]:
         """Return the sequences that are left."""
@@ -98,7 +98,7 @@ class Packer:
         sequences.sort(key=lambda sequence: sequence.space)
         done = len(sequences) - (len(sequences) // 2 if keep_half else 0)
         self._waiting = [piece for sequence in sequences[done:] for piece in sequence.pieces]
-        self._tokens = sum(len(piece.ids) for piece in self._waiting)
+        self.waiting_tokens = sum(len(piece.ids) for piece in self._waiting)
         return sequences[:done]
 
 

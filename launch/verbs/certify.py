@@ -14,7 +14,7 @@ from train.certify.config import CertifyConfig
 from train.run_directory import load_config
 
 if TYPE_CHECKING:
-    from train.certify.plan import Outcome
+    from train.certify.plan import TrialOutcome
 
 
 def run(config: CertifyConfig) -> int:
@@ -50,7 +50,7 @@ def run(config: CertifyConfig) -> int:
     return 1
 
 
-def _print(outcome: Outcome) -> None:
+def _print(outcome: TrialOutcome) -> None:
     from train.certify.compare import EXACT, GRADIENT_FP32
 
     trial, verdict = outcome.trial, "passed" if outcome.passed else "FAILED"

@@ -28,7 +28,7 @@ from parallel.sharding import ShardBlock
 from tests.support.bugs import BuggyRanks
 from tests.support.tiny import trainer
 from train.certify.config import CertifyConfig
-from train.certify.plan import Outcome, compare_layouts, shrink, trials
+from train.certify.plan import TrialOutcome, compare_layouts, shrink, trials
 from train.config import TrainConfig, check
 from train.engine.deepspeed import ZeroEngine
 
@@ -68,7 +68,7 @@ for stage in (1, 2):  # many buckets, and parameters larger than a bucket
 QUICK = ("zero2",)
 
 
-def outcome(ranks: Any, overrides: list[str], bug: str | None = None) -> Outcome:
+def outcome(ranks: Any, overrides: list[str], bug: str | None = None) -> TrialOutcome:
     """Return the outcome of the layout itself, without trying subsets of its axes."""
     asked = load("certify", CertifyConfig, ["model.num_layers=4", ZERO, "ranks=4", "steps=2", *overrides])
     trial, model = trials(asked)[0][-1], shrink(asked.model, asked.parallel)

@@ -67,7 +67,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialOutcome:
     trial: Trial
     comparisons: list[Comparison]
     error: str | None = None
@@ -88,7 +88,7 @@ class Outcome:
         return [f"{c.name} differs by {c.largest:.1e}{place}" for c, place in zip(failed, where, strict=True)]
 
 
-def certify(config: CertifyConfig, ranks: RunOnRanks) -> Iterator[Outcome]:
+def certify(config: CertifyConfig, ranks: RunOnRanks) -> Iterator[TrialOutcome]:
     """Run the trials one by one and compare each with one process. Small sets of axes come first, so that the first
     failure names the fewest axes. Raises `ConfigError` before anything runs if a trial is impossible.
     """
@@ -115,7 +115,7 @@ def compare_layouts(
     ranks: RunOnRanks,
     optimizer: OptimizerConfig | None = None,
     frozen: frozenset[Role] = frozenset(),
-) -> Iterator[Outcome]:
+) -> Iterator[TrialOutcome]:
     """Compare each layout with one process. `optimizer`: AdamW if None."""
     learning = _learning(optimizer or OptimizerConfig())
     narrow = any(trial.parallel.engine is EngineKind.deepspeed for trial in layouts)
@@ -132,7 +132,7 @@ def compare_layouts(
             yield _try(trial, _cases(model, learning, steps, own, one, compute, frozen), own, wanted, ranks)
 
 
-def _with_fp8(outcome: Outcome, model: ModelConfig, config: CertifyConfig, ranks: RunOnRanks) -> Outcome:
+def _with_fp8(outcome: TrialOutcome, model: ModelConfig, config: CertifyConfig, ranks: RunOnRanks) -> TrialOutcome:
     trial, frozen = outcome.trial, roles_of(config.freeze)
     try:
         more = list(fp8.compare_fp8(model, config.precision, trial.parallel, trial.ranks, ranks, frozen))
@@ -147,14 +147,14 @@ def _raised(error: RankFailure) -> str:
 
 def _try(
     trial: Trial, cases: dict[str, CertifyCase], own: Path, wanted: dict[str, RankResults], ranks: RunOnRanks
-) -> Outcome:
+) -> TrialOutcome:
     """Run a trial that saves a checkpoint to `own`, resume it in one process, and compare all results with `wanted`."""
     try:
         found: list[dict[str, RankResults]] = ranks(trial.ranks, run_cases, trial.parallel, cases)
         alone = replace(cases["resumed"], resume=own)
         (resharded,) = ranks(1, run_cases, ParallelConfig(), {"resharded": alone})
     except RankFailure as error:
-        return Outcome(trial, [], _raised(error))
+        return TrialOutcome(trial, [], _raised(error))
     comparisons: list[Comparison] = []
     for name, reference in wanted.items():
         comparisons += compare(name, reference, [rank[name] for rank in found], cases[name])
@@ -164,7 +164,7 @@ def _try(
     comparisons += compare_resumed("the layout's checkpoint in one process", final, [resharded["resharded"]], alone)
     if trial.parallel.engine is EngineKind.deepspeed:
         comparisons += _in_bfloat16(trial, cases["sgd"], ranks)
-    return Outcome(trial, comparisons)
+    return TrialOutcome(trial, comparisons)
 
 
 def _in_bfloat16(trial: Trial, case: CertifyCase, ranks: RunOnRanks) -> Iterator[Comparison]:
@@ -334,7 +334,7 @@ def techniques(
     return {**found, "muon": kind is OptimizerKind.muon, "float8": float8}
 
 
-def certificate(config: CertifyConfig, outcomes: Sequence[Outcome], identity: Mapping[str, str]) -> dict[str, Any]:
+def certificate(config: CertifyConfig, outcomes: Sequence[TrialOutcome], identity: Mapping[str, str]) -> dict[str, Any]:
     """Return the content of certificate.json. `identity`: the versions of the code and of torch."""
     failed = [outcome for outcome in outcomes if not outcome.passed]
     return {

@@ -24,7 +24,7 @@ from precision.config import Backend
 from train.eval.config import GenerateConfig
 from train.eval.contamination import MODELS
 from train.eval.generate import NextLogits, continue_tokens
-from train.eval.multimodal import Question, question
+from train.eval.multimodal import TokenizedQuestion, question
 from train.eval.scoring_model import ScoringModel, TokenWindow, from_directory, from_run
 
 
@@ -68,7 +68,7 @@ class HarnessModel(TemplateLM):
             windows.append(TokenWindow(place, ids, len(after), asked.pixels_N3SS))
         return self._log_probabilities(windows, len(requests))
 
-    def _question(self, text: str, visuals: Any) -> Question:
+    def _question(self, text: str, visuals: Any) -> TokenizedQuestion:
         return question(text, visuals, self.model.images, lambda part: self.model.tokenizer.encode([part])[0])
 
     def _check_length(self, tokens: int, more: int) -> None:

@@ -29,7 +29,7 @@ _PLAIN = ("RGB", "RGBA", "L", "LA", "P", "1", "I", "I;16")
 
 
 @dataclass(frozen=True)
-class Question:
+class TokenizedQuestion:
     """`ids`: tokens of the pictures and the texts before the last picture's end. `last`: the text after it.
     `pixels_N3SS`: the tiles, uint8; None without pictures.
     """
@@ -41,7 +41,7 @@ class Question:
 
 def question(
     text: str, visuals: Any, images: ImageDescription | None, encode: Callable[[str], Sequence[int]]
-) -> Question:
+) -> TokenizedQuestion:
     """Put the pictures of a question where its text says. Raises `ConfigError` (key `tasks`).
 
     `visuals`: a picture or a list, each a Pillow image, bytes, or {"bytes": ...} as parquet has it. `images`: how
@@ -65,7 +65,7 @@ def question(
             raise ConfigError("tasks", None, f"{error} (question: {text[:80]!r})") from None
         ids += [*encode(before), *placeholders]
         pixels.append(tiles_N3SS)
-    return Question(ids, texts[-1], torch.from_numpy(np.concatenate(pixels)) if pixels else None)
+    return TokenizedQuestion(ids, texts[-1], torch.from_numpy(np.concatenate(pixels)) if pixels else None)
 
 
 def place_tiles(

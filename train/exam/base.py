@@ -56,8 +56,11 @@ class Verdict:
 class Exam(Protocol):
     """An examination. `version` changes with everything that may change a score, but for the questions' content."""
 
-    name: str
-    version: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
 
     def questions(self) -> Sequence[Question]:
         """Return the same questions each time. Ids are unique."""

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from core.errors import ConfigError, check_numbers
 from data.images.generated.draws import Draws
-from data.images.generated.scenes import BACKGROUNDS, COLOURS, shape
+from data.images.generated.scenes import COLOURS, draw_background, shape
 from data.images.packages import require
 
 MOST_BOUNCES = 5
@@ -96,14 +96,13 @@ def clip(number: int, config: ClipConfig) -> Clip:
     side = draws.below(bounces + 1)
     walls = (side, bounces - side)
     colour = list(COLOURS)[draws.below(len(COLOURS))]
-    background = BACKGROUNDS[draws.below(len(BACKGROUNDS))]
     while True:
         x, y = (_Axis.draw(count, config, draws) for count in walls)
         steps = tuple(sorted(x.steps + y.steps))
         if len(set(steps)) == bounces:
             break
     path = tuple((x.at(frame), y.at(frame)) for frame in range(config.frames))
-    return Clip(config, bounces, colour, background, path, steps)
+    return Clip(config, bounces, colour, draw_background(draws), path, steps)
 
 
 @dataclass(frozen=True)

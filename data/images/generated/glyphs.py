@@ -16,7 +16,7 @@ from typing import Any
 
 from core.errors import ConfigError
 from data.images.generated.draws import Draws
-from data.images.generated.scenes import BACKGROUNDS, COLOURS
+from data.images.generated.scenes import COLOURS, draw_background
 from data.images.packages import require
 
 _UNSEEN = "CMZ"
@@ -42,7 +42,7 @@ def glyph(number: int, config: GlyphConfig) -> tuple[bytes, str]:
     draws, size = Draws("glyph", config.seed, number), config.size
     characters = _characters()
     face, code = characters[draws.below(len(characters))]
-    background = BACKGROUNDS[draws.below(len(BACKGROUNDS))]
+    background = draw_background(draws)
     colour = list(COLOURS.values())[draws.below(len(COLOURS))]
     picture = Image.new("RGB", (size, size), background)
     draw = ImageDraw.Draw(picture)

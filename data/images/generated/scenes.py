@@ -7,8 +7,8 @@ between versions of Pillow and zlib.
 What can be learnt: a question names the kind, so its answer follows from the picture. A caption lists what is in the
 picture, the larger number first, and so follows from the picture too: "four stars and two balls" says the same
 whichever kind is asked for. A kind that is absent is not named, since the picture does not show which one it would be;
-the caption of an empty picture is "nothing". Without distractors one in ten pictures is empty, with equal pixels in
-training and held-out scenes.
+the caption of an empty picture is "nothing". Without distractors one in ten pictures is empty; they differ by their
+backgrounds.
 
 Training uses the numbers from 0 on, held-out scenes the negative ones: `held_out(0)`, `held_out(1)`, ...
 """
@@ -35,9 +35,10 @@ COLOURS = {
     "orange": (235, 115, 0),
     "purple": (130, 45, 165),
 }
-BACKGROUNDS = ((128, 128, 128), (118, 120, 124), (138, 133, 122))
-"""Greys in the middle of the range, where the mean of photographs is. On white the same large vector is in every patch,
-and the encoder must learn to subtract it first: learning to count then begins about 150 steps later.
+DARKEST, BRIGHTEST = 118, 138
+"""Least and largest value of the background's channels: in the middle of the range, where the mean of photographs is.
+On white the same large vector is in every patch, and the encoder must learn to subtract it first: learning to count
+then begins about 150 steps later.
 """
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MOST = len(NUMBERS) - 1
@@ -171,9 +172,15 @@ def scene(number: int, config: SceneConfig) -> Scene:
     while places is None:
         places = _places(len(wanted), config, draws)
     things = tuple(Thing(*what, *place, draws.below(_TURNS)) for what, place in zip(wanted, places, strict=True))
-    background = BACKGROUNDS[draws.below(len(BACKGROUNDS))]
+    background = draw_background(draws)
     distractor = other if distractors else None
     return Scene(config.size, kind, count, colour, distractor, distractors, background, things, config.task)
+
+
+def draw_background(draws: Draws) -> tuple[int, int, int]:
+    """Return the red, green and blue of a plain background, one of about 9,000."""
+    red, green, blue = (draws.between(DARKEST, BRIGHTEST) for _ in range(3))
+    return red, green, blue
 
 
 def held_out(index: int) -> int:

@@ -19,7 +19,7 @@ from tests.support.bugs import BuggyRanks
 from train.certify import store
 from train.certify.compare import Comparison, compare_blocks, largest_difference
 from train.certify.config import CertifyConfig
-from train.certify.plan import Outcome, axes_in_use, certificate, certify, shrink, trials
+from train.certify.plan import TrialOutcome, axes_in_use, certificate, certify, shrink, trials
 from train.certify.worker import RankResults
 
 
@@ -63,7 +63,7 @@ COMPARED = {
 """Case -> number of its results that are compared."""
 
 
-def outcomes(ranks: Any, bug: str | None, overrides: list[str]) -> list[Outcome]:
+def outcomes(ranks: Any, bug: str | None, overrides: list[str]) -> list[TrialOutcome]:
     """Certify; return the outcomes up to the first failure."""
     found = []
     for outcome in certify(config("ranks=4", "steps=2", *overrides), BuggyRanks(ranks, bug)):
@@ -207,7 +207,7 @@ def test_a_shrunk_model_keeps_kinds_of_layers_and_choices():
 
 def test_a_certificate_covers_axes_model_techniques_and_code(tmp_path, monkeypatch):
     asked = config("parallel.tp=2")
-    content = certificate(asked, [Outcome(trials(asked)[0][0], [Comparison("x", 0.0, 1.0)])], {})
+    content = certificate(asked, [TrialOutcome(trials(asked)[0][0], [Comparison("x", 0.0, 1.0)])], {})
     assert content["pass"]
     store.save(content, tmp_path)
 

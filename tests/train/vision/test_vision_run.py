@@ -192,8 +192,8 @@ def test_the_vision_experiment_trains(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_vision_experiment_learns_to_count(tmp_path):
-    """A bit more than half of the experiment. Chance is 10%; the answers to other pictures and to none are the control."""
-    words = ["training.steps=240", f"data.cache={tmp_path / 'cache'}", "run.name=run", f"run.root={tmp_path}"]
+    """Half of the experiment. Chance is 10%; the answers to other pictures and to none are the control."""
+    words = ["training.steps=250", f"data.cache={tmp_path / 'cache'}", "run.name=run", f"run.root={tmp_path}"]
     assert main(["train", "experiment=smoke_vision", *words]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     found = [line["answers"]["scenes"] for line in lines if "answers" in line][-1]

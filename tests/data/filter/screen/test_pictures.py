@@ -69,8 +69,8 @@ def found(documents: list[list[Any]], names: list[list[str]] | None = None, dist
 COPIES: dict[str, tuple[Callable[[Any], Any], float]] = {
     "half the size": (lambda picture: picture.resize((picture.width // 2, picture.height // 2)), 0.99),
     "twice the size": (lambda picture: picture.resize((picture.width * 2, picture.height * 2)), 0.98),
-    "JPEG of quality 40": (lambda picture: jpeg(picture, 40), 0.65),
-    "small JPEG": (lambda picture: jpeg(picture.resize((70, 60)), 75), 0.9),
+    "JPEG of quality 40": (lambda picture: jpeg(picture, 40), 0.55),
+    "small JPEG": (lambda picture: jpeg(picture.resize((70, 60)), 75), 0.78),
     "1% cut at each border": (lambda picture: cut(picture, 0.01), 0.97),
     "2% cut at each border": (lambda picture: cut(picture, 0.02), 0.92),
 }

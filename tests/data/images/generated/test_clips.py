@@ -15,7 +15,7 @@ from data.images.generated.scenes import held_out
 from data.images.video import FrameConfig, frames
 
 CONFIG = ClipConfig()
-KNOWN = (0, "blue", (54, 23), (24, 40))
+KNOWN = (0, "blue", (28, 46), (9, 23))
 """Bounces, colour, first and last place of clip 0."""
 
 
