@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
 from train.exam.base import Outcome, Question, Verdict
-from train.exam.code.browser import Browser, Page, PageError
+from train.exam.code.browser import PAGE_LIMITS, Browser, Page, PageError
 from train.exam.code.proof import prove
+from train.exam.code.sandbox import Limits
 from train.exam.code.snake import SNAKE, judge_snake
 from train.exam.code.widgets import (
     BALL,
@@ -49,18 +52,26 @@ PAGE_TASKS = (
 )
 
 
-class PagesExam:
+@dataclass(frozen=True)
+class Pages:
     """Pages that run in headless Chromium in the sandbox. An exception that the page does not catch makes it wrong.
 
     Raises `ConfigError` if the sandbox or the browser is missing, and `SandboxError` if a limit does not hold.
     """
 
-    name = "pages"
-    version = 1
+    limits: Limits = PAGE_LIMITS
+    """What a page and its browser may use."""
 
-    def __init__(self, browser: Browser | None = None) -> None:
-        self.browser = browser or Browser()
+    name: ClassVar[str] = "pages"
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        _ = self._browser
         prove()
+
+    @cached_property
+    def _browser(self) -> Browser:
+        return Browser(self.limits)
 
     def questions(self) -> Sequence[Question]:
         return [
@@ -76,7 +87,7 @@ class PagesExam:
         task = next(task for task in PAGE_TASKS if task.name == question.reference)
         errors: list[str] = []
         try:
-            with self.browser.opened(html) as page:
+            with self._browser.opened(html) as page:
                 errors = page.errors
                 task.judge(page)
         except PageError as problem:

@@ -10,17 +10,20 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, UnreadableFileError
 from core.files import local_path, misfit, parse_json, read_text
 from train.exam.base import Outcome, Question, Verdict
 from train.exam.code import harness
 from train.exam.code.proof import prove
 from train.exam.code.sandbox import Limit, Limits, Sandbox, SandboxError, python_command
 
+PROGRAM_LIMITS = Limits()
 OWN = Path(__file__).with_name("problems.jsonl")
+LONGEST_FILE = 64 * 2**20
 _SHAPE = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
 _STOPS = ("\nif __name__", "\nassert ", "\nprint(")
 _FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -36,21 +39,34 @@ class ProgrammingProblem:
     test: str
 
 
-class ProgramsExam:
+@dataclass(frozen=True)
+class Programs:
     """Programs that must pass all their tests (pass@1). The system's Python runs them.
 
-    `path`: a file in HumanEval's format, or None for our own problems. Raises `ConfigError` if the sandbox is missing,
-    `DataError` for a broken file, and `SandboxError` if a limit does not hold on this machine.
+    Raises `ConfigError` for a broken file and if the sandbox is missing, and `SandboxError` if a limit does not hold on
+    this machine.
     """
 
-    version = 1
+    path: str = ""
+    """A file in HumanEval's format; empty for the problems of our own."""
+    limits: Limits = PROGRAM_LIMITS
+    """What the program and its tests may use, each."""
 
-    def __init__(self, path: str | None = None, limits: Limits | None = None) -> None:
-        self.name = "programs" if path is None else f"programs_{local_path('path', path).stem}"
-        self._questions = read_problems(OWN if path is None else local_path("path", path))
-        self.sandbox = Sandbox(limits)
-        self._python = python_command()
+    name: ClassVar[str] = "programs"
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        self.questions()
+        _ = self._sandbox
         prove()
+
+    @cached_property
+    def _questions(self) -> list[Question]:
+        return read_problems(local_path("path", self.path) if self.path else OWN)
+
+    @cached_property
+    def _sandbox(self) -> Sandbox:
+        return Sandbox(self.limits)
 
     def questions(self) -> Sequence[Question]:
         return self._questions
@@ -73,13 +89,13 @@ class ProgramsExam:
         """
         program = json.dumps({"code": code, "entry_point": problem.entry_point})
         tests = json.dumps({"prompt": problem.prompt, "test": problem.test})
-        source = Path(harness.__file__).read_bytes()
+        source, python = Path(harness.__file__).read_bytes(), python_command()
         calls, replies = os.pipe(), os.pipe()
         ends = {*calls, *replies}
 
         def start(role: str, task: str, stdin: int, stdout: int) -> Any:
             files = {"/harness.py": source, "/task.json": task.encode()}
-            running = self.sandbox.start([*self._python, "/harness.py", role], files, stdin, stdout)
+            running = self._sandbox.start([*python, "/harness.py", role], files, stdin, stdout)
             for descriptor in (stdin, stdout):  # a pipe closes when the sandboxes alone hold it
                 os.close(descriptor)
                 ends.remove(descriptor)
@@ -110,12 +126,14 @@ def _limit(limit: Limit) -> str:
 def read_problems(path: Path) -> list[Question]:
     """Read a file in HumanEval's format: JSON lines with task_id, prompt, entry_point and test.
 
-    Raises `DataError` that names the first broken line, a repeated task_id or an entry point that is not a name.
+    Raises `ConfigError` that names the first broken line, a repeated task_id or an entry point that is not a name.
     """
-    if not path.is_file():
-        raise ConfigError("path", str(path), "is no file of programming problems")
+    try:
+        text = read_text(path, LONGEST_FILE)
+    except (OSError, UnreadableFileError) as error:
+        raise ConfigError("path", None, str(error)) from None
     questions: dict[str, Question] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -128,11 +146,11 @@ def read_problems(path: Path) -> list[Question]:
         if not problem and not row["entry_point"].isidentifier():
             problem = f"entry_point {row['entry_point'][:50]!r} is not a name"
         if problem:
-            raise DataError(f"{path}:{number}: {problem}")
+            raise ConfigError("path", None, f"{path}:{number}: {problem}")
         reference = ProgrammingProblem(row["prompt"], row["entry_point"], row["test"])
         questions[row["task_id"]] = Question(row["task_id"], row["prompt"], reference, max_tokens=512, stops=_STOPS)
     if not questions:
-        raise DataError(f"{path}: holds no problems")
+        raise ConfigError("path", None, f"{path}: holds no problems")
     return list(questions.values())
 
 

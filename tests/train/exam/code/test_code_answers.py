@@ -8,13 +8,13 @@ import struct
 
 import pytest
 
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError
 from train.exam.base import fingerprint
 from train.exam.code import proof, sandbox
 from train.exam.code.browser import Browser
 from train.exam.code.harness import EndedError, Remote, decode, encode, examine, parsable
-from train.exam.code.pages import PagesExam, page_of
-from train.exam.code.programs import OWN, ProgrammingProblem, ProgramsExam, program_of, read_problems
+from train.exam.code.pages import Pages, page_of
+from train.exam.code.programs import OWN, ProgrammingProblem, Programs, program_of, read_problems
 from train.exam.code.sandbox import Limits, Sandbox
 from train.exam.code.seccomp import system_call_filter
 
@@ -132,7 +132,7 @@ def test_an_exception_of_a_program_reaches_its_tests():
 def test_a_broken_file_of_problems_is_refused(tmp_path, text, complaint):
     path = tmp_path / "problems.jsonl"
     path.write_text(text)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(ConfigError) as caught:
         read_problems(path)
     assert complaint in str(caught.value)
 
@@ -142,7 +142,7 @@ def test_our_own_problems_are_complete():
     assert len(questions) == 10 == len({question.id for question in questions})
 
 
-@pytest.mark.parametrize("make", [ProgramsExam, PagesExam, Browser, Sandbox])
+@pytest.mark.parametrize("make", [Programs, Pages, Browser, Sandbox])
 def test_without_bubblewrap_the_install_line_is_shown(monkeypatch, make):
     monkeypatch.setattr(sandbox.shutil, "which", lambda *_, **__: None)
     with pytest.raises(ConfigError, match="which needs bwrap; install it: apt install bubblewrap"):

@@ -9,7 +9,7 @@ import pytest
 
 from train.exam.base import Outcome
 from train.exam.code.browser import PAGE_LIMITS, Browser
-from train.exam.code.pages import PAGE_TASKS, PagesExam
+from train.exam.code.pages import PAGE_TASKS, Pages
 
 pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parent / "pages"
@@ -68,11 +68,11 @@ ATTACKS = {
 
 
 @pytest.fixture(scope="module")
-def exam() -> PagesExam:
-    return PagesExam()
+def exam() -> Pages:
+    return Pages()
 
 
-def judged(exam: PagesExam, name: str, html: str):
+def judged(exam: Pages, name: str, html: str):
     question = next(question for question in exam.questions() if question.id == name)
     return exam.judge(question, html)
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from train.exam.base import Outcome
-from train.exam.code.programs import OWN, ProgrammingProblem, ProgramsExam
+from train.exam.code.programs import OWN, ProgrammingProblem, Programs
 from train.exam.code.sandbox import Limits, SandboxError
 
 pytestmark = pytest.mark.slow
@@ -44,11 +44,11 @@ LIES = {
 
 
 @pytest.fixture(scope="module")
-def exam() -> ProgramsExam:
-    return ProgramsExam(limits=Limits(wall_s=20))
+def exam() -> Programs:
+    return Programs(limits=Limits(wall_s=20))
 
 
-def of(exam: ProgramsExam, id: str):
+def of(exam: Programs, id: str):
     return next(question for question in exam.questions() if question.id == id)
 
 
@@ -72,7 +72,7 @@ def test_a_lie_is_not_believed(exam, name):
 
 
 def test_an_endless_program_ends_at_its_limit():
-    exam = ProgramsExam(limits=Limits(wall_s=3))
+    exam = Programs(limits=Limits(wall_s=3))
     verdict = exam.judge(of(exam, "own/roman"), "    while True:\n        number += 1")
     assert verdict.note == "was ended at its limit of wall time"
 
