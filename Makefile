@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help smoke test test-slow test-all test-gpu fuzz slurm lint bench clean
+.PHONY: help smoke test test-slow test-all test-gpu fuzz slurm sandbox lint bench clean
 
 help:
 	@echo "make smoke     train the default model on this machine (a few minutes on two cores)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow SHARD=1/4  a quarter of the slow tests; without SHARD all of them"
 	@echo "make test-all  the tests and the slow ones"
 	@echo "make slurm     install SLURM for the tests that need it (Debian, as root; part of test-slow and test-all)"
+	@echo "make sandbox   install bubblewrap and a browser for the tests that need them (Debian, as root; part of the same)"
 	@echo "make test-gpu  the tests that need a GPU"
 	@echo "make fuzz MINUTES=120  feed damaged and hostile files to every parser, until one fails or the time is over"
 	@echo "make lint      ruff and mypy"
@@ -36,15 +37,19 @@ WORKERS ?= 2
 test: $(STAMP)
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu"
 
-test-slow: $(STAMP) slurm
+test-slow: $(STAMP) slurm sandbox
 	$(RUN) -m pytest -n $(WORKERS) -m "slow and not gpu" $(if $(SHARD),--shard $(SHARD))
 
-test-all: $(STAMP) slurm
+test-all: $(STAMP) slurm sandbox
 	$(RUN) -m pytest -n $(WORKERS) -m "not gpu"
 
 slurm:
 	@command -v sbatch munge >/dev/null && test -x /usr/sbin/slurmctld || \
 	  { apt-get update -qq; apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
+
+sandbox:
+	@command -v bwrap >/dev/null && command -v chromium-headless-shell >/dev/null || \
+	  { apt-get update -qq; apt-get install -y -qq --no-install-recommends bubblewrap chromium-headless-shell; }
 
 test-gpu: $(STAMP)
 	$(RUN) -m pytest -m gpu

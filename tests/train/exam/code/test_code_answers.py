@@ -1,0 +1,207 @@
+"""What is read from answers and task files, and the refusals: without a sandbox."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+
+import pytest
+
+from core.errors import ConfigError
+from train.exam.base import fingerprint
+from train.exam.code import proof, sandbox
+from train.exam.code.browser import Browser
+from train.exam.code.harness import EndedError, Remote, decode, encode, examine, parsable
+from train.exam.code.pages import Pages, page_of
+from train.exam.code.programs import OWN, ProgrammingProblem, Programs, program_of, read_problems
+from train.exam.code.sandbox import Limits, Sandbox
+from train.exam.code.seccomp import system_call_filter
+
+PROMPT = 'import math\n\n\ndef area(r: float) -> float:\n    """Return the area of a circle."""\n'
+BODY = "    return math.pi * r**2"
+PROBLEM = ProgrammingProblem(
+    PROMPT, "area", "def check(candidate):\n    assert candidate(0) == 0\n    assert round(candidate(1)) == 3\n"
+)
+
+
+def passes(code: str | None) -> bool:
+    space: dict = {}
+    exec(parsable(code or ""), space)
+    return "area" in space and space["area"](1) == pytest.approx(3.14159, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        BODY,
+        BODY + "\n\nThe area grows with the square.\n",
+        BODY + "\n\n\nprint(area(1)\n",
+        f"Here it is:\n```python\n{PROMPT}{BODY}\n```\nDone.",
+        f"```py\ndef area(r):\n{BODY}\n```",
+        f"```\ndef area(r):\n{BODY}",
+        f"```python\nimport os\n```\nor\n```python\ndef area(r):\n{BODY}\n```",
+        f"```python\n{BODY}\n```",
+        f"def area(r):\n{BODY}\nI hope that this helps.",
+    ],
+)
+def test_the_program_is_found_in_an_answer(answer):
+    assert passes(program_of(PROBLEM, answer))
+
+
+@pytest.mark.parametrize("answer", ["", "I do not know.", "```\n```", "return 3"])
+def test_an_answer_without_code_is_unreadable(answer):
+    assert program_of(PROBLEM, answer) is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<!DOCTYPE html><p>x</p></html>",
+        "Sure!\n```html\n<!DOCTYPE html><p>x</p></html>\n```\nDone",
+        "Sure: <!DOCTYPE html><p>x</p></html> done",
+    ],
+)
+def test_the_page_is_found_in_an_answer(answer):
+    assert page_of(answer).strip() == "<!DOCTYPE html><p>x</p></html>"
+
+
+def test_an_answer_without_a_page_is_unreadable():
+    assert page_of("a < b and b > c") is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, -(10**30), 1.5, "a\n\x00é", b"\xff", 1 + 2j, [1, (2, {3}), frozenset([4])], {(1, 2): [None], "a": {}}],
+    ids=str,
+)
+def test_values_cross_between_the_sandboxes(value):
+    back = decode(json.loads(json.dumps(encode(value))))
+    assert back == value and type(back) is type(value)
+
+
+def test_what_a_program_overrides_does_not_cross():
+    class Liar(list):
+        def __eq__(self, other):
+            return True
+
+        __hash__ = None
+
+    assert Liar([1]) == [2]
+    assert decode(encode(Liar([1]))) != [2]
+    with pytest.raises(TypeError, match="cannot be compared"):
+        encode(object())
+
+
+def said(*lines: object) -> Remote:
+    return Remote(io.StringIO("".join(f"{json.dumps(line)}\n" for line in lines)), io.StringIO())
+
+
+def test_the_tests_judge_by_what_a_program_returns():
+    def failure(*lines):
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        return examine(PROBLEM.prompt, PROBLEM.test, io.StringIO(text), io.StringIO())
+
+    assert failure(["ready"], ["value", 0], ["value", 3.1]) == ""
+    assert failure(["ready"], ["value", 0], ["value", 4]) == "AssertionError"
+    assert failure(["ready"], ["value", 0]) == "the program ended early or returned too much"
+    assert failure(["ready"], ["passed"]) == "the program wrote to the channel of its tests"
+    assert failure(["failed", "SyntaxError", "bad"]) == "SyntaxError bad"
+    assert failure(["ready"], ["raised", "KeyError", "x"]) == "KeyError: 'x'"
+
+
+def test_an_exception_of_a_program_reaches_its_tests():
+    with pytest.raises(ValueError, match="bad"):
+        said(["raised", "ValueError", "bad"])(1)
+    with pytest.raises(EndedError, match="SystemExit"):
+        said(["raised", "SystemExit", "0"])(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", ":1: is not JSON"),
+        ('{"task_id": "a", "prompt": "p", "entry_point": "f"}', ":1: it has no 'test'"),
+        ('{"task_id": 1, "prompt": "p", "entry_point": "f", "test": "t"}', ":1: task_id is not text"),
+        ('{"task_id": "a", "prompt": "p", "entry_point": "f(", "test": "t"}', ":1: entry_point 'f(' is not a name"),
+        ('{"task_id": "a", "prompt": "p", "entry_point": "f", "test": "t"}\n' * 2, ":2: repeats task_id 'a'"),
+        ("\n", ": holds no problems"),
+        ("[" * 100_000, ":1: is"),
+    ],
+)
+def test_a_broken_file_of_problems_is_refused(tmp_path, text, complaint):
+    path = tmp_path / "problems.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_problems(path)
+    assert complaint in str(caught.value)
+
+
+def test_our_own_problems_are_complete():
+    questions = read_problems(OWN)
+    assert len(questions) == 10 == len({question.id for question in questions})
+
+
+@pytest.mark.parametrize("make", [Programs, Pages, Browser, Sandbox])
+def test_without_bubblewrap_the_install_line_is_shown(monkeypatch, make):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(ConfigError, match="which needs bwrap; install it: apt install bubblewrap"):
+        make()
+
+
+def test_without_user_namespaces_the_exam_is_refused(monkeypatch):
+    monkeypatch.setattr(sandbox, "needed", lambda *_: "/bin/false")
+    monkeypatch.setattr(proof, "python_command", lambda: ["python3"])
+    with pytest.raises(ConfigError, match=r"cannot be set up; permit user namespaces"):
+        proof.prove.__wrapped__()
+
+
+def test_limits_must_be_positive():
+    with pytest.raises(ConfigError, match="processes=0"):
+        Limits(processes=0)
+
+
+def test_the_filter_refuses_the_listed_system_calls():
+    for machine, architecture, memfd_create, read in (("x86_64", 0xC000003E, 319, 0), ("aarch64", 0xC00000B7, 279, 63)):
+        program = list(struct.iter_unpack("=HBBI", system_call_filter(machine)))
+        assert run_filter(program, architecture, memfd_create) == 0x00050001
+        assert run_filter(program, architecture, read) == 0x7FFF0000
+        assert run_filter(program, architecture, 0x40000000 | read) == 0x00050001
+        assert run_filter(program, 0x40000003, read) == 0x80000000
+    with pytest.raises(ConfigError, match="riscv64"):
+        system_call_filter("riscv64")
+
+
+def run_filter(program: list[tuple[int, int, int, int]], architecture: int, number: int) -> int:
+    """Interpret a filter of classic BPF."""
+    place = accumulator = 0
+    while True:
+        code, if_true, if_false, operand = program[place]
+        match code:
+            case 0x20:
+                accumulator, jump = {0: number, 4: architecture}[operand], 0
+            case 0x15:
+                jump = if_true if accumulator == operand else if_false
+            case 0x35:
+                jump = if_true if accumulator >= operand else if_false
+            case 0x06:
+                return operand
+        place += 1 + jump
+
+
+def test_a_fingerprint_covers_the_problems(tmp_path):
+    class Asked:
+        name, version = "programs", 1
+
+        def __init__(self, path):
+            self.path = path
+
+        def questions(self):
+            return read_problems(self.path)
+
+        def judge(self, question, answer):
+            raise NotImplementedError
+
+    other = tmp_path / "other.jsonl"
+    other.write_text(OWN.read_text().replace("candidate([]) == []", "candidate([]) == [1]"))
+    assert fingerprint(Asked(OWN)) == fingerprint(Asked(OWN)) != fingerprint(Asked(other))

@@ -1,0 +1,1 @@
+"""Examinations whose answers are programs. They run in a sandbox only."""

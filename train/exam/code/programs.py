@@ -1,0 +1,180 @@
+"""The examination of Python programs with unit tests: files in HumanEval's format, and a few problems of our own.
+
+Source of the format: Chen et al. 2021, "Evaluating Large Language Models Trained on Code" (openai/human-eval).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from core.errors import ConfigError, UnreadableFileError
+from core.files import local_path, misfit, parse_json, read_text
+from train.exam.base import Outcome, Question, Verdict
+from train.exam.code import harness
+from train.exam.code.proof import prove
+from train.exam.code.sandbox import Limit, Limits, Sandbox, SandboxError, python_command
+
+PROGRAM_LIMITS = Limits()
+OWN = Path(__file__).with_name("problems.jsonl")
+LONGEST_FILE = 64 * 2**20
+_SHAPE = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
+_STOPS = ("\nif __name__", "\nassert ", "\nprint(")
+_FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
+_CODE = re.compile(r"(?:\s|def |class |async def |import |from \S+ import |@|#|[)\]}]|[A-Za-z_]\w* *[:=][^=]|$)")
+
+
+@dataclass(frozen=True)
+class ProgrammingProblem:
+    """`prompt`: the beginning of a program. `test`: code with `check(candidate)`. Both run in the sandbox only."""
+
+    prompt: str
+    entry_point: str
+    test: str
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Programs that must pass all their tests (pass@1). The system's Python runs them.
+
+    Raises `ConfigError` for a broken file and if the sandbox is missing, and `SandboxError` if a limit does not hold on
+    this machine.
+    """
+
+    path: str = ""
+    """A file in HumanEval's format; empty for the problems of our own."""
+    limits: Limits = PROGRAM_LIMITS
+    """What the program and its tests may use, each."""
+
+    name: ClassVar[str] = "programs"
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        self.questions()
+        _ = self._sandbox
+        prove()
+
+    @cached_property
+    def _questions(self) -> list[Question]:
+        return read_problems(local_path("path", self.path) if self.path else OWN)
+
+    @cached_property
+    def _sandbox(self) -> Sandbox:
+        return Sandbox(self.limits)
+
+    def questions(self) -> Sequence[Question]:
+        return self._questions
+
+    def judge(self, question: Question, answer: str) -> Verdict:
+        """Run the program of an answer against its tests. Raises `SandboxError` if the sandbox or the tests fail."""
+        problem: ProgrammingProblem = question.reference
+        code = program_of(problem, answer)
+        if code is None:
+            return Verdict(Outcome.unreadable, 0.0, "holds no code")
+        failure = self._failure(problem, code)
+        if not failure:
+            return Verdict(Outcome.right, 1.0)
+        return Verdict(Outcome.wrong, 0.0, " ".join(failure.split())[:300])
+
+    def _failure(self, problem: ProgrammingProblem, code: str) -> str:
+        """Return why a program fails its tests, or an empty string.
+
+        Program and tests run in two sandboxes that are joined by two pipes. Only the tests can write the report.
+        """
+        program = json.dumps({"code": code, "entry_point": problem.entry_point})
+        tests = json.dumps({"prompt": problem.prompt, "test": problem.test})
+        source, python = Path(harness.__file__).read_bytes(), python_command()
+        calls, replies = os.pipe(), os.pipe()
+        ends = {*calls, *replies}
+
+        def start(role: str, task: str, stdin: int, stdout: int) -> Any:
+            files = {"/harness.py": source, "/task.json": task.encode()}
+            running = self._sandbox.start([*python, "/harness.py", role], files, stdin, stdout)
+            for descriptor in (stdin, stdout):  # a pipe closes when the sandboxes alone hold it
+                os.close(descriptor)
+                ends.remove(descriptor)
+            return running
+
+        try:
+            with (
+                start("program", program, calls[0], replies[1]) as answering,
+                start("tests", tests, replies[0], calls[1]) as testing,
+            ):
+                outcome = testing.finish()
+                if outcome.limit is None and outcome.exit_code == 0:
+                    failure = str(parse_json(outcome.stderr)["failure"])
+                    return _limit(answering.limit) if failure and answering.limit else failure
+                ended = answering.limit or outcome.limit
+        finally:
+            for descriptor in ends:
+                os.close(descriptor)
+        if ended is None:
+            raise SandboxError(f"the tests failed: {outcome.stderr[-300:].decode(errors='replace')}")
+        return _limit(ended)
+
+
+def _limit(limit: Limit) -> str:
+    return f"was ended at its limit of {limit.value}"
+
+
+def read_problems(path: Path) -> list[Question]:
+    """Read a file in HumanEval's format: JSON lines with task_id, prompt, entry_point and test.
+
+    Raises `ConfigError` that names the first broken line, a repeated task_id or an entry point that is not a name.
+    """
+    try:
+        text = read_text(path, LONGEST_FILE)
+    except (OSError, UnreadableFileError) as error:
+        raise ConfigError("path", None, str(error)) from None
+    questions: dict[str, Question] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+            problem = misfit(row, _SHAPE)
+        except ValueError as error:
+            problem = str(error)
+        if not problem and row["task_id"] in questions:
+            problem = f"repeats task_id {row['task_id']!r}"
+        if not problem and not row["entry_point"].isidentifier():
+            problem = f"entry_point {row['entry_point'][:50]!r} is not a name"
+        if problem:
+            raise ConfigError("path", None, f"{path}:{number}: {problem}")
+        reference = ProgrammingProblem(row["prompt"], row["entry_point"], row["test"])
+        questions[row["task_id"]] = Question(row["task_id"], row["prompt"], reference, max_tokens=512, stops=_STOPS)
+    if not questions:
+        raise ConfigError("path", None, f"{path}: holds no problems")
+    return list(questions.values())
+
+
+def program_of(problem: ProgrammingProblem, answer: str) -> str | None:
+    """Return the program in an answer, or None: the fenced block that defines the function, or the answer's own
+    definition of it, or the prompt continued. What the prompt imports and defines before the function comes first.
+    """
+    definition = re.compile(rf"^(?:async )?def {re.escape(problem.entry_point)}\b", re.MULTILINE)
+    begin = list(definition.finditer(problem.prompt))
+    preamble = problem.prompt[: begin[-1].start()] if begin else problem.prompt
+    blocks = [match[1] for match in _FENCE.finditer(answer)]
+    for block in blocks:
+        if definition.search(block):
+            return f"{preamble}\n{block}\n"
+    text = blocks[0] if blocks else answer
+    if found := definition.search(text):
+        return f"{preamble}\n{_until_prose(text[found.start() :])}\n"
+    if not re.search(r"^[ \t]+\S", text, re.MULTILINE):  # the body of a function is indented
+        return None
+    return f"{problem.prompt}{_until_prose(text)}\n"
+
+
+def _until_prose(text: str) -> str:
+    """Return the lines before the first that neither is indented nor looks like code."""
+    lines = text.split("\n")
+    end = next((number for number, line in enumerate(lines) if number and not _CODE.match(line)), len(lines))
+    return "\n".join(lines[:end])
