@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from core.files import write_bytes, write_json
 from core.plotting import COLOURS, figure, png
-from data.curation.balance import CurationRules, keep_probabilities
+from data.curation.balance import keep_probabilities
+from data.curation.config import CurationRules
 from data.curation.matching import Metadata
 from data.curation.tally import Fate
 from data.filter.store import writing

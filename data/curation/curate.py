@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from core.errors import ConfigError, DataError
 from core.files import new_directory, read_json, write_json
 from data.curation.audit import write_audit_files
-from data.curation.balance import CurationRules, is_kept, keep_probabilities
+from data.curation.balance import is_kept, keep_probabilities
+from data.curation.config import CurationRules
 from data.curation.matching import EntryMatcher, Metadata
 from data.curation.tally import Fate, FileTally
 from data.files import UnreadableFile

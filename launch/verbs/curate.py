@@ -15,7 +15,7 @@ from typing import Any
 from core.config import load
 from core.errors import ConfigError
 from core.files import local_path, locate
-from data.curation.balance import CurationRules
+from data.curation.config import CurationRules
 from data.images.parts import PartsConfig
 from launch.config import LaunchKind, local_launch
 from launch.ranks import run_verb
@@ -38,7 +38,6 @@ class CurateConfig(CurationRules):
 def run(config: CurateConfig) -> int:
     """Curate and print a summary of the audit."""
     from data.curation.audit import AUDIT, CURVE, summary
-    from data.curation.balance import CurationRules
     from data.curation.curate import KEPT, Curation
     from data.curation.matching import read_metadata
     from data.files import find_files

@@ -18,7 +18,8 @@ import pytest
 from core.errors import ConfigError, DataError
 from data.curation import balance, curate, matching
 from data.curation.audit import AUDIT, CURVE, ENTRIES, summary
-from data.curation.balance import CurationRules, is_kept, keep_probabilities
+from data.curation.balance import is_kept, keep_probabilities
+from data.curation.config import CurationRules
 from data.curation.curate import KEPT, Curation
 from data.curation.matching import EntryMatcher, Metadata, read_metadata, spaced
 from data.files import find_files
@@ -48,12 +49,21 @@ CAPTIONS = captions(10_000)
 
 
 def written(folder: Path, texts: list[str], files: int = 1) -> Path:
-    """Write pairs as jsonl, dealt to files in turn. All pairs have the same picture, which nobody decodes."""
+    """Write pairs as parquet, dealt to files in turn. All pairs have the same picture, which nobody decodes."""
+    folder.mkdir()
+    for number in range(files):
+        part = texts[number::files]
+        table = pyarrow.table({"text": part, "image": [b"picture"] * len(part)})
+        pyarrow.parquet.write_table(table, folder / f"{number}.parquet")
+    return folder
+
+
+def as_lines(folder: Path, texts: list[str], more: str = "") -> Path:
+    """Write pairs as jsonl with a picture beside it, and more lines."""
     folder.mkdir()
     (folder / "picture.png").write_bytes(b"picture")
-    for number in range(files):
-        lines = [json.dumps({"text": text, "image": "picture.png"}) for text in texts[number::files]]
-        (folder / f"{number}.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps({"text": text, "image": "picture.png"}) for text in texts]
+    (folder / "0.jsonl").write_text("\n".join([*lines, more]))
     return folder
 
 
@@ -206,10 +216,11 @@ def test_a_draw_that_ignores_the_pair_is_noticed(tmp_path, monkeypatch):
 
 def test_bad_records_and_files_are_counted_and_the_rest_kept(tmp_path):
     """Empty, huge and unmatched captions, records without a picture, broken lines, a truncated tar and parquet."""
-    source = written(tmp_path / "in", ["word1 fits", "", " \n", "word1 " * 100, "nothing", "word2!"])
-    with open(source / "0.jsonl", "a") as file:
-        file.write('\n{"text": "word1"}\n{"text": 5, "image": "picture.png"}\n{"text": "word3", "image": "no.png"}\n{')
-        file.write('\n{"text": "word3 \\ud800", "image": "picture.png"}')
+    more = (
+        '{"text": "word1"}\n{"text": 5, "image": "picture.png"}\n{"text": "word3", "image": "no.png"}\n{'
+        '\n{"text": "word3 \\ud800", "image": "picture.png"}'
+    )
+    source = as_lines(tmp_path / "in", ["word1 fits", "", " \n", "word1 " * 100, "nothing", "word2!"], more)
     with tarfile.open(source / "1.tar", "w") as tar:
         for name, content in (("a.png", b"picture"), ("a.txt", b"a word9 ."), ("b.png", b"picture"), ("b.txt", b"x")):
             member = tarfile.TarInfo(name)
@@ -251,7 +262,7 @@ def test_metadata_is_read_line_by_line(tmp_path):
 
 
 def test_a_file_that_changes_between_the_passes_is_noticed(tmp_path, monkeypatch):
-    source, real = written(tmp_path / "in", ["word1", "word2"]), keep_probabilities
+    source, real = as_lines(tmp_path / "in", ["word1", "word2"]), keep_probabilities
 
     def changing(*arguments: Any) -> Any:
         (source / "0.jsonl").write_text('{"text": "word2", "image": "picture.png"}')
