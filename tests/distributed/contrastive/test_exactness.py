@@ -13,6 +13,7 @@ from torch import Tensor
 from core.errors import ConfigError
 from launch.rank_pool import Pool
 from model.config import ModelConfig
+from model.transformer import Transformer
 from model.vision.config import VisionConfig
 from model.vision.towers import LARGEST_LOG_SCALE, ContrastiveTowers
 from parallel.comm import collectives
@@ -180,6 +181,17 @@ def test_padding_after_a_caption_is_not_seen():
     assert torch.allclose(one, other, rtol=1e-12, atol=0)
     assert torch.allclose(one.norm(dim=1), torch.ones(PAIRS, dtype=torch.float64))
     assert not torch.allclose(one, model.text_features(tokens, last - 1), rtol=1e-3)
+
+
+def test_the_encoder_has_the_names_and_shapes_of_a_decoders():
+    """So its weights can start an early-fusion model, all but the projector's, which leads to another width."""
+    decoder = Transformer(dense(), resolve(PrecisionConfig())).vision
+    assert decoder is not None
+    one, other = (
+        {n: p.shape for n, p in tower.named_parameters()}
+        for tower in (towers(ContrastiveLoss.info_nce).vision, decoder)
+    )
+    assert {name for name in one | other if one.get(name) != other.get(name)} == {"projector.weight"}
 
 
 def test_the_scale_is_limited():
