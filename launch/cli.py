@@ -57,6 +57,7 @@ VERBS = {
     "generate": Verb("GenerateConfig", "continue a text with a run's model", ("run", "prompt")),
     "tokenize": Verb("TokenizeConfig", "make token shards of a corpus"),
     "filter": Verb("FilterConfig", "drop easy, broken and repeated documents, with an audit", ("action",)),
+    "curate": Verb("CurateConfig", "choose image-caption pairs by MetaCLIP's curation, with an audit"),
     "metap": Verb("MetapConfig", "transfer hyperparameters from small to large models", ("action",), others="train"),
     "import": Verb(
         "ImportConfig",

@@ -7,12 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from core.config import plain
-from core.errors import ConfigError, LeviathanError
+from core.errors import ConfigError
 from core.exit_codes import CRASHED, has_agent
 from core.files import write_json
 from core.process import ending_with_parent
@@ -40,8 +36,9 @@ from data.filter.store import KEY, OneWorker, Workers, barrier
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
 from launch.diagnose.machine import check_processes
 from launch.filter.config import FilterConfig, command_of
+from launch.filter.workers import WorldWorkers
 from launch.ranks import run_ranks
-from parallel.comm.world import World, connect
+from parallel.comm.world import connect
 from train.eval.contamination import MODELS
 
 STAGES = "stages"
@@ -126,25 +123,6 @@ def _tokenizer(config: FilterConfig) -> Tokenizer | None:
         return from_file(TokenizerConfig(kind=TokenizerKind.tokenizer_json, path=str(path)))
     except ConfigError as error:
         raise ConfigError("tokenizer", config.tokenizer, error.reason) from None
-
-
-class WorldWorkers:
-    """The ranks that torchrun started, as workers of the filter."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.rank, self.size = world, world.rank, world.size
-
-    def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
-        total = torch.from_numpy(values.copy())
-        torch.distributed.all_reduce(total)
-        return total.numpy()
-
-    def agree(self, error: LeviathanError | None) -> None:
-        errors: list[LeviathanError | None] = [None] * self.size
-        torch.distributed.all_gather_object(errors, error)
-        for found in filter(None, errors):
-            found.everywhere = True
-            raise found
 
 
 def run_processes(config: FilterConfig, out: Path) -> int:

@@ -6,5 +6,6 @@ GIVEN = {
     "import": ["source=s", "out=o"],
     "export": ["source=s", "out=o"],
     "filter": ["input=x"],
+    "curate": ["input=x", "metadata=m"],
 }
 """Overrides without which a verb's configuration is incomplete."""

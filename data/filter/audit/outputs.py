@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -124,9 +124,14 @@ def write_kept(done: Filter, path: Path) -> None:
 
 
 def write_kept_documents(done: Filter, path: Path) -> None:
-    """Write the kept documents with their pictures and videos, in the order of the input: a file that a source of kind
-    `documents` reads. The files of the input are read again. Raises `DataError` if their documents have changed.
+    """Write the kept documents in the order of the input. The files of the input are read again. Raises `DataError` if
+    their documents have changed.
     """
+    write_documents(path, _kept_documents(done))
+
+
+def write_documents(path: Path, documents: Iterable[PartsDocument]) -> None:
+    """Write documents with the bytes of their pictures and videos: a file that a source of kind `documents` reads."""
     import pyarrow.parquet
 
     media = pyarrow.struct([("bytes", pyarrow.large_binary()), ("path", pyarrow.string())])
@@ -135,7 +140,7 @@ def write_kept_documents(done: Filter, path: Path) -> None:
     with _whole(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
         rows: list[dict[str, Any]] = []
         size = 0
-        for document in _kept_documents(done):
+        for document in documents:
             rows.append({"id": document.id, "parts": [_part_of_kept(one) for one in document.parts]})
             size += sum(len(one) if isinstance(one, str) else len(one.data) for one in document.parts)
             if size >= _FLUSHED_BYTES:

@@ -26,7 +26,7 @@ from data.filter.input.readers import clean_records
 from data.filter.input.records import Reason, Record
 from data.filter.pipeline import THRESHOLDS, Filter
 from data.filter.store import barrier
-from launch.filter.run import WorldWorkers
+from launch.filter.workers import WorldWorkers
 from parallel.comm.world import connect
 from tests.data.filter.threads import ThreadWorker, on_threads
 from tests.support.filtering import (

@@ -1,0 +1,1 @@
+"""MetaCLIP's curation of image-caption pairs: match captions against metadata, then balance the matches."""

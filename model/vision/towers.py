@@ -1,0 +1,85 @@
+"""Two towers for contrastive training: the vision encoder and a causal text decoder, one feature for each pair's side.
+
+Shapes: B pairs, Q image tokens of a tile, T sequence, D hidden size, E feature size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.errors import ConfigError
+from model.config import FeedForward, ModelConfig
+from model.init import initialise
+from model.layers import Embedding, Linear, RMSNorm
+from model.roles import Role
+from model.transformer import Layer, Stack
+from model.vision.encoder import VisionEncoder
+from precision.gemm import widened
+from precision.resolve import Precision
+
+LARGEST_LOG_SCALE = math.log(100)
+"""Limit of the learnt log-scale, as in CLIP (Radford et al. 2021, section 2.5)."""
+
+
+class ContrastiveTowers(nn.Module):
+    """Maps tiles and captions to features of unit length, in at least float32.
+
+    The image feature is the mean of the encoder's rows, whose projector has the width E. The text feature is that of a
+    caption's last token: a causal decoder has read the whole caption there. Parameters of the encoder have the names
+    that they have in a `Transformer`, so that its decoder can be trained on the same encoder later.
+
+    `log_scale` and `bias` turn cosines into logits: exp(log_scale) * cosine + bias. Raises `ConfigError` for a model
+    without an encoder or with MoE layers, whose balancing sums would be counted twice by `backward_in_parts`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, feature_size: int, precision: Precision, log_scale: float, bias: float = 0.0
+    ) -> None:
+        super().__init__()
+        if config.vision is None:
+            raise ConfigError("model.vision", None, "a contrastive model needs a vision encoder")
+        if any(layer.feed_forward is FeedForward.moe for layer in config.blocks):
+            raise ConfigError(
+                "model.moe_every", None, "the text tower of a contrastive model has dense layers only", [0]
+            )
+        dtype, ends, count = precision.compute_dtype, precision.plain, len(config.blocks)
+        self.config, self.first_log_scale, self.first_bias = config, log_scale, bias
+        self.vision = VisionEncoder(config.vision, feature_size, ends, dtype)
+        self.text = Stack(
+            Embedding(config.vocab_size, config.hidden_size, dtype),
+            {str(i): Layer(config, layer, precision.at(i, count)) for i, layer in enumerate(config.blocks)},
+            RMSNorm(config.hidden_size, config.norm_eps, Role.final_norm),
+            Linear(config.hidden_size, feature_size, Role.head, ends),
+        )
+        self.log_scale, self.bias = (nn.Parameter(torch.empty(())) for _ in range(2))
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Fill all parameters; those of the towers are a pure function of the seed, their name and index."""
+        initialise(self.vision, self.config, seed)
+        initialise(self.text, self.config, seed)
+        self.log_scale.fill_(self.first_log_scale)
+        self.bias.fill_(self.first_bias)
+
+    def image_features(self, tiles_B3SS: Tensor) -> Tensor:
+        """Return features [B, E] of images of one tile each."""
+        rows = self.vision(tiles_B3SS)
+        return F.normalize(widened(rows).unflatten(0, (len(tiles_B3SS), -1)).mean(1), dim=-1)
+
+    def text_features(self, tokens_BT: Tensor, last_B: Tensor) -> Tensor:
+        """Return features [B, E] of captions. `last_B`: index of each caption's last token; what follows is padding,
+        which a causal decoder does not see.
+        """
+        # a sum with a mask: the backward pass of an index is not deterministic
+        is_last_BT = torch.arange(tokens_BT.shape[1], device=last_B.device) == last_B[:, None]
+        rows_BTE = widened(self.text(tokens_BT))
+        return F.normalize((rows_BTE * is_last_BT[..., None]).sum(1), dim=-1)
+
+    @torch.no_grad()
+    def limit_scale(self) -> None:
+        """Bring the log-scale back below its limit. Call it after each optimizer step."""
+        self.log_scale.clamp_(max=LARGEST_LOG_SCALE)

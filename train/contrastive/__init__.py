@@ -1,0 +1,1 @@
+"""Contrastive training of two towers on image-caption pairs."""
