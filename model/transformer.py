@@ -66,8 +66,8 @@ class Stack(nn.Module):
         self.head = head
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
-        """Map token ids [B, T] to logits [B, T, V], or [B, 1, V] with `context.last_B`. Without a context, each sequence
-        is one document.
+        """Map token ids [B, T] to logits [B, T, V], or [B, 1, V] with `context.last_B`. Without a context, each
+        sequence is one document.
         """
         context = context or _one_document(x)
         x_BTD = x if self.embedding is None else self._embed(x, self.embedding, context)
