@@ -26,7 +26,8 @@ class NativeGemm:
         self.compute_dtype = compute_dtype
 
     def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
-        x, w = x.to(self.compute_dtype), w.to(self.compute_dtype)
+        if x.dtype is not self.compute_dtype or w.dtype is not self.compute_dtype:  # a call costs more than this
+            x, w = x.to(self.compute_dtype), w.to(self.compute_dtype)
         if groups is None:
             rows = x.shape[:-1].numel()
             by_onednn = rows % 64 == 0 and cpu_gemm.is_faster(x, rows, *w.shape)

@@ -56,11 +56,11 @@ class Attention(nn.Module):
         if self.layer.qk_norm is QKNorm.per_head:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         v_BTGK = self.value(x_BTD).unflatten(-1, heads)
-        if self.layer.rope:
-            rotation = context.rotation(self.model, self.layer, q_BTHK.dtype)
-            q_BTHK, k_BTGK = (rotate(x, rotation, self.model.rope_pairing) for x in (q_BTHK, k_BTGK))
-        if self.layer.qk_norm is QKNorm.weightless:
-            q_BTHK, k_BTGK = (rms_normalise(x, self.model.norm_eps) for x in (q_BTHK, k_BTGK))
+        if x_BTD.shape[1] > 1:
+            q_BTHK, k_BTGK = (self._turn(x, context) for x in (q_BTHK, k_BTGK))
+        else:  # in generation the number of operations counts, not that of bytes
+            sizes = [q_BTHK.shape[2], k_BTGK.shape[2]]
+            q_BTHK, k_BTGK = self._turn(torch.cat([q_BTHK, k_BTGK], 2), context).split(sizes, 2)
         if self.model.multipliers.attention != 1:
             q_BTHK = q_BTHK * self.model.multipliers.attention
         if self.layer.temperature:
@@ -69,6 +69,13 @@ class Attention(nn.Module):
             k_BTGK, v_BTGK = context.cache.extend(self, self.layer.attention_chunk_size, k_BTGK, v_BTGK)
         y_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, context, self.layer.attention_chunk_size)
         return self.output(y_BTHK.flatten(-2))
+
+    def _turn(self, x_BTHK: Tensor, context: ForwardContext) -> Tensor:
+        """Rotate heads of queries or keys by their positions, and normalise them without a gain, as the layer says."""
+        if self.layer.rope:
+            rotation = context.rotation(self.model, self.layer, x_BTHK.dtype)
+            x_BTHK = rotate(x_BTHK, rotation, self.model.rope_pairing)
+        return rms_normalise(x_BTHK, self.model.norm_eps) if self.layer.qk_norm is QKNorm.weightless else x_BTHK
 
 
 def local_attention(
