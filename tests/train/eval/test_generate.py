@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,14 @@ from core.errors import LeviathanError
 from model.attention.cache import TokenContext
 from model.attention.plan import ForwardContext
 from model.transformer import Transformer
+from model.vision.config import VisionConfig
 from tests.model.attention.test_cache import FAMILIES, rotated_too_far
 from tests.support.bugs import bound
 from tests.support.models import build
 from train.eval.config import GenerateConfig
 from train.eval.generate import CachedModel, Continuation, continue_batch, continue_tokens
 from train.eval.lm_eval import HarnessModel
+from train.eval.multimodal import place_tiles
 from train.eval.scoring_model import ScoringModel
 
 CONTEXT, NO_STOP = 24, -1
@@ -88,6 +91,40 @@ def test_nan_is_an_error():
     torch.nn.init.constant_(model.final_norm.weight, torch.nan)  # type: ignore[union-attr]
     with pytest.raises(LeviathanError, match="computes NaN"):
         with_cache(model, PROMPTS[:2], GREEDY)
+
+
+VISION = VisionConfig(
+    hidden_size=16, num_layers=1, num_heads=2, mlp_hidden_size=16, adapter_hidden_size=16, tile_size=8, patch_size=2,
+    image_token_id=63,
+)  # fmt: skip
+
+
+@torch.no_grad()
+def test_pictures_before_texts_of_a_batch():
+    """One prompt has two pictures, one has none. A generated placeholder shows no picture."""
+    model = build(replace(FAMILIES["llama4"], vision=VISION), seed=1)
+    cpu, picture = torch.device("cpu"), [63] * VISION.tokens_per_tile
+    prompts = [[0, *picture, 5], [0, 4, 4], [0, *picture, 8, *picture, 9, 9]]
+    generator = torch.Generator().manual_seed(0)
+    pixels = [torch.randint(0, 256, (n, 3, 8, 8), generator=generator).to(torch.uint8) for n in (1, 0, 2)]
+    cached = CachedModel(model, 64)
+
+    def begin(tiles: Tensor) -> Tensor:
+        return cached.begin(prompts, lambda tokens_BT: place_tiles(tokens_BT, tiles, 63, cpu))
+
+    def whole(index: int, more: list[int]) -> Tensor:
+        tokens_BT = torch.tensor([prompts[index] + more])
+        given = ForwardContext(torch.arange(tokens_BT.shape[1])[None])
+        given.images = place_tiles(tokens_BT, pixels[index], 63, cpu, len(prompts[index]))
+        return model(tokens_BT, given)[0, -1]
+
+    found, more = [begin(torch.cat(pixels))], [7, 63, 2]
+    found += [cached.extend([token] * 3) for token in more]
+    for length, logits_BV in enumerate(found):
+        for index, logits_V in enumerate(logits_BV):
+            torch.testing.assert_close(logits_V, whole(index, more[:length]), rtol=0, atol=1e-10)
+    differs = (begin(torch.cat(pixels).flip(0)) - found[0]).abs().amax(1) > 1e-6
+    assert differs.tolist() == [True, False, True], "control: other pictures"
 
 
 class Letters:
