@@ -86,12 +86,13 @@ def whole_windows(model: Transformer, prompt: list[int]) -> list[int]:
 
 
 def compared(
-    name: str, ours: Callable[[], object], theirs: Callable[[], object], sequences: int, least: float, rounds: int
+    name: str, sides: Sequence[Callable[[], object]], sequences: tuple[int, int], least: float, rounds: int
 ) -> Result:
-    a, b = interleaved([ours, theirs], rounds, warmup=1, clock=time.process_time)
-    ratio, tokens = 1 / median_ratio(a, b), sequences * NEW
-    note = f"{sequences} x {NEW} tokens, CPU seconds of one thread, median of {rounds} pairs, spread {spread(a):.0%}"
-    speeds = (tokens / statistics.median(a), tokens / statistics.median(b))
+    """Compare tokens per second. `sequences`: how many sequences each side continues."""
+    a, b = interleaved(sides, rounds, warmup=1, clock=time.process_time)
+    ratio = sequences[0] / sequences[1] / median_ratio(a, b)
+    note = f"{NEW} new tokens, CPU seconds of one thread, median of {rounds} pairs, spread {spread(a):.0%}"
+    speeds = [count * NEW / statistics.median(times) for count, times in zip(sequences, (a, b), strict=True)]
     return Result(f"{name} (tokens/s)", *speeds, ratio, f">= {least} times", ratio >= least, note)
 
 
@@ -109,10 +110,12 @@ def run() -> Iterator[Result]:
     else:
         peer = in_transformers(model)
         yield from (against_transformers(model, peer, count) for count in (1, 8))
-    one = prompts(1, model.config.vocab_size)
-    assert_equal(cached(model, one), [whole_windows(model, one[0])])
-    sides = partial(cached, model, one), partial(whole_windows, model, one[0])
-    yield compared("generation with a cache vs without", *sides, 1, 5.0, rounds=3)
+    for count in (1, 8):
+        asked = prompts(count, model.config.vocab_size)
+        without = partial(whole_windows, model, asked[0])
+        assert_equal(cached(model, asked)[:1], [without()])
+        title = f"generation with a cache, batch of {count}, vs without a cache"
+        yield compared(title, [partial(cached, model, asked), without], (count, 1), 5.0, rounds=3)
 
 
 def against_transformers(model: Transformer, peer: Any, count: int) -> Result:
@@ -124,4 +127,4 @@ def against_transformers(model: Transformer, peer: Any, count: int) -> Result:
 
     assert_equal(cached(model, asked), theirs().tolist())
     title = f"generation vs transformers' generate, batch of {count}"
-    return compared(title, partial(cached, model, asked), theirs, count, 1.0, rounds=5)
+    return compared(title, [partial(cached, model, asked), theirs], (count, count), 1.0, rounds=5)
