@@ -38,6 +38,7 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "vision_encoder": ("bench.vision.encoder:run", {}),
     "filtering": ("bench.data.filtering:run", {}),
     "selection": ("bench.data.selection:run", {}),
+    "generation": ("bench.generation:run", {}),
 }
 RESULTS = Path(__file__).with_name("RESULTS.md")
 

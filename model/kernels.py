@@ -56,12 +56,16 @@ class MoEKernels:
 
     def permute(self, x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None = None) -> Tensor:
         """Copy tokens to their rows [C, D], times their routing weights if given; padding is zero."""
+        if not torch.is_grad_enabled():
+            return self.spread(x_TD, slots, weights_TK, None)[0]
         return _Permute.apply(x_TD, weights_TK, slots, self.spread, self.collect)
 
     def unpermute(self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None = None) -> Tensor:
         """Sum each token's K rows [T, D], times their routing weights if given. Padding is not read; its gradient is
         zero.
         """
+        if not torch.is_grad_enabled():
+            return self.collect(y_CD, slots, weights_TK, None)[0]
         return _Permute.apply(y_CD, weights_TK, slots, self.collect, self.spread)
 
     def swiglu(self, gate_CF: Tensor, up_CF: Tensor) -> Tensor:
@@ -136,7 +140,7 @@ class TorchKernels(MoEKernels):
         return F.silu(gate_CF) * up_CF
 
     def swiglu_halves(self, gate_up_C2F: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # a compiler joins the gradients by itself
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler joins the gradients by itself
             return self.swiglu(*_gate_and_up([gate_up_C2F]))
         return super().swiglu_halves(gate_up_C2F)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model.kernels import kernels_for
 from model.roles import Role
 from precision.config import Products
-from precision.gemm import Groups, widened
+from precision.gemm import Groups, at_least_float32, widened
 from precision.resolve import LayerGemms
 
 
@@ -96,13 +96,16 @@ class RMSNorm(nn.Module):
         self.eps, self.scale = eps, scale
 
     def forward(self, x: Tensor) -> Tensor:
-        y = rms_normalise(x, self.eps) * self.weight.to(x.dtype)
+        if x.dtype is self.weight.dtype is at_least_float32(x.dtype) and not torch.is_grad_enabled():
+            y = torch.rms_norm(x, self.weight.shape, self.weight, self.eps)  # the same in one call
+        else:
+            y = rms_normalise(x, self.eps) * self.weight.to(x.dtype)
         return y if self.scale == 1 else y * self.scale
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """Apply an RMS norm without a gain over the last dimension in at least float32. The result has the dtype of `x`."""
-    return F.rms_norm(widened(x), (x.shape[-1],), None, eps).to(x.dtype)
+    return torch.rms_norm(widened(x), x.shape[-1:], None, eps).to(x.dtype)
 
 
 class GatedMLP(nn.Module):

@@ -66,18 +66,24 @@ class Stack(nn.Module):
         self.head = head
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
-        """Map token ids [B, T] to logits [B, T, V]. Without a context, each sequence is one document."""
+        """Map token ids [B, T] to logits [B, T, V], or [B, 1, V] with `context.last_B`. Without a context, each
+        sequence is one document.
+        """
         context = context or _one_document(x)
         x_BTD = x if self.embedding is None else self._embed(x, self.embedding, context)
         for layer in self.layers.values():
             x_BTD = layer(x_BTD, context)
         if self.head is None or self.final_norm is None:
             return x_BTD
+        if context.last_B is not None:
+            x_BTD = x_BTD.take_along_dim(context.last_B[:, None, None], 1)
         return self.head(self.final_norm(x_BTD))
 
     def _embed(self, tokens_BT: Tensor, embedding: Embedding, context: ForwardContext) -> Tensor:
         x_BTD = embedding(tokens_BT)
         images = context.images
+        if images is None and context.cache is not None:
+            return x_BTD
         if self.vision is not None:
             images = images or no_images(self.vision.config, x_BTD)
             return place(x_BTD, images.encode(self.vision), images.rows_BT)

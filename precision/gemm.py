@@ -6,7 +6,7 @@ Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Protocol
 
 import torch
@@ -34,6 +34,7 @@ class Groups:
         return self.counts_E.tolist() if self.known is None else self.known
 
 
+@cache
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Return float64 for float64, and else float32. Sums, norms, softmax and the router have this dtype."""
     return torch.promote_types(dtype, torch.float32)
@@ -41,7 +42,8 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def widened(x: Tensor) -> Tensor:
     """Return `x` in at least float32."""
-    return x.to(at_least_float32(x.dtype))
+    wide = at_least_float32(x.dtype)
+    return x if x.dtype is wide else x.to(wide)
 
 
 class GemmBackend(Protocol):

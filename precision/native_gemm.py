@@ -26,10 +26,14 @@ class NativeGemm:
         self.compute_dtype = compute_dtype
 
     def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
-        x, w = x.to(self.compute_dtype), w.to(self.compute_dtype)
+        if x.dtype is not self.compute_dtype or w.dtype is not self.compute_dtype:  # a call costs more than this
+            x, w = x.to(self.compute_dtype), w.to(self.compute_dtype)
         if groups is None:
-            by_onednn = cpu_gemm.is_faster(x, x.shape[:-1].numel(), *w.shape)
+            rows = x.shape[:-1].numel()
+            by_onednn = rows % 64 == 0 and cpu_gemm.is_faster(x, rows, *w.shape)
             return _NativeProduct.apply(x, w, None) if by_onednn else F.linear(x, w)
+        if groups.known is not None and x.device.type == "cpu" and not torch.is_grad_enabled():
+            return _of_used_experts(x, w, groups.known)
         if _loops(x, *w.shape) or cpu_gemm.is_large(w, w.shape):
             return _NativeProduct.apply(x, w, groups)
         return F.grouped_mm(x, w.transpose(1, 2), offs=groups.ends_E)
@@ -93,6 +97,20 @@ def _by_columns(a_CM: Tensor, b_CN: Tensor, groups: Groups) -> Tensor:
     for a, b, y in zip(_parts(a_CM, groups), _parts(b_CN, groups), y_EMN, strict=True):
         cpu_gemm.multiply_columns(a, b, y)
     return y_EMN
+
+
+def _of_used_experts(x_CK: Tensor, w_ENK: Tensor, counts: list[int]) -> Tensor:
+    """Multiply each group's rows by the transpose of its matrix, skipping groups without rows: [C, N]. F.grouped_mm
+    takes longer for a few rows, since it multiplies empty groups too.
+    """
+    found, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            found.append(F.linear(x_CK[start : start + count], w_ENK[expert]))
+            start += count
+    if start < len(x_CK) or not found:
+        found.append(x_CK.new_zeros(len(x_CK) - start, w_ENK.shape[1]))
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _parts(x_CN: Tensor, groups: Groups) -> tuple[Tensor, ...]:

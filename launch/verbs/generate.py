@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from core.errors import ConfigError
 from launch.config import LaunchKind, local_launch
@@ -26,7 +25,7 @@ def run(config: GenerateConfig) -> int:
     from train.checkpoint.restore import restore
     from train.corpus import run_images
     from train.eval.contamination import MODELS
-    from train.eval.generate import continue_tokens, placed_logits
+    from train.eval.generate import NextLogits, continue_tokens, placed_images, placed_logits, placed_model
     from train.eval.pictures import picture_prompt
     from train.eval.scoring_model import TextTokenizer, from_directory
 
@@ -36,22 +35,22 @@ def run(config: GenerateConfig) -> int:
         pictures = None
         if is_run:
             restored = restore(path, world, config.backend, MODELS)
-            restored.placed.model.eval()
+            placed = restored.placed
+            placed.model.eval()
             tokenizer, context = restored.tokenizer, restored.phase.seq_len
             if config.images:
                 pictures = picture_prompt(config.images, restored.config.model, run_images(path))
-            next_logits: Callable[[list[int]], Any] = partial(placed_logits, restored.placed, pictures=pictures)
+            next_logits: NextLogits = partial(placed_logits, placed, pictures=pictures)
+            if (cached := placed_model(placed, context)) is not None:
+                images = None if pictures is None else partial(placed_images, placed, pictures)
+                next_logits = cached.next_logits(images)
         else:
             model = from_directory(path, world.device)
-            tokenizer, context, next_logits = model.tokenizer, model.context, model.next_logits
+            tokenizer, context = model.tokenizer, model.context
             if config.images:
                 pictures = picture_prompt(config.images, cast(Transformer, model.network).config, model.images)
-                next_logits = partial(
-                    next_logits,
-                    pixels_N3SS=pictures.pixels_N3SS,
-                    length=1 + len(pictures.ids),
-                    kept=pictures.rows_kept,
-                )
+            tiles = [] if pictures is None else [pictures.pixels_N3SS]
+            next_logits = model.cached().next_logits(model.images_of(tiles))
         shown = [] if pictures is None else pictures.ids
         prompt = [tokenizer.bos_id, *shown, *tokenizer.encode([config.prompt])[0]]
         if shown and len(prompt) + config.tokens > context:

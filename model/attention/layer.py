@@ -56,17 +56,26 @@ class Attention(nn.Module):
         if self.layer.qk_norm is QKNorm.per_head:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         v_BTGK = self.value(x_BTD).unflatten(-1, heads)
-        if self.layer.rope:
-            rotation = context.rotation(self.model, self.layer, q_BTHK.dtype)
-            q_BTHK, k_BTGK = (rotate(x, rotation, self.model.rope_pairing) for x in (q_BTHK, k_BTGK))
-        if self.layer.qk_norm is QKNorm.weightless:
-            q_BTHK, k_BTGK = (rms_normalise(x, self.model.norm_eps) for x in (q_BTHK, k_BTGK))
+        if x_BTD.shape[1] > 1:
+            q_BTHK, k_BTGK = (self._turn(x, context) for x in (q_BTHK, k_BTGK))
+        else:  # in generation the number of operations counts, not that of bytes
+            sizes = [q_BTHK.shape[2], k_BTGK.shape[2]]
+            q_BTHK, k_BTGK = self._turn(torch.cat([q_BTHK, k_BTGK], 2), context).split(sizes, 2)
         if self.model.multipliers.attention != 1:
             q_BTHK = q_BTHK * self.model.multipliers.attention
         if self.layer.temperature:
             q_BTHK = (q_BTHK * context.temperature(self.model, q_BTHK.dtype)).to(q_BTHK.dtype)
+        if context.cache is not None:
+            k_BTGK, v_BTGK = context.cache.extend(self, self.layer.attention_chunk_size, k_BTGK, v_BTGK)
         y_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, context, self.layer.attention_chunk_size)
         return self.output(y_BTHK.flatten(-2))
+
+    def _turn(self, x_BTHK: Tensor, context: ForwardContext) -> Tensor:
+        """Rotate heads of queries or keys by their positions, and normalise them without a gain, as the layer says."""
+        if self.layer.rope:
+            rotation = context.rotation(self.model, self.layer, x_BTHK.dtype)
+            x_BTHK = rotate(x_BTHK, rotation, self.model.rope_pairing)
+        return rms_normalise(x_BTHK, self.model.norm_eps) if self.layer.qk_norm is QKNorm.weightless else x_BTHK
 
 
 def local_attention(
@@ -81,7 +90,7 @@ def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: AttentionPlan) 
     if plan.segments is not None:
         return attend_segments(q_BTHK, k_BTGK, v_BTGK, plan.segments)
     if plan.block is None:
-        return _dot_product(q_BTHK, k_BTGK, v_BTGK, plan.mask)
+        return _dot_product(q_BTHK, k_BTGK, v_BTGK, plan.mask, plan.causal)
     q, k, v = (blocks(x, plan.block) for x in (q_BTHK, k_BTGK, v_BTGK))
     if plan.halo:
         k, v = (torch.cat([F.pad(x[:, :-1], (0, 0) * 3 + (1, 0)), x], dim=2) for x in (k, v))
@@ -89,8 +98,9 @@ def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, plan: AttentionPlan) 
     return y.unflatten(0, q.shape[:2]).flatten(1, 2)[:, : q_BTHK.shape[1]]
 
 
-def _dot_product(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Tensor | None) -> Tensor:
+def _dot_product(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
     grouped = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    is_causal = causal and mask is None
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
     return y.transpose(1, 2)

@@ -9,6 +9,7 @@ Shapes: B batch, T sequence, K head dim, N blocks of a sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,14 +34,23 @@ class AttentionPlan:
 
     The sequence is split into blocks of `block` positions (None: one block). Queries attend to their own block. With
     `halo` they also attend to the previous block, because a chunk may begin there if its document starts inside a
-    block. `mask` [B*N, 1, queries, keys] selects the pairs; without a mask, attention is causal within the block. If
-    `segments` is given, it replaces blocks and mask.
+    block. `mask` [B*N, 1, queries, keys] selects the pairs; without a mask, attention is causal within the block or, if
+    not `causal`, includes every key. If `segments` is given, it replaces blocks and mask.
     """
 
     block: int | None = None
     halo: bool = False
     mask: Tensor | None = None
     segments: list[Segment] | None = None
+    causal: bool = True
+
+
+class KeyValueStore(Protocol):
+    """Keeps keys and values from one forward pass to the next: `model.attention.cache`."""
+
+    def extend(self, layer: object, chunk: int | None, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of one layer, and return those that the queries may attend to."""
+        ...
 
 
 class ForwardContext:
@@ -63,6 +73,10 @@ class ForwardContext:
         """Which positions show an image, where the MoE layers run (after tp's split of the sequence), to count the
         experts' loads of images. None: they are not counted.
         """
+        self.cache: KeyValueStore | None = None
+        """Keys and values of earlier passes, for generation; None: every sequence is whole."""
+        self.last_B: Tensor | None = None
+        """The position of each sequence for which alone logits are computed; None: for all."""
         self._plans: dict[int | None, AttentionPlan] = {}
         self._rotations: dict[tuple[int | None, torch.dtype], Tensor] = {}
         self._temperature: Tensor | None = None  # float64, cast at use

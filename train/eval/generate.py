@@ -1,19 +1,29 @@
-"""Sample a continuation of a text.
+"""Sample continuations of texts.
 
-For every token the model runs on the whole window, without a KV cache. This is simple and enough to inspect a model.
-Pictures are encoded once.
+With a whole model on this device, keys and values are cached, so the model computes each new token alone. A layout that
+splits sequences, layers or heads (cp, pp, tp) runs the model on the whole window for every token. The model sees the
+last `context` tokens: once a sequence is longer, its window moves with each token, every position changes, and the
+whole window is computed again. Pictures are encoded once.
+
+Shapes: B sequences, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.errors import LeviathanError
 from data.images.tiles import GREYS
+from model.attention.cache import KeyValueCache
+from model.attention.plan import ForwardContext
+from model.vision.fusion import Images
 from parallel.comm.world import World
 from parallel.parallelize import ParallelModel
 from parallel.vision.exchange import tile_share
@@ -21,8 +31,120 @@ from parallel.vocab_parallel_loss import whole_logits
 from train.eval.config import GenerateConfig
 from train.eval.pictures import PicturePrompt
 
-NextLogits = Callable[[list[int]], torch.Tensor]
+NextLogits = Callable[[list[int]], Tensor]
 """Returns the logits [V] of the token that follows the given tokens."""
+ImagesOf = Callable[[Tensor], Images | None]
+"""Returns the images of prompts [B, T], padded at their ends with their first token."""
+
+
+class CachedModel:
+    """A whole model on this device, which continues a batch of sequences by one token at a time.
+
+    `forward` maps tokens [B, T] on the host to logits. `context`: the number of tokens that the model sees.
+    `no_gradients`: inference mode takes an eighth less time, but FSDP's hooks do not allow it.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor, ForwardContext], Tensor],
+        context: int,
+        device: torch.device | None = None,
+        no_gradients: Callable[[], AbstractContextManager[Any]] = torch.inference_mode,
+    ) -> None:
+        self.forward, self.context, self.device, self.no_gradients = forward, context, device, no_gradients
+        self.sequences: list[list[int]] = []
+        self._cache = KeyValueCache()
+
+    def begin(self, prompts: Sequence[list[int]], images: ImagesOf | None = None) -> Tensor:
+        """Read prompts, and return the logits [B, V] of the next token of each. Forgets earlier sequences.
+
+        Prompts with images must leave room for their continuations, since images are read only once.
+        """
+        self.sequences = [prompt[-self.context :] for prompt in prompts]
+        lengths = [len(sequence) for sequence in self.sequences]
+        rows = [[*sequence, *sequence[:1] * (max(lengths) - len(sequence))] for sequence in self.sequences]
+        tokens_BT = torch.tensor(rows)
+        given = self._cache.prompts(lengths, self.device)
+        given.images = images(tokens_BT) if images is not None else None
+        return self._run(tokens_BT, given)
+
+    def extend(self, tokens: Sequence[int]) -> Tensor:
+        """Append one token to each sequence, and return the logits [B, V] of the next ones."""
+        for sequence, token in zip(self.sequences, tokens, strict=True):
+            sequence.append(token)
+        if max(map(len, self.sequences)) > self.context:
+            return self.begin(self.sequences)
+        return self._run(torch.tensor(tokens)[:, None], self._cache.next_token(self.device))
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Drop all sequences but these."""
+        self.sequences = [self.sequences[index] for index in indices]
+        self._cache.keep(indices)
+
+    def next_logits(self, images: ImagesOf | None = None) -> NextLogits:
+        """Return a function for `continue_tokens`, whose sequence grows by one token from call to call."""
+
+        def logits(tokens: list[int]) -> Tensor:
+            return (self.extend(tokens[-1:]) if self.sequences else self.begin([tokens], images))[0]
+
+        self.sequences = []
+        return logits
+
+    def _run(self, tokens_BT: Tensor, given: ForwardContext) -> Tensor:
+        # layers that are compiled would be compiled for each length
+        with self.no_gradients(), torch.compiler.set_stance("force_eager"):
+            return self.forward(tokens_BT, given)[:, -1]
+
+
+@dataclass
+class Continuation:
+    """A prompt, how to continue it, and the tokens found so far. `goes_on`: whether another token is wanted."""
+
+    prompt: list[int]
+    config: GenerateConfig
+    goes_on: Callable[[list[int]], bool] = lambda found: True
+    pixels_N3SS: Tensor | None = None
+    found: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.config.seed)
+
+    def take(self, token: int, stop: int) -> bool:
+        """Append a token unless it is `stop`, and return whether another one is wanted."""
+        if token == stop:
+            return False
+        self.found.append(token)
+        return len(self.found) < self.config.tokens and self.goes_on(self.found)
+
+
+def continue_batch(
+    model: CachedModel, asked: Sequence[Continuation], stop: int, images: ImagesOf | None = None
+) -> None:
+    """Continue prompts side by side, each until its own limit or the id `stop`. Fills `found` of each.
+
+    `images`: those of all prompts, in the order of `asked`.
+    """
+    logits_BV, asked = model.begin([one.prompt for one in asked], images), list(asked)
+    while True:
+        tokens = draw(logits_BV, asked)
+        going = [i for i, (one, token) in enumerate(zip(asked, tokens, strict=True)) if one.take(token, stop)]
+        if not going:
+            return
+        if len(going) < len(asked):
+            model.keep(going)
+            asked, tokens = [asked[i] for i in going], [tokens[i] for i in going]
+        logits_BV = model.extend(tokens)
+
+
+def draw(logits_BV: Tensor, asked: Sequence[Continuation]) -> list[int]:
+    """Sample the next token of each sequence."""
+    if any(one.config.temperature for one in asked):
+        rows = logits_BV.double().cpu()
+        return [_sample(row_V, one.config, one.generator) for row_V, one in zip(rows, asked, strict=True)]
+    best_B = logits_BV.argmax(-1)
+    _check(logits_BV.gather(1, best_B[:, None]))  # NaN counts as the largest
+    found: list[int] = best_B.tolist()
+    return found
 
 
 @torch.no_grad()
@@ -46,7 +168,29 @@ def continue_tokens(
         yield tokens[-1]
 
 
-def placed_logits(placed: ParallelModel, tokens: list[int], pictures: PicturePrompt | None = None) -> torch.Tensor:
+def placed_model(placed: ParallelModel, context: int) -> CachedModel | None:
+    """Return the model with a cache, or None under a layout that splits sequences, layers or heads."""
+    meshes = placed.meshes
+    if max(meshes.tp.size, meshes.cp.size, meshes.pp.size) > 1:
+        return None
+
+    def forward(tokens_BT: Tensor, given: ForwardContext) -> Tensor:
+        found = placed.logits(tokens_BT.to(placed.device), given)
+        assert found is not None
+        return found
+
+    no_gradients = torch.no_grad if meshes.world.size > 1 else torch.inference_mode
+    return CachedModel(forward, context, placed.device, no_gradients)
+
+
+def placed_images(placed: ParallelModel, pictures: PicturePrompt, row_BT: Tensor) -> Images | None:
+    """Return the images of a sequence that begins with pictures."""
+    pixels, greys = pictures.pixels_N3SS, torch.tensor(GREYS, device=placed.device)
+    mine = pixels[list(tile_share(placed.meshes, len(pixels)))]
+    return placed.images(pictures.rows(row_BT), len(pixels), mine, greys)
+
+
+def placed_logits(placed: ParallelModel, tokens: list[int], pictures: PicturePrompt | None = None) -> Tensor:
     """Return the logits [V] of the token after `tokens`, float64 on every rank, under any layout. The sequence is
     padded at its end to a length that the layout supports. `pictures` are those at its beginning.
     """
@@ -56,9 +200,7 @@ def placed_logits(placed: ParallelModel, tokens: list[int], pictures: PicturePro
     row_BT = torch.tensor([tokens + [0] * (length - len(tokens))])
     context = placed.sequence_context(torch.arange(length)[None])
     if pictures is not None:
-        pixels, greys = pictures.pixels_N3SS, torch.tensor(GREYS, device=placed.device)
-        mine = pixels[list(tile_share(meshes, len(pixels)))]
-        images = placed.images(pictures.rows(row_BT), len(pixels), mine, greys)
+        images = placed_images(placed, pictures, row_BT)
         context.images = None if images is None else replace(images, kept=pictures.rows_kept)
     logits_BTV = placed.logits(share.take(row_BT).to(placed.device), context)
     at = (share.take(torch.arange(length)[None])[0] == last).nonzero()
@@ -70,9 +212,13 @@ def placed_logits(placed: ParallelModel, tokens: list[int], pictures: PicturePro
     return found_V
 
 
-def _sample(logits_V: torch.Tensor, config: GenerateConfig, generator: torch.Generator) -> int:
-    if logits_V.isnan().any():
+def _check(logits: Tensor) -> None:
+    if logits.isnan().any():
         raise LeviathanError("the model computes NaN: its weights are damaged, or its training diverged")
+
+
+def _sample(logits_V: Tensor, config: GenerateConfig, generator: torch.Generator) -> int:
+    _check(logits_V)
     if config.temperature == 0:
         return int(logits_V.argmax())
     if config.top_k is not None and config.top_k < len(logits_V):

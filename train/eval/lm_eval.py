@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from core.files import check_target, local_path, write_text
 from parallel.comm.world import World
 from precision.config import Backend
 from train.eval.config import GenerateConfig
-from train.eval.generate import NextLogits, continue_tokens
+from train.eval.generate import Continuation, continue_batch
 from train.eval.multimodal import TokenizedQuestion, question
 from train.eval.open_model import open_scoring_model
 from train.eval.scoring_model import ScoringModel, TokenWindow
@@ -110,33 +109,49 @@ class HarnessModel(TemplateLM):
         return results
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Return the continuations, each cut before its first stop string."""
-        return [self._generate(*request.args) for request in requests]
+        """Return the continuations, each cut before its first stop string. Runs `batch_size` requests at a time, in the
+        order of their lengths.
+        """
+        asked = [self._continuation(*request.args) for request in requests]
+        order, model = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt)), self.model.cached()
+        for start in range(0, len(order), self.batch_size):
+            batch = [asked[index] for index in order[start : start + self.batch_size]]
+            images = self.model.images_of([one.pixels_N3SS for one in batch])
+            continue_batch(model, batch, self.eot_token_id, images)
+        return [self._text(one.found, _stops(request.args[1])) for one, request in zip(asked, requests, strict=True)]
 
-    def _generate(self, prompt: str, options: dict[str, Any], media: dict[str, Any] | None = None) -> str:
-        until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else list(until)
-        limit = int(options.get("max_gen_toks", 256))
+    def _continuation(self, prompt: str, options: dict[str, Any], media: dict[str, Any] | None = None) -> Continuation:
+        stops, limit = _stops(options), int(options.get("max_gen_toks", 256))
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", True) else 0.0
-        next_logits: NextLogits = self.model.next_logits
-        text = ""
         asked = None if media is None else self._question(prompt, media.get("visual"))
-        if asked is None or asked.pixels_N3SS is None:
+        pixels = None if asked is None else asked.pixels_N3SS
+        if asked is None or pixels is None:
             ids = self.tok_encode(prompt)[-max(1, self.model.context - limit) :]
         else:
             ids = [self.prefix_token_id, *asked.ids, *self.model.tokenizer.encode([asked.last])[0]]
             self._check_length(len(ids), 1)
             limit = min(limit, self.model.context - len(ids))
-            next_logits = partial(self.model.next_logits, pixels_N3SS=asked.pixels_N3SS, length=len(ids), kept=[])
         config = GenerateConfig(run="", tokens=limit, temperature=temperature, top_k=None)
-        found: list[int] = []
-        for token in continue_tokens(next_logits, ids, self.model.context, config, self.eot_token_id):
-            found.append(token)
-            text = self.model.tokenizer.decode(found)
-            cut = min((text.find(stop) for stop in stops if stop and stop in text), default=-1)
-            if cut >= 0:
-                return text[:cut]
-        return text
+
+        def goes_on(found: list[int]) -> bool:
+            return not stops or _cut(self.model.tokenizer.decode(found), stops) is None
+
+        return Continuation(ids, config, goes_on, pixels)
+
+    def _text(self, found: list[int], stops: list[str]) -> str:
+        text = self.model.tokenizer.decode(found)
+        return text[: _cut(text, stops)]
+
+
+def _stops(options: dict[str, Any]) -> list[str]:
+    """Return the strings before which a continuation ends."""
+    until = options.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+
+
+def _cut(text: str, stops: list[str]) -> int | None:
+    """Return where the first stop string begins, or None."""
+    return min((text.find(stop) for stop in stops if stop in text), default=None)
 
 
 def run_tasks(

@@ -74,16 +74,13 @@ def place_tiles(
     placeholder: int,
     device: torch.device,
     length: int | None = None,
-    kept: list[Tensor] | None = None,
 ) -> Images:
-    """Assign tiles to the placeholders in the first `length` tokens of each sequence, in row-major order. `kept`: see
-    `Images`.
-    """
+    """Assign tiles to the placeholders in the first `length` tokens of each sequence, in row-major order."""
     is_image_BT = tokens_BT == placeholder
     if length is not None:
         is_image_BT[:, length:] = False  # a model may generate the token
     rows_BT = placeholder_rows(is_image_BT).to(device)
-    return Images(pixels_N3SS.to(device), rows_BT, torch.tensor(GREYS, device=device), kept)
+    return Images(pixels_N3SS.to(device), rows_BT, torch.tensor(GREYS, device=device))
 
 
 def _flat(visuals: Any) -> list[Any]:

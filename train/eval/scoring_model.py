@@ -35,6 +35,7 @@ from train.checkpoint.init_from import open_model
 from train.checkpoint.reader import TOKENIZER, load_origin
 from train.checkpoint.restore import restore
 from train.corpus import run_images
+from train.eval.generate import CachedModel, ImagesOf
 from train.eval.multimodal import place_tiles
 from train.eval.pictures import exported_images
 
@@ -95,28 +96,38 @@ class ScoringModel:
             weights.update(content.view(torch.uint8).numpy().data)
         return sha256_text(self.identity[0], weights.hexdigest(), *self.identity[1:])
 
-    def next_logits(
-        self,
-        tokens: list[int],
-        pixels_N3SS: Tensor | None = None,
-        length: int | None = None,
-        kept: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Return the logits [V] of the token after `tokens`. Pictures are as in `logits_of`."""
+    def next_logits(self, tokens: list[int], pixels_N3SS: Tensor | None = None, length: int | None = None) -> Tensor:
+        """Return the logits [V] of the token after `tokens`, by a pass over all of them. Pictures are as in
+        `logits_of`.
+        """
         row_BT = torch.tensor([tokens])
-        found = self.logits(row_BT) if pixels_N3SS is None else self.logits_of(row_BT, pixels_N3SS, length, kept)
+        found = self.logits(row_BT) if pixels_N3SS is None else self.logits_of(row_BT, pixels_N3SS, length)
         return found[0, -1]
 
-    def logits_of(
-        self, tokens_BT: Tensor, pixels_N3SS: Tensor, length: int | None = None, kept: list[Tensor] | None = None
-    ) -> Tensor:
+    def logits_of(self, tokens_BT: Tensor, pixels_N3SS: Tensor, length: int | None = None) -> Tensor:
         """Return the logits [B, T, V] of sequences with pictures, whose tiles are in the order of the placeholders in
-        the first `length` tokens (None: in all). `kept`: a list in which the encoded tiles stay from call to call.
+        the first `length` tokens (None: in all).
         """
         assert self.images is not None
         device = next(self.network.parameters()).device
-        images = place_tiles(tokens_BT, pixels_N3SS, self.images.ids.patch, device, length, kept)
+        images = place_tiles(tokens_BT, pixels_N3SS, self.images.ids.patch, device, length)
         return self.logits(tokens_BT, images)
+
+    def cached(self) -> CachedModel:
+        """Return this model with a cache of keys and values. It must be one of ours."""
+        device = next(self.network.parameters()).device
+        return CachedModel(lambda tokens_BT, given: self.network(tokens_BT.to(device), given), self.context, device)
+
+    def images_of(self, pixels: Sequence[Tensor | None]) -> ImagesOf | None:
+        """Return how the tiles of some prompts are placed; None without any. Each prompt has a placeholder for every
+        row of its tiles.
+        """
+        tiles = [one for one in pixels if one is not None]
+        if not tiles:
+            return None
+        assert self.images is not None
+        device = next(self.network.parameters()).device
+        return partial(place_tiles, pixels_N3SS=torch.cat(tiles), placeholder=self.images.ids.patch, device=device)
 
     @torch.no_grad()
     def losses(self, windows: Sequence[TokenWindow], batch_size: int) -> list[tuple[Tensor, Tensor]]:

@@ -15,7 +15,7 @@ from parallel.mesh import meshes_of_rank
 from tests.support.tiny import EXACT, saved
 from train.checkpoint.restore import restore
 from train.eval.config import GenerateConfig
-from train.eval.generate import continue_tokens, placed_logits
+from train.eval.generate import continue_tokens, placed_logits, placed_model
 from train.eval.held_out import held_out_loss
 
 
@@ -28,10 +28,15 @@ def looked_at(directory: Path) -> tuple[dict[str, int], list[int], float]:
     """Restore a run; return its axes, a continuation of a prompt of odd length, and the held-out loss."""
     found = restore(directory, connect())
     config = GenerateConfig(run="", tokens=7, temperature=0)
-    tokens = continue_tokens(partial(placed_logits, found.placed), [5, 6, 7], 16, config, stop=-1)
+    tokens = list(continue_tokens(partial(placed_logits, found.placed), [5, 6, 7], 16, config, stop=-1))
+    axes = found.placed.meshes.layout.axes
+    cached = placed_model(found.placed, 16)
+    assert (cached is None) == bool(axes.keys() & {"tp", "cp", "pp"})
+    if cached is not None:
+        assert list(continue_tokens(cached.next_logits(), [5, 6, 7], 16, config, stop=-1)) == tokens
     bytes_V = torch.ones(320, dtype=torch.int64)
     losses = held_out_loss(found.placed, found.loader(), bytes_V, 3, 2, found.weights())
-    return found.placed.meshes.layout.axes, list(tokens), losses.loss
+    return axes, tokens, losses.loss
 
 
 LAYOUTS = {

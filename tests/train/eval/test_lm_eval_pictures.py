@@ -23,9 +23,9 @@ from model.vision.encoder import VisionEncoder
 from parallel.comm.world import World
 from tests.support.mixed import png
 from tests.support.tiny import TINY
+from train.eval.generate import CachedModel
 from train.eval.lm_eval import HarnessModel, open_scoring_model
 from train.eval.multimodal import place_tiles, question
-from train.eval.scoring_model import ScoringModel
 
 ALONE = World(0, 1, torch.device("cpu"))
 SIZES = "tile_size: 8, patch_size: 2"
@@ -158,19 +158,23 @@ def test_generation_reads_the_picture_and_may_fill_the_context(harness):
 @pytest.mark.slow
 @torch.no_grad()
 def test_generation_encodes_the_pictures_once(harness, monkeypatch):
-    honest, encoded, seen = VisionEncoder.forward, [], []
+    honest, encoded, passes = VisionEncoder.forward, [], []
     encode = lambda self, tiles: (encoded.append(len(tiles)), honest(self, tiles))[1]  # noqa: E731
-    step = ScoringModel.next_logits
-    keep = lambda self, tokens, **shown: (seen.append((tokens, shown)), step(self, tokens, **shown))[1]  # noqa: E731
+    run = CachedModel._run
     monkeypatch.setattr(VisionEncoder, "forward", encode)
-    monkeypatch.setattr(ScoringModel, "next_logits", keep)
-    options = {"max_gen_toks": 4, "until": []}
-    harness.generate_until([SimpleNamespace(args=("<image>word", options, {"visual": [png(3, 8, 8)]}))])
-    assert len(seen) > 1 and encoded == [1]
-    tokens, shown = seen[-1]
+    monkeypatch.setattr(CachedModel, "_run", lambda *given: (passes.append(given[1].shape), run(*given))[1])
+    options: dict[str, Any] = {"max_gen_toks": 4, "until": []}
+    shown = [(png(3, 8, 8), "<image>word"), (png(4, 8, 8), "a longer text <image>word")]
+    asked = [SimpleNamespace(args=(text, options, {"visual": [picture]})) for picture, text in shown]
+    asked.append(SimpleNamespace(args=("no picture", options)))
+    together = HarnessModel(harness.model, 3).generate_until(asked)
+    assert len(passes) > 1 and encoded == [2]
+    encoded.clear()
+    assert together == HarnessModel(harness.model, 1).generate_until(asked) and encoded == [1, 1]
+    tokens = torch.tensor([[0, 5, 5, 5, 5]])[:, : 1 + harness.model.network.config.vision.tokens_per_tile]
     for _ in range(2):
-        step(harness.model, tokens, **{**shown, "kept": None})
-    assert encoded == [1, 1, 1], "the control keeps nothing"
+        harness.model.logits_of(tokens, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert encoded == [1] * 4, "the control keeps nothing"
 
 
 def test_only_placeholders_of_the_question_show_tiles():

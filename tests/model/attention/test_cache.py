@@ -1,0 +1,122 @@
+"""Logits computed with a cache of keys and values are those of the whole sequences. Controls break the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention import cache
+from model.attention.cache import KeyValueCache, TokenContext
+from model.attention.plan import AttentionPlan
+from model.config import InitConfig, ModelConfig, QKNorm, RopePairing, RopeScaling, RouterConfig, Score, WeightsOn
+from model.transformer import Transformer
+from tests.support.bugs import bound
+from tests.support.models import build, small
+
+LLAMA4 = small(attention_chunk_size=5, temperature_floor=3.0, init=InitConfig(std=1.0, fan_in=True))
+PLAIN: dict[str, Any] = {
+    "nope_every": 0,
+    "attention_chunk_size": None,
+    "rope_pairing": RopePairing.halves,
+    "moe_every": 1,
+    "shared_expert_hidden_size": 0,
+}
+SOFTMAX = RouterConfig(top_k=2, score=Score.softmax, weights_on=WeightsOn.output)
+FAMILIES = {
+    "llama4": LLAMA4,
+    "llama4_scaled": replace(LLAMA4, rope_scaling=RopeScaling(original_seq_len=4), router=RouterConfig(top_k=2)),
+    "long_chunks": replace(LLAMA4, attention_chunk_size=64),
+    "mixtral": replace(LLAMA4, **PLAIN, qk_norm=QKNorm.none, router=replace(SOFTMAX, norm_topk_prob=True)),
+    "qwen3_moe": replace(LLAMA4, **PLAIN, qk_norm=QKNorm.per_head, router=replace(SOFTMAX, norm_topk_prob=True)),
+    "olmoe": replace(LLAMA4, **PLAIN, qk_norm=QKNorm.full, num_kv_heads=4, router=SOFTMAX),
+    "dense": replace(LLAMA4, **{**PLAIN, "moe_every": 0}, qk_norm=QKNorm.none, tie_embeddings=True),
+}
+LENGTHS = (3, 11, 5, 1)
+"""Prompts that end inside a chunk, behind a border of chunks, and at one."""
+NEW = 9
+
+
+def texts(lengths: Sequence[int] = LENGTHS, new: int = NEW) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, LLAMA4.vocab_size, (length + new,), generator=generator) for length in lengths]
+
+
+@torch.no_grad()
+def with_cache(model: Transformer, lengths: Sequence[int] = LENGTHS) -> list[Tensor]:
+    """Return the logits [1 + NEW, V] after each prompt and each of the tokens that follow it."""
+    rows = texts(lengths)
+    prompts_BT = torch.zeros(len(rows), max(lengths), dtype=torch.int64)
+    for row, (text, length) in enumerate(zip(rows, lengths, strict=True)):
+        prompts_BT[row, :length] = text[:length]
+    store = KeyValueCache()
+    found = [model(prompts_BT, store.prompts(lengths))[:, 0]]
+    for step in range(NEW):
+        tokens_B1 = torch.stack([text[length + step] for text, length in zip(rows, lengths, strict=True)])[:, None]
+        found.append(model(tokens_B1, store.next_token())[:, 0])
+    return list(torch.stack(found, 1))
+
+
+@torch.no_grad()
+def without(model: Transformer, lengths: Sequence[int] = LENGTHS) -> list[Tensor]:
+    return [model(text[None])[0, length - 1 :] for text, length in zip(texts(lengths), lengths, strict=True)]
+
+
+def largest_difference(config: ModelConfig, lengths: Sequence[int] = LENGTHS) -> float:
+    model = build(config, seed=1)
+    pairs = zip(with_cache(model, lengths), without(model, lengths), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (7,), (4, 4)], ids=["mixed", "alone", "equal"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_whole_sequences(name, lengths):
+    assert largest_difference(FAMILIES[name], lengths) < 1e-10
+
+
+def test_slots_grow(monkeypatch):
+    monkeypatch.setattr(cache, "_SPARE_SLOTS", 1)
+    assert largest_difference(LLAMA4) < 1e-10
+
+
+def rotated_too_far(honest: Any, self: TokenContext, positions: Sequence[int], device: Any) -> None:
+    honest(self, positions, device)
+    self.positions_BT = self.positions_BT + 1
+
+
+BUGS: dict[str, list[tuple[Any, str, Callable[..., Any]]]] = {
+    "positions are off by one": [(TokenContext, "__init__", rotated_too_far)],
+    "keys of the previous chunk are kept": [
+        (KeyValueCache, "extend", lambda honest, self, layer, chunk, k, v: honest(self, layer, None, k, v)),
+        (TokenContext, "plan", lambda honest, self, chunk: honest(self, None)),
+    ],
+    "slots that are not filled yet are seen": [
+        (TokenContext, "_make_plan", lambda honest, self, chunk: AttentionPlan(causal=False))
+    ],
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_broken_cache_is_noticed(bug, monkeypatch):
+    for owner, name, function in BUGS[bug]:
+        monkeypatch.setattr(owner, name, bound(function, getattr(owner, name)))
+    assert largest_difference(LLAMA4) > 1e-3
+
+
+@torch.no_grad()
+def test_sequences_can_be_dropped():
+    model, rows, kept = build(LLAMA4, seed=1), texts((6, 6, 6)), [2, 0]
+    store = KeyValueCache()
+    model(torch.stack(rows)[:, :6], store.prompts([6] * 3))
+    for step in range(NEW):
+        if step == 2:
+            store.keep(kept)
+            rows = [rows[index] for index in kept]
+        logits = model(torch.stack(rows)[:, 6 + step, None], store.next_token())[:, 0]
+    whole = torch.stack([model(row[None])[0, -1] for row in rows])
+    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-10)
+    assert not torch.allclose(logits, whole.flip(0)), "control: the sequences differ"
