@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from core.errors import ConfigError
+from model.transformer import Transformer
 from train.eval.config import GenerateConfig
-from train.eval.generate import NextLogits, continue_tokens
+from train.eval.generate import Continuation, continue_batch, continue_tokens
 from train.eval.multimodal import question as tokenized
 from train.eval.scoring_model import ScoringModel
 from train.exam.base import Question
 from train.exam.run import Ask
+
+TOGETHER = 8
+"""Questions whose answers grow side by side."""
 
 
 def greedy_answers(model: ScoringModel) -> Ask:
@@ -20,12 +23,24 @@ def greedy_answers(model: ScoringModel) -> Ask:
     The function raises `ConfigError` (key `suite`) for a question that does not fit the context, and for pictures that
     the model cannot read.
     """
-    return lambda questions: [_answer(model, one) for one in questions]
+
+    def ask(questions: Sequence[Question]) -> list[str]:
+        asked = [_continuation(model, one) for one in questions]
+        order = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt))
+        for start in range(0, len(order), TOGETHER):
+            _answer(model, [asked[index] for index in order[start : start + TOGETHER]])
+        return [_cut(model.tokenizer.decode(one.found), q.stops) for one, q in zip(asked, questions, strict=True)]
+
+    return ask
 
 
-def _answer(model: ScoringModel, asked: Question) -> str:
+def _continuation(model: ScoringModel, asked: Question) -> Continuation:
     def encode(text: str) -> Sequence[int]:
         return model.tokenizer.encode([text])[0]
+
+    def goes_on(found: list[int]) -> bool:
+        text = model.tokenizer.decode(found)
+        return not any(stop in text for stop in asked.stops)
 
     try:
         found = tokenized(asked.prompt, list(asked.pictures), model.images if asked.pictures else None, encode)
@@ -36,14 +51,23 @@ def _answer(model: ScoringModel, asked: Question) -> str:
     if room < 1:
         reason = f"question {asked.id} takes {len(ids)} tokens, but the model's context is {model.context}"
         raise ConfigError("suite", None, f"{reason}: give fewer solved examples (suite.exams.NAME.options.shots)")
-    next_logits: NextLogits = model.next_logits
-    if found.pixels_N3SS is not None:
-        next_logits = partial(model.next_logits, pixels_N3SS=found.pixels_N3SS, length=len(ids), kept=[])
     config = GenerateConfig(run="", tokens=min(asked.max_tokens, room), temperature=0.0, top_k=None)
-    tokens: list[int] = []
-    for token in continue_tokens(next_logits, ids, model.context, config, model.tokenizer.eos_id):
-        tokens.append(token)
-        text = model.tokenizer.decode(tokens)
-        if ends := [text.index(stop) for stop in asked.stops if stop in text]:
-            return text[: min(ends)]
-    return model.tokenizer.decode(tokens)
+    return Continuation(ids, config, goes_on, found.pixels_N3SS)
+
+
+def _answer(model: ScoringModel, asked: list[Continuation]) -> None:
+    """Continue the prompts: side by side with a cache if the model is one of ours."""
+    stop = model.tokenizer.eos_id
+    if isinstance(model.network, Transformer):
+        images = model.images_of([one.pixels_N3SS for one in asked])
+        continue_batch(model.cached(), asked, stop, images)
+        return
+    for one in asked:
+        for token in continue_tokens(model.next_logits, one.prompt, model.context, one.config, stop):
+            if not one.take(token, stop):
+                break
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """Return the text before the first stop string."""
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
