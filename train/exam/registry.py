@@ -21,6 +21,8 @@ EXAMS = {
     "fact_lists": "train.exam.knowledge:FactLists",
     "fact_choices": "train.exam.knowledge:FactChoices",
     "scenes": "train.exam.pictures:SceneQuestions",
+    "programs": "train.exam.code.programs:Programs",
+    "pages": "train.exam.code.pages:Pages",
 }
 """Kind -> module and dataclass. Its fields are the options."""
 _NEEDED = ("name", "version", "questions", "judge")
