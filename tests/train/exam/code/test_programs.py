@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from core.config import build
 from train.exam.base import Outcome
 from train.exam.code.programs import OWN, ProgrammingProblem, Programs
 from train.exam.code.sandbox import Limits, SandboxError
@@ -72,7 +73,8 @@ def test_a_lie_is_not_believed(exam, name):
 
 
 def test_an_endless_program_ends_at_its_limit():
-    exam = Programs(limits=Limits(wall_s=3))
+    exam = build(Programs, {"limits": {"wall_s": 3}})
+    assert exam.limits.memory_mib == 512
     verdict = exam.judge(of(exam, "own/roman"), "    while True:\n        number += 1")
     assert verdict.note == "was ended at its limit of wall time"
 
@@ -91,3 +93,11 @@ def test_broken_tests_do_not_count_as_a_wrong_answer(exam):
     broken = ProgrammingProblem(question.reference.prompt, "roman", "import os\nos._exit(3)")
     with pytest.raises(SandboxError, match="the tests failed"):
         exam._failure(broken, question.prompt + SOLUTIONS["own/roman"])
+
+
+def test_a_file_of_problems_is_examined(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    test = "def check(candidate):\n    assert candidate(2) == 4\n"
+    path.write_text(json.dumps({"task_id": "a", "prompt": "def twice(n):\n", "entry_point": "twice", "test": test}))
+    exam = Programs(path=str(path))
+    assert [exam.judge(of(exam, "a"), f"    return {body}").score for body in ("n * 2", "n * 3")] == [1, 0]
