@@ -29,7 +29,7 @@ from train.contrastive.grad_cache import backward_in_parts
 from train.contrastive.loss import ContrastiveLoss, contrastive_loss
 
 SIDE, TOKENS, PAIRS, WIDTH = 32, 32, 96, 64
-TRAINED, HELD_OUT, WARMUP, RATE = 20_000, 400, 50, 2e-3
+TRAINED, HELD_OUT, WARMUP, RATE = 20_000, 400, 50, 3e-3
 VISION = VisionConfig(
     hidden_size=WIDTH,
     num_layers=2,
@@ -37,7 +37,7 @@ VISION = VisionConfig(
     mlp_hidden_size=192,
     adapter_hidden_size=128,
     tile_size=SIDE,
-    patch_size=4,
+    patch_size=8,
     image_token_id=1,
 )
 MODEL = ModelConfig(
@@ -112,7 +112,7 @@ def retrieval(towers: ContrastiveTowers, pairs: GlyphPairs) -> tuple[float, floa
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--loss", choices=[kind.name for kind in ContrastiveLoss], default="info_nce")
     parser.add_argument("--micro-batches", type=int, default=1)
     given = parser.parse_args(arguments)
