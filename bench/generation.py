@@ -92,8 +92,8 @@ def compared(
     a, b = interleaved(sides, rounds, warmup=1, clock=time.process_time)
     ratio = sequences[0] / sequences[1] / median_ratio(a, b)
     note = f"{NEW} new tokens, CPU seconds of one thread, median of {rounds} pairs, spread {spread(a):.0%}"
-    speeds = [count * NEW / statistics.median(times) for count, times in zip(sequences, (a, b), strict=True)]
-    return Result(f"{name} (tokens/s)", *speeds, ratio, f">= {least} times", ratio >= least, note)
+    ours, theirs = (count * NEW / statistics.median(times) for count, times in zip(sequences, (a, b), strict=True))
+    return Result(f"{name} (tokens/s)", ours, theirs, ratio, f">= {least} times", ratio >= least, note)
 
 
 def assert_equal(ours: list[list[int]], theirs: list[list[int]]) -> None:
