@@ -14,6 +14,7 @@ from model.attention import cache
 from model.attention.cache import KeyValueCache, TokenContext
 from model.attention.plan import AttentionPlan
 from model.config import InitConfig, ModelConfig, QKNorm, RopePairing, RopeScaling, RouterConfig, Score, WeightsOn
+from model.moe import permute_by_expert, permute_on_host
 from model.transformer import Transformer
 from tests.support.bugs import bound
 from tests.support.models import build, small
@@ -120,3 +121,12 @@ def test_sequences_can_be_dropped():
     whole = torch.stack([model(row[None])[0, -1] for row in rows])
     torch.testing.assert_close(logits, whole, rtol=0, atol=1e-10)
     assert not torch.allclose(logits, whole.flip(0)), "control: the sequences differ"
+
+
+def test_few_slots_are_sorted_on_the_host_alike():
+    experts_TK = torch.randint(0, 5, (9, 2), generator=torch.Generator().manual_seed(0))
+    ours, wanted = permute_on_host(experts_TK, 6), permute_by_expert(experts_TK, 6)
+    assert torch.equal(ours.source_C, wanted.source_C) and torch.equal(ours.place_TK, wanted.place_TK)
+    assert ours.groups.known == wanted.groups.host == ours.groups.counts_E.tolist() and ours.groups.host[5] == 0
+    other = permute_on_host(experts_TK.flip(0), 6)
+    assert not torch.equal(other.place_TK, wanted.place_TK), "control"
