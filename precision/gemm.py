@@ -6,7 +6,7 @@ Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -34,10 +34,9 @@ class Groups:
         return self.counts_E.tolist() if self.known is None else self.known
 
 
-@cache
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Return float64 for float64, and else float32. Sums, norms, softmax and the router have this dtype."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def widened(x: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class EvaluateConfig:
     sequences: int | None = None
     """Held-out sequences per source; null: as many as during the run."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass. null: as during the run, which reproduces its loss bit for bit; for tasks and for the
-    text of other models, 8.
+    """Sequences per forward pass. null: as during the run, which reproduces its loss bit for bit; for tasks, suites
+    and the text of other models, 8.
     """
     backend: Backend | None = None
     """GEMM backend; null: as in training. Applies to runs only: other models are evaluated in float32."""
@@ -194,7 +194,7 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
     path = Path(config.run).expanduser()
     model = open_scoring_model(path, world, config.backend)
     line: dict[str, Any] = {"model": model.fingerprint, "step": model.step, "decoding": "greedy"}
-    line |= run_suite(suite, greedy_answers(model))
+    line |= run_suite(suite, greedy_answers(model, config.micro_batch_size or 8))
     if is_run:
         append_json_line(path / EVALUATIONS, line)
     if config.out is not None:

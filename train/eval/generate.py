@@ -53,6 +53,7 @@ class CachedModel:
     ) -> None:
         self.forward, self.context, self.device, self.no_gradients = forward, context, device, no_gradients
         self.sequences: list[list[int]] = []
+        self._has_images = False
         self._cache = KeyValueCache()
 
     def begin(self, prompts: Sequence[list[int]], images: ImagesOf | None = None) -> Tensor:
@@ -66,6 +67,7 @@ class CachedModel:
         tokens_BT = torch.tensor(rows)
         given = self._cache.prompts(lengths, self.device)
         given.images = images(tokens_BT) if images is not None else None
+        self._has_images = images is not None
         return self._run(tokens_BT, given)
 
     def extend(self, tokens: Sequence[int]) -> Tensor:
@@ -73,6 +75,8 @@ class CachedModel:
         for sequence, token in zip(self.sequences, tokens, strict=True):
             sequence.append(token)
         if max(map(len, self.sequences)) > self.context:
+            if self._has_images:
+                raise ValueError(f"{self.context} tokens leave no room for the continuation of prompts with pictures")
             return self.begin(self.sequences)
         return self._run(torch.tensor(tokens)[:, None], self._cache.next_token(self.device))
 
@@ -115,6 +119,17 @@ class Continuation:
             return False
         self.found.append(token)
         return len(self.found) < self.config.tokens and self.goes_on(self.found)
+
+
+def batches(asked: Sequence[Continuation], size: int) -> Iterator[list[Continuation]]:
+    """Yield prompts of similar lengths, at most `size` at a time. Those with pictures go apart, since their windows
+    cannot move.
+    """
+    for pictures in (False, True):
+        some = [one for one in asked if (one.pixels_N3SS is not None) is pictures]
+        some.sort(key=lambda one: -len(one.prompt))
+        for start in range(0, len(some), size):
+            yield some[start : start + size]
 
 
 def continue_batch(

@@ -21,7 +21,7 @@ from core.files import check_target, local_path, write_text
 from parallel.comm.world import World
 from precision.config import Backend
 from train.eval.config import GenerateConfig
-from train.eval.generate import Continuation, continue_batch
+from train.eval.generate import Continuation, batches, continue_batch
 from train.eval.multimodal import TokenizedQuestion, question
 from train.eval.open_model import open_scoring_model
 from train.eval.scoring_model import ScoringModel, TokenWindow
@@ -113,9 +113,8 @@ class HarnessModel(TemplateLM):
         order of their lengths.
         """
         asked = [self._continuation(*request.args) for request in requests]
-        order, model = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt)), self.model.cached()
-        for start in range(0, len(order), self.batch_size):
-            batch = [asked[index] for index in order[start : start + self.batch_size]]
+        model = self.model.cached()
+        for batch in batches(asked, self.batch_size):
             images = self.model.images_of([one.pixels_N3SS for one in batch])
             continue_batch(model, batch, self.eot_token_id, images)
         return [self._text(one.found, _stops(request.args[1])) for one, request in zip(asked, requests, strict=True)]

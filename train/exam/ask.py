@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from core.errors import ConfigError
 from model.transformer import Transformer
 from train.eval.config import GenerateConfig
-from train.eval.generate import Continuation, continue_batch, continue_tokens
+from train.eval.generate import Continuation, batches, continue_batch, continue_tokens
 from train.eval.multimodal import question as tokenized
 from train.eval.scoring_model import ScoringModel
 from train.exam.base import Question
 from train.exam.run import Ask
 
-TOGETHER = 8
-"""Questions whose answers grow side by side."""
 
-
-def greedy_answers(model: ScoringModel) -> Ask:
-    """Return a function that answers by greedy decoding. An answer also ends where the model's context does.
+def greedy_answers(model: ScoringModel, batch_size: int = 8) -> Ask:
+    """Return a function that answers by greedy decoding, `batch_size` questions at a time. An answer also ends where
+    the model's context does.
 
     The function raises `ConfigError` (key `suite`) for a question that does not fit the context, and for pictures that
     the model cannot read.
@@ -26,9 +24,8 @@ def greedy_answers(model: ScoringModel) -> Ask:
 
     def ask(questions: Sequence[Question]) -> list[str]:
         asked = [_continuation(model, one) for one in questions]
-        order = sorted(range(len(asked)), key=lambda i: -len(asked[i].prompt))
-        for start in range(0, len(order), TOGETHER):
-            _answer(model, [asked[index] for index in order[start : start + TOGETHER]])
+        for batch in batches(asked, batch_size):
+            _answer(model, batch)
         return [_cut(model.tokenizer.decode(one.found), q.stops) for one, q in zip(asked, questions, strict=True)]
 
     return ask

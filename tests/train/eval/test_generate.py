@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.model.attention.test_cache import FAMILIES, rotated_too_far
 from tests.support.bugs import bound
 from tests.support.models import build
 from train.eval.config import GenerateConfig
-from train.eval.generate import CachedModel, Continuation, continue_batch, continue_tokens
+from train.eval.generate import CachedModel, Continuation, batches, continue_batch, continue_tokens
 from train.eval.lm_eval import HarnessModel
 from train.eval.multimodal import place_tiles
 from train.eval.scoring_model import ScoringModel
@@ -125,6 +126,26 @@ def test_pictures_before_texts_of_a_batch():
             torch.testing.assert_close(logits_V, whole(index, more[:length]), rtol=0, atol=1e-10)
     differs = (begin(torch.cat(pixels).flip(0)) - found[0]).abs().amax(1) > 1e-6
     assert differs.tolist() == [True, False, True], "control: other pictures"
+
+
+def test_a_window_with_pictures_does_not_move():
+    """Its pictures are read once, so texts that need a moving window are continued apart."""
+    asked = [Continuation([1] * length, GREEDY) for length in (3, 9, 5)]
+    shown = [Continuation([1] * length, GREEDY, pixels_N3SS=torch.zeros(1, 3, 8, 8)) for length in (4, 8)]
+    found = [[len(one.prompt) for one in batch] for batch in batches([shown[0], *asked, shown[1]], 2)]
+    assert found == [[9, 5], [3], [8, 4]]
+    model = build(replace(FAMILIES["llama4"], vision=VISION), seed=1)
+    pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    place = partial(place_tiles, pixels_N3SS=pixels, placeholder=63, device=torch.device("cpu"))
+    for images in (None, place):
+        cached, prompt = CachedModel(model, VISION.tokens_per_tile + 1), [0, *[63] * VISION.tokens_per_tile]
+        if images is None:  # control: a text's window moves
+            cached.begin([[1] * len(prompt)])
+            cached.extend([3])
+        else:
+            cached.begin([prompt], images)
+            with pytest.raises(ValueError, match="no room"):
+                cached.extend([3])
 
 
 class Letters:
