@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from core.files import sha256_text
 
@@ -71,7 +71,24 @@ class Exam(Protocol):
         ...
 
 
+@runtime_checkable
+class MachineExam(Protocol):
+    """An examination that runs answers with programs of the machine."""
+
+    @property
+    def limits(self) -> Any:
+        """What an answer may use: a dataclass. A part of the fingerprint."""
+        ...
+
+    def machine(self) -> Mapping[str, str]:
+        """Return the versions of the programs that run the answers. They are a part of the result only."""
+        ...
+
+
 def fingerprint(exam: Exam) -> str:
-    """Hash everything that an examination asks. Scores can be compared only if it is equal."""
-    parts = (exam.name, str(exam.version))
+    """Hash everything that an examination asks, and the limits of what it runs. Scores can be compared only if it is
+    equal.
+    """
+    limits = [repr(exam.limits)] if isinstance(exam, MachineExam) else []
+    parts = (exam.name, str(exam.version), *limits)
     return sha256_text(*parts, *(repr(question) for question in exam.questions()))

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from core.config import plain
 from core.errors import LeviathanError, one_line
 from core.package_guard import sources_digest
-from train.exam.base import Exam, Outcome, Question, Verdict, fingerprint
+from train.exam.base import Exam, MachineExam, Outcome, Question, Verdict, fingerprint
 from train.exam.config import SuiteConfig
 from train.exam.registry import make_suite
 from train.exam.statistics import interval
@@ -54,13 +54,16 @@ class JudgedAnswer:
 
 @dataclass(frozen=True)
 class ExamResult:
-    """`controls`: the results of the same questions asked in other ways."""
+    """`controls`: the results of the same questions asked in other ways. `machine`: the versions of the programs that
+    ran the answers.
+    """
 
     exam: str
     version: int
     fingerprint: str
     answers: tuple[JudgedAnswer, ...]
     controls: Mapping[str, ExamResult] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def scores(self) -> list[float]:
@@ -78,6 +81,7 @@ class ExamResult:
             "exam": self.exam,
             "version": self.version,
             "fingerprint": self.fingerprint,
+            "machine": dict(self.machine),
             "questions": len(self.answers),
             "score": sum(scores) / len(scores) if scores else None,
             "interval": None if found is None else [found.low, found.high],
@@ -101,7 +105,8 @@ def run_exam(exam: Exam, ask: Ask) -> ExamResult:
     )
     others = exam.controls() if isinstance(exam, ControlledExam) else {}
     controls = {name: run_exam(one, ask) for name, one in others.items()}
-    return ExamResult(exam.name, exam.version, fingerprint(exam), judged, controls)
+    machine = exam.machine() if isinstance(exam, MachineExam) else {}
+    return ExamResult(exam.name, exam.version, fingerprint(exam), judged, controls, machine)
 
 
 def run_suite(config: SuiteConfig, ask: Ask) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from core.files import parse_json
 from train.exam.code.sandbox import Limits, Running, Sandbox, SandboxError, needed
 
 PAGE_LIMITS = Limits(
-    wall_s=20,
+    wall_s=60,
     cpu_s=20,
     memory_mib=1536,
     address_space_mib=None,
@@ -31,8 +31,6 @@ PAGE_LIMITS = Limits(
     open_files=512,
 )
 LONGEST_MESSAGE, MOST_ERRORS = 8 * 2**20, 20
-LOAD_S = 10.0
-"""Seconds of real time until the page must be loaded."""
 _OPTIONS = [
     "--no-sandbox",  # bubblewrap is the sandbox
     "--disable-gpu",
@@ -83,10 +81,11 @@ class Page:
         self._send("Emulation.setVirtualTimePolicy", policy="pause")
         self._loaded = False
         self._send("Page.navigate", url=address)
-        end = time.monotonic() + LOAD_S
+        longest_s = self._running.limits.wall_s / 2
+        end = time.monotonic() + longest_s
         while not self._loaded:
             if time.monotonic() > end:
-                raise PageError(f"did not load within {LOAD_S:g} s")
+                raise PageError(f"did not load within {longest_s:g} s")
             self._receive(0.005)
             self.advance(1)
         self._world = self._send("Page.createIsolatedWorld", frameId=target)["executionContextId"]
@@ -152,16 +151,19 @@ class Page:
         message = {"id": self._last_id, "method": method, "params": parameters}
         if self._session:
             message["sessionId"] = self._session
-        try:
-            os.write(_pipe(self._running.stdin), json.dumps(message).encode() + b"\0")
-        except BrokenPipeError:
-            self._ended()
+        self._write(message)
         while self._last_id not in self._answers:
             self._receive()
         answer = self._answers.pop(self._last_id)
         if "error" in answer:
             raise PageError(f"left its address or cannot be driven: {str(answer['error'].get('message'))[:200]}")
         return dict(answer["result"])
+
+    def _write(self, message: dict[str, Any]) -> None:
+        try:
+            os.write(_pipe(self._running.stdin), json.dumps(message).encode() + b"\0")
+        except BrokenPipeError:
+            self._ended()
 
     def _receive(self, timeout_s: float | None = None) -> None:
         """Handle the messages that arrive. The sandbox's wall time ends an endless wait: the pipe closes."""
@@ -193,7 +195,7 @@ class Page:
                 self._last_id += 1
                 closing: dict[str, Any] = {"method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
                 closing |= {"id": self._last_id, "sessionId": self._session}
-                os.write(_pipe(self._running.stdin), json.dumps(closing).encode() + b"\0")
+                self._write(closing)
             case "Inspector.targetCrashed":
                 raise PageError("crashed the browser")
 

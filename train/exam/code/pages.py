@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -63,7 +63,7 @@ class Pages:
     """What a page and its browser may use."""
 
     name: ClassVar[str] = "pages"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         _ = self._browser
@@ -78,6 +78,9 @@ class Pages:
             Question(task.name, _PROMPT.format(task=task.text), task.name, max_tokens=2048, stops=("\n```",))
             for task in PAGE_TASKS
         ]
+
+    def machine(self) -> Mapping[str, str]:
+        return {"chromium": self._browser.sandbox.version(self._browser.program)}
 
     def judge(self, question: Question, answer: str) -> Verdict:
         """Run the page of an answer. The verdict's `errors` counts the exceptions that the page did not catch."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,11 @@ LONGEST_FILE = 64 * 2**20
 _SHAPE = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
 _STOPS = ("\nif __name__", "\nassert ", "\nprint(")
 _FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
-_CODE = re.compile(r"(?:\s|def |class |async def |import |from \S+ import |@|#|[)\]}]|[A-Za-z_]\w* *[:=][^=]|$)")
+_STATEMENT = r"(?:async )?(?:def|class|if|elif|else|for|while|try|except|finally|with)\b.*[:([{]"
+_TARGET = r"[A-Za-z_][\w.]*(?:\[[^]]*\])?(?:, *[A-Za-z_]\w*)*(?: *: *[\w.]+(?:\[.*?\])?)?"
+_ASSIGNED = rf"{_TARGET} *(?:[-+@%&|^]|<<|>>|//?|\*\*?)?=[^=]"
+_CODE = re.compile(rf"\s|$|[@#)\]}}]|import |from \S+ import |{_STATEMENT}|{_ASSIGNED}")
+"""A line of a program, at its left margin or indented. `name: type` alone is none: it may be prose."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Programs:
     """What the program and its tests may use, each."""
 
     name: ClassVar[str] = "programs"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         self.questions()
@@ -70,6 +74,9 @@ class Programs:
 
     def questions(self) -> Sequence[Question]:
         return self._questions
+
+    def machine(self) -> Mapping[str, str]:
+        return {"python": self._sandbox.version(python_command()[0])}
 
     def judge(self, question: Question, answer: str) -> Verdict:
         """Run the program of an answer against its tests. Raises `SandboxError` if the sandbox or the tests fail."""
@@ -156,7 +163,8 @@ def read_problems(path: Path) -> list[Question]:
 
 def program_of(problem: ProgrammingProblem, answer: str) -> str | None:
     """Return the program in an answer, or None: the fenced block that defines the function, or the answer's own
-    definition of it, or the prompt continued. What the prompt imports and defines before the function comes first.
+    definition of it with the code before and after, or the prompt continued. What the prompt imports and defines before
+    the function comes first.
     """
     definition = re.compile(rf"^(?:async )?def {re.escape(problem.entry_point)}\b", re.MULTILINE)
     begin = list(definition.finditer(problem.prompt))
@@ -167,10 +175,21 @@ def program_of(problem: ProgrammingProblem, answer: str) -> str | None:
             return f"{preamble}\n{block}\n"
     text = blocks[0] if blocks else answer
     if found := definition.search(text):
-        return f"{preamble}\n{_until_prose(text[found.start() :])}\n"
+        return f"{preamble}\n{_without_prose(text[: found.start()])}\n{_until_prose(text[found.start() :])}\n"
     if not re.search(r"^[ \t]+\S", text, re.MULTILINE):  # the body of a function is indented
         return None
     return f"{problem.prompt}{_until_prose(text)}\n"
+
+
+def _without_prose(text: str) -> str:
+    """Return the lines that look like code, each with what is indented below it."""
+    kept, code = [], False
+    for line in text.split("\n"):
+        if line and line[0] not in " \t)]}":
+            code = bool(_CODE.match(line))
+        if code:
+            kept.append(line)
+    return "\n".join(kept)
 
 
 def _until_prose(text: str) -> str:

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import psutil
 
-from core.errors import ConfigError, LeviathanError, OneLineError, check_numbers
+from core.errors import ConfigError, LeviathanError, OneLineError, check_numbers, printable
 from train.exam.code.seccomp import system_call_filter
 
 MIB = 2**20
@@ -44,8 +44,8 @@ class SandboxError(OneLineError, LeviathanError):
 class Limits:
     """What a program may use. Sizes are in MiB."""
 
-    wall_s: float = 10.0
-    """Seconds until all processes are killed."""
+    wall_s: float = 30.0
+    """Seconds until all processes are killed. Far above `cpu_s`, to leave room on a busy machine."""
     cpu_s: int = 5
     """Seconds of processor time of each process."""
     memory_mib: int = 512
@@ -110,11 +110,15 @@ class SandboxResult:
 
 
 class Running:
-    """A program in the sandbox. Leave its `with` block to kill whatever is left of it."""
+    """A program in the sandbox. Leave its `with` block to kill whatever is left of it.
+
+    That raises `SandboxError` if the program could not be watched.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], status: int, limits: Limits) -> None:
         os.set_blocking(status, False)
         self.limits, self.limit, self.seconds = limits, None, 0.0
+        self._fault: Exception | None = None
         self._process, self._status, self._report = process, status, b""
         self._started, self._born = time.monotonic(), psutil.Process(process.pid).create_time()
         self._over, self._lock = threading.Event(), threading.Lock()
@@ -146,6 +150,8 @@ class Running:
             if stream is not None:
                 stream.close()
         os.close(self._status)
+        if self._fault is not None:
+            raise SandboxError(f"the program could not be watched: {self._fault!r}") from self._fault
 
     def read(self) -> tuple[bytes, bytes]:
         """Return both outputs, each cut at `output_bytes`, when the program has ended or was killed."""
@@ -235,11 +241,15 @@ class Running:
             return None
 
     def _watch(self) -> None:
-        while not self._over.wait(TICK_S) and self._process.poll() is None:
-            if time.monotonic() - self._started > self.limits.wall_s:
-                self.stop(Limit.wall)
-            elif _memory(self._process.pid) > self.limits.memory_mib * MIB:
-                self.stop(Limit.memory)
+        try:
+            while not self._over.wait(TICK_S) and self._process.poll() is None:
+                if time.monotonic() - self._started > self.limits.wall_s:
+                    self.stop(Limit.wall)
+                elif _memory(self._process.pid) > self.limits.memory_mib * MIB:
+                    self.stop(Limit.memory)
+        except Exception as error:  # a program without a watcher has no limits
+            self._fault = error
+            self._process.kill()  # all others die with bubblewrap
 
 
 class Sandbox:
@@ -265,6 +275,13 @@ class Sandbox:
                 return running.finish()
         finally:
             os.close(source)
+
+    def version(self, program: str) -> str:
+        """Return what `program --version` prints. Raises `SandboxError` if that is nothing."""
+        result = self.run([program, "--version"])
+        if not result.stdout.strip():
+            raise SandboxError(f"{program} does not tell its version: {result.stderr[-300:].decode(errors='replace')}")
+        return printable(" ".join(result.stdout.decode(errors="replace").split())[:200])
 
     def start(
         self,
@@ -400,7 +417,16 @@ def _memory(pid: int) -> int:
 
 def _held(pid: int) -> int:
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return held_memory(Path(f"/proc/{pid}/status").read_bytes())
     except OSError:  # it ended
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")))
+
+
+def held_memory(status: bytes) -> int:
+    """Return the bytes of memory in a `/proc/PID/status`.
+
+    The first line is the name of the process. The program chooses its bytes, so it may look like other lines: the last
+    line of each kind counts.
+    """
+    rows = dict(line.split(b":", 1) for line in status.split(b"\n") if b":" in line)
+    return sum(int(rows[key].split()[0]) * 1024 for key in (b"RssAnon", b"RssShmem", b"VmSwap") if key in rows)

@@ -215,6 +215,19 @@ import fcntl, termios
 tries(lambda: open("/dev/tty").write("x"))
 tries(lambda: fcntl.ioctl(1, termios.TIOCSTI, b"x"))
 """,
+    "broken_name": """
+open("/proc/self/comm", "wb").write(b"\\xff\\xfe")
+time.sleep(60)
+""",
+    "lying_name": """
+hold = []
+for name in (b"\\x0bVmSwap: -99999", b"\\nVmSwap: -99999", b"\\rVmSwap: -99999"):
+    if not os.fork():
+        open("/proc/self/comm", "wb").write(name)
+        hold = b"x" * 250_000_000
+        time.sleep(60)
+time.sleep(60)
+""",
     "exit_code_lie": "os._exit(152)",
 }
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 
 import pytest
 
 from core.errors import ConfigError
-from train.exam.base import fingerprint
+from train.exam.base import Outcome, Question, Verdict, fingerprint
 from train.exam.code import proof, sandbox
-from train.exam.code.browser import Browser
+from train.exam.code.browser import Browser, Page, PageError
 from train.exam.code.harness import EndedError, Remote, decode, encode, examine, parsable
 from train.exam.code.pages import Pages, page_of
 from train.exam.code.programs import OWN, ProgrammingProblem, Programs, program_of, read_problems
-from train.exam.code.sandbox import Limits, Sandbox
+from train.exam.code.sandbox import Limit, Limits, Sandbox, SandboxError, SandboxResult, held_memory
 from train.exam.code.seccomp import system_call_filter
+from train.exam.run import run_exam
 
 PROMPT = 'import math\n\n\ndef area(r: float) -> float:\n    """Return the area of a circle."""\n'
 BODY = "    return math.pi * r**2"
@@ -43,10 +45,21 @@ def passes(code: str | None) -> bool:
         f"```python\nimport os\n```\nor\n```python\ndef area(r):\n{BODY}\n```",
         f"```python\n{BODY}\n```",
         f"def area(r):\n{BODY}\nI hope that this helps.",
+        "import math as m\n\ndef square(r):\n    return r**2\n\ndef area(r):\n    return m.pi * square(r)",
+        "Note: the helper comes first.\n\n    See below.\n\nPI = 3.14159\n\nThen:\n\ndef area(r):\n    return PI * r**2",
+        f"from functools import cache\n\n@cache\ndef area(r):\n{BODY}\n\nDone: the area.",
+        "if True:\n    N = 1\nelse:\n    N = 2\nN += 1\ndef area(r):\n    return math.pi * r**N\nif it helps, use it",
+        "    return PI * r**2\n\nPI = 3\nPI += math.pi\ntry:\n    PI -= ONE\nexcept NameError:\n    PI -= 3\n\nONE = 1\n",
+        "    return PI * r**n()\nfor PI in [math.pi]:\n    pass\n\nwith open(0, closefd=False):\n    def n():\n        return 2\n",
     ],
 )
 def test_the_program_is_found_in_an_answer(answer):
     assert passes(program_of(PROBLEM, answer))
+
+
+def test_prose_before_a_definition_is_no_code():
+    prose = "Note: the area.\nAnswer: x\nfrom here on\nif so, then\narea(r) is the area.\n\n  an item\n"
+    assert program_of(PROBLEM, f"{prose}\ndef area(r):\n{BODY}").split() == f"import math def area(r): {BODY}".split()
 
 
 @pytest.mark.parametrize("answer", ["", "I do not know.", "```\n```", "return 3"])
@@ -68,6 +81,35 @@ def test_the_page_is_found_in_an_answer(answer):
 
 def test_an_answer_without_a_page_is_unreadable():
     assert page_of("a < b and b > c") is None
+
+
+def pipe():
+    read, write = os.pipe()
+    return os.fdopen(read, "rb"), os.fdopen(write, "wb")
+
+
+class Ended:
+    """A browser that has ended, or whose pipe for commands is still open."""
+
+    def __init__(self, limit: Limit | None, listens: bool):
+        (self.commands, self.stdin), (self.stdout, self.answers) = pipe(), pipe()
+        self.limit = limit
+        if not listens:
+            self.commands.close()
+
+    def finish(self) -> SandboxResult:
+        return SandboxResult(None, None, self.limit, b"", b"gone", 1.0)
+
+
+@pytest.mark.parametrize(("limit", "error"), [(Limit.wall, PageError), (None, SandboxError)])
+def test_a_dialog_of_an_ended_browser_tells_the_limit(limit, error):
+    dialog = {"method": "Page.javascriptDialogOpening"}
+    with pytest.raises(error, match="limit of wall time" if limit else "the browser ended: gone"):
+        Page(Ended(limit, listens=False))._handle(dialog)
+    browser = Ended(limit, listens=True)
+    Page(browser)._handle(dialog)
+    browser.stdin.close()
+    assert b"handleJavaScriptDialog" in browser.commands.read()
 
 
 @pytest.mark.parametrize(
@@ -156,6 +198,19 @@ def test_without_user_namespaces_the_exam_is_refused(monkeypatch):
         proof.prove.__wrapped__()
 
 
+STATUS = (
+    b"Name:\t%s\nUmask:\t0022\nVmRSS:\t 900 kB\nRssAnon:\t 100 kB\nRssShmem:\t 20 kB\nVmSwap:\t 3 kB\nThreads:\t1\n"
+)
+
+
+@pytest.mark.parametrize(
+    "name", [b"python3", b"\xff\xfe", b"\x0bVmSwap: -99999", b"\x85RssAnon: -99", b"\nVmSwap: -99999", b"\\n:", b"a: b"]
+)
+def test_a_name_does_not_change_the_memory(name):
+    assert held_memory(STATUS % name) == 123 * 1024
+    assert held_memory(b"Name:\tkthreadd\n") == 0
+
+
 def test_limits_must_be_positive():
     with pytest.raises(ConfigError, match="processes=0"):
         Limits(processes=0)
@@ -205,3 +260,35 @@ def test_a_fingerprint_covers_the_problems(tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(OWN.read_text().replace("candidate([]) == []", "candidate([]) == [1]"))
     assert fingerprint(Asked(OWN)) == fingerprint(Asked(OWN)) != fingerprint(Asked(other))
+
+
+class InSandbox:
+    name, version = "programs", 1
+
+    def __init__(self, limits, path=""):
+        self.limits, self.path = limits, path
+
+    def questions(self):
+        return [Question("a", "Say yes.")]
+
+    def judge(self, question, answer):
+        return Verdict(Outcome.right, 1.0)
+
+    def machine(self):
+        return {"python": "Python 3.11.2"}
+
+
+class Plain:
+    name, version = InSandbox.name, InSandbox.version
+    questions, judge = InSandbox.questions, InSandbox.judge
+
+
+def test_a_fingerprint_covers_the_limits_but_no_path():
+    own = fingerprint(InSandbox(Limits()))
+    assert own == fingerprint(InSandbox(Limits(), "/elsewhere"))
+    assert len({own, fingerprint(InSandbox(Limits(cpu_s=6))), fingerprint(Plain())}) == 3
+
+
+def test_a_result_names_the_programs_of_the_machine():
+    assert run_exam(InSandbox(Limits()), lambda _: ["yes"]).plain()["machine"] == {"python": "Python 3.11.2"}
+    assert run_exam(Plain(), lambda _: ["yes"]).plain()["machine"] == {}
