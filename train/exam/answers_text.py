@@ -5,12 +5,16 @@ Only what follows the last "answer:", "answer is" or "\\boxed{" is read, if the 
 Accepted, in any case, with `$`, `\\(`, `\\frac{a}{b}` and the like of LaTeX:
 
 - No solution: "no solution", "no solutions", "no real solution(s)", "no (real) roots", "does not have a solution",
-  "has no solution", "inconsistent", "unsolvable", "the empty set", "∅", or nothing but "none".
+  "does not have (any) real solutions", "has no solution", "inconsistent", "unsolvable", "the empty set", "∅", or
+  nothing but "none". Complex roots may follow: "no real solution: x = 1 ± 2i".
 - Infinitely many: "infinitely many", "an infinite number", "infinite solutions", and a family without such words.
 - Values of a system: "x = 2, y = -1/3", "x=2 and y=-1/3", "y = -1/3; x = 2", "x = 4/2 = 2, ...", "(2, -1/3)",
-  "(x, y) = (2, -1/3)", "{(2, -1/3)}"; `[...]` and `⟨...⟩` as `(...)`. Tuples are in the order of the unknowns.
+  "(x, y) = (2, -1/3)", "{(2, -1/3)}", "x = 2 y = -1/3", "x = 2 \\text{ and } y = -1/3", "x = 2 \\quad y = -1/3";
+  `[...]` and `⟨...⟩` as `(...)`. Tuples are in the order of the unknowns.
 - A family: "x = 1 - t, y = t", "x = 1 - y" (an unknown without a value is free), "y = t, x = 1 - y", "(1 - s, s)",
-  "{(1-s, s)}", "(1, 0) + t(-1, 1)". Parameters have one letter, perhaps with digits after it (t, s1, λ, t_1).
+  "{(1-s, s)}", "(1, 0) + t(-1, 1)", "t(-1, 1) + (1, 0)", "(1, 0) + (-1, 1)t", "t = y, x = 1 - t",
+  "x = 1 - t, y = t (t ∈ R)", "x = 1 - t, y = t (t real)". Parameters have one letter, perhaps with digits after it (t,
+  s1, λ, t_1).
 - Roots of a quadratic in x: "x = 2 or x = 3", "x = 2, 3", "x1 = 2, x2 = 3", "x_1 = 2 and x_2 = 3", "x = 1 ± 2",
   "x ∈ {2, 3}", "2 and 3", "{2, 3}", "the roots are 2 and 3". Words after a value, as in "x = 3 (double root)", are
   ignored.
@@ -20,8 +24,9 @@ A number is whole, a decimal (which is exact: 0.33 is not 1/3) or a quotient. Ex
 products with a number without a sign (2t, 3(t - 1)), and parentheses. Not accepted: equations that are not solved
 ("x + y = 1"), powers, roots, mixed numbers ("1 1/2").
 
-A line break separates as a semicolon does. A text that says two things ("no solution, or x = 2", "x = 2 or x = 3" for a
-system) or negates a number of solutions ("not inconsistent") is unreadable.
+A line break separates as a semicolon does. Bullets are ignored. A dash or a number before a value is a bullet only if
+two lines have one: "- 12" is negative, and "45. Ana is 12" has two numbers. A text that says two things ("no solution,
+or x = 2", "x = 2 or x = 3" for a system) or negates a number of solutions ("not inconsistent") is unreadable.
 """
 
 from __future__ import annotations
@@ -75,7 +80,7 @@ class RootsAnswer:
 
 
 _NONE = re.compile(
-    r"(?:does not|doesn't|do not|don't) have (?:a|any)(?: real)? (?:solutions?|roots?)"
+    r"(?:does not|doesn't|do not|don't) have(?: an?| any)?(?: real)? (?:solutions?|roots?)\b"
     r"|\bno(?: real)? (?:solutions?|roots?)\b"
     r"|\binconsistent\b|\bunsolvable\b|\bempty ?set\b|∅|\A\W*none\W*\Z"
 )
@@ -85,6 +90,16 @@ _NEGATED = re.compile(
 )
 _ANSWER = re.compile(r"\banswer\s*(?::|\bis\b:?|=)|\\boxed\s*\{")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_FONT = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bb|bf|it|rm)|operatorname|mbox)\s*\{([^{}]*)\}")
+_EQUATION = r"[$*\\(]*[a-z](?:_?\{?\d+\}?)?\s*(?:=|∈|\\in\b)"
+_DASHES = re.compile(r"^[ \t]*-[ \t]+", re.MULTILINE)
+_NUMBERING = re.compile(r"^[ \t]*\d+[.)][ \t]+", re.MULTILINE)
+_SURE_BULLET = re.compile(
+    rf"^[ \t]*(?:[*•]|-(?=[ \t]+{_EQUATION})|\d+[.)](?=[ \t]+(?:{_EQUATION}|[$*\\]*[(\[{{⟨])))[ \t]+", re.MULTILINE
+)
+"""Of a single line: a dash before a number is a sign, and a number before a word is an answer."""
+_NO_ROOT = re.compile(r"\bdiscriminant\b|[\d)}√*±=+-]\s*i(?![^\W\d_])")
+"""Beside "no real solution", the discriminant and numbers with the imaginary unit are no roots."""
 _SIGNS = {
     "-": ("\N{MINUS SIGN}", "\N{EN DASH}"),
     "*": ("·", "\N{MULTIPLICATION SIGN}", "\\cdot", "\\times"),
@@ -96,33 +111,48 @@ _SIGNS = {
     "'": ("\N{RIGHT SINGLE QUOTATION MARK}",),
     "±": ("\\pm",),
     "∈": ("\\in",),
+    "√": ("\\sqrt",),
     "∅": ("\\emptyset", "\\varnothing"),
     "λ": ("\\lambda",),
     "μ": ("\\mu",),
     "^2": ("²",),
     "^3": ("³",),
     " 1/2": ("½",),
-    "; ": ("\\\\",),
-    " ": ("$", "**", "\\(", "\\)", "\\,", "\\quad", "\\text", "\\mathbb"),
+    "; ": ("\\\\", "\\quad", "\\qquad"),
+    "=": ("&=",),
+    " ": ("$", "**", "\\(", "\\)", "\\,", "\\;", "\\:", "\\!", "~"),
     "": ("\\left", "\\right"),
     **{str(digit): (sign,) for digit, sign in enumerate("₀₁₂₃₄₅₆₇₈₉")},
 }
 _REPLACED = {old: new for new, signs in _SIGNS.items() for old in signs}
-_AFTER_VALUE = ",;.:)}|?=\"'`→⇒"
+_AFTER_VALUE = ",;.:)}|?=\"'`→⇒∀"
+_REMARK = 12
+"""Tokens of a parenthesis in which a word makes it a remark."""
 _TOKEN = re.compile(r"\s*(?:(\d+(?:\.\d+)?|\.\d+)|([a-z\u03b1-\u03c9](?:_?\{?\d+\}?)?(?![^\W\d_]))|([^\W\d_]+)|(\S))")
 
 
-def final_part(text: str) -> str:
-    """Return what follows the last mark of a final answer, in lower case and without the commands of LaTeX."""
+def final_part(text: str, numbered: bool = True) -> str:
+    """Return what follows the last mark of a final answer, in lower case, without bullets and the commands of LaTeX.
+    `numbered`: "1." at the start of lines is a bullet too.
+    """
     text = text[-LONGEST:].lower()
     marks = list(_ANSWER.finditer(text))
     text = text[marks[-1].end() :] if marks else text
-    text = re.sub(r"\n+", "; ", re.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", text.strip(), flags=re.MULTILINE))
-    while (plain := _FRACTION.sub(r"((\1)/(\2))", text)) != text:
+    text = _without_bullets(text.strip(), numbered)
+    text = re.sub(r"\n+", "; ", text)
+    while (plain := _FRACTION.sub(r"((\1)/(\2))", _FONT.sub(r" \1 ", text))) != text:
         text = plain
     for old in sorted(_REPLACED, key=len, reverse=True):
         text = text.replace(old, _REPLACED[old])
     return text.replace("\\", " ")
+
+
+def _without_bullets(text: str, numbered: bool) -> str:
+    """Remove bullets. Dashes and numbers are bullets if two lines have one; else they may belong to the answer."""
+    for pattern in (_DASHES, _NUMBERING) if numbered else (_DASHES,):
+        if len(pattern.findall(text)) > 1:
+            text = pattern.sub("", text)
+    return _SURE_BULLET.sub("", text) if numbered else text
 
 
 def claim(text: str) -> Claim:
@@ -144,7 +174,10 @@ def read_system(text: str, unknowns: Sequence[str]) -> SystemAnswer:
     text = final_part(text)
     said = claim(text)
     scanner = Scanner(text, unknowns)
-    values = _joined([(name, value) for name, value in scanner.assignments() if name in unknowns])
+    assignments = scanner.assignments()
+    values = _joined([(name, value) for name, value in assignments if name in unknowns])
+    if values:
+        values = _defined(assignments, unknowns) | values
     label = tuple(map(variable, unknowns))  # (x, y) = ...
     points = [point for point in scanner.tuples() if point != label]
     if values:
@@ -160,6 +193,8 @@ def read_roots(text: str, unknown: str = "x") -> RootsAnswer:
     """Read the answer to a quadratic equation. Raises `UnreadableAnswer`."""
     text = final_part(text)
     said = claim(text)
+    if said is Claim.none:  # "no real solution: x = 1 ± 2i"
+        text = "; ".join(one for one in re.split(r"[,;:]|\b(?:or|and)\b", text) if not _NO_ROOT.search(one))
     roots = dict.fromkeys(
         root for signs in "+-" for root in _roots(Scanner(text.replace("±", signs), [unknown]), unknown)
     )
@@ -172,7 +207,7 @@ def read_roots(text: str, unknown: str = "x") -> RootsAnswer:
 
 def read_number(text: str) -> Fraction:
     """Read the only number of the answer, or the one after the last "=". Raises `UnreadableAnswer`."""
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", final_part(text)).rpartition("=")[2]
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", final_part(text, numbered=False)).rpartition("=")[2]
     words = "|".join(WORDS)
     found = re.findall(rf"(?<![\w.])(-?\s*(?:\d+(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+(?![.\d]))?)|\b({words})\b", text)
     numbers = {Fraction(WORDS.index(word)) if word else _fraction(digits) for digits, word in found}
@@ -196,6 +231,15 @@ def _joined(assignments: list[tuple[str, LinearExpression]]) -> dict[str, Linear
         if before != value and (before.is_constant or not value.is_constant):
             raise UnreadableAnswer(f"gives different values of {name}")
         found[name] = value
+    return found
+
+
+def _defined(assignments: list[tuple[str, LinearExpression]], unknowns: Sequence[str]) -> dict[str, LinearExpression]:
+    """Return the unknowns by which parameters are defined: "t = y/2" gives y = 2t."""
+    found = {}
+    for name, value in assignments:
+        if name not in unknowns and len(value.terms) == 1 and (unknown := next(iter(value.terms))) in unknowns:
+            found[unknown] = (variable(name) + LinearExpression(-value.constant)).times(1 / value.terms[unknown])
     return found
 
 
@@ -228,7 +272,9 @@ class Scanner:
     """The tokens of a text, and what can be read from them: numbers, names of one letter, words and signs."""
 
     def __init__(self, text: str, unknowns: Sequence[str]) -> None:
-        self.tokens = [match.groups() for match in _TOKEN.finditer(text)]
+        matches = list(_TOKEN.finditer(text))
+        self.tokens = [match.groups() for match in matches]
+        self.spaced = [match[0][0].isspace() for match in matches]
         self.unknowns = unknowns
 
     def _is(self, at: int, signs: str) -> bool:
@@ -242,22 +288,32 @@ class Scanner:
         """Return each NAME = EXPRESSION, the last expression of a chain NAME = A = B. `lists`: with the further values
         of NAME = A, B or C.
         """
-        found = []
+        found, end = [], 0
         for at in range(len(self.tokens)):
             name = self._name(at)
-            if name is None or not self._is(at + 1, "=∈") or (at and self._belongs(at - 1)):
+            if name is None or not self._is(at + 1, "=∈") or (at and at != end and self._belongs(at - 1)):
                 continue
+            if self._is(at + 1, "∈") and self._name(at + 2) is not None:
+                continue  # "t ∈ R"
+            if at and at == end and self._is(at - 2, "+-") and not self._is(at - 3, "="):
+                raise UnreadableAnswer('"x = 1 - 2 y = 3" can be read in two ways')
             value, end = self._chain(at + 2 + (lists and self._is(at + 2, "{")))
             if value is None:
+                end = 0
                 continue
             found.append((name, value))
             while lists and self._is_separator(end):
-                value, after = self._expression(end + 1)
+                value, after = self._expression(self._after_separators(end))
                 if value is None or self._is(after, "=") or not value.is_constant:
                     break
                 found.append((name, value))
                 end = after
         return found
+
+    def _after_separators(self, at: int) -> int:
+        while self._is_separator(at):
+            at += 1
+        return at
 
     def _belongs(self, at: int) -> bool:
         """Return whether the token makes the name after it a part of an expression: "2x = 4" gives no x."""
@@ -274,35 +330,67 @@ class Scanner:
             value, end = self._expression(end + 1)
         if value is not None and end < len(self.tokens):
             number, _, _, sign = self.tokens[end]
-            is_remark = sign == "(" and end + 1 < len(self.tokens) and self.tokens[end + 1][2] is not None
-            if number or (sign and sign not in _AFTER_VALUE and not is_remark):
+            if number or (sign and sign not in _AFTER_VALUE and not self._is_remark(end)):
                 raise UnreadableAnswer(f"a value is followed by {number or sign!r}")
         return value, end
 
+    def _is_remark(self, at: int) -> bool:
+        """Return whether a parenthesis with words or a domain follows: (checked), (t real), (t ∈ R)."""
+        if not self._is(at, "("):
+            return False
+        for place in range(at + 1, min(at + 1 + _REMARK, len(self.tokens))):
+            if self.tokens[place][2] is not None or self._is(place, "∈"):
+                return True
+            if self._is(place, ")"):
+                return False
+        return False
+
     def tuples(self) -> list[Point]:
-        """Return each (A, B, ...) with as many expressions as unknowns, plus multiples of such tuples."""
+        """Return each (A, B, ...) with as many expressions as unknowns, and each sum of multiples of such tuples."""
         found, at = [], 0
         while at < len(self.tokens):
             point, end = self._vector(at)
             if point is not None:
+                if at and self._is(at - 1, ")*/^√"):
+                    raise UnreadableAnswer(f"a tuple follows {self.tokens[at - 1][3]!r}")
                 found.append(point)
             at = max(end, at + 1) if point is not None else at + 1
         return found
 
     def _vector(self, at: int) -> tuple[Point | None, int]:
-        total, at = self._tuple(at)
+        if self._is(at, "+-") and self._is(at + 1, "(") and self.spaced[at + 1]:
+            return None, at  # a dash before a tuple
+        total, at = self._multiple(at)
         while total is not None and self._is(at, "+-"):
-            factor, after = self._sign_and_factor(at)
-            more, end = self._tuple(after)
-            if more is None or not all(one.is_constant for one in more):
+            more, end = self._multiple(at)
+            if more is None:
                 raise UnreadableAnswer("a tuple is followed by something else")
-            total = tuple(a + factor.times(b.constant) for a, b in zip(total, more, strict=True))
-            at = end
+            total, at = tuple(a + b for a, b in zip(total, more, strict=True)), end
         return total, at
 
+    def _multiple(self, at: int) -> tuple[Point | None, int]:
+        """Read a tuple, perhaps with a sign, a number and a parameter before it, or a parameter after it."""
+        factor, end = self._sign_and_factor(at)
+        point, end = self._tuple(end)
+        if point is None:
+            return None, at
+        after = end + self._is(end, "*")
+        is_article = after == end and self.spaced[end : end + 1] == [True] and self._name(end) == "a"
+        if (name := self._name(after)) is not None and not self._is(after + 1, "=∈") and not is_article:
+            if not factor.is_constant:
+                raise UnreadableAnswer("has a product of two unknown numbers")
+            factor, end = variable(name).times(factor.constant), after + 1
+        if self._is(end, "*/^"):
+            raise UnreadableAnswer("a tuple is followed by something else")
+        if factor.is_constant:
+            return tuple(one.times(factor.constant) for one in point), end
+        if not all(one.is_constant for one in point):
+            raise UnreadableAnswer("has a product of two unknown numbers")
+        return tuple(factor.times(one.constant) for one in point), end
+
     def _sign_and_factor(self, at: int) -> tuple[LinearExpression, int]:
-        sign = Fraction(-1 if self._is(at, "-") else 1)
-        factor, at = LinearExpression(sign), at + 1
+        factor = LinearExpression(Fraction(-1 if self._is(at, "-") else 1))
+        at += self._is(at, "+-")
         if at < len(self.tokens) and self.tokens[at][0] is not None:
             factor, at = factor.times(_fraction(self.tokens[at][0])), at + 1
         if (name := self._name(at)) is not None:
@@ -310,7 +398,7 @@ class Scanner:
         return factor, at + self._is(at, "*")
 
     def _tuple(self, at: int) -> tuple[Point | None, int]:
-        if not self._is(at, "("):
+        if not self._is(at, "(") or self._is_remark(at):
             return None, at
         parts: list[LinearExpression] = []
         while len(parts) < len(self.unknowns):
@@ -378,8 +466,11 @@ class Scanner:
         return None, at
 
     def _is_product(self, at: int) -> bool:
-        """Return whether a factor without a sign follows: a name that begins no equation, or a parenthesis."""
-        return (self._name(at) is not None and not self._is(at + 1, "=∈")) or self._is(at, "(")
+        """Return whether a factor without a sign follows: a parenthesis, or a name that begins no equation. In
+        "x = 2y = 4" it begins none, in "x = 2 y = 4" it does.
+        """
+        begins = self._is(at + 1, "=∈") and self.spaced[at]
+        return (self._name(at) is not None and not begins) or self._is(at, "(")
 
     def _factor(self, at: int, depth: int) -> tuple[LinearExpression | None, int]:
         if at >= len(self.tokens) or depth > DEPTH:
@@ -388,7 +479,7 @@ class Scanner:
             return LinearExpression(_fraction(number)), at + 1
         if (name := self._name(at)) is not None:
             return variable(name), at + 1
-        if self._is(at, "("):
+        if self._is(at, "(") and not self._is_remark(at):
             value, end = self._expression(at + 1, depth + 1)
             if value is not None and self._is(end, ")"):
                 return value, end + 1

@@ -24,8 +24,11 @@ FACTS: dict[str, tuple[str, ...]] = {
         "Ontario|Lake Ontario",
     ),
     "prime numbers below 10": ("2|two", "3|three", "5|five", "7|seven"),
-    "kinds of chess pieces": ("king", "queen", "rook|castle", "bishop", "knight", "pawn"),
-    "suits of French playing cards": ("hearts", "diamonds", "clubs", "spades"),
-    "cardinal directions": ("north", "east", "south", "west"),
+    "kinds of chess pieces": (
+        *("king|kings", "queen|queens", "rook|castle|rooks|castles", "bishop|bishops", "knight|knights"),
+        "pawn|pawns",
+    ),
+    "suits of French playing cards": ("hearts|heart", "diamonds|diamond", "clubs|club", "spades|spade"),
+    "cardinal directions": ("north|N", "east|E", "south|S", "west|W"),
 }
 """Each list with its items. `|` separates the spellings of an item."""

@@ -39,7 +39,8 @@ class MultipleChoice:
     the right choice, from 0) and perhaps `id`.
 
     Right is an answer that begins with the letter ("B", "(b)", "B. Paris", "Answer: B", "The answer is B") or is the
-    text of the choice. An answer with another letter or choice is wrong, and any other unreadable.
+    text of the choice. An answer with another letter or choice is wrong. Any other is unreadable, also one that goes on
+    with another choice ("A, B", "A. Rome B. Paris").
     """
 
     path: str = ""
@@ -48,7 +49,7 @@ class MultipleChoice:
     """Ask only the first questions; null: all."""
 
     name: ClassVar[str] = "multiple_choice"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("number",))
@@ -80,9 +81,11 @@ class ShortLists:
     """Questions whose answer is a complete list, from a jsonl file whose lines have `question`, `items` and perhaps
     `optional` (which may be there or not) and `id`. An item is a text, or a list of its spellings.
 
-    Items are separated by line breaks, or else by commas, semicolons and "and"; bullets, numbers, articles, case,
-    accents and what follows in parentheses or after a dash are ignored. A list is right if it has all items and nothing
-    else, in any order; any other scores the harmonic mean (F1) of the figures `precision` and `recall`.
+    Items are separated by line breaks or numbers ("1. Cuba 2. Haiti"), or else by commas, semicolons and "and".
+    Bullets, numbers, articles, case, accents and what follows in parentheses or after a dash are ignored. Two spellings
+    of an item are one item ("autumn or fall"). The first or last word of an item may be plural ("Southern oceans"). A
+    list is right if it has all items and nothing else, in any order; any other scores the harmonic mean (F1) of the
+    figures `precision` and `recall`.
     """
 
     path: str = ""
@@ -91,7 +94,7 @@ class ShortLists:
     """Ask only the first questions; null: all."""
 
     name: ClassVar[str] = "short_lists"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("number",))
@@ -130,7 +133,7 @@ class FactLists:
     """Solved examples before each question, which are other lists."""
 
     name: ClassVar[str] = "fact_lists"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("number",), not_negative=("shots",))
@@ -164,7 +167,7 @@ class FactChoices:
     """Solved examples before each question."""
 
     name: ClassVar[str] = "fact_choices"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("number",), not_negative=("shots",))
@@ -222,27 +225,44 @@ def judge_choice(question: Question, answer: str) -> Verdict:
     choices, right = question.reference
     said = re.sub(r"\A.*\banswer\s*(?:is|:)\s*:?", "", answer.strip(), flags=re.IGNORECASE | re.DOTALL).strip()
     letter = re.match(r"[(\[*]*([A-Za-z])(?:[)\].:,*]+(?:\s|\Z)|\Z)", said)
-    texts = [place for place, one in enumerate(choices) if normalised(one) == normalised(said)]
+    is_a = letter and letter[1] in "Aa"  # no article, which `normalised` would remove: "A. Rome" is not "Rome"
+    texts = [place for place, one in enumerate(choices) if not is_a and normalised(one) == normalised(said)]
     if texts:
         chosen = texts[0]
     elif letter and (chosen := ascii_uppercase.index(letter[1].upper())) < len(choices):
-        others = re.findall(r"(?<!\w)[(\[]?([A-Z])[)\]]", said[letter.end() :])
-        if any(other != letter[1].upper() for other in others):
+        if _other_choices(said[letter.end() :], choices, chosen):
             return Verdict(Outcome.unreadable, 0, "names several choices")
-        rest = normalised(said[letter.end() :])
-        if any(rest == normalised(one) for place, one in enumerate(choices) if place != chosen):
-            return Verdict(Outcome.unreadable, 0, "the letter of one choice with the text of another")
     else:
         return Verdict(Outcome.unreadable, 0, "names no choice")
     is_right = chosen == right
     return Verdict(Outcome.right, 1) if is_right else Verdict(Outcome.wrong, 0, f"chose {ascii_uppercase[chosen]}")
 
 
+def _other_choices(rest: str, choices: Sequence[str], chosen: int) -> set[int]:
+    """Return the other choices that `rest`, what follows the letter of a choice, names by their letter or text.
+
+    A letter is one before a parenthesis, a sign or the end, or alone between commas. That leaves out the words "a" and
+    "I", and the letters in the text of the chosen choice.
+    """
+    rest = re.sub(rf"(?<!\w){re.escape(choices[chosen])}(?!\w)", " ", rest, flags=re.IGNORECASE)
+    parts = [rest, *re.split(r"[,;/\n]|\b(?:and|or)\b", rest)]
+    texts = set(map(normalised, parts))
+    letters = re.findall(r"(?<![^\s(\[*,;/])([a-z])(?:[)\]]|[.:,;*]+(?!\w)|\s*\Z)", rest, re.IGNORECASE)
+    said = {ascii_uppercase.find(one.upper()) for one in (*letters, *(part.strip() for part in parts)) if len(one) == 1}
+    return {
+        place
+        for place, one in enumerate(choices)
+        if place != chosen and (place in said or (normalised(one) or one) in texts)
+    }
+
+
 def judge_list(reference: ListReference, answer: str) -> Verdict:
     """Judge a list of items by its precision and recall."""
-    place = {normalised(text): i for i, one in enumerate(reference.items) for text in one}
-    allowed = {normalised(text) for one in reference.optional for text in one}
-    found = list_items(answer, place.keys() | allowed)
+    every = (*reference.items, *reference.optional)
+    known = {normalised(text): i for i, one in enumerate(every) for text in one}
+    place = {text: i for text, i in known.items() if i < len(reference.items)}
+    allowed = known.keys() - place.keys()
+    found = list_items(answer, known)
     if not found:
         return Verdict(Outcome.unreadable, 0, "lists nothing", {"precision": 0, "recall": 0})
     hits = {place[one] for one in found if one in place}
@@ -258,11 +278,14 @@ def judge_list(reference: ListReference, answer: str) -> Verdict:
     return Verdict(Outcome.partly if hits else Outcome.wrong, score, note, figures)
 
 
-def list_items(text: str, known: Mapping[str, Any] | set[str] | frozenset[str] = frozenset()) -> list[str]:
-    """Split an answer into normalised items, each once. A part that is `known` as a whole is not split further."""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
+def list_items(text: str, known: Mapping[str, int] | None = None) -> list[str]:
+    """Split an answer into normalised items, each once. `known`: the item of each spelling; a part that is one as a
+    whole is not split further.
+    """
+    known = known or {}
+    lines = [line for line in _numbers_on_lines(text.strip()).splitlines() if line.strip()]
     bulleted = [re.sub(r"\A\s*(?:[-*•·]\s*|\(?\d+[.)]\s+)", "", line) for line in lines]
-    if len(lines) > 1 and normalised(lines[0]) not in known and re.search(r":\W*\Z", lines[0]):
+    if len(lines) > 1 and normalised(lines[0]) not in known and re.search(r"(?::|\b(?:are|is))\W*\Z", lines[0]):
         bulleted = bulleted[1:]  # "The planets are:"
     parts: list[str] = []
     for line in bulleted:
@@ -270,14 +293,38 @@ def list_items(text: str, known: Mapping[str, Any] | set[str] | frozenset[str] =
             line = line.partition(":")[0]  # "Mercury: the smallest"
         elif normalised(line) not in known:
             line = re.sub(r"\A[^,;]*?(?:\b(?:are|is|include)\b:?|:)\s+(?=\S)", "", line)
-        parts += [line] if normalised(line) in known else re.split(r"[,;]", line)
+        parts += [line] if normalised(line) in known else re.split(r"[,;](?!\s*or\s)", line)
     found: dict[str, None] = {}
     for part in parts:
         whole = re.sub(r"\A\s*(?:and|&)\s+", "", part)
-        for one in [whole] if normalised(whole) in known else re.split(r"\s(?:and|&)\s", whole):
-            if name := normalised(one):
+        for one in [whole] if _known_spelling(whole, known) in known else re.split(r"\s(?:and|&)\s", whole):
+            if name := _known_spelling(one, known):
                 found[name] = None
     return list(found)
+
+
+def _numbers_on_lines(text: str) -> str:
+    """Break the line before each of the numbers "1." "2." ... or "1)" "2)" ..., if these are all such numbers."""
+    pattern = re.compile(r"(?<!\S)\(?(\d{1,4})[.)]\s")
+    numbers = [int(one) for one in pattern.findall(text)]
+    is_numbered = len(numbers) > 1 and numbers == list(range(1, len(numbers) + 1))
+    return pattern.sub(r"\n\g<0>", text) if is_numbered else text
+
+
+def _known_spelling(text: str, known: Mapping[str, int]) -> str:
+    """Return the normalised text, or the known spelling that it stands for: "autumn or fall" is one item, and "Southern
+    oceans" is the Southern Ocean. A single word has no plural, which would make "Mar" Mars.
+    """
+    name = normalised(text)
+    if name in known:
+        return name
+    parts = re.split(r"/|\bor\b", text)
+    either = [_known_spelling(one, known) for one in parts] if len(parts) > 1 else [name]
+    if len(either) > 1 and len({known.get(one) for one in either}) == 1 and either[0] in known:
+        return either[0]
+    first, *middle, last = name.split() if " " in name else ("", "")
+    singular = [" ".join([first.removesuffix("s"), *middle, last]), " ".join([first, *middle, last.removesuffix("s")])]
+    return next((one for one in singular if one in known), name)
 
 
 def normalised(text: str) -> str:

@@ -64,7 +64,7 @@ class LinearSystems(Generated):
     """2 or 3."""
 
     name: ClassVar[str] = "linear_systems"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,7 +226,7 @@ class Quadratics(Generated):
     """
 
     name: ClassVar[str] = "quadratics"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def questions(self) -> Sequence[Question]:
         before = []
@@ -274,7 +274,7 @@ class WordProblems(Generated):
     """Problems in words whose answer is one number: purchases, ages, distances, shares and two kinds of tickets."""
 
     name: ClassVar[str] = "word_problems"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     def questions(self) -> Sequence[Question]:
         before = "".join(

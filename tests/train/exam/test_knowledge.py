@@ -33,10 +33,53 @@ def test_every_form_of_a_choice_is_read(tmp_path):
     assert question.prompt == "Capital of France?\nA. Rome\nB. Paris\nC. Élysée\nAnswer:"
     for answer in (" B", "b", "(B)", "B.", "B. Paris", "B) Paris", "**B**", "Paris", "paris.", "The answer is B."):
         assert exam.judge(question, answer).outcome is Outcome.right, answer
+    for answer in (
+        "B. It is a city.",
+        "B, I think",
+        "B. Paris, a city",
+        "B. Paris, or Paris",
+        "b) paris. I am sure",
+        "B, b",
+    ):
+        assert exam.judge(question, answer).outcome is Outcome.right, answer
     for answer in ("A", "(C)", "elysee", "Answer: A", "Rome"):
         assert exam.judge(question, answer).outcome is Outcome.wrong, answer
-    for answer in ("", "D", "Berlin", "A country", "A) or (B)", "B. Rome", "Bordeaux"):
+    for answer in ("", "D", "Berlin", "A country", "A) or (B)", "B. Rome", "A. Paris", "Bordeaux"):
         assert exam.judge(question, answer).outcome is Outcome.unreadable, answer
+    for answer in (
+        "B, A, C",
+        "B, A",
+        "b, a, c",
+        "B. Paris A. Rome",
+        "B. Paris, or A. Rome",
+        "B. A.",
+        "B: A",
+        "B, A or C",
+    ):
+        assert exam.judge(question, answer).outcome is Outcome.unreadable, answer
+    for answer in ("B. Paris, Rome", "B. Paris or Rome", "**B** **C**", "(B) (A)", "B. a", "B. Paris b) A)"):
+        assert exam.judge(question, answer).outcome is Outcome.unreadable, answer
+
+
+def test_a_letter_in_the_text_of_a_choice_is_no_choice(tmp_path):
+    record = {"question": "Which?", "choices": ["vitamin C", "Washington D.C.", "3, 4 and B", "Who am I"], "answer": 0}
+    exam = MultipleChoice(written(tmp_path / "a.jsonl", [record]))
+    (question,) = exam.questions()
+    for answer, outcome in (
+        *(
+            ("A. Vitamin C", "right"),
+            ("A. vitamin C.", "right"),
+            ("A, vitamin C, not sugar", "right"),
+            ("A. 20 °C.", "right"),
+        ),
+        *(("B. Washington D.C.", "wrong"), ("C. 3, 4 and B", "wrong"), ("A. Washington D.C.", "unreadable")),
+        *(
+            ("A. Vitamin C, C", "unreadable"),
+            ("A. Vitamin D.", "unreadable"),
+            ("A. Vitamin C B. Washington", "unreadable"),
+        ),
+    ):
+        assert exam.judge(question, answer).outcome.name == outcome, answer
 
 
 def test_every_form_of_a_list_is_read(tmp_path):
@@ -46,6 +89,8 @@ def test_every_form_of_a_list_is_read(tmp_path):
         *("Cuba, the Bahamas, Trinidad and Tobago", "Trinidad, Cuba and Bahamas.", "- Bahamas\n- Trinidad\n- CUBA"),
         *("1. Cuba (the largest)\n2. Trinidad and Tobago\n3) Bahamas", "The islands are: Cuba, Bahamas, and Trinidad"),
         *("The islands are:\n* **Cuba**\n* Bahamas: small\n* Trinidad - south", "Haiti; Cuba; Bahamas & Trinidad"),
+        *("1. Cuba 2. Trinidad and Tobago 3. Bahamas", "The islands are 1) Cuba, 2) Bahamas and 3) Trinidad."),
+        *("Cuba, Trinidad or Trinidad and Tobago, Bahamas", "Cuba, Bahamas, Trinidad, or Trinidad and Tobago"),
         *("Cuba, cuba, Bahamas, Trinidad", "Cuba, Trinidad and Tobago, and the Bahamas"),
     ):
         found = exam.judge(question, answer)
@@ -56,6 +101,13 @@ def test_every_form_of_a_list_is_read(tmp_path):
     assert exam.judge(question, "Iceland, Rome").outcome is Outcome.wrong
     assert exam.judge(question, "Haiti").score == 0, "what is optional is no answer"
     assert exam.judge(question, " \n").outcome is Outcome.unreadable
+    for answer in (
+        "1. Cuba 3. Bahamas",
+        "Cuba or Bahamas, Trinidad",
+        "Cuba, or Bahamas, Trinidad",
+        "Cubas, Bahamas, Trinidad",
+    ):
+        assert exam.judge(question, answer).score < 1, answer
     assert list_items("a, a thing and A; (b)") == ["a", "thing"]
 
 
@@ -75,6 +127,52 @@ def test_facts_are_right_and_other_facts_wrong():
         assert [choices.judge(question, "ABCD"[i]).score for i in range(4)] == [i == right for i in range(4)]
         assert [choices.judge(question, text).score for text in texts] == [i == right for i in range(4)]
     assert {one.reference[1] for one in choices.questions()} == {0, 1, 2, 3}
+
+
+WRITTEN = {
+    "planets of the Solar System": [
+        "1. Mercury 2. Venus 3. Earth 4. Mars 5. Jupiter 6. Saturn 7. Uranus 8. Neptune",
+        "The planets are: 1) Mercury, 2) Venus, 3) Earth, 4) Mars, 5) Jupiter, 6) Saturn, 7) Uranus and 8) Neptune",
+    ],
+    "five oceans": [
+        "Atlantic, Pacific, Indian, Arctic and Southern oceans",
+        "The Atlantic, Pacific, Indian, Arctic, and Southern or Antarctic Oceans.",
+    ],
+    "Great Lakes of North America": ["Lakes Superior, Michigan, Huron, Erie and Ontario"],
+    "seasons of the year": [
+        *("spring, summer, autumn or fall, winter", "Spring, summer, fall/autumn, and winter"),
+        "spring, summer, autumn, or fall, and winter",
+    ],
+    "prime numbers below 10": ["1. 2 2. 3 3. 5 4. 7", "1) two 2) three 3) five 4) seven", "2, 3, 5, 7."],
+    "kinds of chess pieces": ["kings, queens, rooks, bishops, knights, pawns"],
+    "suits of French playing cards": ["heart, diamond, club, spade"],
+    "cardinal directions": ["N, E, S, W"],
+}
+AMISS = {
+    "planets of the Solar System": ["1. Mercury 2. Venus 3. Earth 4. Mar 5. Jupiter 6. Saturn 7. Uranus 8. Neptune"],
+    "five oceans": [
+        "Atlantic, Pacific, Indian, Arctic and Southern seas",
+        "Atlantic, Pacific, Indian, Arctic or Southern",
+    ],
+    "seasons of the year": [
+        "spring, summer or autumn, winter",
+        "spring, summer/winter, fall",
+        "spring, summer, winter or snow",
+    ],
+    "prime numbers below 10": ["1. 2 2. 3 3. 5 4. 9", "2. 3. 5. 7. 9.", "1, 2, 3, 5, 7"],
+    "kinds of chess pieces": ["kings, queens, rooks, bishops, knights, horses"],
+}
+
+
+def test_lists_as_people_write_them():
+    asked = dict(zip(FACTS, FactLists().questions(), strict=True))
+    for title, answers in WRITTEN.items():
+        for answer in answers:
+            found = FactLists().judge(asked[title], answer)
+            assert found.score == 1, (answer, found)
+    for title, answers in AMISS.items():
+        for answer in answers:
+            assert FactLists().judge(asked[title], answer).score < 1, answer
 
 
 GOOD = CHOICES[0]

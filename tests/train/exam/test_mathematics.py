@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 from train.exam import answers_text, mathematics
-from train.exam.answers_text import UnreadableAnswer, read_number, read_roots, read_system
+from train.exam.answers_text import Claim, RootsAnswer, UnreadableAnswer, read_number, read_roots, read_system
 from train.exam.base import Outcome, Question
 from train.exam.linear import LinearExpression, LinearSystem, signed_sum
 from train.exam.mathematics import LinearSystems, Quadratics, WordProblems, solution_text
@@ -29,10 +29,23 @@ RIGHT = {
         *("x = 2, y = -1/3", " x=2 and y=-1/3.", "y = -1/3; x = 2", "(2, -1/3)", "(x, y) = (2, -1/3)", "{(2, -1/3)}"),
         *("x = 4/2 = 2\ny = (1 - 2)/3", "Adding, 2x = 4, so x = 2, then y = -1/3", "[2, -2/6]", "X = 2.0, Y = -1/3"),
         *("y = 7? No. The answer is x = 2, y = -1/3", r"\boxed{(2, -\frac{1}{3})}", r"$x = 2$, $y = -\frac{1}{3}$"),
+        *(
+            r"$x = 2 \text{ and } y = -1/3$",
+            r"x = 2 \quad y = -1/3",
+            "x = 2 y = -1/3",
+            r"x = 2, \qquad y = \tfrac{-1}{3}",
+        ),
+        *(
+            r"\begin{aligned} x &= 2 \\ y &= -1/3 \end{aligned}",
+            "- x = 2, y = -1/3",
+            "1) x = 2, y = -1/3",
+            "- (2, -1/3)",
+        ),
         *("- x = 2\n- y = \N{MINUS SIGN}1/3", "the unique solution is x = 2 (checked) and y = -1/3"),
     ],
     NONE: [
         *("no solution", "No solutions.", "The system is inconsistent.", "it has no solution", "∅", "None."),
+        *("it does not have real solutions", "doesn't have any solutions", r"\text{no solution}"),
         *("it does not have a solution", "there are no real solutions", "Answer: no solution", r"$\emptyset$"),
     ],
     MANY: [
@@ -44,19 +57,38 @@ RIGHT = {
             "x = (2 - 3c)/2; y = 3c/2",
         ),
         *("not unique: infinitely many, y is free and x = 1 - y", "x = 1 - (a + b), y = a + b"),
+        *(
+            "(1,0)+(-1,1)t",
+            "(1, 0) + (-1, 1) t where t is real",
+            "t(-1,1)+(1,0)",
+            "-2t*(1, -1) + (1, 0)",
+            "t = y, x = 1 - t",
+        ),
+        *("t = y/2, x = 1 - 2t", "x = 1 - t, y = t, where t = y", "x = 1 - y, y ∈ R", "x = 1 - t, y = t (t ∈ R)"),
+        *(r"x = 1 - t, y = t (t \in \mathbb{R})", "x = 1 - t, y = t (t real)", "x = 1 - t, y = t (t a real number)"),
         *("infinitely many: (t, 1 - t), that is x = s and y = 1 - s", "x = 1 - t where t is any number, y = t"),
     ],
     LINE: ["x = 2 - t, y = 1, z = t", "(s, 1, 2 - s)", "x = 2 - z, y = 1", "(1, 1, 1) + t(1, 0, -1)"],
     PLANE: ["x = 3 - y - z", "(3 - s - t, s, t)", "(3, 0, 0) + a(-1, 1, 0) + b(-1, 0, 1)", "z = 3 - x - y"],
 }
 WRONG = {
-    ONE: ["x = 2, y = -0.33", "(-1/3, 2)", "no solution", "infinitely many", "x = 2", "x = 2, y = t", "(2, 1/3)"],
+    ONE: [
+        *("x = 2, y = -0.33", "(-1/3, 2)", "no solution", "infinitely many", "x = 2", "x = 2, y = t", "(2, 1/3)"),
+        *(r"x = 2 \quad y = 1/3", "x = 2 y = 3", "x = 2y = -1/3", "-(2, -1/3)", "(2, -1/3)t", "t(2, -1/3)"),
+    ],
     NONE: ["x = 1, y = 0", "x = 1 - t, y = t", "infinitely many solutions"],
     MANY: [
         *("x = 1, y = 0", "x = s, y = t", "x = t - t + 1, y = 0 t", "infinitely many: x = 0, y = 1"),  # dimension
         *("x = 2 - t, y = t", "{(1/2 - s, s)}", "(1, 1) + t(-1, 1)", "y = 2 - x", "x = -y"),  # point
         *("x = 1 + t, y = t", "{(1 - s, 2s)}", "(1, 0) + t(1, 1)", "y = 1 + x", "x = 1 - 2y"),  # direction
-        *("no solution", "(1 - t, t) or (1 + t, t)"),
+        *(
+            "no solution",
+            "(1 - t, t) or (1 + t, t)",
+            "t = -y, x = 1 - t",
+            "t = y, x = 1 - 2t",
+            "x = 1 + t, y = t (t real)",
+        ),
+        *("(1,0)+(1,1)t", "t(1,1)+(1,0)", "t(-1,1)-(1,0)"),
     ],
     LINE: ["x = 2 - t, y = s, z = t", "x = 2 - t, y = 2, z = t", "(1, 1, 1)", "x = 2 + z, y = 1"],
     PLANE: ["x = 3 - t, y = t, z = 0", "(3 - s - t, s, 2t)", "(4, 0, 0) + a(-1, 1, 0) + b(-1, 0, 1)"],
@@ -71,6 +103,15 @@ UNREADABLE = [
         "x = 2^3, y = 1",
     ),
     *("x = 1 1/2, y = 0", "x = 1/0, y = 1", "x = t*t, y = t", "no solution or infinitely many", "x = 3 - y, y = 1"),
+    *(
+        "x = 3 - 2 y = 1",
+        "t/2(-1,1)+(1,0)",
+        "(1,0)+(-1,1)t/2",
+        "(1,0)+s(-1,1)t",
+        "x = 2 (3, y = 1",
+        "-2 x = 2 y = -1/3",
+        "no solution (x = 1)",
+    ),
     *("x = 1/t, y = t", f"x = {'9' * 50}, y = 1", "does not have infinitely many solutions", "x = 2², y = 1", "hello"),
 ]
 EXAM = LinearSystems(number=1)
@@ -123,7 +164,7 @@ def test_the_documented_forms_are_read():
     forms = text.partition("\n\nA number is")[0].split("\n- ")[1:]
     kinds = {one.partition(":")[0]: re.findall(r'"([^"]+)"', one) for one in forms}
     values, family, roots = kinds["Values of a system"], kinds["A family"], kinds["Roots of a quadratic in x"]
-    assert [len(found) for found in (values, family, roots)] == [7, 6, 10]
+    assert [len(found) for found in (values, family, roots)] == [10, 11, 10]
     for answer in values:
         assert read_system(answer.replace("...", "y = -1/3"), ("x", "y")).points == read_system(values[0], "xy").points
     assert all(verdict(MANY, answer).score == 1 for answer in family)
@@ -173,6 +214,53 @@ def test_quadratics_have_the_roots_of_their_equations():
         assert all(exam.judge(question, form).outcome is Outcome.wrong for form in wrong)
         half = exam.judge(question, said[0]) if place % 3 == 0 else None
         assert half is None or half.outcome is Outcome.partly
+
+
+COMPLEX = ["x = 1 ± 2i", r"x = 1 \pm i\sqrt{3}", "x = 2i or x = -2i"]
+
+
+def test_complex_roots_may_follow_no_real_solution():
+    for complex_roots in COMPLEX:
+        for text in (f"no real solution: {complex_roots}", f"It does not have real solutions ({complex_roots})."):
+            assert read_roots(text) == RootsAnswer(Claim.none, ()), text
+        for text in (
+            complex_roots,
+            f"no real solution: x = 1, {complex_roots}",
+            f"no solution, i think x = 2, {complex_roots}",
+        ):
+            with pytest.raises(UnreadableAnswer):
+                read_roots(text)
+    assert read_roots("no real roots, since the discriminant is -16").claim is Claim.none
+
+
+LISTS = {
+    r"x = 2 \text{ or } x = 3": (2, 3),
+    r"x = 2 \quad \text{or} \quad x = 3": (2, 3),
+    "x = 2, or 3": (2, 3),
+    "x = 2 x = 3": (2, 3),
+    "- 2 and 3": (-2, 3),
+    "- 2\n3": (-2, 3),
+    "- 2\n- 3": (2, 3),
+    "-2\n-3": (-3, -2),
+    "1. 2\n2. 3": (2, 3),
+    "- x = 2 or x = 3": (2, 3),
+    "- (1/2) and 3": (Fraction(-1, 2), 3),
+}
+NUMBERS = {
+    "- 12": -12,
+    "* 12": 12,
+    "22. That is the cost": 22,
+    r"12 \text{ tickets}": 12,
+    "1. 3 + 4 = 7\n2. 7 + 5 = 12": 12,
+}
+
+
+def test_a_bullet_takes_no_sign_and_no_number():
+    assert {text: read_roots(text).roots for text in LISTS} == LISTS
+    assert {text: read_number(text) for text in NUMBERS} == NUMBERS
+    for text in ("45. Ana is 12 then", "2. 5", "- 12\n- 13"):
+        with pytest.raises(UnreadableAnswer):
+            read_number(text)
 
 
 def test_word_problems_are_judged_by_their_number():
