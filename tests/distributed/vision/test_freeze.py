@@ -11,7 +11,7 @@ from model.roles import roles_of
 from parallel.layout import ParallelConfig, Recompute
 from tests.distributed.vision.test_vision import CASE, MORE, ZERO, seeing
 from tests.support.bugs import BuggyRanks
-from train.certify.compare import compare
+from train.certify.compare import GRADIENT_FP32, Comparison, compare
 from train.certify.plan import Trial, compare_layouts
 from train.certify.worker import run_cases
 from train.optim.config import OptimizerConfig, OptimizerKind
@@ -29,7 +29,17 @@ def test_frozen_roles_under_every_kind_of_layout(ranks, name, freeze):
     count, config = (LAYOUTS | MORE | ZERO)[name]
     model = replace(seeing(), layer_list=[seeing().blocks[0]] * 4) if name in ZERO else seeing(2)
     (outcome,) = compare_layouts(model, [Trial((), config, count)], 3, ranks, frozen=roles_of(FREEZE[freeze]))
-    assert outcome.passed, outcome.failures()
+    assert outcome.error is None and outcome.comparisons
+    failed = [c for c in outcome.comparisons if not (c.passed or (name in ZERO and is_rounding(c)))]
+    assert not failed, outcome.failures()
+
+
+def is_rounding(found: Comparison) -> bool:
+    """AdamW divides the gradient of a key's bias by its size, which is tiny since the keys' gradients nearly cancel. So
+    the rounding of float32 shows in its updates.
+    """
+    is_bias = found.parameter is not None and found.parameter.endswith("attention.key.bias")
+    return is_bias and found.first == found.parameter and found.largest <= 2 * GRADIENT_FP32
 
 
 @pytest.mark.slow
