@@ -151,6 +151,11 @@ def continue_batch(
         logits_BV = model.extend(tokens)
 
 
+def before_stops(text: str, stops: Sequence[str]) -> str:
+    """Return the text before the first of the stop strings in it."""
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
+
+
 def draw(logits_BV: Tensor, asked: Sequence[Continuation]) -> list[int]:
     """Sample the next token of each sequence."""
     if any(one.config.temperature for one in asked):

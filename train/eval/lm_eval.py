@@ -21,7 +21,7 @@ from core.files import check_target, local_path, write_text
 from parallel.comm.world import World
 from precision.config import Backend
 from train.eval.config import GenerateConfig
-from train.eval.generate import Continuation, batches, continue_batch
+from train.eval.generate import Continuation, before_stops
 from train.eval.multimodal import TokenizedQuestion, question
 from train.eval.open_model import open_scoring_model
 from train.eval.scoring_model import ScoringModel, TokenWindow
@@ -113,11 +113,9 @@ class HarnessModel(TemplateLM):
         order of their lengths.
         """
         asked = [self._continuation(*request.args) for request in requests]
-        model = self.model.cached()
-        for batch in batches(asked, self.batch_size):
-            images = self.model.images_of([one.pixels_N3SS for one in batch])
-            continue_batch(model, batch, self.eot_token_id, images)
-        return [self._text(one.found, _stops(request.args[1])) for one, request in zip(asked, requests, strict=True)]
+        self.model.continue_all(asked, self.batch_size)
+        texts = [self.model.tokenizer.decode(one.found) for one in asked]
+        return [before_stops(text, _stops(request.args[1])) for text, request in zip(texts, requests, strict=True)]
 
     def _continuation(self, prompt: str, options: dict[str, Any], media: dict[str, Any] | None = None) -> Continuation:
         stops, limit = _stops(options), int(options.get("max_gen_toks", 256))
@@ -133,24 +131,18 @@ class HarnessModel(TemplateLM):
         config = GenerateConfig(run="", tokens=limit, temperature=temperature, top_k=None)
 
         def goes_on(found: list[int]) -> bool:
-            return not stops or _cut(self.model.tokenizer.decode(found), stops) is None
+            if not stops:
+                return True
+            text = self.model.tokenizer.decode(found)
+            return not any(stop in text for stop in stops)
 
         return Continuation(ids, config, goes_on, pixels)
-
-    def _text(self, found: list[int], stops: list[str]) -> str:
-        text = self.model.tokenizer.decode(found)
-        return text[: _cut(text, stops)]
 
 
 def _stops(options: dict[str, Any]) -> list[str]:
     """Return the strings before which a continuation ends."""
     until = options.get("until") or []
     return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-
-
-def _cut(text: str, stops: list[str]) -> int | None:
-    """Return where the first stop string begins, or None."""
-    return min((text.find(stop) for stop in stops if stop in text), default=None)
 
 
 def run_tasks(

@@ -27,6 +27,7 @@ from data.tokenizer import JsonTokenizer
 from model.attention.plan import ForwardContext
 from model.huggingface import HuggingFaceCheckpoint
 from model.tensor_source import TensorSource, materialise
+from model.transformer import Transformer
 from model.vision.fusion import Images
 from parallel.comm.world import World
 from parallel.sharding import local
@@ -35,7 +36,7 @@ from train.checkpoint.init_from import open_model
 from train.checkpoint.reader import TOKENIZER, load_origin
 from train.checkpoint.restore import restore
 from train.corpus import run_images
-from train.eval.generate import CachedModel, ImagesOf
+from train.eval.generate import CachedModel, Continuation, ImagesOf, batches, continue_batch, continue_tokens
 from train.eval.multimodal import place_tiles
 from train.eval.pictures import exported_images
 
@@ -117,6 +118,20 @@ class ScoringModel:
         """Return this model with a cache of keys and values. It must be one of ours."""
         device = next(self.network.parameters()).device
         return CachedModel(lambda tokens_BT, given: self.network(tokens_BT.to(device), given), self.context, device)
+
+    def continue_all(self, asked: Sequence[Continuation], batch_size: int) -> None:
+        """Continue prompts, each until its own limit or EOS, and fill `found` of each. One of our models continues
+        `batch_size` of them side by side.
+        """
+        stop = self.tokenizer.eos_id
+        if isinstance(self.network, Transformer):
+            for batch in batches(asked, batch_size):
+                continue_batch(self.cached(), batch, stop, self.images_of([one.pixels_N3SS for one in batch]))
+            return
+        for one in asked:
+            for token in continue_tokens(self.next_logits, one.prompt, self.context, one.config, stop):
+                if not one.take(token, stop):
+                    break
 
     def images_of(self, pixels: Sequence[Tensor | None]) -> ImagesOf | None:
         """Return how the tiles of some prompts are placed; None without any. Each prompt has a placeholder for every

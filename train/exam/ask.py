@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from core.errors import ConfigError
-from model.transformer import Transformer
 from train.eval.config import GenerateConfig
-from train.eval.generate import Continuation, batches, continue_batch, continue_tokens
+from train.eval.generate import Continuation, before_stops
 from train.eval.multimodal import question as tokenized
 from train.eval.scoring_model import ScoringModel
 from train.exam.base import Question
@@ -24,9 +23,9 @@ def greedy_answers(model: ScoringModel, batch_size: int = 8) -> Ask:
 
     def ask(questions: Sequence[Question]) -> list[str]:
         asked = [_continuation(model, one) for one in questions]
-        for batch in batches(asked, batch_size):
-            _answer(model, batch)
-        return [_cut(model.tokenizer.decode(one.found), q.stops) for one, q in zip(asked, questions, strict=True)]
+        model.continue_all(asked, batch_size)
+        texts = [model.tokenizer.decode(one.found) for one in asked]
+        return [before_stops(text, question.stops) for text, question in zip(texts, questions, strict=True)]
 
     return ask
 
@@ -50,21 +49,3 @@ def _continuation(model: ScoringModel, asked: Question) -> Continuation:
         raise ConfigError("suite", None, f"{reason}: give fewer solved examples (suite.exams.NAME.options.shots)")
     config = GenerateConfig(run="", tokens=min(asked.max_tokens, room), temperature=0.0, top_k=None)
     return Continuation(ids, config, goes_on, found.pixels_N3SS)
-
-
-def _answer(model: ScoringModel, asked: list[Continuation]) -> None:
-    """Continue the prompts: side by side with a cache if the model is one of ours."""
-    stop = model.tokenizer.eos_id
-    if isinstance(model.network, Transformer):
-        images = model.images_of([one.pixels_N3SS for one in asked])
-        continue_batch(model.cached(), asked, stop, images)
-        return
-    for one in asked:
-        for token in continue_tokens(model.next_logits, one.prompt, model.context, one.config, stop):
-            if not one.take(token, stop):
-                break
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    """Return the text before the first stop string."""
-    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
