@@ -142,7 +142,8 @@ def _run_loss(config: EvaluateConfig, world: World) -> dict[str, Any]:
     line = {"step": restored.step, **result.plain()}
     if restored.config.evaluation.answers:
         answers = measure(restored.placed, loader, weights, sequences, micro_batch_size, restored.corpus)
-        line |= {"answers": {name: one.plain() for name, one in answers.items()}} if answers else {}
+        if answers:
+            line["answers"] = {name: one.plain() for name, one in answers.items()}
     return line
 
 

@@ -69,11 +69,7 @@ def question(
 
 
 def place_tiles(
-    tokens_BT: Tensor,
-    pixels_N3SS: Tensor,
-    placeholder: int,
-    device: torch.device,
-    length: int | None = None,
+    tokens_BT: Tensor, pixels_N3SS: Tensor, placeholder: int, device: torch.device, length: int | None = None
 ) -> Images:
     """Assign tiles to the placeholders in the first `length` tokens of each sequence, in row-major order."""
     is_image_BT = tokens_BT == placeholder

@@ -97,13 +97,9 @@ class ScoringModel:
             weights.update(content.view(torch.uint8).numpy().data)
         return sha256_text(self.identity[0], weights.hexdigest(), *self.identity[1:])
 
-    def next_logits(self, tokens: list[int], pixels_N3SS: Tensor | None = None, length: int | None = None) -> Tensor:
-        """Return the logits [V] of the token after `tokens`, by a pass over all of them. Pictures are as in
-        `logits_of`.
-        """
-        row_BT = torch.tensor([tokens])
-        found = self.logits(row_BT) if pixels_N3SS is None else self.logits_of(row_BT, pixels_N3SS, length)
-        return found[0, -1]
+    def next_logits(self, tokens: list[int]) -> Tensor:
+        """Return the logits [V] of the token after `tokens`, by a pass over all of them."""
+        return self.logits(torch.tensor([tokens]))[0, -1]
 
     def logits_of(self, tokens_BT: Tensor, pixels_N3SS: Tensor, length: int | None = None) -> Tensor:
         """Return the logits [B, T, V] of sequences with pictures, whose tiles are in the order of the placeholders in
