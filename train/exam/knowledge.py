@@ -34,7 +34,28 @@ class ListReference:
 
 
 @dataclass(frozen=True)
-class MultipleChoice:
+class QuestionFile:
+    """Options of the examinations whose questions are in a file."""
+
+    path: str = ""
+    """The jsonl file."""
+    number: int | None = None
+    """Ask only the first questions; null: all."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, positive=("number",))
+        self.questions()
+
+    def questions(self) -> Sequence[Question]:
+        return self._questions
+
+    @cached_property
+    def _questions(self) -> list[Question]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MultipleChoice(QuestionFile):
     """Questions with lettered choices, from a jsonl file whose lines have `question`, `choices`, `answer` (the place of
     the right choice, from 0) and perhaps `id`.
 
@@ -43,17 +64,8 @@ class MultipleChoice:
     with another choice ("A, B", "A. Rome B. Paris").
     """
 
-    path: str = ""
-    """The jsonl file."""
-    number: int | None = None
-    """Ask only the first questions; null: all."""
-
     name: ClassVar[str] = "multiple_choice"
     version: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        check_numbers(self, positive=("number",))
-        self.questions()
 
     @cached_property
     def _questions(self) -> list[Question]:
@@ -69,15 +81,12 @@ class MultipleChoice:
                 raise ConfigError("path", None, f"{where}: a choice of one letter would be read as a choice's letter")
         return [choice_question(one["id"], one["question"], one["choices"], one["answer"]) for _, one in records]
 
-    def questions(self) -> Sequence[Question]:
-        return self._questions
-
     def judge(self, question: Question, answer: str) -> Verdict:
         return judge_choice(question, answer)
 
 
 @dataclass(frozen=True)
-class ShortLists:
+class ShortLists(QuestionFile):
     """Questions whose answer is a complete list, from a jsonl file whose lines have `question`, `items` and perhaps
     `optional` (which may be there or not) and `id`. An item is a text, or a list of its spellings.
 
@@ -88,17 +97,8 @@ class ShortLists:
     figures `precision` and `recall`.
     """
 
-    path: str = ""
-    """The jsonl file."""
-    number: int | None = None
-    """Ask only the first questions; null: all."""
-
     name: ClassVar[str] = "short_lists"
     version: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        check_numbers(self, positive=("number",))
-        self.questions()
 
     @cached_property
     def _questions(self) -> list[Question]:
@@ -115,9 +115,6 @@ class ShortLists:
                 raise ConfigError("path", None, f"{where}: two items have the same spelling")
             found.append(list_question(record["id"], record["question"], ListReference(items, optional)))
         return found
-
-    def questions(self) -> Sequence[Question]:
-        return self._questions
 
     def judge(self, question: Question, answer: str) -> Verdict:
         return judge_list(question.reference, answer)
