@@ -51,7 +51,7 @@ def read_metadata(path: Path) -> Metadata:
     try:
         lines = [line.strip() for line in read_text(path).removeprefix("\ufeff").split("\n")]
     except (OSError, UnreadableFileError) as error:
-        reason = str(error.strerror) if isinstance(error, OSError) and error.strerror else "is no UTF-8 text file"
+        reason = str(error.strerror) if isinstance(error, OSError) and error.strerror else "is not a UTF-8 text file"
         raise ConfigError("metadata", str(path), f"cannot be read: {reason}") from None
     found = [line for line in lines if line]
     if not found:

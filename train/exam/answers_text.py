@@ -264,7 +264,7 @@ def _roots(scanner: Scanner, unknown: str) -> list[Fraction]:
     assigned = [value for name, value in scanner.assignments(lists=True) if re.fullmatch(rf"{unknown}\d*", name)]
     assigned = assigned or scanner.bare_values()
     if not all(value.is_constant for value in assigned):
-        raise UnreadableAnswer("a root is no number")
+        raise UnreadableAnswer("a root is not a number")
     return [value.constant for value in assigned]
 
 

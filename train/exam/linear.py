@@ -45,7 +45,7 @@ class LinearExpression:
 
 
 def signed_sum(terms: Sequence[tuple[Fraction, str]]) -> str:
-    """Write coefficients and names, "" for a constant, such as "1/2 - x + 3y/2". Terms of 0 are left out."""
+    """Write coefficients and names, "" for a constant, such as "1/2 - x + 3y/2". Terms of 0 are omitted."""
     text = ""
     for factor, name in ((factor, name) for factor, name in terms if factor):
         size = abs(factor)

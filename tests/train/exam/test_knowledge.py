@@ -99,7 +99,7 @@ def test_every_form_of_a_list_is_read(tmp_path):
     assert (some.outcome, some.figures) == (Outcome.partly, {"precision": 1 / 2, "recall": 1 / 3})
     assert some.score == pytest.approx(0.4) and "missing: Trinidad and Tobago, the Bahamas" in some.note
     assert exam.judge(question, "Iceland, Rome").outcome is Outcome.wrong
-    assert exam.judge(question, "Haiti").score == 0, "what is optional is no answer"
+    assert exam.judge(question, "Haiti").score == 0, "an optional item alone is wrong"
     assert exam.judge(question, " \n").outcome is Outcome.unreadable
     for answer in (
         "1. Cuba 3. Bahamas",

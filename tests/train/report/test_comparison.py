@@ -117,7 +117,7 @@ def test_default_ticks_would_be_halves(tmp_path, drawn, monkeypatch):
 
 
 def test_the_last_scores_of_examinations_are_listed(tmp_path, undrawn):
-    """Damaged lines are left out, and scores of different questions are not put side by side."""
+    """Damaged lines are skipped, and scores of different questions are not compared."""
     runs = [make_run(tmp_path / name, f"run.name={name}") for name in ("first", "second")]
     result = {"fingerprint": "a" * 64, "score": 0.5, "interval": [0.25, 0.75]}
     for run, last in zip(runs, ({"score": 0.75}, {"score": 1.0, "fingerprint": "b" * 64}), strict=True):

@@ -18,7 +18,7 @@ from train.exam.code.widgets import (
     COUNTER,
     FORM,
     STOPWATCH,
-    TODO,
+    TASK_LIST,
     judge_ball,
     judge_counter,
     judge_form,
@@ -45,7 +45,7 @@ class PageTask:
 PAGE_TASKS = (
     PageTask("snake", SNAKE, judge_snake),
     PageTask("counter", COUNTER, judge_counter),
-    PageTask("todo", TODO, judge_todo),
+    PageTask("todo", TASK_LIST, judge_todo),
     PageTask("stopwatch", STOPWATCH, judge_stopwatch),
     PageTask("ball", BALL, judge_ball),
     PageTask("form", FORM, judge_form),

@@ -11,7 +11,7 @@ COUNTER = """Write a web page with a counter.
 - The element with the id "count" shows 0 at the start.
 - The button with the id "up" adds 1. The button with the id "down" subtracts 1, but never goes below 0."""
 
-TODO = """Write a web page with a list of things to do.
+TASK_LIST = """Write a web page with a list of things to do.
 - A text input with the id "text", a button with the id "add", and an empty list (ul) with the id "list".
 - A click on the button, or Enter in the input, adds the text as a new item (li) at the end and empties the input.
 - Nothing is added for an empty text or one of spaces only. A text with HTML in it is shown as it was typed.
