@@ -58,6 +58,8 @@ FREE = (
 """Keys that may change on resume. They affect what is learnt only through the rounding of matmuls."""
 
 
+EVALUATIONS = "evaluations.jsonl"
+"""File in a run's directory with a line per evaluated suite."""
 EXAMPLES_FOLDER, EXAMPLES = "examples", "examples.json"
 """The folder of held-out documents with pictures and the model's answers, and the file in it."""
 EXAMPLES_SHAPE = {
@@ -91,6 +93,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints" if elsewhere is None else locate(elsewhere) / path.name
         self.metrics = path / "metrics.jsonl"
         self.online = path / "online.jsonl"
+        self.evaluations = path / EVALUATIONS
         self.summary = path / "summary.json"
         self.config_file = path / "config.yaml"
         self.logs = path / "logs"
@@ -159,7 +162,8 @@ class RunDirectory:
 
     def trim_metrics(self, step: int) -> None:
         """Remove the logged lines of steps after `step`, from which the run resumes."""
-        for path, key, last in ((self.metrics, "step", step), (self.online, "first_step", step - 1)):
+        lines = (self.metrics, "step", step), (self.online, "first_step", step - 1), (self.evaluations, "step", step)
+        for path, key, last in lines:
             if path.exists():
                 kept = [line for line in read_lines(path, {key: int}) if line[key] <= last]
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

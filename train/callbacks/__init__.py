@@ -13,6 +13,7 @@ from train.callbacks.evaluation import EvaluationCallback
 from train.callbacks.logging import LoggingCallback
 from train.callbacks.online_filter import OnlineFilterCallback
 from train.callbacks.profiler import ProfilerCallback
+from train.callbacks.suites import SuiteCallback
 from train.callbacks.summary import SummaryCallback
 from train.config import TrainConfig
 
@@ -33,6 +34,7 @@ def make_callbacks(trainer: TrainingRun) -> list[Callback]:
         logging,
         CheckpointCallback(trainer),
         evaluation,
+        *([SuiteCallback(trainer, logging)] if config.evaluation.suites else []),
         *([ProfilerCallback(trainer)] if config.profile.steps else []),
         SummaryCallback(trainer, logging, evaluation),
     ]

@@ -25,6 +25,7 @@ from train.eval.generate import Continuation, before_stops
 from train.eval.multimodal import TokenizedQuestion, question
 from train.eval.open_model import open_scoring_model
 from train.eval.scoring_model import ScoringModel, TokenWindow
+from train.overlap.samples import search_samples
 
 
 class HarnessModel(TemplateLM):
@@ -156,8 +157,12 @@ def run_tasks(
     limit: int | None = None,
     few_shot: int | None = None,
     out: str | None = None,
+    corpus: str | None = None,
+    search_tokens: int = 0,
 ) -> int:
-    """Evaluate tasks in one process, print a table, and write results and samples to `out` as JSON."""
+    """Evaluate tasks in one process, print a table, and write results and samples to `out` as JSON. `corpus` and
+    `search_tokens`: as in `train.overlap.search.search_for_model`.
+    """
     import datasets
     import huggingface_hub
     from lm_eval.evaluator import simple_evaluate
@@ -188,8 +193,10 @@ def run_tasks(
         raise CheckpointError(f"a task's data cannot be read: {first_line(error)}") from error
     except (ValueError, KeyError) as error:  # such as a template or doc_to_image that names no column of the data
         raise ConfigError("tasks", ",".join(tasks), f"a task cannot be asked: {first_line(error)}") from error
+    beside = search_samples(found.get("samples", {}), run, corpus, search_tokens)
     print(utils.make_table(found))
+    print(json.dumps({"contamination": beside}, indent=2))
     if out is not None:
-        figures = {"results": found["results"], "samples": found.get("samples", {})}
+        figures = {"results": found["results"], "samples": found.get("samples", {}), "contamination": beside}
         write_text(local_path("out", out), json.dumps(figures, indent=2, default=str) + "\n")
     return 0

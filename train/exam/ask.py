@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from core.errors import ConfigError
+from data.images.media import ImageDescription
 from train.eval.config import GenerateConfig
 from train.eval.generate import Continuation, before_stops
 from train.eval.multimodal import question as tokenized
-from train.eval.scoring_model import ScoringModel
+from train.eval.scoring_model import ScoringModel, TextTokenizer
 from train.exam.base import Question
 from train.exam.run import Ask
+
+
+class Asked(Protocol):
+    """What of a model decides how a question becomes tokens: see `ScoringModel`."""
+
+    @property
+    def tokenizer(self) -> TextTokenizer: ...
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def images(self) -> ImageDescription | None: ...
 
 
 def greedy_answers(model: ScoringModel, batch_size: int = 8) -> Ask:
@@ -22,7 +37,7 @@ def greedy_answers(model: ScoringModel, batch_size: int = 8) -> Ask:
     """
 
     def ask(questions: Sequence[Question]) -> list[str]:
-        asked = [_continuation(model, one) for one in questions]
+        asked = [continuation(model, one) for one in questions]
         model.continue_all(asked, batch_size)
         texts = [model.tokenizer.decode(one.found) for one in asked]
         return [before_stops(text, question.stops) for text, question in zip(texts, questions, strict=True)]
@@ -30,7 +45,9 @@ def greedy_answers(model: ScoringModel, batch_size: int = 8) -> Ask:
     return ask
 
 
-def _continuation(model: ScoringModel, asked: Question) -> Continuation:
+def continuation(model: Asked, asked: Question) -> Continuation:
+    """Turn a question into tokens. Raises `ConfigError` (key `suite`) if the model cannot be asked it."""
+
     def encode(text: str) -> Sequence[int]:
         return model.tokenizer.encode([text])[0]
 

@@ -22,7 +22,7 @@ from tests.data.filter.test_documents import documents_in
 from tests.support.mixed import write_documents
 from tests.train.vision.test_vision_run import train_in
 from train.corpus import source_weights
-from train.eval.contamination import text_of, seen_by
+from train.eval.contamination import seen_by, text_of
 from train.provenance import explain_run, explain_step
 from train.run_directory import load_config
 
