@@ -46,13 +46,16 @@ def last_results(against: str, suite: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StepScore:
-    """A score with its 95% confidence interval, and what is known of the questions in the training corpus."""
+    """A score with its 95% confidence interval. `contamination`: what is known of the questions in the training corpus.
+    `clean`: the score on those that are not in it, if others are.
+    """
 
     step: int | None
     score: float
     low: float
     high: float
     contamination: str
+    clean: float | None
 
     def __str__(self) -> str:
         return f"{self.score:.3f} ({self.low:.3f} to {self.high:.3f}{self.contamination})"
@@ -63,23 +66,25 @@ def scores_of(line: Mapping[str, Any]) -> dict[str, StepScore]:
     found = {}
     for name, one in line["exams"].items():
         if one["score"] is not None and one["interval"] is not None and len(one["interval"]) == 2:
-            beside = _beside(one.get("contamination"))
             low, high = one["interval"]
-            found[f"{line['suite']}/{name}"] = StepScore(line.get("step"), one["score"], low, high, beside)
+            beside, clean = _beside(one.get("contamination"))
+            found[f"{line['suite']}/{name}"] = StepScore(line.get("step"), one["score"], low, high, beside, clean)
     return found
 
 
-def _beside(contamination: Any) -> str:
-    """Say how many questions are in the training corpus, and the scores on these and on the others."""
+def _beside(contamination: Any) -> tuple[str, float | None]:
+    """Say how many questions are in the training corpus, and the scores on these and on the others. Return the last
+    score too.
+    """
     if misfit(contamination, _CONTAMINATION_SHAPE):
-        return ""
+        return "", None
     found, short = contamination["found"], contamination["too_short"]
     parts = [f"; {found} of {found + contamination['clean'] + short} questions in the training corpus"]
     parts += [f"{short} too short to be found"] * bool(short)
     for key, name in (("score_found", "score on these"), ("score_clean", "on the others")):
         if found and contamination[key] is not None:
             parts.append(f"{name} {contamination[key]:.3f}")
-    return ", ".join(parts)
+    return ", ".join(parts), contamination["score_clean"] if found else None
 
 
 def asked_before(path: Path, step: int, suite: str, fingerprints: Mapping[str, str]) -> bool:

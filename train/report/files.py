@@ -43,6 +43,7 @@ def is_score(score: StepScore) -> bool:
     """Return whether a score and its interval can be drawn. Comparisons with NaN are false."""
     numbers = is_number(score.score) and is_number(score.low) and is_number(score.high)
     in_range = numbers and 0 <= score.low <= score.high <= 1 and 0 <= score.score <= 1
+    in_range = in_range and (score.clean is None or (is_number(score.clean) and 0 <= score.clean <= 1))
     return in_range and (score.step is None or score.step >= 0)
 
 
