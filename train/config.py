@@ -23,7 +23,7 @@ from train.optim.config import OptimizerConfig, OptimizerKind
 from train.optim.lr_schedule import LRScheduleConfig
 
 SEARCH_TOKENS = 50_000_000
-"""Most tokens of a corpus in which questions are looked for by default: about two minutes of one core."""
+"""Most tokens of a corpus in which questions are looked for by default: about a minute of one core."""
 UNUSED = 4
 """Most times that a model's vocabulary may be as large as its tokenizer's."""
 SIZES = ("steps", "seq_len", "global_batch_size", "micro_batch_size")

@@ -211,7 +211,8 @@ class SuiteCallback(Callback):
             trainer.log(f"looking for the questions of {', '.join(self.questions)} in the training corpus")
             try:
                 for source, start in chosen[world.rank :: world.size]:
-                    searches.add(block_texts(corpus, source, start))
+                    for text in block_texts(corpus, source, start):
+                        searches.add(text)
             except (LeviathanError, OSError, ValueError) as error:
                 failure = one_line(error)
         found_Q = torch.from_numpy(searches.found_Q).to(trainer.world.device, torch.int32)

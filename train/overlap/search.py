@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -86,35 +86,26 @@ def texts_of_exam(exam: Exam) -> dict[str, list[str]]:
     }
 
 
-class Searches:
+class Searches(QuestionSearch):
     """The questions of several examinations, looked for in one pass over the text."""
 
     def __init__(self, exams: Mapping[str, Questions]) -> None:
-        self._searches = {label: QuestionSearch(questions) for label, questions in exams.items()}
-        self._ids = {label: list(questions) for label, questions in exams.items()}
+        self._ids = [(label, one) for label, questions in exams.items() for one in questions]
+        super().__init__({(label, one): exams[label][one] for label, one in self._ids}, WORDS)
 
     @property
     def needed(self) -> bool:
         """Whether a question has enough words to be found."""
-        return not all(one.too_short_Q.all() for one in self._searches.values())
-
-    def add(self, texts: Iterable[str]) -> None:
-        for text in texts:
-            for search in self._searches.values():
-                search.add(text)
-
-    @property
-    def found_Q(self) -> NDArray[np.bool_]:
-        """Whether each question of all examinations is found."""
-        return np.concatenate([np.zeros(0, np.bool_), *(one.found_Q for one in self._searches.values())])
+        return not self.too_short_Q.all()
 
     def overlaps(self, found_Q: NDArray[np.bool_], searched: int, total: int | None) -> dict[str, Overlap]:
         """Return the result of each examination, from `found_Q` of all ranks."""
-        results, at = {}, 0
-        for label, ids in self._ids.items():
-            here_Q, short_Q = found_Q[at : at + len(ids)], self._searches[label].too_short_Q
-            here, short = ([one for one, flag in zip(ids, flags, strict=True) if flag] for flags in (here_Q, short_Q))
-            results[label], at = Overlap(here, short, searched, total), at + len(ids)
+        results = {label: Overlap([], [], searched, total) for label, _ in self._ids}
+        for (label, one), is_found, is_short in zip(self._ids, found_Q, self.too_short_Q, strict=True):
+            if is_found:
+                results[label].found.append(one)
+            if is_short:
+                results[label].too_short.append(one)
         return results
 
 
@@ -125,7 +116,8 @@ def search_corpus(
     searches, chosen = Searches(exams), blocks(corpus, sources, limit)
     if searches.needed:
         for source, start in chosen:
-            searches.add(block_texts(corpus, source, start))
+            for text in block_texts(corpus, source, start):
+                searches.add(text)
     return searches.overlaps(searches.found_Q, *sizes(corpus, sources, chosen, searches))
 
 
@@ -143,7 +135,7 @@ def search_files(exams: Mapping[str, Questions], pattern: str, limit: int) -> di
     """
     searches, left, ended = Searches(exams), limit * CHARACTERS_PER_TOKEN, True
     for text in _bounded(texts_of_files(pattern), left):
-        searches.add([text])
+        searches.add(text)
         left -= len(text)
         ended = left > 0
     searched = limit - left // CHARACTERS_PER_TOKEN

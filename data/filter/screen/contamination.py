@@ -44,12 +44,12 @@ class EvaluationSets:
 class QuestionSearch:
     """Finds the questions that share an n-gram of words with a text, by the method that drops records.
 
-    `questions`: the strings of each question, by its id. `too_short_Q`: whether a question has no string of `words`
+    `questions`: the strings of each question, by a name. `too_short_Q`: whether a question has no string of `words`
     words, so that it cannot be found. `found_Q`: whether a text that was added has an n-gram of it. Both are in the
-    order of the ids.
+    order of the names.
     """
 
-    def __init__(self, questions: Mapping[str, Sequence[str]], words: int = ContaminationConfig.words) -> None:
+    def __init__(self, questions: Mapping[Any, Sequence[str]], words: int = ContaminationConfig.words) -> None:
         self._words = words
         ngrams = [
             np.unique(np.concatenate([np.empty(0, np.uint64), *(self._ngrams(text) for text in texts)]))

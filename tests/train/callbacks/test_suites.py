@@ -86,6 +86,11 @@ def test_training_with_suites_learns_the_same(tmp_path, small_corpus, monkeypatc
     shown = [one["examinations"] for one in read_lines(tmp_path / "asked/metrics.jsonl") if "examinations" in one]
     assert len(shown) == 5 and shown[0]["short/echo"]["score"] == 0.5 < shown[0]["short/echo"]["high"]
     assert "examination short/echo: 0.500 (" in (tmp_path / "asked/log.txt").read_text()
+    exam = f"+suite.exams.echo={{exam: '{__name__}:Echo'}}"
+    assert main(["evaluate", str(tmp_path / "asked"), "suite=own", "suite.name=short", exam]) == 0
+    (*_, last, verb) = read_lines(tmp_path / "asked" / "evaluations.jsonl")
+    assert verb["step"] == last["step"] == 5 and verb["model"] is not None and verb.keys() == last.keys()
+    assert verb["exams"] == last["exams"], "the verb finds the same"
     forward = CachedModel.begin
 
     def disturbing(self, *arguments):
