@@ -29,7 +29,8 @@ def trained(root: Path, name: str, words: list[str]) -> tuple[dict[str, torch.Te
     return {key: whole(value, specs.get(key)) for key, value in run.engine.placed.model.state_dict().items()}, len(read)
 
 
-@pytest.mark.parametrize("layout", ["parallel.dp_shard=2", pytest.param("parallel.ep=2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["parallel.dp_shard=2", "parallel.ep=2"])
 def test_two_ranks_ask_and_learn_as_without(ranks, tmp_path, small_corpus, layout):
     words: list[Any] = [*small_corpus, "training.steps=2", layout]
     asking = [suite(tmp_path), "evaluation.suites_every=1"]

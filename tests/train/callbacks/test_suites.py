@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from train.config import check
 from train.corpus import get_corpus
 from train.eval.generate import CachedModel
 from train.exam.base import Outcome, Question, Verdict
+from train.exam.registry import read_suites
 from train.exam.results import asked_before
 from train.run_directory import read_lines
 
@@ -73,23 +74,23 @@ def weights(run) -> dict[str, torch.Tensor]:
 
 def test_training_with_suites_learns_the_same(tmp_path, small_corpus, monkeypatch):
     """Control: a callback that leaves the model in evaluation mode would be noticed."""
-    steps = [*small_corpus, "training.steps=5"]
+    steps = [*small_corpus, "training.steps=3"]
     plain, with_suites = trainer(tmp_path, "plain", steps), None
     assert plain.fit() == 0
     with_suites = trainer(tmp_path, "asked", [*steps, suite(tmp_path), "evaluation.suites_every=1"])
     assert with_suites.fit() == 0 and with_suites.engine.placed.model.training
-    assert asked(tmp_path / "asked") == [1, 2, 3, 4, 5]
+    assert asked(tmp_path / "asked") == [1, 2, 3]
     first, second = weights(plain), weights(with_suites)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     line = next(read_lines(tmp_path / "asked" / "evaluations.jsonl"))
     assert line["suite"] == "short" and line["model"] is None and line["exams"]["echo"]["score"] == 0.5
     shown = [one["examinations"] for one in read_lines(tmp_path / "asked/metrics.jsonl") if "examinations" in one]
-    assert len(shown) == 5 and shown[0]["short/echo"]["score"] == 0.5 < shown[0]["short/echo"]["high"]
+    assert len(shown) == 3 and shown[0]["short/echo"]["score"] == 0.5 < shown[0]["short/echo"]["high"]
     assert "examination short/echo: 0.500 (" in (tmp_path / "asked/log.txt").read_text()
     exam = f"+suite.exams.echo={{exam: '{__name__}:Echo'}}"
     assert main(["evaluate", str(tmp_path / "asked"), "suite=own", "suite.name=short", exam]) == 0
     (*_, last, verb) = read_lines(tmp_path / "asked" / "evaluations.jsonl")
-    assert verb["step"] == last["step"] == 5 and verb["model"] is not None and verb.keys() == last.keys()
+    assert verb["step"] == last["step"] == 3 and verb["model"] is not None and verb.keys() == last.keys()
     assert verb["exams"] == last["exams"], "the verb finds the same"
     forward = CachedModel.begin
 
@@ -161,7 +162,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("what", FAILURES)
+@pytest.mark.parametrize("what", [pytest.param(one, marks=[pytest.mark.slow] * (one != "model")) for one in FAILURES])
 def test_a_failure_is_logged_and_the_run_goes_on(tmp_path, small_corpus, monkeypatch, what):
     reason, broken = FAILURES[what]
 
@@ -184,26 +185,25 @@ def test_a_failure_is_logged_and_the_run_goes_on(tmp_path, small_corpus, monkeyp
 
 REFUSED = {
     "name": (["evaluation.suites=[smok]"], "evaluation.suites=smok: no such suite; a file must end in .yaml; try"),
-    "own": (["evaluation.suites=[own]"], "evaluation.suites=own: no such suite"),
-    "no file": (["evaluation.suites=[nothing.yaml]"], "evaluation.suites=nothing.yaml: cannot be read: No such file"),
-    "not yaml": (["evaluation.suites=[BAD]"], "line 1, column 5"),
-    "a list": (["evaluation.suites=[LIST]"], "needs keys and values, not one value"),
-    "empty": (["evaluation.suites=[EMPTY]"], "has no examination (exams)"),
-    "key": (["evaluation.suites=[KEY]"], "exam: no such key"),
-    "twice": (["evaluation.suites=[smoke,smoke]"], "two suites are called smoke"),
     "every": (["evaluation.suites_every=2"], "evaluation.suites_every=2: applies to suites only"),
-    "negative": (["evaluation.suites_every=-1", "evaluation.suites=[smoke]"], "suites_every=-1: must not be negative"),
-    "kind": (["evaluation.suites=[KIND]"], "suite.exams.a.exam=quadratic: no such examination"),
     "option": (["evaluation.suites=[OPTION]"], "suite.exams.a.options.numbr: no such key"),
     "context": (["evaluation.suites=[smoke]"], "evaluation.suites=smoke: systems: question linear_systems-2-0 takes"),
     "pictures": (["evaluation.suites=[scenes]"], "count: question scenes_count-0 cannot be asked"),
+}
+UNREADABLE = {
+    "own": "suites=own: no such suite",
+    "nothing.yaml": "suites=nothing.yaml: cannot be read: No such file",
+    "smoke smoke": "two suites are called smoke",
+    "BAD": "line 1, column 5",
+    "LIST": "needs keys and values, not one value",
+    "EMPTY": "has no examination (exams)",
+    "KEY": "exam: no such key",
 }
 FILES = {
     "BAD": "a: {",
     "LIST": "[1]",
     "EMPTY": "{}",
     "KEY": "{exam: 1}",
-    "KIND": "{exams: {a: {exam: quadratic}}}",
     "OPTION": "{exams: {a: {exam: quadratics, options: {numbr: 1}}}}",
 }
 
@@ -222,14 +222,21 @@ def test_a_wrong_suite_is_refused_before_the_weights(tmp_path, small_corpus, cap
     assert reason in line and line.startswith("leviathan: error: evaluation.suites"), line
 
 
+@pytest.mark.parametrize("names", UNREADABLE)
+def test_a_suite_that_cannot_be_read_is_one_line(tmp_path, names):
+    for file, text in FILES.items():
+        (tmp_path / f"{file}.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_suites([str(tmp_path / f"{name}.yaml") if name in FILES else name for name in names.split()])
+    assert UNREADABLE[names] in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_layouts_that_divide_sequences_or_layers_are_refused(tmp_path, small_corpus):
+    run = config(tmp_path, "run", *small_corpus, "evaluation.suites=[smoke]", "training.seq_len=64")
     for axis in ("tp", "cp", "pp"):
-        run = config(
-            tmp_path, "run", *small_corpus, "evaluation.suites=[smoke]", f"parallel.{axis}=2", "training.seq_len=64"
-        )
         with pytest.raises(ConfigError, match="afterwards, one process can: leviathan evaluate RUN suite=NAME"):
-            check(run, 2)
-    check(config(tmp_path, "run", *small_corpus, "evaluation.suites=[smoke]"), 2)
+            check(replace(run, parallel=replace(run.parallel, **{axis: 2})), 2)
+    check(run, 2)
 
 
 def test_a_missing_sandbox_is_refused_before_the_start(tmp_path, small_corpus, monkeypatch):

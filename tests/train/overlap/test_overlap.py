@@ -9,18 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.config import config_directory
+from core.config import build
 from core.errors import ConfigError
 from data.config import DataConfig
 from data.corpus import Corpus, prepare
 from data.filter.screen.contamination import QuestionSearch
 from launch.cli import main
+from launch.verbs.evaluate import EvaluateConfig
 from tests.support.tiny import TINY
+from train.config import SEARCH_TOKENS
+from train.exam.knowledge import MultipleChoice
 from train.exam.registry import make_suite, read_suites
 from train.overlap import corpus as streams
 from train.overlap import search
 from train.overlap.samples import search_samples
-from train.overlap.search import Overlap, search_corpus, search_files, texts_of_exam
+from train.overlap.search import Overlap, search_corpus, search_files, search_for_model, texts_of_exam
 
 QUESTION = "which planet of the solar system has the largest moon and the most rings of all planets"
 OTHER = "which river of the old continent has the longest delta and the most islands of all rivers"
@@ -46,8 +49,6 @@ def corpora(tmp_path_factory) -> list[Corpus]:
         documents(root / name, planted)
         values = {"sources": {"text": {"kind": "files", "path": str(root / name)}}, "cache": str(root / "cache")}
         values |= {"tokenizer": {"vocab_size": 400}, "held_out": 0.05}
-        from core.config import build
-
         found.append(prepare(build(DataConfig, values), lambda line: None))
     return found
 
@@ -133,7 +134,6 @@ def test_solved_examples_are_not_looked_for():
             own = texts[label][question.id][0]
             assert own in question.prompt and len(own) < len(question.prompt) / 1.3, label
             assert question.prompt.endswith(f"{own}\nAnswer:")
-    assert config_directory().joinpath("suite", "smoke.yaml").exists()
 
 
 def test_samples_of_tasks_are_looked_for_by_their_documents(tmp_path):
@@ -150,7 +150,7 @@ def test_samples_of_tasks_are_looked_for_by_their_documents(tmp_path):
 
 
 def test_the_verb_puts_contamination_beside_the_score(tmp_path, small_corpus, capsys, monkeypatch):
-    """Of a run, its corpus is searched once; files in its place on demand; of an export, nothing without files."""
+    """Of a run, its corpus is searched once; files in its place on demand; of another model, nothing without files."""
     line = [
         "train",
         *TINY,
@@ -170,24 +170,20 @@ def test_the_verb_puts_contamination_beside_the_score(tmp_path, small_corpus, ca
     exam = f"{{exam: multiple_choice, options: {{path: '{tmp_path / 'q.jsonl'}'}}}}"
     words = ["suite=own", f"+suite.exams.short={exam}"]
 
-    def beside(*more: str, model: str = "run"):
-        capsys.readouterr()
-        assert main(["evaluate", str(tmp_path / model), *words, *more]) == 0
-        return json.loads(capsys.readouterr().out)["exams"]["short"]["contamination"]
-
-    found = beside()
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), *words]) == 0
+    found = json.loads(capsys.readouterr().out)["exams"]["short"]["contamination"]
     assert (found["status"], found["ids_found"], found["clean"]) == ("searched", ["in"], 1)
     kept = json.loads((tmp_path / "run" / "evaluations.jsonl").read_text())["exams"]["short"]
     assert kept["contamination"] == found
     monkeypatch.setattr(search, "search_corpus", lambda *arguments: pytest.fail("is searched again"))
-    assert beside() == found
-    assert beside("search_tokens=0") == {"status": "not looked for", "why": "search_tokens=0"}
+    run, texts = tmp_path / "run", {"short": texts_of_exam(MultipleChoice(str(tmp_path / "q.jsonl")))}
+    assert search_for_model(texts, run, None, SEARCH_TOKENS)[0]["short"].found == ["in"]
+    assert search_for_model(texts, run, None, 0) == ({}, "search_tokens=0")
     (tmp_path / "text.txt").write_text(f"{QUESTION}?")
-    assert beside(f"corpus={tmp_path / 'text.txt'}")["ids_found"] == ["out"]
-    assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
-    found = beside(model="exported")
-    assert found["status"] == "not looked for" and "the model is not a run" in found["why"]
+    assert search_for_model(texts, run, str(tmp_path / "text.txt"), SEARCH_TOKENS)[0]["short"].found == ["out"]
+    assert "the model is not a run" in search_for_model(texts, tmp_path, None, SEARCH_TOKENS)[1]
     monkeypatch.setattr(streams, "find_corpus", lambda *arguments: None)
-    assert "are not where they were" in beside()["why"]
-    assert main(["evaluate", str(tmp_path / "run"), "corpus=x"]) == 2
-    assert "corpus=x: applies to tasks and suites" in capsys.readouterr().err
+    assert "are not where they were" in search_for_model(texts, run, None, SEARCH_TOKENS)[1]
+    with pytest.raises(ConfigError, match="corpus=x: applies to tasks and suites"):
+        EvaluateConfig(run="r", corpus="x")
