@@ -208,10 +208,10 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
     other = None if config.against is None else last_results(config.against, suite.name)
     path = Path(config.run).expanduser()
     texts = {label: texts_of_exam(exam) for label, exam in exams.items()}
-    overlaps = search_for_model(texts, path, config.corpus, config.search_tokens)
+    overlaps = world.from_main(lambda: search_for_model(texts, path, config.corpus, config.search_tokens))
     model = open_scoring_model(path, world, config.backend)
     line: dict[str, Any] = {"model": model.fingerprint, "step": model.step, "decoding": "greedy"}
-    line |= run_suite(suite, greedy_answers(model, config.micro_batch_size or 8), exams)
+    line |= run_suite(suite, greedy_answers(model, config.micro_batch_size or 8), exams=exams)
     put_beside(line, *overlaps)
     if is_run:
         append_json_line(path / EVALUATIONS, line)

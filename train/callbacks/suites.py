@@ -183,7 +183,7 @@ class SuiteCallback(Callback):
         trainer, suite, given = self.trainer, self.suites[name], iter(answers)
         line: dict[str, Any] = {"model": None, "step": trainer.step, "decoding": "greedy"}
         try:
-            line |= run_suite(suite.config, lambda questions: next(given), suite.exams)
+            line |= run_suite(suite.config, lambda questions: next(given), exams=suite.exams)
         except Exception as error:  # an examination of the user's own, or a sandbox that is gone
             trainer.log(f"suite {name} is not judged at step {trainer.step}: {one_line(error)}")
             return
