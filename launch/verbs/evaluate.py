@@ -94,9 +94,6 @@ def run(config: EvaluateConfig) -> int:
         reason = "is a model without held-out text: add text=FILES or tasks=[...], or suite=NAME"
         raise ConfigError("run", config.run, reason)
     if launch.kind is LaunchKind.torchrun:
-        if config.tasks or config.suite is not None:
-            what = "tasks are" if config.tasks else "a suite is"
-            raise ConfigError("launch.kind", launch.kind, f"{what} evaluated by one process; remove it")
         return run_verb("evaluate", config, launch)
     from parallel.comm.world import connect
 
@@ -186,8 +183,6 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
     from train.exam.results import EVALUATIONS, compare_suites, last_results
     from train.exam.run import run_suite, summary
 
-    if world.size > 1:
-        raise ConfigError("suite", suite.name, "is evaluated by one process: start it without torchrun")
     if config.out is not None:
         check_target("out", config.out, ".json")
     make_suite(suite)  # a mistake is reported before the model is read
@@ -195,7 +190,9 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
     path = Path(config.run).expanduser()
     model = open_scoring_model(path, world, config.backend)
     line: dict[str, Any] = {"model": model.fingerprint, "step": model.step, "decoding": "greedy"}
-    line |= run_suite(suite, greedy_answers(model, config.micro_batch_size or 8))
+    line |= run_suite(suite, greedy_answers(model, config.micro_batch_size or 8), world)
+    if not world.is_main:
+        return 0
     if is_run:
         append_json_line(path / EVALUATIONS, line)
     if config.out is not None:
