@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ import torch
 import yaml
 
 from core.errors import LeviathanError
-from parallel.comm.shares import Shares
+from core.exit_codes import RankFailure
 from parallel.comm.world import connect
+from parallel.sharding import local
 from tests.distributed.vision.test_answers import prepared
 from tests.support.tiny import saved
 from train.corpus import keep_tokenizer
 from train.eval import generate
 from train.eval.config import GenerateConfig
 from train.eval.generate import CachedModel, Continuation
-from train.eval.scoring_model import TokenWindow, from_run
+from train.eval.scoring_model import ScoringModel, TokenWindow, from_run
 
 PLACEHOLDER, PER_TILE, BATCH = 5, 4, 2
 PICTURE = [PLACEHOLDER] * PER_TILE
@@ -129,28 +131,33 @@ def test_answers_are_those_of_one_process(ranks, trained, alone, tmp_path, name)
 
 
 def asked_with_bug(directory: Path, bug: str) -> str | dict[str, Any]:
-    """Return the error of this rank, or its answers and forward passes."""
-    world, passes = connect(), 0
-    check, run, deal = generate._check, CachedModel._run, Shares.map
+    """Return the error of this rank, or its answers and forward passes. The bug is on rank 1."""
+    world, passes, here = connect(), 0, sys.modules[__name__]
+    check, run, opened, some = generate._check, CachedModel._run, from_run, windows()
 
     def diverged(logits: torch.Tensor) -> None:
-        if world.rank == 1:
-            raise LeviathanError("the model computes NaN")
-        check(logits)
+        raise LeviathanError("the model computes NaN")
 
     def counted(*given: Any) -> torch.Tensor:
         nonlocal passes
         passes += 1
         return run(*given)
 
+    @torch.no_grad()
+    def perturbed(*given: Any) -> ScoringModel:
+        model = opened(*given)
+        for parameter in model.network.parameters():
+            local(parameter).mul_(1.1)
+        return model
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CachedModel, "_run", counted)
-        if bug == "rank 1 fails":
-            patch.setattr(generate, "_check", diverged)
-        if bug == "other questions" and world.rank == 1:
-            patch.setattr("tests.distributed.eval.test_scoring.windows", lambda: windows()[:4])
-        if bug == "other answers":
-            patch.setattr(Shares, "map", lambda *given: deal(*given)[::-1])
+        if world.rank == 1:
+            patch.setattr(generate, "_check", diverged if bug == "NaN" else check)
+            patch.setattr(here, "windows", lambda: some[:4] if bug == "other questions" else some)
+            patch.setattr(here, "from_run", perturbed if bug == "other weights" else opened)
+            if bug == "out of step":
+                patch.setattr(CachedModel, "idle", lambda self: torch.empty(0))
         try:
             return {**asked(directory), "passes": passes}
         except LeviathanError as error:
@@ -162,13 +169,20 @@ def test_ranks_run_equally_many_passes(ranks, trained, alone):
     assert found[0]["passes"] == found[1]["passes"] > max(map(len, alone["tokens"]))
 
 
-@pytest.mark.parametrize("bug", ["rank 1 fails", "other questions"])
+@pytest.mark.slow
+def test_a_rank_that_runs_fewer_passes_is_noticed(ranks, trained):
+    with pytest.raises(RankFailure):
+        ranks(2, asked_with_bug, trained, "out of step", timeout_s=5)
+
+
+@pytest.mark.parametrize("bug", ["NaN", "other questions"])
 def test_the_failure_of_one_rank_is_that_of_all(ranks, trained, bug):
     first, second = ranks(2, asked_with_bug, trained, bug)
-    assert first == second and ("computes NaN" in first) == (bug == "rank 1 fails")
+    assert first == second and ("computes NaN" in first) == (bug == "NaN")
     assert first.startswith("True ") and ("start all ranks alike" in first) == (bug == "other questions")
 
 
-def test_answers_to_other_questions_are_noticed(ranks, trained, alone):
-    found: Any = ranks(2, asked_with_bug, trained, "other answers")[0]
-    assert found["tokens"] != alone["tokens"] and found["losses"] != alone["losses"]
+def test_weights_that_differ_on_one_rank_are_noticed(ranks, trained, alone):
+    found: Any = ranks(2, asked_with_bug, trained, "other weights")[0]
+    for key in ("tokens", "losses", "fingerprint"):
+        assert found[key] != alone[key]
