@@ -119,7 +119,7 @@ def log_likelihoods(theirs: Any, text: str, pictures: list[Any], shown: float = 
         given = theirs.processor(text=context + choice, images=pictures, return_tensors="pt")
         assert given["input_ids"][0].tolist() == [*before, *after]
         with torch.no_grad():
-            logits_TV = theirs.model(given["input_ids"], pixel_values=shown * given["pixel_values"]).logits[0]
+            logits_TV = theirs.model(given["input_ids"], pixel_values=shown * given["pixel_values"].float()).logits[0]
         logp_TV = logits_TV.log_softmax(-1)[len(before) - 1 : -1]
         found.append(float(logp_TV.gather(1, torch.tensor(after)[:, None]).sum()))
     return found
