@@ -5,8 +5,10 @@ examinations.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,19 +180,22 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
     """Print the results of a suite as JSON without the single answers, and keep them all."""
     from core.files import append_json_line, check_target, local_path, write_json
     from train.eval.open_model import open_scoring_model
-    from train.exam.ask import greedy_answers
+    from train.exam.ask import greedy_answers, run_on_main
     from train.exam.registry import make_suite
     from train.exam.results import EVALUATIONS, compare_suites, last_results
     from train.exam.run import run_suite, summary
 
-    if config.out is not None:
-        check_target("out", config.out, ".json")
-    make_suite(suite)  # a mistake is reported before the model is read
-    other = None if config.against is None else last_results(config.against, suite.name)
-    path = Path(config.run).expanduser()
+    def check() -> Mapping[str, Any] | None:
+        """Report mistakes before the model is read. Return the other results."""
+        if config.out is not None:
+            check_target("out", config.out, ".json")
+        make_suite(suite)
+        return None if config.against is None else last_results(config.against, suite.name)
+
+    other, path = world.from_main(check), Path(config.run).expanduser()
     model = open_scoring_model(path, world, config.backend)
     line: dict[str, Any] = {"model": model.fingerprint, "step": model.step, "decoding": "greedy"}
-    line |= run_suite(suite, greedy_answers(model, config.micro_batch_size or 8), world)
+    line |= run_on_main(world, greedy_answers(model, config.micro_batch_size or 8), partial(run_suite, suite))
     if not world.is_main:
         return 0
     if is_run:

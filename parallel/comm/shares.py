@@ -30,10 +30,10 @@ class Shares:
         """Return whether the flag is set on any rank that this rank must keep in step with."""
         return self.world.any(flag) if self.world is not None and self.in_step else flag
 
-    def agree(self, what: str, digest: str) -> None:
+    def agree(self, what: str, digest: Callable[[], str]) -> None:
         """Raise `ConfigError` on every rank if the ranks were given different batches."""
-        if self.world is not None:
-            self.world.agree({what: digest})
+        if self.world is not None and self.world.size > 1:
+            self.world.agree({what: digest()})
 
     def map(self, batches: Sequence[Batch], work: Callable[[Batch | None], Result]) -> list[Result]:
         """Return `work(batch)` for each batch, in order, on every rank. All ranks call this with the same batches.

@@ -192,7 +192,7 @@ def continue_batch(
     error: LeviathanError | None = None
     logits_BV, asked = model.begin([one.prompt for one in asked] or [[_IDLE]], images), list(asked)
     while True:
-        going: list[int] = []
+        tokens, going = list[int](), list[int]()
         try:
             tokens = draw(logits_BV, asked) if asked else []
             going = [i for i, (one, token) in enumerate(zip(asked, tokens, strict=True)) if one.take(token, stop)]

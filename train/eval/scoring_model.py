@@ -222,7 +222,7 @@ class ScoringModel:
 
     def _agree(self, ids: Sequence[Sequence[int]]) -> None:
         """Raise `ConfigError` on all ranks if they are asked different things."""
-        self.shares.agree("questions", sha256_text(*(repr(list(one)) for one in ids)))
+        self.shares.agree("questions", lambda: sha256_text(*(repr(list(one)) for one in ids)))
 
     def _release(self) -> None:
         if self.placed is not None:
@@ -242,10 +242,17 @@ def from_run(
     identity = ("run", tokenizer.fingerprint, precision)
     placed, context = restored.placed, restored.phase.seq_len
     opened = _ours(placed.model, world.device, tokenizer, context, identity, partial(run_images, directory))
+    return over_ranks(replace(opened, step=restored.step), placed, world)
+
+
+def over_ranks(model: ScoringModel, placed: ParallelModel, world: World) -> ScoringModel:
+    """Return the model with its network sharded over the ranks of `world`, which divide what it is asked. `placed`:
+    this rank's part of the network.
+    """
     if world.size == 1:
-        return replace(opened, step=restored.step)
+        return model
     shares = Shares(world, placed.meshes.dp.size, placed.meshes.dp.rank, in_step=True)
-    return replace(opened, step=restored.step, logits=partial(sequence_logits, placed), shares=shares, placed=placed)
+    return replace(model, logits=partial(sequence_logits, placed), shares=shares, placed=placed)
 
 
 @dataclass(frozen=True)

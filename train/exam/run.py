@@ -16,7 +16,6 @@ from typing import Any, Protocol, runtime_checkable
 from core.config import plain
 from core.errors import LeviathanError, one_line
 from core.package_guard import sources_digest
-from parallel.comm.world import World
 from train.exam.base import Exam, MachineExam, Outcome, Question, Verdict, fingerprint
 from train.exam.config import SuiteConfig
 from train.exam.registry import make_suite
@@ -94,34 +93,26 @@ class ExamResult:
         }
 
 
-def run_exam(exam: Exam, ask: Ask, world: World | None = None) -> ExamResult:
-    """Ask all questions of an examination and judge the answers; the same with its controls, if it has any.
-
-    The ranks of `world` call this and `ask` together. Rank 0 judges for all of them.
-    """
-    on_main = (lambda judge: judge()) if world is None else world.from_main
+def run_exam(exam: Exam, ask: Ask) -> ExamResult:
+    """Ask all questions of an examination and judge the answers; the same with its controls, if it has any."""
     questions = exam.questions()
     texts = ask(questions)
     if len(texts) != len(questions):
         raise LeviathanError(f"{exam.name}: {len(questions)} questions, but {len(texts)} answers")
-    judged = on_main(
-        lambda: tuple(
-            JudgedAnswer(question.id, text, _judged(exam, question, text))
-            for question, text in zip(questions, texts, strict=True)
-        )
+    judged = tuple(
+        JudgedAnswer(question.id, text, _judged(exam, question, text))
+        for question, text in zip(questions, texts, strict=True)
     )
     others = exam.controls() if isinstance(exam, ControlledExam) else {}
-    controls = {name: run_exam(one, ask, world) for name, one in others.items()}
-    machine = on_main(lambda: dict(exam.machine()) if isinstance(exam, MachineExam) else {})
+    controls = {name: run_exam(one, ask) for name, one in others.items()}
+    machine = exam.machine() if isinstance(exam, MachineExam) else {}
     return ExamResult(exam.name, exam.version, fingerprint(exam), judged, controls, machine)
 
 
-def run_suite(config: SuiteConfig, ask: Ask, world: World | None = None) -> dict[str, Any]:
-    """Return the line of `evaluations.jsonl` about a suite, without what it says about the model. `world`: as in
-    `run_exam`.
-    """
+def run_suite(config: SuiteConfig, ask: Ask) -> dict[str, Any]:
+    """Return the line of `evaluations.jsonl` about a suite, without what it says about the model."""
     exams = make_suite(config)
-    results = {label: run_exam(exam, ask, world).plain() for label, exam in exams.items()}
+    results = {label: run_exam(exam, ask).plain() for label, exam in exams.items()}
     for label, one in results.items():
         one["options"] = plain(config.exams[label].options)
     return {

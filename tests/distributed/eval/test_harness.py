@@ -174,5 +174,8 @@ def test_the_command_divides_tasks_over_two_ranks(folder, command, tmp_path):
     one, two = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
     largest, others = differences(answers(two), answers(one))
     assert largest < 1e-5 and others == 0
-    missing = command(*words, "limit=1", "few_shot=-1", "launch=torchrun", "launch.processes=2")
-    assert missing.returncode == 2 and len(missing.stderr.strip().splitlines()) == 1
+    (tmp_path / "multiple_choice.yaml").write_text(
+        TASK.format(name="multiple_choice", path="nothing.jsonl") + TASKS["multiple_choice"]
+    )
+    done = command(*words[:-1], f"task_path={tmp_path}", "launch=torchrun", "launch.processes=2", timeout_s=120)
+    assert done.returncode == 1 and done.stderr.count("a task's data cannot be read: Unable to find") == 1

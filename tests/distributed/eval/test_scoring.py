@@ -108,6 +108,7 @@ QUICK = {"fsdp": (2, {})}
 LAYOUTS = {
     "replicas": (2, {"dp_replicate": 2}),
     "ep": (2, {"ep": 2}),
+    "shared tiles": (2, {"vision.over_data_parallel": True}),
     "tp": (2, {"tp": 2}),
     "cp": (2, {"cp": 2}),
     "pp": (2, {"pp": 2}),

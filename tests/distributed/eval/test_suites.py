@@ -14,7 +14,7 @@ from launch.cli import main
 from parallel.comm.world import connect
 from tests.support.tiny import TINY
 from train.eval.open_model import open_scoring_model
-from train.exam.ask import greedy_answers
+from train.exam.ask import greedy_answers, run_on_main
 from train.exam.base import Exam, Outcome, Question, Verdict
 from train.exam.run import run_exam
 
@@ -55,14 +55,16 @@ def run(tmp_path_factory, small_corpus) -> Path:
     return root / "run"
 
 
-def examined(run: Path, broken: bool = False) -> tuple[dict[str, Any], int] | str:
+def examined(
+    run: Path, broken: bool = False, words: str = "the model reads a line"
+) -> tuple[dict[str, Any], int] | str:
     """Return the result and the number of answers that this rank judged, or the error."""
-    world, exam = connect(), Vowels(broken=broken)
+    world, exam = connect(), Vowels(words, broken)
+    ask = greedy_answers(open_scoring_model(run, world), 2)
     try:
-        result = run_exam(exam, greedy_answers(open_scoring_model(run, world), 2), world)
+        return run_on_main(world, ask, lambda ask: run_exam(exam, ask).plain()), exam.judged
     except ConfigError as error:
         return str(error)
-    return result.plain(), exam.judged
 
 
 def test_rank_0_judges_the_answers_of_all(ranks, run):
@@ -75,6 +77,11 @@ def test_rank_0_judges_the_answers_of_all(ranks, run):
 
 def test_a_machine_that_cannot_judge_is_an_error_of_all(ranks, run):
     assert ranks(2, examined, run, True) == ["suite: there is no sandbox"] * 2
+
+
+def test_a_question_that_cannot_be_asked_is_an_error_of_all(ranks, run):
+    first, second = ranks(2, examined, run, False, "a-" * 90)
+    assert first == second and "question 0 takes" in first
 
 
 @pytest.mark.slow
