@@ -6,7 +6,7 @@ All ranks continue the prompts together; rank 0 alone makes the examinations, ju
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,18 +15,19 @@ import torch
 from core.errors import ConfigError, LeviathanError, one_line
 from data.corpus import Corpus
 from data.images.media import ImageDescription
+from parallel.comm.shares import Shares
 from parallel.fsdp import release
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.logging import LoggingCallback
 from train.config import EvaluationConfig, Phase, TrainConfig, phases
 from train.eval.generate import CachedModel
 from train.eval.scoring_model import ScoringModel, TextTokenizer
-from train.exam.ask import Asked, continuation, greedy_answers
+from train.exam.ask import Asked, continuation, greedy_answers, run_on_main
 from train.exam.base import Exam, Question, fingerprint
 from train.exam.config import SuiteConfig
 from train.exam.registry import make_suite, read_suites
 from train.exam.results import asked_before, scores_of
-from train.exam.run import all_questions, run_suite
+from train.exam.run import Ask, all_questions, run_suite
 from train.metrics import StepMetrics, append_or_log
 from train.overlap.corpus import block_texts, blocks, trained_sources
 from train.overlap.search import Overlap, SearchCache, Searches, put_beside, sizes, texts_of_exam
@@ -85,7 +86,9 @@ class AskedModel:
 
 
 class ModelInTraining(ScoringModel):
-    """The model of a run in progress. Inference mode would leave tensors behind with which no gradient is computed."""
+    """The whole model of a run in progress on one rank. Inference mode would leave tensors behind with which no
+    gradient is computed.
+    """
 
     def cached(self) -> CachedModel:
         device = next(self.network.parameters()).device
@@ -103,9 +106,8 @@ class SuiteCallback(Callback):
         super().__init__(trainer)
         self.logging, world = logging, trainer.world
         self.suites = make_suites(trainer.config.evaluation) if world.is_main else {}
-        self.questions = world.from_main(self._questions)
         self._overlaps: dict[str, dict[str, Overlap]] | None = None
-        self._asked_at, self._asked = trainer.step, world.from_main(self._asked_before)
+        self._asked_at, self._names = trainer.step, world.from_main(self._names_to_ask)
 
     def before_training(self) -> None:
         """Ask what a run that was interrupted had not yet asked at the step of its checkpoint."""
@@ -123,70 +125,65 @@ class SuiteCallback(Callback):
     def ask(self) -> None:
         """Ask all suites that have not been asked at this step."""
         trainer = self.trainer
-        names = [name for name in self.questions if trainer.step != self._asked_at or name not in self._asked]
+        names = [name for name, is_new in self._names.items() if is_new or trainer.step != self._asked_at]
         if not names:
             return
         with trainer.pause():
             if self._overlaps is None and trainer.config.evaluation.search_tokens:
                 self._overlaps = self._search()
             for name in names:
-                answers = self._answers(name)
-                if answers is not None:
-                    trainer.world.from_main(partial(self._judge, name, answers))
+                line = self._line(name)
+                if line is not None and trainer.world.is_main:
+                    self._keep(name, line)
 
     def _is_due(self, steps: int) -> bool:
         every = self.trainer.config.evaluation.suites_every
         return bool(every) and steps % every == 0 and steps != self.trainer.steps
 
-    def _questions(self) -> dict[str, list[list[Question]]]:
-        """Return what each suite asks, in order, without what only the judge needs."""
-        return {
-            name: [
-                [replace(one, reference=None) for one in questions]
-                for exam in suite.exams.values()
-                for questions in all_questions(exam)
-            ]
+    def _names_to_ask(self) -> dict[str, bool]:
+        """Return the suites, and whether each is still to be asked at this step. Rank 0 calls this."""
+        path, step = self.trainer.directory.evaluations, self.trainer.step
+        prints = {
+            name: {label: fingerprint(exam) for label, exam in suite.exams.items()}
             for name, suite in self.suites.items()
         }
+        return {name: not asked_before(path, step, name, one) for name, one in prints.items()}
 
-    def _asked_before(self) -> set[str]:
-        """Return the suites that have been asked at this step, before the run was interrupted."""
-        path, step = self.trainer.directory.evaluations, self.trainer.step
-        found = {}
-        for name, suite in self.suites.items():
-            found[name] = {label: fingerprint(exam) for label, exam in suite.exams.items()}
-        return {name for name, prints in found.items() if asked_before(path, step, name, prints)}
-
-    def _answers(self, name: str) -> list[list[str]] | None:
-        """Return the answers of the model to each list of questions of a suite; None if it cannot be asked. The model
-        comes back as it was.
-        """
+    def _line(self, name: str) -> dict[str, Any] | None:
+        """Return the results of a suite on every rank; None if it cannot be asked. The model comes back as it was."""
         trainer = self.trainer
-        placed, tokenizer = trainer.engine.placed, trainer.corpus.tokenizer
-        phase = trainer.phase(max(0, trainer.step - 1))
-        images = None if trainer.config.model.vision is None else trainer.corpus.images
-        model = ModelInTraining(placed.model, _no_logits, tokenizer, phase.seq_len, ("training",), lambda: images)
-        placed.model.eval()
+        world, model = trainer.world, trainer.engine.placed.model
+        line: dict[str, Any] = {"model": None, "step": trainer.step, "decoding": "greedy"}
+        model.eval()
         try:
-            return [list(greedy_answers(model, _batch_size(model, phase, one))(one)) for one in self.questions[name]]
-        except Exception as error:
-            if trainer.world.size > 1 and not isinstance(error, LeviathanError):
-                raise  # the other ranks may not have failed, and would wait for this one
-            trainer.log(f"suite {name} is not asked at step {trainer.step}: {one_line(error)}")
+            return line | run_on_main(world, self._ask, partial(self._run, name))
+        except Exception as error:  # an examination of the user's own, or a sandbox that is gone
+            if world.size > 1 and not getattr(error, "everywhere", False):
+                raise  # the other ranks have not failed, and would wait for this one
+            trainer.log(f"suite {name} has no result at step {trainer.step}: {one_line(error)}")
             return None
         finally:
-            placed.model.train()
-            release(placed.stacks)
+            model.train()
+            release(trainer.engine.placed.stacks)
 
-    def _judge(self, name: str, answers: Sequence[Sequence[str]]) -> None:
-        """Judge the answers and write the results. Rank 0 calls this."""
-        trainer, suite, given = self.trainer, self.suites[name], iter(answers)
-        line: dict[str, Any] = {"model": None, "step": trainer.step, "decoding": "greedy"}
-        try:
-            line |= run_suite(suite.config, lambda questions: next(given), exams=suite.exams)
-        except Exception as error:  # an examination of the user's own, or a sandbox that is gone
-            trainer.log(f"suite {name} is not judged at step {trainer.step}: {one_line(error)}")
-            return
+    def _run(self, name: str, ask: Ask) -> dict[str, Any]:
+        return run_suite(self.suites[name].config, ask, self.suites[name].exams)
+
+    def _ask(self, questions: Sequence[Question]) -> Sequence[str]:
+        """Answer questions. All ranks call this together."""
+        trainer, placed, world = self.trainer, self.trainer.engine.placed, self.trainer.world
+        phase = trainer.phase(max(0, trainer.step - 1))
+        images = None if trainer.config.model.vision is None else trainer.corpus.images
+        given = _no_logits, trainer.corpus.tokenizer, phase.seq_len, ("training",), lambda: images
+        model: ScoringModel = ModelInTraining(placed.model, *given)
+        if world.size > 1:
+            shares = Shares(world, placed.meshes.dp.size, placed.meshes.dp.rank, in_step=True)
+            model = ScoringModel(placed.model, *given, shares=shares, placed=placed)
+        return greedy_answers(model, _batch_size(model, phase, questions))(questions)
+
+    def _keep(self, name: str, line: dict[str, Any]) -> None:
+        """Write results. Rank 0 calls this."""
+        trainer = self.trainer
         why = "evaluation.search_tokens=0" if self._overlaps is None else "the corpus could not be read"
         put_beside(line, (self._overlaps or {}).get(name, {}), why)
         append_or_log(trainer.directory.evaluations, line, trainer.log)
@@ -208,7 +205,7 @@ class SuiteCallback(Callback):
         searches, chosen = Searches(missing), blocks(corpus, sources, limit)
         failure = ""
         if searches.needed:
-            trainer.log(f"looking for the questions of {', '.join(self.questions)} in the training corpus")
+            trainer.log(f"looking for the questions of {', '.join(self._names)} in the training corpus")
             try:
                 for source, start in chosen[world.rank :: world.size]:
                     for text in block_texts(corpus, source, start):

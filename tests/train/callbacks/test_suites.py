@@ -156,9 +156,9 @@ def test_a_resumed_run_has_each_line_once(tmp_path, small_corpus):
 
 FAILURES = {
     "judge": ("", None),
-    "machine": ("suite short is not judged at step 1: OSError: the sandbox is gone", None),
+    "machine": ("suite short has no result at step 1: OSError: the sandbox is gone", None),
     "disk": ("evaluations.jsonl: Is a directory; a line of it is lost", None),
-    "model": ("suite short is not asked at step 1: RuntimeError: out of memory", "begin"),
+    "model": ("suite short has no result at step 1: RuntimeError: out of memory", "begin"),
 }
 
 
