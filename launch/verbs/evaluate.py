@@ -149,10 +149,14 @@ def _run_loss(config: EvaluateConfig, world: World) -> dict[str, Any]:
 
 def _model_loss(config: EvaluateConfig, world: World) -> dict[str, Any]:
     """Return the loss of the given text under a model that is not a run."""
+    from train.eval.open_model import is_ours, open_foreign
     from train.eval.scoring_model import open_stored
-    from train.eval.text_files import place, text_loss
+    from train.eval.text_files import foreign_text_loss, place, text_loss
 
-    stored = open_stored(Path(config.run).expanduser())
+    path = Path(config.run).expanduser()
+    if not is_ours(path):
+        return plain(foreign_text_loss(open_foreign(path, world), str(config.text), config.micro_batch_size or 8))
+    stored = open_stored(path)
     placed = place(stored, world)
     return plain(text_loss(placed, stored.tokenizer, stored.context, str(config.text), config.micro_batch_size or 8))
 
@@ -196,6 +200,9 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
     model = open_scoring_model(path, world, config.backend)
     line: dict[str, Any] = {"model": model.fingerprint, "step": model.step, "decoding": "greedy"}
     line |= run_suite(suite, greedy_answers(model, config.micro_batch_size or 8))
+    if all(one["outcomes"]["not_asked"] == one["questions"] for one in line["exams"].values()):
+        label, first = next(iter(line["exams"].items()))
+        raise ConfigError("suite", suite.name, f"nothing of it can be asked; {label}: {first['not_asked']}")
     if is_run:
         append_json_line(path / EVALUATIONS, line)
     if config.out is not None:

@@ -228,13 +228,14 @@ def from_transformers(name: str, device: torch.device) -> ScoringModel:
         raise ConfigError("", name, "is not a run; other models need transformers: pip install 'transformers>=5.20'")
     import transformers
 
+    is_local = Path(name).is_dir()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         library: Any = transformers.AutoTokenizer.from_pretrained(
-            name, split_special_tokens=True, trust_remote_code=False
+            name, split_special_tokens=True, trust_remote_code=False, local_files_only=is_local
         )
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=is_local
         )
     except Exception as error:  # OSError, ValueError, ImportError and the hub's own types
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

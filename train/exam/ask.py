@@ -9,28 +9,35 @@ from train.eval.config import GenerateConfig
 from train.eval.generate import Continuation, before_stops
 from train.eval.multimodal import question as tokenized
 from train.eval.scoring_model import ScoringModel
-from train.exam.base import Question
+from train.exam.base import NotAsked, Question
 from train.exam.run import Ask
+
+NO_ENCODER = "the model has no encoder, or no tokens, for pictures"
 
 
 def greedy_answers(model: ScoringModel, batch_size: int = 8) -> Ask:
     """Return a function that answers by greedy decoding, `batch_size` questions at a time. An answer also ends where
     the model's context does.
 
-    The function raises `ConfigError` (key `suite`) for a question that does not fit the context, and for pictures that
-    the model cannot read.
+    A question that does not fit the context, or whose pictures the model cannot read, is `NotAsked`. The function raises
+    `ConfigError` (key `suite`) for a question whose pictures and text do not match.
     """
 
-    def ask(questions: Sequence[Question]) -> list[str]:
+    def ask(questions: Sequence[Question]) -> list[str | NotAsked]:
         asked = [_continuation(model, one) for one in questions]
-        model.continue_all(asked, batch_size)
-        texts = [model.tokenizer.decode(one.found) for one in asked]
-        return [before_stops(text, question.stops) for text, question in zip(texts, questions, strict=True)]
+        model.continue_all([one for one in asked if isinstance(one, Continuation)], batch_size)
+        return [
+            one if isinstance(one, NotAsked) else before_stops(model.tokenizer.decode(one.found), question.stops)
+            for one, question in zip(asked, questions, strict=True)
+        ]
 
     return ask
 
 
-def _continuation(model: ScoringModel, asked: Question) -> Continuation:
+def _continuation(model: ScoringModel, asked: Question) -> Continuation | NotAsked:
+    if asked.pictures and model.images is None:
+        return NotAsked(NO_ENCODER)
+
     def encode(text: str) -> Sequence[int]:
         return model.tokenizer.encode([text])[0]
 
@@ -45,7 +52,6 @@ def _continuation(model: ScoringModel, asked: Question) -> Continuation:
     ids = [model.tokenizer.bos_id, *found.ids, *encode(found.last)]
     room = model.context - len(ids)
     if room < 1:
-        reason = f"question {asked.id} takes {len(ids)} tokens, but the model's context is {model.context}"
-        raise ConfigError("suite", None, f"{reason}: give fewer solved examples (suite.exams.NAME.options.shots)")
+        return NotAsked(f"it takes {len(ids)} tokens, but the model's context is {model.context}")
     config = GenerateConfig(run="", tokens=min(asked.max_tokens, room), temperature=0.0, top_k=None)
     return Continuation(ids, config, goes_on, found.pixels_N3SS)

@@ -13,7 +13,8 @@ from train.run_directory import read_lines
 
 EVALUATIONS = "evaluations.jsonl"
 """File in a run's directory with a line per evaluated suite."""
-_SHOWN_SHAPE = {"suite": str, "exams": {str: {"fingerprint": str, "score": (float, None), "interval": ([float], None)}}}
+_RESULT = {"fingerprint": str, "score": (float, None), "interval": ([float], None), "not_asked?": (str, None)}
+_SHOWN_SHAPE = {"suite": str, "exams": {str: _RESULT}}
 LINE_SHAPE = {"suite": str, "exams": {str: RESULT_SHAPE}}
 
 
@@ -38,8 +39,8 @@ def last_results(against: str, suite: str) -> dict[str, Any]:
 
 
 def last_scores(path: Path) -> dict[str, str]:
-    """Return the last score of each examination in a file of results, with its confidence interval, as text. The labels
-    have the beginning of the fingerprint: scores under one label can be compared.
+    """Return the last score of each examination in a file of results, with its confidence interval, as text, and why
+    questions were not asked. The labels have the beginning of the fingerprint: scores under one label can be compared.
     """
     found = {}
     for line in read_lines(path, _SHOWN_SHAPE):
@@ -48,6 +49,10 @@ def last_scores(path: Path) -> dict[str, str]:
             if one["score"] is not None and one["interval"] is not None and len(one["interval"]) == 2:
                 low, high = one["interval"]
                 found[label] = f"{one['score']:.3f} ({low:.3f} to {high:.3f})"
+                if one.get("not_asked"):
+                    found[label] += f"; not asked: {one['not_asked']}"
+            elif one.get("not_asked"):
+                found[label] = f"not asked: {one['not_asked']}"
     return found
 
 
