@@ -19,8 +19,8 @@ def greedy_answers(model: ScoringModel, batch_size: int = 8) -> Ask:
     """Return a function that answers by greedy decoding, `batch_size` questions at a time. An answer also ends where
     the model's context does.
 
-    A question that does not fit the context, or whose pictures the model cannot read, is `NotAsked`. The function raises
-    `ConfigError` (key `suite`) for a question whose pictures and text do not match.
+    The answer to a question that does not fit the context, or whose pictures the model cannot read, is `NotAsked`. The
+    function raises `ConfigError` (key `suite`) for a question whose pictures and text do not match.
     """
 
     def ask(questions: Sequence[Question]) -> list[str | NotAsked]:
