@@ -46,7 +46,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Wide:
-    part: Part = Part(64, Kind.second, sizes=[3])  # noqa: RUF009 - a frozen component
+    part: Part = Part(64, Kind.second, sizes=[3])
     same: Part = field(default_factory=Part)
 
 

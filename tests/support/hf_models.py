@@ -114,3 +114,19 @@ def like(path: Path) -> list[str]:
     keys = [*sizes, "num_experts", "moe_every", "expert_hidden_size", *others]
     found = [f"model.{key}={getattr(c, key)}" for key in keys]
     return [*found, f"model.qk_norm={c.qk_norm.value}", f"model.router.top_k={c.router.top_k}"]
+
+
+def byte_tokenizer(folder: Path) -> None:
+    """Save a byte-level tokenizer of 300 ids with few merges, in the format of the Hugging Face hub."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(["the model reads a line and writes another"] * 4, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>").save_pretrained(folder)

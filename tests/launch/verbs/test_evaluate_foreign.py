@@ -1,0 +1,121 @@
+"""Models that only transformers knows: `evaluate` asks them as it asks ours, and reads nothing but safetensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from launch.cli import main
+from tests.support import hf_models
+from train.eval.open_model import is_ours
+
+QUESTION = {"id": "1", "question": "Which?", "choices": ["11", "22"], "answer": 0}
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> Path:
+    """Return a directory with a random GPT-2 of 96 positions and a tokenizer of 300 ids."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("foreign") / "gpt2"
+    hf_models.byte_tokenizer(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_positions=96, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def suite(folder: Path, *records: object) -> list[str]:
+    (folder / "q.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    mine = f"{{exam: multiple_choice, options: {{path: '{folder / 'q.jsonl'}'}}}}"
+    scenes = "{exam: scenes, options: {number: 2, thing: pencil}}"
+    return ["suite=own", f"+suite.exams.mine={mine}", f"+suite.exams.pencils={scenes}"]
+
+
+@torch.no_grad()
+def test_a_suite_is_asked_of_a_model_of_transformers(gpt2, tmp_path, capsys):
+    """The answer is that of a plain loop. What does not fit and pictures are not asked, and the rest goes on."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    long = {"id": "2", "question": "a " * 200, "choices": ["11", "22"], "answer": 0}
+    words = suite(tmp_path, QUESTION, long)
+    assert main(["evaluate", str(gpt2), *words, f"out={tmp_path / 'out.json'}"]) == 0
+    shown, kept = json.loads(capsys.readouterr().out), json.loads((tmp_path / "out.json").read_text())
+    answers = kept["exams"]["mine"]["answers"]
+    assert [one["outcome"] == "not_asked" for one in answers] == [False, True]
+    assert answers[1]["note"].endswith("tokens, but the model's context is 96")
+    assert shown["exams"]["mine"]["not_asked"].startswith("1 of 2 questions, it takes ")
+    assert shown["exams"]["pencils"]["score"] is None
+    assert shown["exams"]["pencils"]["not_asked"].startswith("2 of 2 questions, the model has no encoder")
+
+    library, model = AutoTokenizer.from_pretrained(gpt2), AutoModelForCausalLM.from_pretrained(gpt2)
+    ids = [0, *library("Which?\nA. 11\nB. 22\nAnswer:")["input_ids"]]
+    begin = len(ids)
+    while len(ids) < begin + 24 and (not ids[begin:] or (ids[-1] != 1 and "\n" not in library.decode(ids[begin:]))):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    plain = library.decode(ids[begin:], skip_special_tokens=True).partition("\n")[0]
+    assert answers[0]["answer"] == plain != ""
+
+
+@torch.no_grad()
+def test_the_loss_of_a_text_is_that_of_the_models_logits(gpt2, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (tmp_path / "a.txt").write_text("The model reads a line.")
+    assert main(["evaluate", str(gpt2), f"text={tmp_path / 'a.txt'}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    ids = [0, *AutoTokenizer.from_pretrained(gpt2)("The model reads a line.")["input_ids"]]
+    logits = AutoModelForCausalLM.from_pretrained(gpt2)(torch.tensor([ids[:-1]])).logits[0]
+    loss = float(cross_entropy(logits, torch.tensor(ids[1:])))
+    assert found["loss"] == pytest.approx(loss, rel=1e-5) and found["tokens"] == len(ids) - 1
+    assert found["bits_per_byte"] == pytest.approx(loss * (len(ids) - 1) / 23 / math.log(2), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_tasks_of_the_harness_are_asked_too(gpt2, tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps({"q": "The sky is", "choices": [" blue", " red"], "answer": 0}))
+    (tmp_path / "sky.yaml").write_text(
+        f"task: sky\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'data.jsonl'}}}}}\n"
+        'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{q}}"\ndoc_to_target: "{{answer}}"\n'
+        'doc_to_choice: "{{choices}}"\nmetric_list: [{metric: acc}]\n'
+    )
+    out = tmp_path / "out.json"
+    assert main(["evaluate", str(gpt2), "tasks=[sky]", f"task_path={tmp_path}", f"out={out}"]) == 0
+    assert json.loads(out.read_text())["results"]["sky"]["acc,none"] in (0, 1)
+
+
+def test_a_foreign_model_that_cannot_be_used_is_one_line(gpt2, tmp_path, refused):
+    """Control: the same directory above."""
+    copies = {name: Path(shutil.copytree(gpt2, tmp_path / name)) for name in ("pickled", "code", "adapter", "other")}
+    (copies["pickled"] / "model.safetensors").unlink()
+    torch.save({}, copies["pickled"] / "pytorch_model.bin")
+    (copies["adapter"] / "adapter_config.json").write_text("{}")
+    for name, change in {
+        "code": {"model_type": "mine", "auto_map": {"AutoConfig": "c.Config", "AutoModelForCausalLM": "c.Model"}},
+        "other": {"model_type": "nothing"},
+    }.items():
+        config = json.loads((copies[name] / "config.json").read_text()) | change
+        (copies[name] / "config.json").write_text(json.dumps(config))
+    (copies["code"] / "c.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for name, folder in copies.items():
+        line = refused("evaluate", str(folder), *suite(tmp_path, QUESTION))
+        assert line.startswith("run=") and ("adapter" if name == "adapter" else "transformers cannot open it") in line
+    assert not (tmp_path / "ran").exists() and not is_ours(gpt2)
+    pencils = "+suite.exams.pencils={exam: scenes, options: {number: 2}}"
+    line = refused("evaluate", str(gpt2), "suite=own", pencils)
+    assert line.startswith("suite=own: nothing of it can be asked; pencils: 2 of 2 questions, the model has no encoder")
+    assert "no such" not in line
+
+
+def test_our_architectures_are_computed_by_us(tmp_path):
+    for kind, ours in {"llama": True, "llama4": True, "gpt2": False, None: True}.items():
+        (tmp_path / "config.json").write_text(json.dumps({} if kind is None else {"model_type": kind}))
+        assert is_ours(tmp_path) == ours
+    (tmp_path / "config.json").write_text("{")
+    assert is_ours(tmp_path), "opening it says what is damaged"
