@@ -15,6 +15,7 @@ from core.errors import ConfigError, UnreadableFileError, check_numbers
 from core.files import locate, misfit, parse_json, read_text
 from data.images.generated.draws import Draws
 from train.exam.base import Outcome, Question, Verdict
+from train.exam.config import Generated
 from train.exam.facts import FACTS
 
 LONGEST_FILE, LONGEST_PROMPT, MOST_ITEMS = 64 * 2**20, 20_000, 1000
@@ -153,23 +154,14 @@ class FactLists:
 
 
 @dataclass(frozen=True)
-class FactChoices:
+class FactChoices(Generated):
     """Which of four things belongs to a list of common knowledge? Judged as `MultipleChoice`."""
 
     number: int = 40
-    """Questions."""
-    seed: int = 0
-    """Another seed gives other questions."""
     shots: int = 2
-    """Solved examples before each question."""
 
     name: ClassVar[str] = "fact_choices"
     version: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        check_numbers(self, positive=("number",), not_negative=("shots",))
-        if self.shots > 8:
-            raise ConfigError("shots", self.shots, "must be at most 8")
 
     def questions(self) -> Sequence[Question]:
         worked = [self._choice("worked", place) for place in range(self.shots)]
