@@ -14,16 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from core.errors import ConfigError, UnreadableFileError
-from core.files import local_path, misfit, parse_json, read_text
+from core.errors import ConfigError
+from core.files import local_path, parse_json
 from train.exam.base import Outcome, Question, Verdict
 from train.exam.code import harness
 from train.exam.code.proof import prove
 from train.exam.code.sandbox import Limit, Limits, Sandbox, SandboxError, python_command
+from train.exam.question_files import read_jsonl
 
 PROGRAM_LIMITS = Limits()
 OWN = Path(__file__).with_name("problems.jsonl")
-LONGEST_FILE = 64 * 2**20
 _SHAPE = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
 _STOPS = ("\nif __name__", "\nassert ", "\nprint(")
 _FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -135,30 +135,13 @@ def read_problems(path: Path) -> list[Question]:
 
     Raises `ConfigError` that names the first broken line, a repeated task_id or an entry point that is not a name.
     """
-    try:
-        text = read_text(path, LONGEST_FILE)
-    except (OSError, UnreadableFileError) as error:
-        raise ConfigError("path", None, str(error)) from None
-    questions: dict[str, Question] = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-            problem = misfit(row, _SHAPE)
-        except ValueError as error:
-            problem = str(error)
-        if not problem and row["task_id"] in questions:
-            problem = f"repeats task_id {row['task_id']!r}"
-        if not problem and not row["entry_point"].isidentifier():
-            problem = f"entry_point {row['entry_point'][:50]!r} is not a name"
-        if problem:
-            raise ConfigError("path", None, f"{path}:{number}: {problem}")
+    questions = []
+    for where, row in read_jsonl(path, _SHAPE, "task_id"):
+        if not row["entry_point"].isidentifier():
+            raise ConfigError("path", None, f"{where}: entry_point {row['entry_point'][:50]!r} is not a name")
         reference = ProgrammingProblem(row["prompt"], row["entry_point"], row["test"])
-        questions[row["task_id"]] = Question(row["task_id"], row["prompt"], reference, max_tokens=512, stops=_STOPS)
-    if not questions:
-        raise ConfigError("path", None, f"{path}: holds no problems")
-    return list(questions.values())
+        questions.append(Question(row["task_id"], row["prompt"], reference, max_tokens=512, stops=_STOPS))
+    return questions
 
 
 def program_of(problem: ProgrammingProblem, answer: str) -> str | None:

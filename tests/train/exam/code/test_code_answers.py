@@ -166,8 +166,11 @@ def test_an_exception_of_a_program_reaches_its_tests():
         ('{"task_id": "a", "prompt": "p", "entry_point": "f"}', ":1: it has no 'test'"),
         ('{"task_id": 1, "prompt": "p", "entry_point": "f", "test": "t"}', ":1: task_id is not text"),
         ('{"task_id": "a", "prompt": "p", "entry_point": "f(", "test": "t"}', ":1: entry_point 'f(' is not a name"),
-        ('{"task_id": "a", "prompt": "p", "entry_point": "f", "test": "t"}\n' * 2, ":2: repeats task_id 'a'"),
-        ("\n", ": holds no problems"),
+        (
+            '{"task_id": "a", "prompt": "p", "entry_point": "f", "test": "t"}\n' * 2,
+            ":2: the task_id 'a' is also that of ",
+        ),
+        ("\n", ": holds no question"),
         ("[" * 100_000, ":1: is"),
     ],
 )
