@@ -47,7 +47,7 @@ class LinearSystems(Generated):
     """2 or 3."""
 
     name: ClassVar[str] = "linear_systems"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
