@@ -100,7 +100,7 @@ _SURE_BULLET = re.compile(
 )
 """Of a single line: a dash before a number is a sign, and a number before a word is an answer."""
 _POINT_NAME = re.compile(
-    r"(?<![\w\\])[A-Z](?:_?\{?\d+\}?)?(?=\s*(?:\\left\s*)?([(\[⟨][^()\[\]⟨⟩]*,[^()\[\]⟨⟩]*[)\]⟩])\s*(.?))", re.DOTALL
+    r"(?<![\w\\])[A-Z](?:_?\{?\d+\}?)?(?=\s*(?:\\left\s*)?([(\[⟨][^()\[\]⟨⟩,]*,[^()\[\]⟨⟩]*[)\]⟩])\s*(.?))", re.DOTALL
 )
 """The name of a point, the tuple after it, and the sign after that."""
 _OPERATORS = "+-*/·\N{MULTIPLICATION SIGN}\N{MINUS SIGN}\N{EN DASH}"

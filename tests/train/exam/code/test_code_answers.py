@@ -57,6 +57,26 @@ def test_the_program_is_found_in_an_answer(answer):
     assert passes(program_of(PROBLEM, answer))
 
 
+CALLS = "def area(r):\n    return PI * square(r)"
+HELPERS = "def square(x):\n    return times(x, x)"
+BLOCKS = {
+    "helper after": [CALLS.replace("PI", "math.pi"), "def square(x):\n    return x * x"],
+    "helpers of helpers": ["PI: float = 3.14159", CALLS, HELPERS, "from operator import mul as times"],
+    "examples": [f"def area(r):\n{BODY}", "print(1 / 0)", ">>> area(1)\n3.14", "r = 1\nassert area(r) == 3"],
+    "tests": [f"def area(r):\n{BODY}", "import pytest\n\ndef test_area():\n    assert area(1) == 3"],
+    "another version": [f"def area(r):\n{BODY}", "def area(r):\n    return 0"],
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_fenced_blocks_that_are_needed_are_joined(name):
+    answer = "First.\n" + "\nThen:\n".join(f"```python\n{one}\n```" for one in BLOCKS[name])
+    assert passes(program_of(PROBLEM, answer))
+    if name.startswith("helper"):
+        with pytest.raises(NameError):  # control: the helpers are needed
+            passes(program_of(PROBLEM, f"```python\n{CALLS}\n```"))
+
+
 def test_prose_before_a_definition_is_no_code():
     prose = "Note: the area.\nAnswer: x\nfrom here on\nif so, then\narea(r) is the area.\n\n  an item\n"
     assert program_of(PROBLEM, f"{prose}\ndef area(r):\n{BODY}").split() == f"import math def area(r): {BODY}".split()
