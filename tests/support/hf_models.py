@@ -130,3 +130,14 @@ def byte_tokenizer(folder: Path) -> None:
     )
     library.train_from_iterator(["the model reads a line and writes another"] * 4, trainer)
     PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+def save_gpt2(folder: Path, positions: int) -> Path:
+    """Save a random GPT-2, which only transformers can open, with a tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    byte_tokenizer(folder)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "n_positions": positions, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
+    return folder

@@ -21,14 +21,7 @@ QUESTION = {"id": "1", "question": "Which?", "choices": ["11", "22"], "answer": 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory) -> Path:
     """Return a directory with a random GPT-2 of 96 positions and a tokenizer of 300 ids."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    folder = tmp_path_factory.mktemp("foreign") / "gpt2"
-    hf_models.byte_tokenizer(folder)
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=300, n_positions=96, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
+    return hf_models.save_gpt2(tmp_path_factory.mktemp("foreign") / "gpt2", positions=96)
 
 
 def suite(folder: Path, *records: object) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 
 from core.config import load
 from data.images.generated.scenes import SceneConfig, held_out, scene
+from launch.cli import main
 from launch.verbs.evaluate import EvaluateConfig
+from tests.support import hf_models
+from tests.support.tiny import TINY
 from train.exam.base import Question
 from train.exam.config import SuiteConfig
 from train.exam.facts import FACTS
@@ -124,3 +128,39 @@ def test_a_snake_game_is_judged_by_what_it_does(name):
     found = run_suite(suite("system", "knowledge", "pencils"), lambda questions: [f"```html\n{page}```"])
     (answer,) = found["exams"]["snake"]["answers"]
     assert (answer["score"], note in answer["note"]) == (score, True)
+
+
+VISION = [
+    "+model.vision={hidden_size: 16, num_layers: 2, num_heads: 2, mlp_hidden_size: 64, adapter_hidden_size: 16, "
+    "image_token_id: 5, tile_size: 8, patch_size: 2}",
+    "+data.images={tiles: {tile_size: 8, patch_size: 2, max_tiles: 4}}",
+    "+data.sources.scenes={kind: 'data.images.generated.sources:Scenes', options: {number: 60}}",
+    *("data=files", "~data.sources.text", "data.tokenizer.vocab_size=300", "data.held_out=0.2"),
+]
+
+
+def opened(kind: str, folder: Path, small_corpus: list[str]) -> Path:
+    """Return a model whose context has 1,024 tokens: a run on text or with pictures, its export, or a GPT-2."""
+    if kind == "gpt2":
+        return hf_models.save_gpt2(folder / "gpt2", positions=1024)
+    data = [*VISION, f"data.cache={folder / 'cache'}"] if "vision" in kind else small_corpus
+    sizes = ["training.seq_len=1024", "training.global_batch_size=2", "training.steps=1", "model.balance.bias_rate=0"]
+    assert main(["train", *TINY, *data, *sizes, f"run.root={folder}", "run.name=run"]) == 0
+    if "exported" in kind:
+        assert main(["export", str(folder / "run"), str(folder / "hf")]) == 0
+    return folder / ("hf" if "exported" in kind else "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text run", "vision run", "vision exported", "gpt2"])
+def test_every_kind_of_model_is_asked_all_four(kind, tmp_path, small_corpus, capsys):
+    """A model without an encoder is not asked about pictures, and the rest goes on."""
+    model = opened(kind, tmp_path, small_corpus)
+    capsys.readouterr()
+    assert main(["evaluate", str(model), "suite=representative"]) == 0
+    found = json.loads(capsys.readouterr().out)["exams"]
+    asked = {label: one["questions"] - one["outcomes"]["not_asked"] for label, one in found.items()}
+    assert asked == {"knowledge": 10, "system": 12, "snake": 1, "pencils": 20 if "vision" in kind else 0}
+    assert (found["pencils"]["score"] is None) == ("vision" not in kind)
+    assert all(one["outcomes"]["judge_failed"] == 0 for one in found.values())
+    assert found["snake"]["machine"]["chromium"].startswith("Chromium")
