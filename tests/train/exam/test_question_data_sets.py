@@ -112,7 +112,7 @@ def test_a_data_set_that_cannot_be_asked_is_one_line(tmp_path, name):
     assert caught.value.key.split(".")[0] in ("dataset", "columns", "split")
 
 
-def test_columns_without_a_data_set_and_a_missing_one_are_refused(tmp_path):
+def test_options_of_a_data_set_that_is_missing(tmp_path):
     for options, reason in (
         ({"columns": {"question": "x"}}, "columns: applies to a data set"),
         ({"subset": "x"}, "subset: applies to a data set"),
