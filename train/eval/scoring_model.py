@@ -36,7 +36,15 @@ from train.checkpoint.init_from import open_model
 from train.checkpoint.reader import TOKENIZER, load_origin
 from train.checkpoint.restore import restore
 from train.corpus import run_images
-from train.eval.generate import CachedModel, Continuation, ImagesOf, batches, continue_batch, continue_tokens
+from train.eval.generate import (
+    CachedModel,
+    Continuation,
+    ImagesOf,
+    NextLogits,
+    batches,
+    continue_batch,
+    continue_tokens,
+)
 from train.eval.multimodal import place_tiles
 from train.eval.pictures import exported_images
 
@@ -82,6 +90,8 @@ class ScoringModel:
     identity: tuple[str, ...]
     read_images: Callable[[], ImageDescription | None] = lambda: None
     step: int | None = None
+    begin: Callable[[], NextLogits] | None = None
+    """Returns a function for `continue_tokens` that keeps keys and values, for a model that is not ours."""
 
     @cached_property
     def images(self) -> ImageDescription | None:
@@ -125,7 +135,8 @@ class ScoringModel:
                 continue_batch(self.cached(), batch, stop, self.images_of([one.pixels_N3SS for one in batch]))
             return
         for one in asked:
-            for token in continue_tokens(self.next_logits, one.prompt, self.context, one.config, stop):
+            next_logits = self.next_logits if self.begin is None else self.begin()
+            for token in continue_tokens(next_logits, one.prompt, self.context, one.config, stop):
                 if not one.take(token, stop):
                     break
 
@@ -251,7 +262,27 @@ def from_transformers(name: str, device: torch.device) -> ScoringModel:
 
     identity = ("transformers", tokenizer.fingerprint, str(tokenizer.bos_id), str(dtype))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    return ScoringModel(model, logits, tokenizer, context, identity)
+    begin = partial(_cached_logits, model, device)
+    return ScoringModel(model, logits, tokenizer, context, identity, begin=begin)
+
+
+def _cached_logits(model: Any, device: torch.device) -> NextLogits:
+    """Return a function of a growing sequence that runs a transformers model on its new tokens only. A model that
+    returns no cache, and a window that moves, are run on all tokens.
+    """
+    cache, seen = None, list[int]()
+
+    @torch.inference_mode()
+    def logits(tokens: list[int]) -> Tensor:
+        nonlocal cache, seen
+        if cache is None or tokens[: len(seen)] != seen or len(tokens) == len(seen):
+            cache, seen = None, []
+        kept = {} if cache is None else {"past_key_values": cache}  # some models take no such argument
+        found = model(input_ids=torch.tensor([tokens[len(seen) :]], device=device), use_cache=True, **kept)
+        cache, seen = getattr(found, "past_key_values", None), list(tokens)
+        return found.logits[0, -1]
+
+    return logits
 
 
 class _TransformersTokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from launch.cli import main
 from tests.support import hf_models
+from train.eval.config import GenerateConfig
+from train.eval.generate import Continuation
 from train.eval.open_model import is_ours
+from train.eval.scoring_model import from_transformers
 
 QUESTION = {"id": "1", "question": "Which?", "choices": ["11", "22"], "answer": 0}
 
@@ -112,3 +116,36 @@ def test_our_architectures_are_computed_by_us(tmp_path):
         assert is_ours(tmp_path) == ours
     (tmp_path / "config.json").write_text("{")
     assert is_ours(tmp_path), "opening it says what is damaged"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_keys_and_values_of_transformers_change_no_token(gpt2, tmp_path, kind, monkeypatch):
+    """The model computes each new token alone."""
+    folder = gpt2
+    if kind == "llama":
+        hf_models.byte_tokenizer(tmp_path)
+        folder = hf_models.save(hf_models.make("llama", vocab_size=300, bos_token_id=0, eos_token_id=1), tmp_path)
+    model, lengths = from_transformers(str(folder), torch.device("cpu")), list[int]()
+    forward = model.network.forward
+
+    def counted(*args, **more):
+        lengths.append(more["input_ids"].shape[1])
+        return forward(*args, **more)
+
+    monkeypatch.setattr(model.network, "forward", counted)
+    config = GenerateConfig(run="", tokens=20, temperature=0.0, top_k=None)
+    prompts = [[0, *model.tokenizer.encode([text])[0]] for text in ("the model", "a line and another")]
+    found = []
+    for one in (model, replace(model, begin=None)):
+        asked = [Continuation(prompt, config) for prompt in prompts]
+        one.continue_all(asked, 2)
+        found.append([asked_.found for asked_ in asked])
+    assert found[0] == found[1] != [[], []]
+    steps = len(lengths) // 2
+    assert lengths[:steps].count(1) == steps - 2 and 1 not in lengths[steps:]
+
+    assert model.begin is not None
+    whole, next_logits = model.next_logits(prompts[0]), model.begin()
+    next_logits(prompts[0][:-2])
+    assert torch.allclose(next_logits(prompts[0]), whole, atol=1e-5), "several tokens at once"
+    assert not torch.allclose(model.begin()(prompts[0][-1:]), whole, atol=1e-5), "control: the last token alone"
