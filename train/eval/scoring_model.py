@@ -277,7 +277,7 @@ def _cached_logits(model: Any, device: torch.device) -> NextLogits:
         nonlocal cache, seen
         if cache is None or tokens[: len(seen)] != seen or len(tokens) == len(seen):
             cache, seen = None, []
-        kept = {} if cache is None else {"past_key_values": cache}  # some models take no such argument
+        kept: dict[str, Any] = {} if cache is None else {"past_key_values": cache}  # some models take no such argument
         found = model(input_ids=torch.tensor([tokens[len(seen) :]], device=device), use_cache=True, **kept)
         cache, seen = getattr(found, "past_key_values", None), list(tokens)
         return found.logits[0, -1]

@@ -30,7 +30,7 @@ from train.exam.code.widgets import (
     judge_todo,
 )
 
-_PROMPT = """{task}
+PAGE_PROMPT = """{task}
 One file, no network.
 
 ```html
@@ -85,7 +85,7 @@ class Pages:
 
     def questions(self) -> Sequence[Question]:
         return [
-            Question(task.name, _PROMPT.format(task=task.text), task.name, max_tokens=2048, stops=("\n```",))
+            Question(task.name, PAGE_PROMPT.format(task=task.text), task.name, max_tokens=2048, stops=("\n```",))
             for task in PAGE_TASKS
             if not self.tasks or task.name in self.tasks
         ]

@@ -14,7 +14,7 @@ from train.exam.base import Outcome, Question, Verdict, fingerprint
 from train.exam.code import proof, sandbox
 from train.exam.code.browser import Browser, Page, PageError
 from train.exam.code.harness import EndedError, Remote, decode, encode, examine, parsable
-from train.exam.code.pages import Pages, page_of
+from train.exam.code.pages import PAGE_PROMPT, PAGE_TASKS, Pages, page_of
 from train.exam.code.programs import OWN, ProgrammingProblem, Programs, program_of, read_problems
 from train.exam.code.sandbox import Limit, Limits, Sandbox, SandboxError, SandboxResult, held_memory
 from train.exam.code.seccomp import system_call_filter
@@ -200,6 +200,13 @@ def test_a_broken_file_of_problems_is_refused(tmp_path, text, complaint):
     with pytest.raises(ConfigError) as caught:
         read_problems(path)
     assert complaint in str(caught.value)
+
+
+def test_the_questions_about_pages_are_short():
+    """The smoke run's tokenizer makes a token of 2 to 2.4 of their characters, and its context has 256 tokens."""
+    assert max(len(PAGE_PROMPT.format(task=task.text)) for task in PAGE_TASKS) < 530
+    with pytest.raises(ConfigError, match="tasks=tetris: no such page; try snake, counter"):
+        Pages(tasks=["tetris"])
 
 
 def test_our_own_problems_are_complete():
