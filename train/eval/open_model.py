@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from core.errors import ConfigError, UnreadableFileError
+import torch
+from torch import Tensor
+
+from core.errors import ConfigError, UnreadableFileError, first_line
 from core.files import read_json
+from data.images.decode import decode
 from model.huggingface import FAMILIES
 from parallel.comm.world import World
 from precision.config import Backend
 from train.checkpoint.reader import IMPORTED
 from train.eval.contamination import MODELS
+from train.eval.multimodal import PLACEHOLDER
 from train.eval.scoring_model import ScoringModel, from_directory, from_run, from_transformers
 
 _ADAPTER = "adapter_config.json"
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
 
 def open_scoring_model(path: Path, world: World, backend: Backend | None = None) -> ScoringModel:
@@ -55,7 +65,57 @@ def open_foreign(path: Path, world: World) -> ScoringModel:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+    config = read_json(path / "config.json")
+    has_encoder = "vision_config" in config and any((path / name).exists() for name in _PROCESSORS)
     try:
-        return from_transformers(str(path), world.device)
+        if not has_encoder:
+            return from_transformers(str(path), world.device)
+        model = from_transformers(str(path), world.device, "AutoModelForImageTextToText")
     except ConfigError as error:
         raise error.under("run") from None
+    return replace(model, open_pictures=partial(ProcessedPictures.open, path, model))
+
+
+class ProcessedPictures:
+    """A model of transformers with its processor, which turns pictures and text into its inputs. No chat template is
+    applied.
+    """
+
+    def __init__(self, model: ScoringModel, processor: Any) -> None:
+        self.model, self.processor = model, processor
+
+    @classmethod
+    def open(cls, path: Path, model: ScoringModel) -> ProcessedPictures:
+        """Raises `ConfigError` (key `run`) if the processor cannot be opened, or has no token for pictures."""
+        from transformers import AutoProcessor, GenerationConfig
+
+        try:
+            processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # OSError, ValueError, ImportError and others
+            reason = f"transformers cannot open its processor of pictures: {first_line(error)}"
+            raise ConfigError("run", str(path), reason) from error
+        if not isinstance(getattr(processor, "image_token", None), str):
+            raise ConfigError("run", str(path), "its processor has no token for pictures (image_token)")
+        network: Any = model.network
+        network.generation_config = GenerationConfig()  # the model's own may change what is most probable
+        return cls(model, processor)
+
+    def read(self, text: str, pictures: Sequence[bytes]) -> tuple[int, Any]:
+        prompt = text.replace(PLACEHOLDER, self.processor.image_token)
+        images = [decode(content, f"picture {place}") for place, content in enumerate(pictures)]
+        inputs = self.processor(text=prompt, images=images, return_tensors="pt")
+        parameter = next(self.model.network.parameters())
+        return inputs["input_ids"].shape[1], inputs.to(parameter.device, parameter.dtype)
+
+    @torch.inference_mode()
+    def continue_from(self, inputs: Any, tokens: int, goes_on: Callable[[list[int]], bool]) -> list[int]:
+        network: Any = self.model.network
+        begin, stop = inputs["input_ids"].shape[1], self.model.tokenizer.eos_id
+
+        def ended(ids_BT: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            return torch.tensor([not goes_on(ids_BT[0, begin:].tolist())], device=ids_BT.device)
+
+        limits = {"max_new_tokens": tokens, "eos_token_id": stop, "pad_token_id": stop, "stopping_criteria": [ended]}
+        ids_BT = network.generate(**inputs, do_sample=False, **limits)
+        found: list[int] = ids_BT[0, begin:].tolist()
+        return found[:-1] if found[-1:] == [stop] else found

@@ -62,6 +62,18 @@ class TextTokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+class PictureModel(Protocol):
+    """A model with an encoder that is not ours, with its processor."""
+
+    def read(self, text: str, pictures: Sequence[bytes]) -> tuple[int, Any]:
+        """Return the number of tokens of a prompt, and the model's inputs. Each `<image>` in the text stands for the
+        next picture.
+        """
+
+    def continue_from(self, inputs: Any, tokens: int, goes_on: Callable[[list[int]], bool]) -> list[int]:
+        """Return up to `tokens` new tokens by greedy decoding, until EOS or until no other one is wanted."""
+
+
 @dataclass(frozen=True)
 class TokenWindow:
     """Inputs `ids[:-1]` and labels `ids[1:]`; the last `counted` labels belong to text number `text`. `pixels_N3SS`:
@@ -92,10 +104,16 @@ class ScoringModel:
     step: int | None = None
     begin: Callable[[], NextLogits] | None = None
     """Returns a function for `continue_tokens` that keeps keys and values, for a model that is not ours."""
+    open_pictures: Callable[[], PictureModel | None] = lambda: None
+    """Opens the processor of a model that is not ours; None for a model without an encoder."""
 
     @cached_property
     def images(self) -> ImageDescription | None:
         return self.read_images()
+
+    @cached_property
+    def pictures(self) -> PictureModel | None:
+        return self.open_pictures()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -230,10 +248,11 @@ def from_directory(path: Path, device: torch.device) -> ScoringModel:
     return _ours(model, device, stored.tokenizer, stored.context, identity, read_images)
 
 
-def from_transformers(name: str, device: torch.device) -> ScoringModel:
+def from_transformers(name: str, device: torch.device, kind: str = "AutoModelForCausalLM") -> ScoringModel:
     """Open a causal language model by its directory or its name on the hub: float32 on a CPU, bfloat16 on a GPU.
 
-    Only safetensors are read, and no code that comes with a model is run.
+    `kind`: the class of transformers that opens it. Only safetensors are read, and no code that comes with a model is
+    run.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("", name, "is not a run; other models need transformers: pip install 'transformers>=5.20'")
@@ -245,7 +264,7 @@ def from_transformers(name: str, device: torch.device) -> ScoringModel:
         library: Any = transformers.AutoTokenizer.from_pretrained(
             name, split_special_tokens=True, trust_remote_code=False, local_files_only=is_local
         )
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = getattr(transformers, kind).from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=is_local
         )
     except Exception as error:  # OSError, ValueError, ImportError and the hub's own types

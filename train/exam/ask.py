@@ -27,16 +27,19 @@ def greedy_answers(model: ScoringModel, batch_size: int = 8) -> Ask:
         asked = [_continuation(model, one) for one in questions]
         model.continue_all([one for one in asked if isinstance(one, Continuation)], batch_size)
         return [
-            one if isinstance(one, NotAsked) else before_stops(model.tokenizer.decode(one.found), question.stops)
+            one
+            if isinstance(one, NotAsked)
+            else before_stops(
+                model.tokenizer.decode(one.found if isinstance(one, Continuation) else one), question.stops
+            )
             for one, question in zip(asked, questions, strict=True)
         ]
 
     return ask
 
 
-def _continuation(model: ScoringModel, asked: Question) -> Continuation | NotAsked:
-    if asked.pictures and model.images is None:
-        return NotAsked(NO_ENCODER)
+def _continuation(model: ScoringModel, asked: Question) -> Continuation | list[int] | NotAsked:
+    """Return what `ScoringModel.continue_all` continues, or the tokens of the answer of a model with a processor."""
 
     def encode(text: str) -> Sequence[int]:
         return model.tokenizer.encode([text])[0]
@@ -45,6 +48,13 @@ def _continuation(model: ScoringModel, asked: Question) -> Continuation | NotAsk
         text = model.tokenizer.decode(found)
         return not any(stop in text for stop in asked.stops)
 
+    if asked.pictures and model.images is None:
+        if model.pictures is None:
+            return NotAsked(NO_ENCODER)
+        length, inputs = model.pictures.read(asked.prompt, asked.pictures)
+        if length >= model.context:
+            return _too_long(length, model.context)
+        return model.pictures.continue_from(inputs, min(asked.max_tokens, model.context - length), goes_on)
     try:
         found = tokenized(asked.prompt, list(asked.pictures), model.images if asked.pictures else None, encode)
     except ConfigError as error:
@@ -52,6 +62,10 @@ def _continuation(model: ScoringModel, asked: Question) -> Continuation | NotAsk
     ids = [model.tokenizer.bos_id, *found.ids, *encode(found.last)]
     room = model.context - len(ids)
     if room < 1:
-        return NotAsked(f"it takes {len(ids)} tokens, but the model's context is {model.context}")
+        return _too_long(len(ids), model.context)
     config = GenerateConfig(run="", tokens=min(asked.max_tokens, room), temperature=0.0, top_k=None)
     return Continuation(ids, config, goes_on, found.pixels_N3SS)
+
+
+def _too_long(tokens: int, context: int) -> NotAsked:
+    return NotAsked(f"it takes {tokens} tokens, but the model's context is {context}")

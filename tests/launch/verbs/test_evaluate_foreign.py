@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from launch.cli import main
@@ -18,6 +20,7 @@ from train.eval.config import GenerateConfig
 from train.eval.generate import Continuation
 from train.eval.open_model import is_ours
 from train.eval.scoring_model import from_transformers
+from train.exam.pictures import SceneQuestions, black_picture
 
 QUESTION = {"id": "1", "question": "Which?", "choices": ["11", "22"], "answer": 0}
 
@@ -149,3 +152,42 @@ def test_keys_and_values_of_transformers_change_no_token(gpt2, tmp_path, kind, m
     next_logits(prompts[0][:-2])
     assert torch.allclose(next_logits(prompts[0]), whole, atol=1e-5), "several tokens at once"
     assert not torch.allclose(model.begin()(prompts[0][-1:]), whole, atol=1e-5), "control: the last token alone"
+
+
+@torch.no_grad()
+def test_a_model_of_transformers_with_an_encoder_sees_pictures(tmp_path, capsys):
+    """Each answer is that of a plain loop over the whole model. Control: most change with the picture."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = hf_models.save_llava(tmp_path / "llava", positions=64)
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 9.0, "do_sample": True}))
+    scenes = "+suite.exams.pencils={exam: scenes, options: {number: 3, thing: pencil}}"
+    assert main(["evaluate", str(folder), "suite=own", scenes, f"out={tmp_path / 'out.json'}"]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())["exams"]["pencils"]
+    assert result["not_asked"] is None and result["controls"]["black_picture"]["not_asked"] is None
+
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+
+    def plain(prompt: str, picture: bytes) -> str:
+        image = Image.open(io.BytesIO(picture)).convert("RGB")
+        inputs = processor(text=prompt, images=[image], return_tensors="pt")
+        ids, begin = inputs["input_ids"], inputs["input_ids"].shape[1]
+        while ids.shape[1] < begin + 8 and "\n" not in (text := processor.decode(ids[0, begin:])):
+            pixels = inputs["pixel_values"]
+            token = model(input_ids=ids, pixel_values=pixels).logits[0, -1].argmax()
+            if token == 1:
+                break
+            ids = torch.cat([ids, token[None, None]], 1)
+        text = processor.decode(ids[0, begin:], skip_special_tokens=True)
+        return text.partition("\n")[0]
+
+    questions = SceneQuestions(3, thing="pencil").questions()
+    expected = [plain(one.prompt, one.pictures[0]) for one in questions]
+    assert [one["answer"] for one in result["answers"]] == expected
+    black = [plain(one.prompt, black_picture(112)) for one in questions]
+    assert sum(a != b for a, b in zip(expected, black, strict=True)) > 1, "control"
+
+    (folder / "processor_config.json").write_text("{")
+    assert main(["evaluate", str(folder), "suite=own", scenes]) == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if "error" in one]
+    assert "transformers cannot open its processor of pictures" in line
