@@ -170,3 +170,7 @@ def save_llava(folder: Path, positions: int) -> Path:
         image_processor=library.CLIPImageProcessorPil(**pixels), tokenizer=tokenizer, **patches
     ).save_pretrained(folder)
     return folder
+
+
+FOREIGN = {"gpt2": save_gpt2, "llava": save_llava}
+"""Architectures that are not ours."""

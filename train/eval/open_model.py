@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.errors import ConfigError, UnreadableFileError, first_line
+from core.errors import ConfigError, UnreadableFileError, first_line, printable
 from core.files import read_json
 from data.images.decode import decode
 from model.huggingface import FAMILIES
@@ -85,17 +85,16 @@ class ProcessedPictures:
         self.model, self.processor = model, processor
 
     @classmethod
-    def open(cls, path: Path, model: ScoringModel) -> ProcessedPictures:
-        """Raises `ConfigError` (key `run`) if the processor cannot be opened, or has no token for pictures."""
+    def open(cls, path: Path, model: ScoringModel) -> ProcessedPictures | str:
+        """Return why if the processor cannot be opened, or has no token for pictures."""
         from transformers import AutoProcessor, GenerationConfig
 
         try:
             processor = AutoProcessor.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # OSError, ValueError, ImportError and others
-            reason = f"transformers cannot open its processor of pictures: {first_line(error)}"
-            raise ConfigError("run", str(path), reason) from error
+            return printable(f"transformers cannot open its processor of pictures: {first_line(error)}")
         if not isinstance(getattr(processor, "image_token", None), str):
-            raise ConfigError("run", str(path), "its processor has no token for pictures (image_token)")
+            return "its processor has no token for pictures (image_token)"
         network: Any = model.network
         network.generation_config = GenerationConfig()  # the model's own may change what is most probable
         return cls(model, processor)
@@ -103,7 +102,11 @@ class ProcessedPictures:
     def read(self, text: str, pictures: Sequence[bytes]) -> tuple[int, Any]:
         prompt = text.replace(PLACEHOLDER, self.processor.image_token)
         images = [decode(content, f"picture {place}") for place, content in enumerate(pictures)]
-        inputs = self.processor(text=prompt, images=images, return_tensors="pt")
+        try:
+            inputs = self.processor(text=prompt, images=images, return_tensors="pt")
+        except Exception as error:  # such as a prompt that needs further tokens
+            reason = f"its processor of pictures fails: {printable(first_line(error))}"
+            raise ConfigError("run", None, reason) from error
         parameter = next(self.model.network.parameters())
         return inputs["input_ids"].shape[1], inputs.to(parameter.device, parameter.dtype)
 

@@ -50,6 +50,7 @@ from train.eval.pictures import exported_images
 
 DEFAULT_CONTEXT = 2048
 """Context of a model whose configuration lacks `max_position_embeddings`."""
+NO_ENCODER = "the model has no encoder, or no tokens, for pictures"
 
 
 class TextTokenizer(Protocol):
@@ -67,7 +68,7 @@ class PictureModel(Protocol):
 
     def read(self, text: str, pictures: Sequence[bytes]) -> tuple[int, Any]:
         """Return the number of tokens of a prompt, and the model's inputs. Each `<image>` in the text stands for the
-        next picture.
+        next picture. Raises `ConfigError` if the processor does not take them.
         """
 
     def continue_from(self, inputs: Any, tokens: int, goes_on: Callable[[list[int]], bool]) -> list[int]:
@@ -104,15 +105,15 @@ class ScoringModel:
     step: int | None = None
     begin: Callable[[], NextLogits] | None = None
     """Returns a function for `continue_tokens` that keeps keys and values, for a model that is not ours."""
-    open_pictures: Callable[[], PictureModel | None] = lambda: None
-    """Opens the processor of a model that is not ours; None for a model without an encoder."""
+    open_pictures: Callable[[], PictureModel | str] = lambda: NO_ENCODER
+    """Opens the processor of a model that is not ours, or returns why it cannot be shown pictures."""
 
     @cached_property
     def images(self) -> ImageDescription | None:
         return self.read_images()
 
     @cached_property
-    def pictures(self) -> PictureModel | None:
+    def pictures(self) -> PictureModel | str:
         return self.open_pictures()
 
     @cached_property

@@ -12,8 +12,6 @@ from train.eval.scoring_model import ScoringModel
 from train.exam.base import NotAsked, Question
 from train.exam.run import Ask
 
-NO_ENCODER = "the model has no encoder, or no tokens, for pictures"
-
 
 def greedy_answers(model: ScoringModel, batch_size: int = 8) -> Ask:
     """Return a function that answers by greedy decoding, `batch_size` questions at a time. An answer also ends where
@@ -49,9 +47,12 @@ def _continuation(model: ScoringModel, asked: Question) -> Continuation | list[i
         return not any(stop in text for stop in asked.stops)
 
     if asked.pictures and model.images is None:
-        if model.pictures is None:
-            return NotAsked(NO_ENCODER)
-        length, inputs = model.pictures.read(asked.prompt, asked.pictures)
+        if isinstance(model.pictures, str):
+            return NotAsked(model.pictures)
+        try:
+            length, inputs = model.pictures.read(asked.prompt, asked.pictures)
+        except ConfigError as error:
+            return NotAsked(error.reason)
         if length >= model.context:
             return _too_long(length, model.context)
         return model.pictures.continue_from(inputs, min(asked.max_tokens, model.context - length), goes_on)

@@ -190,4 +190,4 @@ def test_a_model_of_transformers_with_an_encoder_sees_pictures(tmp_path, capsys)
     (folder / "processor_config.json").write_text("{")
     assert main(["evaluate", str(folder), "suite=own", scenes]) == 2
     (line,) = [one for one in capsys.readouterr().err.splitlines() if "error" in one]
-    assert "transformers cannot open its processor of pictures" in line
+    assert "can be asked; pencils: 3 of 3 questions, transformers cannot open its processor of pictures: " in line

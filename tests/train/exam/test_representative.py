@@ -140,9 +140,11 @@ VISION = [
 
 
 def opened(kind: str, folder: Path, small_corpus: list[str]) -> Path:
-    """Return a model whose context has 1,024 tokens: a run on text or with pictures, its export, or a GPT-2."""
-    if kind == "gpt2":
-        return hf_models.save_gpt2(folder / "gpt2", positions=1024)
+    """Return a model whose context has 1,024 tokens: a run on text or with pictures, its export, or one that only
+    transformers knows.
+    """
+    if kind in hf_models.FOREIGN:
+        return hf_models.FOREIGN[kind](folder / kind, 1024)
     data = [*VISION, f"data.cache={folder / 'cache'}"] if "vision" in kind else small_corpus
     sizes = ["training.seq_len=1024", "training.global_batch_size=2", "training.steps=1", "model.balance.bias_rate=0"]
     assert main(["train", *TINY, *data, *sizes, f"run.root={folder}", "run.name=run"]) == 0
@@ -152,15 +154,16 @@ def opened(kind: str, folder: Path, small_corpus: list[str]) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["text run", "vision run", "vision exported", "gpt2"])
+@pytest.mark.parametrize("kind", ["text run", "vision run", "vision exported", "gpt2", "llava"])
 def test_every_kind_of_model_is_asked_all_four(kind, tmp_path, small_corpus, capsys):
     """A model without an encoder is not asked about pictures, and the rest goes on."""
     model = opened(kind, tmp_path, small_corpus)
     capsys.readouterr()
     assert main(["evaluate", str(model), "suite=representative"]) == 0
     found = json.loads(capsys.readouterr().out)["exams"]
+    sees = "vision" in kind or kind == "llava"
     asked = {label: one["questions"] - one["outcomes"]["not_asked"] for label, one in found.items()}
-    assert asked == {"knowledge": 10, "system": 12, "snake": 1, "pencils": 20 if "vision" in kind else 0}
-    assert (found["pencils"]["score"] is None) == ("vision" not in kind)
+    assert asked == {"knowledge": 10, "system": 12, "snake": 1, "pencils": 20 if sees else 0}
+    assert (found["pencils"]["score"] is None) != sees
     assert all(one["outcomes"]["judge_failed"] == 0 for one in found.values())
     assert found["snake"]["machine"]["chromium"].startswith("Chromium")
