@@ -44,7 +44,7 @@ test-all: $(STAMP) slurm sandbox
 	$(RUN) -m pytest -n $(WORKERS) -m "not gpu"
 
 slurm:
-	@command -v sbatch munge >/dev/null && test -x /usr/sbin/slurmctld || \
+	@command -v sbatch >/dev/null && command -v munge >/dev/null && test -x /usr/sbin/slurmctld || \
 	  { apt-get update -qq; apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
 
 sandbox:

@@ -185,7 +185,9 @@ def _twin(cls: type) -> type:
             continue
         kind = _twin_type(hints[f.name])
         if dataclasses.is_dataclass(kind):
-            default: Any = dataclasses.field(default_factory=typing.cast(Any, kind))
+            has_values = dataclasses.is_dataclass(f.default)  # of its own, which may differ from those of its class
+            made = partial(_twin_made, kind, f.default) if has_values else kind
+            default: Any = dataclasses.field(default_factory=typing.cast(Any, made))
         elif f.default_factory is not dataclasses.MISSING:
             # plain values, because a frozen component would make its part of the schema read-only
             default = dataclasses.field(default_factory=partial(_plain_made, f.default_factory))
@@ -195,6 +197,21 @@ def _twin(cls: type) -> type:
             default = dataclasses.field(default="???")
         fields.append((f.name, kind, default))
     return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
+
+
+def _twin_made(twin: Any, default: Any) -> Any:
+    """Make a twin with the values of a component."""
+    values = {f.name: (f.type, getattr(default, f.name)) for f in dataclasses.fields(twin)}
+    return twin(
+        **{
+            name: _twin_made(kind, value)
+            if dataclasses.is_dataclass(kind)
+            else value
+            if isinstance(value, Enum) and kind is not str
+            else plain(value)
+            for name, (kind, value) in values.items()
+        }
+    )
 
 
 def _plain_made(factory: Callable[[], Any]) -> Any:

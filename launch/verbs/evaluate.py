@@ -158,10 +158,14 @@ def _run_loss(config: EvaluateConfig, world: World) -> dict[str, Any]:
 
 def _model_loss(config: EvaluateConfig, world: World) -> dict[str, Any]:
     """Return the loss of the given text under a model that is not a run."""
+    from train.eval.open_model import is_ours, open_foreign
     from train.eval.scoring_model import open_stored
-    from train.eval.text_files import place, text_loss
+    from train.eval.text_files import foreign_text_loss, place, text_loss
 
-    stored = open_stored(Path(config.run).expanduser())
+    path = Path(config.run).expanduser()
+    if not is_ours(path):
+        return plain(foreign_text_loss(open_foreign(path, world), str(config.text), config.micro_batch_size or 8))
+    stored = open_stored(path)
     placed = place(stored, world)
     return plain(text_loss(placed, stored.tokenizer, stored.context, str(config.text), config.micro_batch_size or 8))
 
@@ -195,7 +199,7 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
     from train.exam.ask import greedy_answers, run_on_main
     from train.exam.registry import make_suite
     from train.exam.results import compare_suites, last_results
-    from train.exam.run import run_suite, summary
+    from train.exam.run import nothing_asked, run_suite, summary
     from train.overlap.search import put_beside, search_for_model, texts_of_exam
     from train.run_directory import EVALUATIONS
 
@@ -212,6 +216,8 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
     model = open_scoring_model(path, world, config.backend)
     line: dict[str, Any] = {"model": model.fingerprint, "step": model.step, "decoding": "greedy"}
     line |= run_on_main(world, greedy_answers(model, config.micro_batch_size or 8), partial(run_suite, suite))
+    if (reason := nothing_asked(line)) is not None:
+        raise ConfigError("suite", suite.name, f"nothing of it can be asked; {reason}")
     if not world.is_main:
         return 0
     put_beside(line, *overlaps)

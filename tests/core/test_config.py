@@ -44,6 +44,12 @@ class Named:
     share: float = 1.0
 
 
+@dataclass(frozen=True)
+class Wide:
+    part: Part = Part(64, Kind.second, sizes=[3])
+    same: Part = field(default_factory=Part)
+
+
 @pytest.fixture
 def configs(tmp_path, monkeypatch) -> Path:
     (tmp_path / "part").mkdir()
@@ -60,6 +66,14 @@ def test_yaml_overrides_and_defaults_make_typed_objects(configs):
     assert config.named == {"given": Part(), "mine": Part(24)}
     assert config.listed == [Part(sizes=[1, 2])]
     assert config.extra == load("root", Root, ["+extra.width=32"]).extra == Part(32)
+
+
+def test_a_components_own_defaults_are_kept():
+    """The field `part` has other defaults than its class. What is given replaces one of them."""
+    assert build(Wide, {}) == Wide()
+    assert build(Wide, {"part": {"limit": 7}}) == Wide(Part(64, Kind.second, 7, [3]))
+    assert build(Wide, {"part": {"width": 16, "kind": "first"}}).part == Part(16, sizes=[3])
+    assert build(Wide, {}).same == Part() != build(Wide, {}).part, "control"
 
 
 @pytest.mark.parametrize(

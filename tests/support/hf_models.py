@@ -114,3 +114,63 @@ def like(path: Path) -> list[str]:
     keys = [*sizes, "num_experts", "moe_every", "expert_hidden_size", *others]
     found = [f"model.{key}={getattr(c, key)}" for key in keys]
     return [*found, f"model.qk_norm={c.qk_norm.value}", f"model.router.top_k={c.router.top_k}"]
+
+
+def byte_tokenizer(folder: Path) -> None:
+    """Save a byte-level tokenizer of 300 ids with few merges, in the format of the Hugging Face hub."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(["the model reads a line and writes another"] * 4, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+def save_gpt2(folder: Path, positions: int) -> Path:
+    """Save a random GPT-2, which only transformers can open, with a tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    byte_tokenizer(folder)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "n_positions": positions, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
+    return folder
+
+
+def save_llava(folder: Path, positions: int) -> Path:
+    """Save a random LLaVA with its processor: 4 tokens to a picture of 28 pixels."""
+    import transformers as library
+
+    byte_tokenizer(folder)
+    tokenizer = library.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    torch.manual_seed(0)
+    sizes = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.3}
+    vision = library.CLIPVisionConfig(hidden_size=16, image_size=28, patch_size=14, projection_dim=16, **sizes)
+    text = library.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        max_position_embeddings=positions,
+        bos_token_id=0,
+        eos_token_id=1,
+        **sizes,
+    )
+    place = tokenizer.convert_tokens_to_ids("<image>")
+    config = library.LlavaConfig(vision_config=vision, text_config=text, image_token_index=place)
+    library.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    pixels = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    patches = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    library.LlavaProcessor(
+        image_processor=library.CLIPImageProcessorPil(**pixels), tokenizer=tokenizer, **patches
+    ).save_pretrained(folder)
+    return folder
+
+
+FOREIGN = {"gpt2": save_gpt2, "llava": save_llava}
+"""Architectures that are not ours."""

@@ -20,14 +20,14 @@ from parallel.fsdp import release
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.logging import LoggingCallback
 from train.config import EvaluationConfig, Phase, TrainConfig, phases
-from train.eval.generate import CachedModel
-from train.eval.scoring_model import ScoringModel, TextTokenizer
+from train.eval.generate import CachedModel, Continuation
+from train.eval.scoring_model import NO_ENCODER, ScoringModel, TextTokenizer
 from train.exam.ask import Asked, continuation, greedy_answers, run_on_main
-from train.exam.base import Exam, Question, fingerprint
+from train.exam.base import Exam, NotAsked, Question, fingerprint
 from train.exam.config import SuiteConfig
 from train.exam.registry import make_suite, read_suites
 from train.exam.results import asked_before, scores_of
-from train.exam.run import Ask, all_questions, run_suite
+from train.exam.run import Ask, run_suite
 from train.metrics import StepMetrics, append_or_log
 from train.overlap.corpus import block_texts, blocks, trained_sources
 from train.overlap.search import Overlap, SearchCache, Searches, put_beside, sizes, texts_of_exam
@@ -53,18 +53,22 @@ def make_suites(config: EvaluationConfig) -> dict[str, Suite]:
 
 
 def check_questions(config: TrainConfig, suites: Mapping[str, Suite], corpus: Corpus) -> None:
-    """Raise `ConfigError` for a question that the model cannot be asked in a phase: it does not fit the context, or has
-    pictures that the model cannot read.
+    """Raise `ConfigError` for a suite of which the model can be asked nothing in a phase: no question fits the context,
+    or all have pictures that the model cannot read.
     """
     images = None if config.model.vision is None else corpus.images
-    context = min((phase.seq_len for phase in asking_phases(config)), default=0)
+    model = AskedModel(corpus.tokenizer, min((phase.seq_len for phase in asking_phases(config)), default=0), images)
     for name, suite in suites.items():
-        for label, exam in suite.exams.items():
-            try:
-                for question in (one for questions in all_questions(exam) for one in questions):
-                    continuation(AskedModel(corpus.tokenizer, context, images), question)
-            except ConfigError as error:
-                raise ConfigError("evaluation.suites", name, f"{label}: {error.reason}") from None
+        try:
+            asked = [
+                (label, continuation(model, one)) for label, exam in suite.exams.items() for one in exam.questions()
+            ]
+        except ConfigError as error:
+            raise ConfigError("evaluation.suites", name, error.reason) from None
+        reasons = [(label, one.reason) for label, one in asked if isinstance(one, NotAsked)]
+        if len(reasons) == len(asked):
+            label, reason = reasons[0]
+            raise ConfigError("evaluation.suites", name, f"nothing of it can be asked; {label}: {reason}")
 
 
 def asking_phases(config: TrainConfig) -> Iterator[Phase]:
@@ -83,6 +87,7 @@ class AskedModel:
     tokenizer: TextTokenizer
     context: int
     images: ImageDescription | None
+    pictures: str = NO_ENCODER
 
 
 class ModelInTraining(ScoringModel):
@@ -169,7 +174,7 @@ class SuiteCallback(Callback):
     def _run(self, name: str, ask: Ask) -> dict[str, Any]:
         return run_suite(self.suites[name].config, ask, self.suites[name].exams)
 
-    def _ask(self, questions: Sequence[Question]) -> Sequence[str]:
+    def _ask(self, questions: Sequence[Question]) -> Sequence[str | NotAsked]:
         """Answer questions. All ranks call this together."""
         trainer, placed, world = self.trainer, self.trainer.engine.placed, self.trainer.world
         phase = trainer.phase(max(0, trainer.step - 1))
@@ -189,7 +194,8 @@ class SuiteCallback(Callback):
         append_or_log(trainer.directory.evaluations, line, trainer.log)
         scores = scores_of(line)
         if self.logging.writer is not None:
-            shown = {label: {"score": one.score, "low": one.low, "high": one.high} for label, one in scores.items()}
+            known = {label: one for label, one in scores.items() if one.is_known}
+            shown = {label: {"score": one.score, "low": one.low, "high": one.high} for label, one in known.items()}
             self.logging.writer.write({"step": trainer.step, "tokens": trainer.tokens, "examinations": shown})
         for label, one in scores.items():
             trainer.log(f"examination {label}: {one}")
@@ -248,7 +254,8 @@ class SuiteCallback(Callback):
 
 def _batch_size(model: Asked, phase: Phase, questions: Sequence[Question]) -> int:
     """Return how many questions to answer side by side: as many as have the tokens of a micro-batch, 8 at most."""
-    tokens = [len(found.prompt) + found.config.tokens for found in (continuation(model, one) for one in questions)]
+    asked = (continuation(model, one) for one in questions)
+    tokens = [len(one.prompt) + one.config.tokens for one in asked if isinstance(one, Continuation)]
     return max(1, min(BATCH_SIZE, phase.micro_batch_size * phase.seq_len // max(tokens, default=1)))
 
 

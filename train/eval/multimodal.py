@@ -21,7 +21,8 @@ from core.errors import ConfigError
 from data.images.decode import BadImage
 from data.images.media import ImageDescription
 from data.images.tiles import GREYS
-from model.vision.fusion import Images, placeholder_rows
+from model.vision.fusion import Images
+from train.eval.pictures import prompt_rows
 
 PLACEHOLDER = "<image>"
 _PLAIN = ("RGB", "RGBA", "L", "LA", "P", "1", "I", "I;16")
@@ -72,10 +73,7 @@ def place_tiles(
     tokens_BT: Tensor, pixels_N3SS: Tensor, placeholder: int, device: torch.device, length: int | None = None
 ) -> Images:
     """Assign tiles to the placeholders in the first `length` tokens of each sequence, in row-major order."""
-    is_image_BT = tokens_BT == placeholder
-    if length is not None:
-        is_image_BT[:, length:] = False  # a model may generate the token
-    rows_BT = placeholder_rows(is_image_BT).to(device)
+    rows_BT = prompt_rows(tokens_BT, placeholder, length).to(device)
     return Images(pixels_N3SS.to(device), rows_BT, torch.tensor(GREYS, device=device))
 
 

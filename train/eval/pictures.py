@@ -40,9 +40,17 @@ class PicturePrompt:
 
     def rows(self, tokens_BT: Tensor) -> Tensor:
         """Return the encoder row of each placeholder in a sequence that begins with BOS and `ids`; -1 elsewhere."""
-        is_picture_BT = tokens_BT == self.placeholder
-        is_picture_BT[:, 1 + len(self.ids) :] = False  # a model may generate the token
-        return placeholder_rows(is_picture_BT)
+        return prompt_rows(tokens_BT, self.placeholder, 1 + len(self.ids))
+
+
+def prompt_rows(tokens_BT: Tensor, placeholder: int, length: int | None) -> Tensor:
+    """Return the encoder row of each placeholder in the first `length` tokens (None: all), in row-major order; -1
+    elsewhere: a model may generate the token.
+    """
+    is_picture_BT = tokens_BT == placeholder
+    if length is not None:
+        is_picture_BT[:, length:] = False
+    return placeholder_rows(is_picture_BT)
 
 
 def picture_prompt(paths: Sequence[str], model: ModelConfig, images: ImageDescription | None) -> PicturePrompt:

@@ -45,6 +45,7 @@ from train.eval.generate import (
     CachedModel,
     Continuation,
     ImagesOf,
+    NextLogits,
     WindowModel,
     batches,
     continue_batch,
@@ -56,6 +57,7 @@ from train.eval.pictures import exported_images
 
 DEFAULT_CONTEXT = 2048
 """Context of a model whose configuration lacks `max_position_embeddings`."""
+NO_ENCODER = "the model has no encoder, or no tokens, for pictures"
 
 
 class TextTokenizer(Protocol):
@@ -66,6 +68,18 @@ class TextTokenizer(Protocol):
         """Return the ids of each text, without BOS and EOS."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class PictureModel(Protocol):
+    """A model with an encoder that is not ours, with its processor."""
+
+    def read(self, text: str, pictures: Sequence[bytes]) -> tuple[int, Any]:
+        """Return the number of tokens of a prompt, and the model's inputs. Each `<image>` in the text stands for the
+        next picture. Raises `ConfigError` if the processor does not take them.
+        """
+
+    def continue_from(self, inputs: Any, tokens: int, goes_on: Callable[[list[int]], bool]) -> list[int]:
+        """Return up to `tokens` new tokens by greedy decoding, until EOS or until no other one is wanted."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +113,20 @@ class ScoringModel:
     identity: tuple[str, ...]
     read_images: Callable[[], ImageDescription | None] = lambda: None
     step: int | None = None
+    begin: Callable[[], NextLogits] | None = None
+    """Returns a function of a growing sequence that keeps keys and values, for a model that is not ours."""
+    open_pictures: Callable[[], PictureModel | str] = lambda: NO_ENCODER
+    """Opens the processor of a model that is not ours, or returns why it cannot be shown pictures."""
     shares: Shares = field(default_factory=Shares)
     placed: ParallelModel | None = None
 
     @cached_property
     def images(self) -> ImageDescription | None:
         return self.read_images()
+
+    @cached_property
+    def pictures(self) -> PictureModel | str:
+        return self.open_pictures()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -157,6 +179,9 @@ class ScoringModel:
             )
         if isinstance(self.network, Transformer):
             return self.cached()
+        if self.begin is not None:
+            next_logits = self.begin()
+            return WindowModel(lambda tokens_BT, images: next_logits(tokens_BT[0].tolist())[None], self.context)
         return WindowModel(lambda tokens_BT, images: self.logits(tokens_BT)[:, -1], self.context)
 
     def _continued(self, has_pictures: bool, batch: Sequence[Continuation] | None) -> list[list[int]]:
@@ -291,22 +316,24 @@ def from_directory(path: Path, device: torch.device) -> ScoringModel:
     return _ours(model, device, stored.tokenizer, stored.context, identity, read_images)
 
 
-def from_transformers(name: str, device: torch.device) -> ScoringModel:
+def from_transformers(name: str, device: torch.device, kind: str = "AutoModelForCausalLM") -> ScoringModel:
     """Open a causal language model by its directory or its name on the hub: float32 on a CPU, bfloat16 on a GPU.
 
-    Only safetensors are read, and no code that comes with a model is run.
+    `kind`: the class of transformers that opens it. Only safetensors are read, and no code that comes with a model is
+    run.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError("", name, "is not a run; other models need transformers: pip install 'transformers>=5.20'")
     import transformers
 
+    is_local = Path(name).is_dir()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         library: Any = transformers.AutoTokenizer.from_pretrained(
-            name, split_special_tokens=True, trust_remote_code=False
+            name, split_special_tokens=True, trust_remote_code=False, local_files_only=is_local
         )
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        model: Any = getattr(transformers, kind).from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=is_local
         )
     except Exception as error:  # OSError, ValueError, ImportError and the hub's own types
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -322,7 +349,27 @@ def from_transformers(name: str, device: torch.device) -> ScoringModel:
 
     identity = ("transformers", tokenizer.fingerprint, str(tokenizer.bos_id), str(dtype))
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    return ScoringModel(model, logits, tokenizer, context, identity)
+    begin = partial(_cached_logits, model, device)
+    return ScoringModel(model, logits, tokenizer, context, identity, begin=begin)
+
+
+def _cached_logits(model: Any, device: torch.device) -> NextLogits:
+    """Return a function of a growing sequence that runs a transformers model on its new tokens only. A model that
+    returns no cache, and a window that moves, are run on all tokens.
+    """
+    cache, seen = None, list[int]()
+
+    @torch.inference_mode()
+    def logits(tokens: list[int]) -> Tensor:
+        nonlocal cache, seen
+        if cache is None or tokens[: len(seen)] != seen or len(tokens) == len(seen):
+            cache, seen = None, []
+        kept: dict[str, Any] = {} if cache is None else {"past_key_values": cache}  # some models take no such argument
+        found = model(input_ids=torch.tensor([tokens[len(seen) :]], device=device), use_cache=True, **kept)
+        cache, seen = getattr(found, "past_key_values", None), list(tokens)
+        return found.logits[0, -1]
+
+    return logits
 
 
 class _TransformersTokenizer:

@@ -12,7 +12,7 @@ Shapes: B windows of a micro-batch, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,7 +31,7 @@ from parallel.parallelize import ParallelModel, build
 from parallel.sharding import fill, local_shards
 from precision.config import Compute, PrecisionConfig
 from train.eval.held_out import batch_losses, local_batches
-from train.eval.scoring_model import StoredModel, TextTokenizer, TokenWindow
+from train.eval.scoring_model import ScoringModel, StoredModel, TextTokenizer, TokenWindow
 from train.eval.text_loss import windows
 
 GROUP = 1 << 20
@@ -56,20 +56,46 @@ def text_loss(
 
     Raises `ConfigError` (key `text`) if the files cannot be read or hold no text.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=placed.device)  # nats, tokens
+    placed.model.eval()
+
+    def total(sums: torch.Tensor) -> list[float]:
+        placed.meshes.world.sum(sums, "evaluation")
+        release(placed.stacks)
+        return sums.tolist()
+
+    return _measured(partial(_sums, placed, micro_batch_size=micro_batch_size), total, tokenizer, context, pattern)
+
+
+def foreign_text_loss(model: ScoringModel, pattern: str, micro_batch_size: int) -> TextLoss:
+    """Compute the same for a whole model in this process, such as one of transformers."""
+
+    def sums_of(group: list[TokenWindow]) -> torch.Tensor:
+        found = [losses for losses, _ in model.losses(group, micro_batch_size)]
+        nats = sum(float(losses.sum(dtype=torch.float64)) for losses in found)
+        return torch.tensor([nats, sum(map(len, found))], dtype=torch.float64)
+
+    context = min(model.context, GROUP)
+    return _measured(sums_of, torch.Tensor.tolist, model.tokenizer, context, pattern)
+
+
+def _measured(
+    sums_of: Callable[[list[TokenWindow]], torch.Tensor],
+    total: Callable[[torch.Tensor], list[float]],
+    tokenizer: TextTokenizer,
+    context: int,
+    pattern: str,
+) -> TextLoss:
+    """`sums_of` returns this rank's nats and tokens of some windows, and `total` the sums of all ranks."""
+    sums = sums_of([])
     size = documents = 0
     group: list[TokenWindow] = []
-    placed.model.eval()
     for text in read_texts(pattern):
         ids = tokenizer.encode([text])[0]
         size, documents = size + len(text.encode()), documents + 1
         group += windows(documents, [tokenizer.bos_id, *ids], len(ids), context)
         if sum(len(window.ids) for window in group) >= GROUP:
-            sums, group = sums + _sums(placed, group, micro_batch_size), []
-    sums += _sums(placed, group, micro_batch_size)
-    placed.meshes.world.sum(sums, "evaluation")
-    release(placed.stacks)
-    nats, tokens = sums.tolist()
+            sums, group = sums + sums_of(group), []
+    nats, tokens = total(sums + sums_of(group))
     if not tokens:
         raise ConfigError("text", pattern, "holds no text")
     return TextLoss(nats / tokens, nats / size / math.log(2), int(tokens), size, documents)

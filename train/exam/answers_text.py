@@ -10,7 +10,8 @@ Accepted, in any case, with `$`, `\\(`, `\\frac{a}{b}` and the like of LaTeX:
 - Infinitely many: "infinitely many", "an infinite number", "infinite solutions", and a family without such words.
 - Values of a system: "x = 2, y = -1/3", "x=2 and y=-1/3", "y = -1/3; x = 2", "x = 4/2 = 2, ...", "(2, -1/3)",
   "(x, y) = (2, -1/3)", "{(2, -1/3)}", "x = 2 y = -1/3", "x = 2 \\text{ and } y = -1/3", "x = 2 \\quad y = -1/3";
-  `[...]` and `⟨...⟩` as `(...)`. Tuples are in the order of the unknowns.
+  "P(2, -1/3)", "P = (2, -1/3)", "S = {(2, -1/3)}"; `[...]` and `⟨...⟩` as `(...)`. Tuples are in the order of the
+  unknowns. A capital letter before a tuple that stands alone names a point; any other letter is a factor.
 - A family: "x = 1 - t, y = t", "x = 1 - y" (an unknown without a value is free), "y = t, x = 1 - y", "(1 - s, s)",
   "{(1-s, s)}", "(1, 0) + t(-1, 1)", "t(-1, 1) + (1, 0)", "(1, 0) + (-1, 1)t", "t = y, x = 1 - t",
   "x = 1 - t, y = t (t ∈ R)", "x = 1 - t, y = t (t real)". Parameters have one letter, perhaps with digits after it (t,
@@ -22,7 +23,7 @@ Accepted, in any case, with `$`, `\\(`, `\\frac{a}{b}` and the like of LaTeX:
 
 A number is whole, a decimal (which is exact: 0.33 is not 1/3) or a quotient. Expressions have +, -, *, / by a number,
 products with a number without a sign (2t, 3(t - 1)), and parentheses. Not accepted: equations that are not solved
-("x + y = 1"), powers, roots, mixed numbers ("1 1/2").
+("x + y = 1"), powers, roots, mixed numbers ("1 1/2"), decimal commas ("x = 2,5").
 
 A line break separates as a semicolon does. Bullets are ignored. A dash or a number before a value is a bullet only if
 two lines have one: "- 12" is negative, and "45. Ana is 12" has two numbers. A text that says two things ("no solution,
@@ -98,6 +99,11 @@ _SURE_BULLET = re.compile(
     rf"^[ \t]*(?:[*•]|-(?=[ \t]+{_EQUATION})|\d+[.)](?=[ \t]+(?:{_EQUATION}|[$*\\]*[(\[{{⟨])))[ \t]+", re.MULTILINE
 )
 """Of a single line: a dash before a number is a sign, and a number before a word is an answer."""
+_POINT_NAME = re.compile(
+    r"(?<![\w\\])[A-Z](?:_?\{?\d+\}?)?(?=\s*(?:\\left\s*)?([(\[⟨][^()\[\]⟨⟩,]*,[^()\[\]⟨⟩]*[)\]⟩])\s*(.?))", re.DOTALL
+)
+"""The name of a point, the tuple after it, and the sign after that."""
+_OPERATORS = "+-*/·\N{MULTIPLICATION SIGN}\N{MINUS SIGN}\N{EN DASH}"
 _NO_ROOT = re.compile(r"\bdiscriminant\b|[\d)}√*±=+-]\s*i(?![^\W\d_])")
 """Beside "no real solution", the discriminant and numbers with the imaginary unit are no roots."""
 _SIGNS = {
@@ -135,7 +141,7 @@ def final_part(text: str, numbered: bool = True) -> str:
     """Return what follows the last mark of a final answer, in lower case, without bullets and the commands of LaTeX.
     `numbered`: "1." at the start of lines is a bullet too.
     """
-    text = text[-LONGEST:].lower()
+    text = _POINT_NAME.sub(_unnamed, text[-LONGEST:]).lower()
     marks = list(_ANSWER.finditer(text))
     text = text[marks[-1].end() :] if marks else text
     text = _without_bullets(text.strip(), numbered)
@@ -145,6 +151,13 @@ def final_part(text: str, numbered: bool = True) -> str:
     for old in sorted(_REPLACED, key=len, reverse=True):
         text = text.replace(old, _REPLACED[old])
     return text.replace("\\", " ")
+
+
+def _unnamed(match: re.Match[str]) -> str:
+    """Return nothing for the name of a point, and the letter itself where it is a factor: "(1, 0) + T(-1, 1)"."""
+    before = match.string[: match.start()].rstrip()[-1:]
+    is_factor = (before and before in f"{_OPERATORS}^)]}}⟩∈") or (match[2] and match[2] in _OPERATORS)
+    return match[0] if is_factor else ""
 
 
 def _without_bullets(text: str, numbered: bool) -> str:
@@ -298,6 +311,8 @@ class Scanner:
             if at and at == end and self._is(at - 2, "+-") and not self._is(at - 3, "="):
                 raise UnreadableAnswer('"x = 1 - 2 y = 3" can be read in two ways')
             value, end = self._chain(at + 2 + (lists and self._is(at + 2, "{")))
+            if value is not None and not lists and self._is_decimal_comma(end):
+                raise UnreadableAnswer("a value has a decimal comma")
             if value is None:
                 end = 0
                 continue
@@ -321,6 +336,13 @@ class Scanner:
 
     def _is_separator(self, at: int) -> bool:
         return self._is(at, ",;") or (at < len(self.tokens) and self.tokens[at][2] in ("or", "and"))
+
+    def _is_decimal_comma(self, at: int) -> bool:
+        """Return whether digits, a comma and digits follow without a space, and no product of the latter."""
+        around = [at - 1, at + 1]
+        digits = all(place < len(self.tokens) and self.tokens[place][0] is not None for place in around)
+        close = self._is(at, ",") and digits and not (self.spaced[at] or self.spaced[at + 1])
+        return close and self._name(at + 2) is None and not self._is(at + 2, "(*")
 
     def _chain(self, at: int) -> tuple[LinearExpression | None, int]:
         value, end = self._expression(at)

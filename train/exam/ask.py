@@ -13,8 +13,8 @@ from parallel.comm.world import World
 from train.eval.config import GenerateConfig
 from train.eval.generate import Continuation, before_stops
 from train.eval.multimodal import question as tokenized
-from train.eval.scoring_model import ScoringModel, TextTokenizer
-from train.exam.base import Question
+from train.eval.scoring_model import PictureModel, ScoringModel, TextTokenizer
+from train.exam.base import NotAsked, Question
 from train.exam.run import Ask
 
 T = TypeVar("T")
@@ -34,20 +34,29 @@ class Asked(Protocol):
     @property
     def images(self) -> ImageDescription | None: ...
 
+    @property
+    def pictures(self) -> PictureModel | str: ...
+
 
 def greedy_answers(model: ScoringModel, batch_size: int = 8) -> Ask:
     """Return a function that answers by greedy decoding, `batch_size` questions at a time. An answer also ends where
     the model's context does.
 
-    The function raises `ConfigError` (key `suite`) for a question that does not fit the context, and for pictures that
-    the model cannot read.
+    The answer to a question that does not fit the context, or whose pictures the model cannot read, is `NotAsked`. The
+    function raises `ConfigError` (key `suite`) for a question whose pictures and text do not match.
     """
 
-    def ask(questions: Sequence[Question]) -> list[str]:
+    def ask(questions: Sequence[Question]) -> list[str | NotAsked]:
         asked = [continuation(model, one) for one in questions]
-        model.continue_all(asked, batch_size)
-        texts = [model.tokenizer.decode(one.found) for one in asked]
-        return [before_stops(text, question.stops) for text, question in zip(texts, questions, strict=True)]
+        model.continue_all([one for one in asked if isinstance(one, Continuation)], batch_size)
+        return [
+            one
+            if isinstance(one, NotAsked)
+            else before_stops(
+                model.tokenizer.decode(one.found if isinstance(one, Continuation) else one), question.stops
+            )
+            for one, question in zip(asked, questions, strict=True)
+        ]
 
     return ask
 
@@ -60,7 +69,7 @@ def run_on_main(world: World, ask: Ask, examine: Callable[[Ask], T]) -> T:
         return examine(ask)
     has_failed = False
 
-    def together(questions: Sequence[Question]) -> Sequence[str]:
+    def together(questions: Sequence[Question]) -> Sequence[str | NotAsked]:
         nonlocal has_failed
         world.from_main(lambda: (_QUESTIONS, [replace(one, reference=None) for one in questions]))
         has_failed = True  # until it has not: all ranks raise the same error
@@ -92,8 +101,11 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def continuation(model: Asked, asked: Question) -> Continuation:
-    """Turn a question into tokens. Raises `ConfigError` (key `suite`) if the model cannot be asked it."""
+def continuation(model: Asked, asked: Question) -> Continuation | list[int] | NotAsked:
+    """Return what `ScoringModel.continue_all` continues, or the tokens of the answer of a model with a processor.
+
+    Raises `ConfigError` (key `suite`) for a question whose pictures and text do not match.
+    """
 
     def encode(text: str) -> Sequence[int]:
         return model.tokenizer.encode([text])[0]
@@ -102,6 +114,16 @@ def continuation(model: Asked, asked: Question) -> Continuation:
         text = model.tokenizer.decode(found)
         return not any(stop in text for stop in asked.stops)
 
+    if asked.pictures and model.images is None:
+        if isinstance(model.pictures, str):
+            return NotAsked(model.pictures)
+        try:
+            length, inputs = model.pictures.read(asked.prompt, asked.pictures)
+        except ConfigError as error:
+            return NotAsked(error.reason)
+        if length >= model.context:
+            return _too_long(length, model.context)
+        return model.pictures.continue_from(inputs, min(asked.max_tokens, model.context - length), goes_on)
     try:
         found = tokenized(asked.prompt, list(asked.pictures), model.images if asked.pictures else None, encode)
     except ConfigError as error:
@@ -109,7 +131,10 @@ def continuation(model: Asked, asked: Question) -> Continuation:
     ids = [model.tokenizer.bos_id, *found.ids, *encode(found.last)]
     room = model.context - len(ids)
     if room < 1:
-        reason = f"question {asked.id} takes {len(ids)} tokens, but the model's context is {model.context}"
-        raise ConfigError("suite", None, f"{reason}: give fewer solved examples (suite.exams.NAME.options.shots)")
+        return _too_long(len(ids), model.context)
     config = GenerateConfig(run="", tokens=min(asked.max_tokens, room), temperature=0.0, top_k=None)
     return Continuation(ids, config, goes_on, found.pixels_N3SS)
+
+
+def _too_long(tokens: int, context: int) -> NotAsked:
+    return NotAsked(f"it takes {tokens} tokens, but the model's context is {context}")

@@ -38,6 +38,19 @@ class Outcome(Enum):
     """Nothing in it could be read as an answer. Scores 0."""
     judge_failed = "judge_failed"
     """The judge crashed: no fault of the model. Counted apart, without a score."""
+    not_asked = "not_asked"
+    """The model cannot be asked: `NotAsked`. Counted apart, without a score."""
+
+    @property
+    def is_scored(self) -> bool:
+        return self not in (Outcome.judge_failed, Outcome.not_asked)
+
+
+@dataclass(frozen=True)
+class NotAsked:
+    """Why a question could not be asked of a model: it does not fit its context, or the model cannot read pictures."""
+
+    reason: str
 
 
 @dataclass(frozen=True)

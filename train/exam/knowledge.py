@@ -5,20 +5,20 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, ClassVar
 
-from core.errors import ConfigError, UnreadableFileError, check_numbers
-from core.files import locate, misfit, parse_json, read_text
+from core.errors import ConfigError, check_numbers
 from data.images.generated.draws import Draws
 from train.exam.base import Outcome, Question, Verdict
+from train.exam.config import Generated
 from train.exam.facts import FACTS
+from train.exam.question_files import read_dataset, read_jsonl
 
-LONGEST_FILE, LONGEST_PROMPT, MOST_ITEMS = 64 * 2**20, 20_000, 1000
-_CHOICE_SHAPE = {"question": str, "choices": [str], "answer": int, "id?": str}
+LONGEST_PROMPT, MOST_ITEMS = 20_000, 1000
+_CHOICE_SHAPE = {"question": str, "choices": [str], "answer": (int, str), "labels?": [str], "id?": str}
 _LIST_SHAPE = {"question": str, "items": [(str, [str])], "optional?": [(str, [str])], "id?": str}
 
 Items = tuple[tuple[str, ...], ...]
@@ -35,15 +35,30 @@ class ListReference:
 
 @dataclass(frozen=True)
 class QuestionFile:
-    """Options of the examinations whose questions are in a file."""
+    """Options of the examinations whose questions are in a file or in a data set."""
 
     path: str = ""
     """The jsonl file."""
     number: int | None = None
     """Ask only the first questions; null: all."""
+    dataset: str = ""
+    """Instead of a file: a data set on the Hugging Face hub, or the folder of one."""
+    subset: str | None = None
+    """Configuration of the data set, if it has several."""
+    split: str = "test"
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Columns of the data set that have other names than the keys of a question: {question: stem, answer: answerKey}.
+    A dot leads into a column with parts (choices.text), and a list of columns makes a list ([sol1, sol2]).
+    """
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("number",))
+        if self.dataset and self.path:
+            raise ConfigError("dataset", self.dataset, "cannot be combined with path; drop one")
+        if not self.dataset and (self.columns or self.subset is not None):
+            raise ConfigError(
+                "columns" if self.columns else "subset", None, "applies to a data set: name it in dataset"
+            )
         self.questions()
 
     def questions(self) -> Sequence[Question]:
@@ -53,11 +68,26 @@ class QuestionFile:
     def _questions(self) -> list[Question]:
         raise NotImplementedError
 
+    def _records(self, shape: Any) -> list[tuple[str, dict[str, Any]]]:
+        """Return the place and the record of each question. Raises `ConfigError` for one that does not fit."""
+        if self.dataset:
+            records = read_dataset(self.dataset, self.subset, self.split, self.columns, shape, self.number)
+        else:
+            records = read_jsonl(self.path, shape)
+        for where, record in records:
+            if not record["question"].strip() or len(record["question"]) > LONGEST_PROMPT:
+                raise self._refused(where, f"a question must have 1 to {LONGEST_PROMPT:,} characters")
+        return records[: self.number]
+
+    def _refused(self, where: str, reason: str) -> ConfigError:
+        return ConfigError("dataset" if self.dataset else "path", self.dataset or None, f"{where}: {reason}")
+
 
 @dataclass(frozen=True)
 class MultipleChoice(QuestionFile):
-    """Questions with lettered choices, from a jsonl file whose lines have `question`, `choices`, `answer` (the place of
-    the right choice, from 0) and perhaps `id`.
+    """Questions with lettered choices, from a jsonl file or a data set whose records have `question`, `choices`,
+    `answer` and perhaps `labels` of the choices and `id`. `answer` is the place of the right choice, from 0, or its
+    label, or its letter.
 
     Right is an answer that begins with the letter ("B", "(b)", "B. Paris", "Answer: B", "The answer is B") or is the
     text of the choice. An answer with another letter or choice is wrong. Any other is unreadable, also one that goes on
@@ -69,17 +99,20 @@ class MultipleChoice(QuestionFile):
 
     @cached_property
     def _questions(self) -> list[Question]:
-        records = _records(self.path, _CHOICE_SHAPE, self.number)
-        for where, record in records:
-            choices = record["choices"]
-            if not 2 <= len(choices) <= len(ascii_uppercase) or not 0 <= record["answer"] < len(choices):
-                reason = f"{where}: needs from 2 to 26 choices, and an answer from 0 to their number less one"
-                raise ConfigError("path", None, reason)
+        found = []
+        for where, record in self._records(_CHOICE_SHAPE):
+            choices, right = record["choices"], _right_place(record)
+            if not 2 <= len(choices) <= len(ascii_uppercase) or right is None or not 0 <= right < len(choices):
+                reason = (
+                    "needs from 2 to 26 choices, and an answer from 0 to their number less one, or a label or letter"
+                )
+                raise self._refused(where, reason)
             if len(set(map(normalised, choices))) < len(choices):
-                raise ConfigError("path", None, f"{where}: two choices are the same")
+                raise self._refused(where, "two choices are the same")
             if any(len(one) == 1 and one.isalpha() for one in map(normalised, choices)):
-                raise ConfigError("path", None, f"{where}: a choice of one letter would be read as a choice's letter")
-        return [choice_question(one["id"], one["question"], one["choices"], one["answer"]) for _, one in records]
+                raise self._refused(where, "a choice of one letter would be read as a choice's letter")
+            found.append(choice_question(record["id"], record["question"], choices, right))
+        return found
 
     def judge(self, question: Question, answer: str) -> Verdict:
         return judge_choice(question, answer)
@@ -87,8 +120,8 @@ class MultipleChoice(QuestionFile):
 
 @dataclass(frozen=True)
 class ShortLists(QuestionFile):
-    """Questions whose answer is a complete list, from a jsonl file whose lines have `question`, `items` and perhaps
-    `optional` (which may be there or not) and `id`. An item is a text, or a list of its spellings.
+    """Questions whose answer is a complete list, from a jsonl file or a data set whose records have `question`, `items`
+    and perhaps `optional` (which may be there or not) and `id`. An item is a text, or a list of its spellings.
 
     Items are separated by line breaks or numbers ("1. Cuba 2. Haiti"), or else by commas, semicolons and "and".
     Bullets, numbers, articles, case, accents and what follows in parentheses or after a dash are ignored. Two spellings
@@ -103,16 +136,16 @@ class ShortLists(QuestionFile):
     @cached_property
     def _questions(self) -> list[Question]:
         found = []
-        for where, record in _records(self.path, _LIST_SHAPE, self.number):
+        for where, record in self._records(_LIST_SHAPE):
             items, optional = (
                 tuple((one,) if isinstance(one, str) else tuple(one) for one in record.get(key, ()))
                 for key in ("items", "optional")
             )
             spellings = [text for one in (*items, *optional) for text in set(map(normalised, one))]
             if not items or "" in spellings or not all((*items, *optional)) or len(spellings) > MOST_ITEMS:
-                raise ConfigError("path", None, f"{where}: needs 1 to {MOST_ITEMS} items, none of them empty")
+                raise self._refused(where, f"needs 1 to {MOST_ITEMS} items, none of them empty")
             if len(set(spellings)) < len(spellings):
-                raise ConfigError("path", None, f"{where}: two items have the same spelling")
+                raise self._refused(where, "two items have the same spelling")
             found.append(list_question(record["id"], record["question"], ListReference(items, optional)))
         return found
 
@@ -153,23 +186,14 @@ class FactLists:
 
 
 @dataclass(frozen=True)
-class FactChoices:
+class FactChoices(Generated):
     """Which of four things belongs to a list of common knowledge? Judged as `MultipleChoice`."""
 
     number: int = 40
-    """Questions."""
-    seed: int = 0
-    """Another seed gives other questions."""
     shots: int = 2
-    """Solved examples before each question."""
 
     name: ClassVar[str] = "fact_choices"
     version: ClassVar[int] = 2
-
-    def __post_init__(self) -> None:
-        check_numbers(self, positive=("number",), not_negative=("shots",))
-        if self.shots > 8:
-            raise ConfigError("shots", self.shots, "must be at most 8")
 
     def questions(self) -> Sequence[Question]:
         worked = [self._choice("worked", place) for place in range(self.shots)]
@@ -201,6 +225,18 @@ def _ask_list(title: str) -> str:
 
 def _items(title: str, spelling: int) -> list[str]:
     return [text.split("|")[spelling] for text in FACTS[title]]
+
+
+def _right_place(record: Mapping[str, Any]) -> int | None:
+    """Return the place of the right choice, or None if `answer` names none. "3" is a place unless labels are given."""
+    answer, labels = record["answer"], record.get("labels")
+    if labels is not None:
+        return labels.index(str(answer)) if str(answer) in labels else None
+    if isinstance(answer, int):
+        return answer
+    if answer.isdecimal() and len(answer) < 3:
+        return int(answer)
+    return ascii_uppercase.index(answer) if len(answer) == 1 and answer in ascii_uppercase else None
 
 
 def choice_question(name: str, text: str, choices: Sequence[str], right: int, before: str = "") -> Question:
@@ -331,40 +367,3 @@ def normalised(text: str) -> str:
     letters = [one for one in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(one)]
     words = "".join(one if one.isalnum() else " " for one in letters).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)
-
-
-def _records(path: str, shape: Any, number: int | None) -> list[tuple[str, dict[str, Any]]]:
-    """Return the place and the record of each line, with `id`. Raises `ConfigError` (key `path`) for a line that does
-    not fit, and for ids that are not unique.
-    """
-    if not path:
-        raise ConfigError("path", None, "name a jsonl file")
-    try:
-        lines = read_text(Path(locate(path)), LONGEST_FILE).splitlines()
-    except OSError as error:
-        raise ConfigError("path", path, f"cannot be read: {error.strerror or error}") from None
-    except UnreadableFileError as error:
-        raise ConfigError("path", None, str(error)) from None
-    records: list[tuple[str, dict[str, Any]]] = []
-    seen: dict[str, str] = {}
-    for place, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{place}"
-        try:
-            record = parse_json(line)
-            problem = misfit(record, shape)
-        except ValueError as error:
-            problem = str(error)
-        if problem:
-            raise ConfigError("path", None, f"{where}: {problem}")
-        record.setdefault("id", f"line {place}")
-        if not record["question"].strip() or len(record["question"]) > LONGEST_PROMPT:
-            raise ConfigError("path", None, f"{where}: a question must have 1 to {LONGEST_PROMPT:,} characters")
-        if record["id"] in seen:
-            raise ConfigError("path", None, f"{where}: the id {record['id']!r} is also that of {seen[record['id']]}")
-        seen[record["id"]] = where
-        records.append((where, record))
-    if not records:
-        raise ConfigError("path", path, "holds no question")
-    return records[:number]

@@ -12,7 +12,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import ClassVar
 
-from core.errors import ConfigError, check_numbers
+from core.errors import ConfigError
 from data.images.generated.draws import Draws
 from train.exam.answers_text import (
     Claim,
@@ -25,30 +25,13 @@ from train.exam.answers_text import (
     read_system,
 )
 from train.exam.base import Outcome, Question, Verdict
+from train.exam.config import Generated
 from train.exam.linear import LinearSystem, rank, signed_sum
 
 UNKNOWNS = ("x", "y", "z")
-MOST_SHOTS = 8
 _SUBSTITUTIONS = 4
 _HALF = 0.5
 """Score of "infinitely many solutions" without the solutions, and of one of two roots."""
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Options of the generated examinations."""
-
-    number: int = 30
-    """Questions."""
-    seed: int = 0
-    """Another seed gives other questions."""
-    shots: int = 3
-    """Solved examples before each question."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self, positive=("number",), not_negative=("shots",))
-        if self.shots > MOST_SHOTS:
-            raise ConfigError("shots", self.shots, f"must be at most {MOST_SHOTS}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +47,7 @@ class LinearSystems(Generated):
     """2 or 3."""
 
     name: ClassVar[str] = "linear_systems"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()

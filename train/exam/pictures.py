@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from itertools import chain, count, islice
 from typing import ClassVar
 
-from core.errors import check_numbers
+from core.errors import ConfigError, check_numbers
 from data.images.decode import pillow
 from data.images.generated.draws import Draws
 from data.images.generated.scenes import COLOURS, NUMBERS, THINGS, Scene, SceneConfig, held_out, scene
@@ -77,6 +77,8 @@ class SceneQuestions:
     """Width and height of a picture in pixels."""
     distractors: int = 0
     """Most things of another kind in a scene."""
+    thing: str | None = None
+    """Ask for this kind only, such as pencil; null: for all kinds."""
     shown: ShownPicture = ShownPicture.own
     """Which picture goes with a question."""
 
@@ -86,6 +88,8 @@ class SceneQuestions:
         check_numbers(self, positive=("number",))
         require("PIL")
         SceneConfig(self.seed, self.size, self.distractors)
+        if self.thing is not None and self.thing not in THINGS:
+            raise ConfigError("thing", self.thing, "no such kind", list(THINGS))
 
     @property
     def name(self) -> str:
@@ -145,6 +149,8 @@ class SceneQuestions:
         config = SceneConfig(self.seed, self.size, self.distractors)
         for index in count():
             one = scene(held_out(index), config)
+            if self.thing not in (None, one.kind):
+                continue
             match self.subject:
                 case SceneSubject.count:
                     yield AskedScene(one, one.question, one.answer, ())

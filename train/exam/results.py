@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,8 @@ from core.files import misfit, read_json
 from train.exam.statistics import RESULT_SHAPE, compare
 from train.run_directory import EVALUATIONS, read_lines
 
-_SHOWN_SHAPE = {
-    "suite": str,
-    "step?": (int, None),
-    "exams": {str: {"fingerprint": str, "score": (float, None), "interval": ([float], None)}},
-}
+_RESULT = {"fingerprint": str, "score": (float, None), "interval": ([float], None), "not_asked?": (str, None)}
+_SHOWN_SHAPE = {"suite": str, "step?": (int, None), "exams": {str: _RESULT}}
 _CONTAMINATION_SHAPE = {
     **dict.fromkeys(("found", "clean", "too_short"), int),
     **dict.fromkeys(("score_found", "score_clean"), (float, None)),
@@ -46,8 +44,9 @@ def last_results(against: str, suite: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StepScore:
-    """A score with its 95% confidence interval. `contamination`: what is known of the questions in the training corpus.
-    `clean`: the score on those that are not in it, if others are.
+    """A score with its 95% confidence interval, NaN if no question was asked. `not_asked`: why questions were not.
+    `contamination`: what is known of the questions in the training corpus. `clean`: the score on those that are not in
+    it, if others are.
     """
 
     step: int | None
@@ -56,19 +55,27 @@ class StepScore:
     high: float
     contamination: str
     clean: float | None
+    not_asked: str = ""
+
+    @property
+    def is_known(self) -> bool:
+        return not math.isnan(self.score)
 
     def __str__(self) -> str:
-        return f"{self.score:.3f} ({self.low:.3f} to {self.high:.3f}{self.contamination})"
+        found = [f"{self.score:.3f} ({self.low:.3f} to {self.high:.3f}{self.contamination})"] if self.is_known else []
+        return "; ".join([*found, f"not asked: {self.not_asked}"] if self.not_asked else found)
 
 
 def scores_of(line: Mapping[str, Any]) -> dict[str, StepScore]:
     """Return the score of each examination of a line, by suite and label."""
     found = {}
     for name, one in line["exams"].items():
-        if one["score"] is not None and one["interval"] is not None and len(one["interval"]) == 2:
-            low, high = one["interval"]
-            beside, clean = _beside(one.get("contamination"))
-            found[f"{line['suite']}/{name}"] = StepScore(line.get("step"), one["score"], low, high, beside, clean)
+        is_known = one["score"] is not None and one["interval"] is not None and len(one["interval"]) == 2
+        not_asked = one.get("not_asked") or ""
+        if is_known or not_asked:
+            score, low, high = (one["score"], *one["interval"]) if is_known else (math.nan,) * 3
+            beside = _beside(one.get("contamination"))
+            found[f"{line['suite']}/{name}"] = StepScore(line.get("step"), score, low, high, *beside, not_asked)
     return found
 
 

@@ -16,13 +16,13 @@ from typing import Any, Protocol, runtime_checkable
 from core.config import plain
 from core.errors import LeviathanError, one_line
 from core.package_guard import sources_digest
-from train.exam.base import Exam, MachineExam, Outcome, Question, Verdict, fingerprint
+from train.exam.base import Exam, MachineExam, NotAsked, Outcome, Question, Verdict, fingerprint
 from train.exam.config import SuiteConfig
 from train.exam.registry import make_suite
 from train.exam.statistics import interval
 
-Ask = Callable[[Sequence[Question]], Sequence[str]]
-"""Returns the answer of a model to each question."""
+Ask = Callable[[Sequence[Question]], Sequence[str | NotAsked]]
+"""Returns the answer of a model to each question, or why it could not be asked."""
 LONGEST_ANSWER = 2000
 """Characters of an answer that are stored."""
 
@@ -41,13 +41,12 @@ class JudgedAnswer:
     verdict: Verdict
 
     def plain(self) -> dict[str, Any]:
-        """`score` is null if the judge failed."""
-        failed = self.verdict.outcome is Outcome.judge_failed
+        """`score` is null if the judge failed or the question was not asked."""
         return {
             "id": self.id,
             "answer": self.answer[:LONGEST_ANSWER],
             "outcome": self.verdict.outcome.value,
-            "score": None if failed else self.verdict.score,
+            "score": self.verdict.score if self.verdict.outcome.is_scored else None,
             "note": self.verdict.note,
         }
 
@@ -68,7 +67,16 @@ class ExamResult:
     @property
     def scores(self) -> list[float]:
         """The scores of the answers that could be judged."""
-        return [one.verdict.score for one in self.answers if one.verdict.outcome is not Outcome.judge_failed]
+        return [one.verdict.score for one in self.answers if one.verdict.outcome.is_scored]
+
+    @property
+    def not_asked(self) -> str | None:
+        """How many questions were not asked, and why, in one line."""
+        reasons = [one.verdict.note for one in self.answers if one.verdict.outcome is Outcome.not_asked]
+        if not reasons:
+            return None
+        which = "" if len(set(reasons)) == 1 else "the first: "
+        return f"{len(reasons)} of {len(self.answers)} questions, {which}{reasons[0]}"
 
     def plain(self) -> dict[str, Any]:
         scores, found = self.scores, interval(self.scores)
@@ -86,6 +94,7 @@ class ExamResult:
             "score": sum(scores) / len(scores) if scores else None,
             "interval": None if found is None else [found.low, found.high],
             "interval_method": None if found is None else found.method,
+            "not_asked": self.not_asked,
             "outcomes": {outcome.value: counts[outcome] for outcome in Outcome},
             "figures": {name: sum(some) / len(some) for name, some in values.items()},
             "controls": {name: _summary(one.plain()) for name, one in self.controls.items()},
@@ -100,19 +109,15 @@ def run_exam(exam: Exam, ask: Ask) -> ExamResult:
     if len(texts) != len(questions):
         raise LeviathanError(f"{exam.name}: {len(questions)} questions, but {len(texts)} answers")
     judged = tuple(
-        JudgedAnswer(question.id, text, _judged(exam, question, text))
+        JudgedAnswer(question.id, "", Verdict(Outcome.not_asked, 0, text.reason))
+        if isinstance(text, NotAsked)
+        else JudgedAnswer(question.id, text, _judged(exam, question, text))
         for question, text in zip(questions, texts, strict=True)
     )
     others = exam.controls() if isinstance(exam, ControlledExam) else {}
     controls = {name: run_exam(one, ask) for name, one in others.items()}
     machine = exam.machine() if isinstance(exam, MachineExam) else {}
     return ExamResult(exam.name, exam.version, fingerprint(exam), judged, controls, machine)
-
-
-def all_questions(exam: Exam) -> list[Sequence[Question]]:
-    """Return what `run_exam` asks, in order: the questions of an examination, then those of its controls."""
-    others = exam.controls().values() if isinstance(exam, ControlledExam) else ()
-    return [exam.questions(), *(questions for other in others for questions in all_questions(other))]
 
 
 def run_suite(config: SuiteConfig, ask: Ask, exams: Mapping[str, Exam] | None = None) -> dict[str, Any]:
@@ -134,6 +139,14 @@ def run_suite(config: SuiteConfig, ask: Ask, exams: Mapping[str, Exam] | None = 
         },
         "exams": results,
     }
+
+
+def nothing_asked(line: Mapping[str, Any]) -> str | None:
+    """Return why no question of a suite was asked; None if some were."""
+    if any(one["outcomes"]["not_asked"] < one["questions"] for one in line["exams"].values()):
+        return None
+    label, first = next(iter(line["exams"].items()))
+    return f"{label}: {first['not_asked']}"
 
 
 def summary(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,8 +53,8 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     """Compare two results (of the shape `RESULT_SHAPE`) question by question; `difference` is second less first.
 
     `p_value`: two-sided, by McNemar's exact test if all scores are 0 or 1, and otherwise by a permutation test that
-    flips the signs of the differences. Questions on which a judge failed do not count. Raises `ConfigError` for results
-    of different questions.
+    flips the signs of the differences. Questions without a score in one of them do not count. Raises `ConfigError` for
+    results of different questions.
     """
     if first["fingerprint"] != second["fingerprint"]:
         reason = "asks other questions than the other result: run both models on the same suite with the same code"

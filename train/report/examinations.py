@@ -25,7 +25,7 @@ def labels(runs: Sequence[RunData]) -> list[str]:
 
 def by_step(run: RunData, label: str) -> list[StepScore]:
     """Return the scores of an examination by step, the last one of each step."""
-    found = {one.step: one for one in run.examinations.get(label, []) if one.step is not None}
+    found = {one.step: one for one in run.examinations.get(label, []) if one.step is not None and one.is_known}
     return [found[step] for step in sorted(found)]
 
 

@@ -40,7 +40,11 @@ def is_number(value: Any) -> bool:
 
 
 def is_score(score: StepScore) -> bool:
-    """Return whether a score and its interval can be drawn. Comparisons with NaN are false."""
+    """Return whether a score and its interval can be drawn, or a reason stands in their place. Comparisons with NaN are
+    false.
+    """
+    if not score.is_known:
+        return bool(score.not_asked)
     numbers = is_number(score.score) and is_number(score.low) and is_number(score.high)
     in_range = numbers and 0 <= score.low <= score.high <= 1 and 0 <= score.score <= 1
     in_range = in_range and (score.clean is None or (is_number(score.clean) and 0 <= score.clean <= 1))

@@ -79,9 +79,15 @@ def test_a_machine_that_cannot_judge_is_an_error_of_all(ranks, run):
     assert ranks(2, examined, run, True) == ["suite: there is no sandbox"] * 2
 
 
-def test_a_question_that_cannot_be_asked_is_an_error_of_all(ranks, run):
-    first, second = ranks(2, examined, run, False, "a-" * 90)
-    assert first == second and "question 0 takes" in first
+def test_a_question_that_is_not_asked_is_counted_apart_by_all(ranks, run):
+    (first, judged), (second, _) = ranks(2, examined, run, False, "the " + "a-" * 90)
+    assert first == second and first["outcomes"]["not_asked"] == 1 and judged == 1
+    assert "1 of 2 questions, it takes" in first["not_asked"]
+
+
+def test_pictures_that_do_not_match_a_prompt_are_an_error_of_all(ranks, run):
+    first, second = ranks(2, examined, run, False, "two<image>")
+    assert first == second and "question 0 cannot be asked" in first
 
 
 @pytest.mark.slow

@@ -138,10 +138,13 @@ def test_a_suite_that_cannot_be_asked_is_one_line(models, refused, fake_ranks, t
     exported, short = str(models / "exported"), one_question(tmp_path)
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "a " * 999, "choices": ["11", "22"], "answer": 0}))
     for words, reason in {
-        ("suite=none",): "suite=none: no such choice; try code, own, scenes, smoke or text",
+        ("suite=none",): "suite=none: no such choice; try code, own, representative, scenes, smoke or text",
         ("suite=own",): "suite=own: has no examination: add +suite.exams.NAME=",
         ("suite=own", "+suite.exams.a={exam: x}"): "suite.exams.a.exam=x: no such examination; try linear_systems",
-        ("suite=own", "+suite.exams.a={exam: scenes, options: {number: 1}}"): "the model has no tokens or no encoder",
+        (
+            "suite=own",
+            "+suite.exams.a={exam: scenes, options: {number: 1}}",
+        ): "suite=own: nothing of it can be asked; a: 1 of 1 questions, the model has no encoder",
         tuple(short): "tokens, but the model's context is",
         (*short, "against=nothing"): "against=nothing: cannot be read",
         ("suite=smoke", "tasks=[a]"): "suite=smoke: cannot be combined with tasks or a text",

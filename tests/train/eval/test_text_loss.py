@@ -42,19 +42,8 @@ def trained(tmp_path_factory, small_corpus) -> Path:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     """Save random weights and a byte-level tokenizer of few merges, in the format of the Hugging Face hub."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("llama")
-    library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    library.train_from_iterator(["the model reads a line and writes another"] * 4, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    hf_models.byte_tokenizer(folder)
     return hf_models.save(hf_models.make("llama", vocab_size=300, bos_token_id=0, eos_token_id=1), folder)
 
 

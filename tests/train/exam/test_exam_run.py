@@ -10,11 +10,11 @@ from math import comb
 import pytest
 
 from core.errors import ConfigError, LeviathanError
-from train.exam.base import Outcome, Question, Verdict, fingerprint
+from train.exam.base import NotAsked, Outcome, Question, Verdict, fingerprint
 from train.exam.config import ExamConfig, SuiteConfig
 from train.exam.pictures import SceneQuestions
 from train.exam.registry import EXAMS, make_exam, make_suite
-from train.exam.results import compare_suites, last_results
+from train.exam.results import compare_suites, last_results, scores_by_step
 from train.exam.run import run_exam, run_suite, summary
 from train.exam.statistics import compare, interval, mcnemar, sign_flip
 
@@ -65,6 +65,25 @@ def test_a_judge_that_crashes_is_counted_apart():
     assert run_exam(Parity(), said("yes", "x")).plain()["outcomes"]["judge_failed"] == 0, "control"
 
 
+def test_what_cannot_be_asked_is_counted_apart(tmp_path):
+    def ask(questions):
+        return [NotAsked(f"{i} tokens") if i < 3 else "yes" for i, _ in enumerate(questions)]
+
+    found = run_exam(Parity(), ask).plain()
+    assert (found["outcomes"]["not_asked"], found["outcomes"]["right"], found["outcomes"]["wrong"]) == (3, 3, 4)
+    assert found["score"] == 3 / 7 and found["answers"][0]["score"] is None
+    assert found["not_asked"] == "3 of 10 questions, the first: 0 tokens"
+    none = run_exam(Parity(), lambda questions: [NotAsked("no encoder")] * 10).plain()
+    assert (none["score"], none["interval"], none["not_asked"]) == (None, None, "10 of 10 questions, no encoder")
+    assert run_exam(Parity(), said("yes")).plain()["not_asked"] is None, "control"
+    assert compare(none, found)["left_out"] == 10 and compare(found, found)["questions"] == 7
+    line = {"suite": "own", "exams": {"some": found, "none": none}}
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps(line) + "\n")
+    shown = [str(one) for (one,) in scores_by_step(tmp_path / "evaluations.jsonl").values()]
+    assert shown[0].startswith("0.429 (") and shown[0].endswith("; not asked: 3 of 10 questions, the first: 0 tokens")
+    assert shown[1] == "not asked: 10 of 10 questions, no encoder"
+
+
 def test_controls_are_reported_beside_the_score():
     exam = SceneQuestions(6)
     own = {one.pictures: one.reference[0] for one in exam.questions()}
@@ -103,6 +122,7 @@ REFUSED = {
     "shots": (ExamConfig("quadratics", {"shots": 9}), "suite.exams.a.options.shots=9: must be at most 8"),
     "unknowns": (ExamConfig("linear_systems", {"unknowns": 4}), "unknowns=4: must be 2 or 3"),
     "subject": (ExamConfig("scenes", {"subject": "x"}), "suite.exams.a.options.subject"),
+    "thing": (ExamConfig("scenes", {"thing": "x"}), "suite.exams.a.options.thing=x: no such kind; try pencil, ball"),
     "size": (ExamConfig("scenes", {"size": 1}), "suite.exams.a.options.size=1: must be from 84"),
     "module": (ExamConfig("nothing.here:Exam"), "suite.exams.a.exam=nothing.here:Exam: no module"),
     "no exam": (ExamConfig("train.exam.config:SuiteConfig"), "must be a class with name, version, questions, judge"),

@@ -41,6 +41,16 @@ RIGHT = {
             "1) x = 2, y = -1/3",
             "- (2, -1/3)",
         ),
+        *(
+            "P(2, -1/3)",
+            "P = (2, -1/3)",
+            "S = {(2, -1/3)}",
+            "x=2; y=-1/3",
+            "(x,y)=(2,-1/3)",
+            "The lines meet in P_1 (2, -1/3).",
+        ),
+        *(r"$\boxed{(2,-1/3)}$", r"$P\left(2, -\frac{1}{3}\right)$", r"\mathbb{L} = \{(2, -1/3)\}", "Point A(2, -1/3)"),
+        *("x=2,y=-1/3", "A (2, -1/3) is on both lines, so S(2, -1/3)", "x=2,3y=-1, y=-1/3"),
         *("- x = 2\n- y = \N{MINUS SIGN}1/3", "the unique solution is x = 2 (checked) and y = -1/3"),
     ],
     NONE: [
@@ -56,6 +66,7 @@ RIGHT = {
             "infinite solutions: (t_1, 1 - t_1)",
             "x = (2 - 3c)/2; y = 3c/2",
         ),
+        *("(1, 0) + T(-1, 1)", "T(-1, 1) + (1, 0)", "(1, 0) - T (1, -1), T \N{ELEMENT OF} R"),
         *("not unique: infinitely many, y is free and x = 1 - y", "x = 1 - (a + b), y = a + b"),
         *(
             "(1,0)+(-1,1)t",
@@ -74,6 +85,7 @@ RIGHT = {
 WRONG = {
     ONE: [
         *("x = 2, y = -0.33", "(-1/3, 2)", "no solution", "infinitely many", "x = 2", "x = 2, y = t", "(2, 1/3)"),
+        *("P(-1/3, 2)", "P(2, -1/3) or Q(1, 1)", "p(2, -1/3)", "P(2, 1/3)", "S = {(2, 1)}"),
         *(r"x = 2 \quad y = 1/3", "x = 2 y = 3", "x = 2y = -1/3", "-(2, -1/3)", "(2, -1/3)t", "t(2, -1/3)"),
     ],
     NONE: ["x = 1, y = 0", "x = 1 - t, y = t", "infinitely many solutions"],
@@ -94,6 +106,7 @@ WRONG = {
     PLANE: ["x = 3 - t, y = t, z = 0", "(3 - s - t, s, 2t)", "(4, 0, 0) + a(-1, 1, 0) + b(-1, 0, 1)"],
 }
 UNREADABLE = [
+    *("x = 2,5; y = -1/3", "x=2,0, y=-1/3", "x = 2, y = 1,200", "(2,0|-1/3)", "(2,5; -1/3)"),
     *(
         "",
         "x + y = 3",
@@ -164,7 +177,7 @@ def test_the_documented_forms_are_read():
     forms = text.partition("\n\nA number is")[0].split("\n- ")[1:]
     kinds = {one.partition(":")[0]: re.findall(r'"([^"]+)"', one) for one in forms}
     values, family, roots = kinds["Values of a system"], kinds["A family"], kinds["Roots of a quadratic in x"]
-    assert [len(found) for found in (values, family, roots)] == [10, 11, 10]
+    assert [len(found) for found in (values, family, roots)] == [13, 11, 10]
     for answer in values:
         assert read_system(answer.replace("...", "y = -1/3"), ("x", "y")).points == read_system(values[0], "xy").points
     assert all(verdict(MANY, answer).score == 1 for answer in family)
@@ -273,7 +286,9 @@ def test_word_problems_are_judged_by_their_number():
         assert exam.judge(question, f"{number} or {number + 1}").outcome is Outcome.unreadable
 
 
-@pytest.mark.parametrize("text", ["(" * 4000, "x = " * 1000, "x=1+" * 1000, "(1," * 1300, "1+" * 2000, "\\frac{" * 600])
+@pytest.mark.parametrize(
+    "text", ["(" * 4000, "x = " * 1000, "x=1+" * 1000, "(1," * 1300, "1+" * 2000, "\\frac{" * 600, "A(" + "," * 3990]
+)
 def test_a_hostile_answer_is_read_quickly(text):
     for read in (lambda: read_system(text, ("x", "y", "z")), lambda: read_roots(text), lambda: read_number(text)):
         try:

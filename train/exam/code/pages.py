@@ -1,13 +1,17 @@
-"""The examination of HTML pages: six programs, judged by what happens in a browser."""
+"""The examination of HTML pages: six programs, judged by what happens in a browser.
+
+The questions are short: with the tokenizer of the smoke run (1,024 tokens) each fits a context of 256 tokens.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
+from core.errors import ConfigError
 from train.exam.base import Outcome, Question, Verdict
 from train.exam.code.browser import PAGE_LIMITS, Browser, Page, PageError
 from train.exam.code.proof import prove
@@ -26,8 +30,8 @@ from train.exam.code.widgets import (
     judge_todo,
 )
 
-_PROMPT = """{task}
-The page is one HTML file without external files. The browser may not reach any network.
+PAGE_PROMPT = """{task}
+One file, no network.
 
 ```html
 """
@@ -61,11 +65,17 @@ class Pages:
 
     limits: Limits = PAGE_LIMITS
     """What a page and its browser may use."""
+    tasks: list[str] = field(default_factory=list)
+    """Ask only for these pages, such as snake; empty: all."""
 
     name: ClassVar[str] = "pages"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
+        names = [task.name for task in PAGE_TASKS]
+        for name in self.tasks:
+            if name not in names:
+                raise ConfigError("tasks", name, "no such page", names)
         _ = self._browser
         prove()
 
@@ -77,13 +87,14 @@ class Pages:
         return [
             Question(
                 task.name,
-                _PROMPT.format(task=task.text),
+                PAGE_PROMPT.format(task=task.text),
                 task.name,
                 max_tokens=2048,
                 stops=("\n```",),
                 own_text=task.text,
             )
             for task in PAGE_TASKS
+            if not self.tasks or task.name in self.tasks
         ]
 
     def machine(self) -> Mapping[str, str]:

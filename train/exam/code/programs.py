@@ -14,16 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from core.errors import ConfigError, UnreadableFileError
-from core.files import local_path, misfit, parse_json, read_text
+from core.errors import ConfigError
+from core.files import local_path, parse_json
 from train.exam.base import Outcome, Question, Verdict
 from train.exam.code import harness
 from train.exam.code.proof import prove
 from train.exam.code.sandbox import Limit, Limits, Sandbox, SandboxError, python_command
+from train.exam.question_files import read_jsonl
 
 PROGRAM_LIMITS = Limits()
 OWN = Path(__file__).with_name("problems.jsonl")
-LONGEST_FILE = 64 * 2**20
 _SHAPE = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
 _STOPS = ("\nif __name__", "\nassert ", "\nprint(")
 _FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -57,7 +57,7 @@ class Programs:
     """What the program and its tests may use, each."""
 
     name: ClassVar[str] = "programs"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         self.questions()
@@ -135,50 +135,56 @@ def read_problems(path: Path) -> list[Question]:
 
     Raises `ConfigError` that names the first broken line, a repeated task_id or an entry point that is not a name.
     """
-    try:
-        text = read_text(path, LONGEST_FILE)
-    except (OSError, UnreadableFileError) as error:
-        raise ConfigError("path", None, str(error)) from None
-    questions: dict[str, Question] = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-            problem = misfit(row, _SHAPE)
-        except ValueError as error:
-            problem = str(error)
-        if not problem and row["task_id"] in questions:
-            problem = f"repeats task_id {row['task_id']!r}"
-        if not problem and not row["entry_point"].isidentifier():
-            problem = f"entry_point {row['entry_point'][:50]!r} is not a name"
-        if problem:
-            raise ConfigError("path", None, f"{path}:{number}: {problem}")
+    questions = []
+    for where, row in read_jsonl(path, _SHAPE, "task_id"):
+        if not row["entry_point"].isidentifier():
+            raise ConfigError("path", None, f"{where}: entry_point {row['entry_point'][:50]!r} is not a name")
         reference = ProgrammingProblem(row["prompt"], row["entry_point"], row["test"])
-        questions[row["task_id"]] = Question(row["task_id"], row["prompt"], reference, max_tokens=512, stops=_STOPS)
-    if not questions:
-        raise ConfigError("path", None, f"{path}: holds no problems")
-    return list(questions.values())
+        questions.append(Question(row["task_id"], row["prompt"], reference, max_tokens=512, stops=_STOPS))
+    return questions
 
 
 def program_of(problem: ProgrammingProblem, answer: str) -> str | None:
-    """Return the program in an answer, or None: the fenced block that defines the function, or the answer's own
-    definition of it with the code before and after, or the prompt continued. What the prompt imports and defines before
-    the function comes first.
+    """Return the program in an answer, or None: the first fenced block that defines the function, with the other blocks
+    that it needs, in their order; or the answer's own definition of it with the code before and after; or the prompt
+    continued. What the prompt imports and defines before the function comes first.
     """
     definition = re.compile(rf"^(?:async )?def {re.escape(problem.entry_point)}\b", re.MULTILINE)
     begin = list(definition.finditer(problem.prompt))
     preamble = problem.prompt[: begin[-1].start()] if begin else problem.prompt
     blocks = [match[1] for match in _FENCE.finditer(answer)]
-    for block in blocks:
-        if definition.search(block):
-            return f"{preamble}\n{block}\n"
+    defining = [place for place, block in enumerate(blocks) if definition.search(block)]
+    if defining:
+        others = [place for place in range(len(blocks)) if place not in defining]
+        needed = _needed_blocks(blocks, defining[0], others)
+        return "\n".join([preamble, *(blocks[place] for place in needed), ""])
     text = blocks[0] if blocks else answer
     if found := definition.search(text):
         return f"{preamble}\n{_without_prose(text[: found.start()])}\n{_until_prose(text[found.start() :])}\n"
     if not re.search(r"^[ \t]+\S", text, re.MULTILINE):  # the body of a function is indented
         return None
     return f"{problem.prompt}{_until_prose(text)}\n"
+
+
+def _needed_blocks(blocks: Sequence[str], main: int, others: Sequence[int]) -> list[int]:
+    """Return the places of the block `main` and of those of `others` that define a name which it, or a block that it
+    needs, uses. So examples and tests of a function stay out.
+    """
+    chosen = {main}
+    while True:
+        used = {name for place in chosen for name in re.findall(r"\w+", blocks[place])}
+        more = {place for place in others if place not in chosen and used & _defined_names(blocks[place])}
+        if not more:
+            return sorted(chosen)
+        chosen |= more
+
+
+def _defined_names(block: str) -> set[str]:
+    """Return the functions, classes, imports and constants (in capitals) that a block defines at its left margin."""
+    names = re.findall(r"^(?:(?:async )?def|class) +(\w+)|^([A-Z][A-Z0-9_]*)\b[^=\n]*=(?!=)", block, re.MULTILINE)
+    imported = re.findall(r"^(?:from \S+ )?import +(.+)", block, re.MULTILINE)
+    last = (part.split() for line in imported for part in line.strip("()").split(","))
+    return {name for pair in names for name in pair if name} | {words[-1].split(".")[0] for words in last if words}
 
 
 def _without_prose(text: str) -> str:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from train.exam.code.browser import Page
 
 SNAKE = """Write a web page with a snake game.
-- A canvas with the id "game", 400 pixels wide and 400 high, shows 20 by 20 cells of 20 pixels. The background is black,
-  the snake is green (#00ff00) and the food is red (#ff0000).
-- The game starts by itself. The snake has 3 cells and starts near the centre. It moves to the right, one cell every 100
-  milliseconds.
-- The arrow keys turn the snake.
-- One cell of food lies at a random empty place. When the snake eats it, the snake grows by one cell, new food appears,
-  and the number in the element with the id "score", which starts at 0, grows by 1.
-- When the snake hits a wall or itself, the game stops, and the element with the id "state" says "Game over"."""
+- A canvas, #game, of 400 by 400 pixels has 20 by 20 cells: black, the snake green, one food red.
+- The snake starts in the middle with 3 cells and moves right, a cell each 100 ms. Arrow keys turn it.
+- Eating adds a cell, and 1 to the element #score (at first 0). New food is put in a random empty cell.
+- At a wall or itself it stops, and the element #state says Game over."""
+"""Short, so that it fits a context of 256 tokens. The judge takes any green and red."""
+"""Short, so that it fits a context of 256 tokens. Any green and red will do."""
 
 CELLS, PIXELS = 20, 20
 SLOWEST_MS, LOOK_MS = 400, 20

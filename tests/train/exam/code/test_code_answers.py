@@ -14,7 +14,7 @@ from train.exam.base import Outcome, Question, Verdict, fingerprint
 from train.exam.code import proof, sandbox
 from train.exam.code.browser import Browser, Page, PageError
 from train.exam.code.harness import EndedError, Remote, decode, encode, examine, parsable
-from train.exam.code.pages import Pages, page_of
+from train.exam.code.pages import PAGE_PROMPT, PAGE_TASKS, Pages, page_of
 from train.exam.code.programs import OWN, ProgrammingProblem, Programs, program_of, read_problems
 from train.exam.code.sandbox import Limit, Limits, Sandbox, SandboxError, SandboxResult, held_memory
 from train.exam.code.seccomp import system_call_filter
@@ -55,6 +55,26 @@ def passes(code: str | None) -> bool:
 )
 def test_the_program_is_found_in_an_answer(answer):
     assert passes(program_of(PROBLEM, answer))
+
+
+CALLS = "def area(r):\n    return PI * square(r)"
+HELPERS = "def square(x):\n    return times(x, x)"
+BLOCKS = {
+    "helper after": [CALLS.replace("PI", "math.pi"), "def square(x):\n    return x * x"],
+    "helpers of helpers": ["PI: float = 3.14159", CALLS, HELPERS, "from operator import mul as times"],
+    "examples": [f"def area(r):\n{BODY}", "print(1 / 0)", ">>> area(1)\n3.14", "r = 1\nassert area(r) == 3"],
+    "tests": [f"def area(r):\n{BODY}", "import pytest\n\ndef test_area():\n    assert area(1) == 3"],
+    "another version": [f"def area(r):\n{BODY}", "def area(r):\n    return 0"],
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_fenced_blocks_that_are_needed_are_joined(name):
+    answer = "First.\n" + "\nThen:\n".join(f"```python\n{one}\n```" for one in BLOCKS[name])
+    assert passes(program_of(PROBLEM, answer))
+    if name.startswith("helper"):
+        with pytest.raises(NameError):  # control: the helpers are needed
+            passes(program_of(PROBLEM, f"```python\n{CALLS}\n```"))
 
 
 def test_prose_before_a_definition_is_no_code():
@@ -166,8 +186,11 @@ def test_an_exception_of_a_program_reaches_its_tests():
         ('{"task_id": "a", "prompt": "p", "entry_point": "f"}', ":1: it has no 'test'"),
         ('{"task_id": 1, "prompt": "p", "entry_point": "f", "test": "t"}', ":1: task_id is not text"),
         ('{"task_id": "a", "prompt": "p", "entry_point": "f(", "test": "t"}', ":1: entry_point 'f(' is not a name"),
-        ('{"task_id": "a", "prompt": "p", "entry_point": "f", "test": "t"}\n' * 2, ":2: repeats task_id 'a'"),
-        ("\n", ": holds no problems"),
+        (
+            '{"task_id": "a", "prompt": "p", "entry_point": "f", "test": "t"}\n' * 2,
+            ":2: the task_id 'a' is also that of ",
+        ),
+        ("\n", ": holds no question"),
         ("[" * 100_000, ":1: is"),
     ],
 )
@@ -177,6 +200,13 @@ def test_a_broken_file_of_problems_is_refused(tmp_path, text, complaint):
     with pytest.raises(ConfigError) as caught:
         read_problems(path)
     assert complaint in str(caught.value)
+
+
+def test_the_questions_about_pages_are_short():
+    """The smoke run's tokenizer makes a token of 2 to 2.4 of their characters, and its context has 256 tokens."""
+    assert max(len(PAGE_PROMPT.format(task=task.text)) for task in PAGE_TASKS) < 530
+    with pytest.raises(ConfigError, match="tasks=tetris: no such page; try snake, counter"):
+        Pages(tasks=["tetris"])
 
 
 def test_our_own_problems_are_complete():

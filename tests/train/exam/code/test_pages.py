@@ -12,6 +12,8 @@ import pytest
 from train.exam.base import Outcome
 from train.exam.code.browser import PAGE_LIMITS, Browser
 from train.exam.code.pages import PAGE_TASKS, Pages
+from train.exam.config import ExamConfig
+from train.exam.registry import make_exam
 
 pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parent / "pages"
@@ -113,6 +115,20 @@ def test_a_hostile_page_ends_at_its_limit(exam, name):
     assert verdict.outcome is Outcome.wrong
     assert re.search(note, verdict.note)
     assert seconds < PAGE_LIMITS.wall_s + 30
+
+
+def test_any_green_snake_and_red_food_will_do(exam):
+    assert judged(exam, "snake", page("snake", '"#00ff00"', '"green"').replace('"#ff0000"', '"crimson"')).score == 1
+    wrong = judged(exam, "snake", page("snake", '"#00ff00"', '"yellow"'))
+    assert wrong.score == 0 and "shows 0 green cells" in wrong.note
+
+
+def test_a_suite_gives_pages_the_limits_of_pages():
+    made = make_exam(ExamConfig("pages", {"tasks": ["counter", "snake"]}))
+    assert isinstance(made, Pages) and made.limits == PAGE_LIMITS
+    assert [question.id for question in made.questions()] == ["snake", "counter"]
+    assert made.machine()["chromium"].startswith("Chromium")
+    assert judged(made, "counter", page("counter")).score == 1
 
 
 def test_an_alert_does_not_stop_a_page(exam):
