@@ -124,6 +124,8 @@ def shard_specs(infos: Mapping[str, ParameterInfo], model: ModelConfig, meshes: 
 
 
 def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
+    if info.role.is_logit:  # whole on every rank, and used for the rank's own pairs
+        return ShardSpec(info, (), Split(MeshAxis("whole"), 0), (meshes.dp,), partial=(meshes.dp,))
     if info.role.is_expert:
         splits = tuple(s for s in (Split(meshes.ep, 0), Split(meshes.etp, _EXPERT_HIDDEN_DIM)) if s.axis.size > 1)
         shape = _split_block(info, splits).shape
