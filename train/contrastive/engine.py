@@ -49,9 +49,7 @@ class PairBatch:
     last_B: Tensor
 
 
-def pair_batches(
-    batch: Batch, ids: PairTokens, placed: ParallelTowers, micro_batch_size: int
-) -> Iterator[PairBatch]:
+def pair_batches(batch: Batch, ids: PairTokens, placed: ParallelTowers, micro_batch_size: int) -> Iterator[PairBatch]:
     """Yield the micro-batches of a batch of sequences of one pair each, and decode its pictures if need be."""
     assert batch.images is not None
     if not batch.images.pixels:

@@ -92,6 +92,7 @@ class Engine(ABC):
     def written(self) -> None:
         """Update the engine's copies of weights and state after a caller wrote to tensors of `weights` or `state`."""
 
+
 class LanguageEngine(Engine):
     """Computes the gradients of a language model."""
 
