@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from core.errors import CheckpointError, ConfigError
 from data.tokenizer import vocabulary_of_file
 from model.config import FeedForward, ModelConfig
 from model.huggingface import HuggingFaceCheckpoint, model_differences
 from model.tensor_source import TensorSource
-from model.transformer import Transformer
 from model.upcycle import Upcycled, keeps_the_function
 from train.checkpoint.index import check_run, read_progress
 from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_imported
@@ -70,7 +70,7 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
 
 
 @torch.no_grad()
-def copy_selection_biases(model: Transformer, source: TensorSource, log: Callable[[str], None]) -> None:
+def copy_selection_biases(model: nn.Module, source: TensorSource, log: Callable[[str], None]) -> None:
     """Copy the routers' selection biases, which are buffers, from `source`. Only our own checkpoints contain them."""
     biases = source.selection_biases() if isinstance(source, CheckpointedModel) else {}
     for name, buffer in model.named_buffers():

@@ -137,7 +137,7 @@ class LanguageEngine(Engine):
         total, self.modality_losses = loss.reduce(total)
         return total
 
-    def after_backward(self, last: bool) -> None:  # noqa: B027 - optional
+    def after_backward(self, last: bool) -> None:
         """Run after the backward pass of each micro-batch. It is not called with a pipeline."""
 
 
