@@ -43,11 +43,11 @@ from train.config import Objective, Phase, TrainConfig, check, phase_of, phases
 from train.corpus import check_same_data, get_corpus, keep_tokenizer, run_loaders, source_weights, with_image_tokens
 from train.engine.base import optimizer_step
 from train.engine.memory import check_memory
+from train.engine.objective import objective_engine
 from train.environment import environment
 from train.eval.contamination import MODELS
 from train.metap import hyperparameters
 from train.metrics import Log, StepMetrics
-from train.objective import objective_engine
 from train.run_directory import DIVERGED, RunDirectory, committed, settings
 from train.signals import SignalFlag
 from train.stragglers import Stragglers

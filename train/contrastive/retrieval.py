@@ -48,18 +48,15 @@ def held_out_retrieval(
 
     All ranks call this together: each encodes a part of the pairs, and all get the result.
     """
-    images, texts, tokens = [], [], []
     placed.model.eval()
-    for source in sources:
-        count = min(sequences, loader.num_held_out(source))
-        found = _encoded(placed, loader, ids, source, count, micro_batch_size) if count else ()
-        for side, part in zip((images, texts, tokens), found, strict=False):
-            side.append(part)
+    counts = {source: min(sequences, loader.num_held_out(source)) for source in sources}
+    found = [_encoded(placed, loader, ids, name, count, micro_batch_size) for name, count in counts.items() if count]
     placed.model.train()
     placed.release()
-    if not images:
+    if not found:
         return None
-    return compare(torch.cat(images), torch.cat(texts), torch.cat(tokens), placed.model.log_scale.exp())
+    images_NE, texts_NE, tokens_NT = map(torch.cat, zip(*found, strict=True))
+    return compare(images_NE, texts_NE, tokens_NT, placed.model.log_scale.exp())
 
 
 def _encoded(
