@@ -19,7 +19,7 @@ from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
 from model.roles import Role, roles_of
 from parallel.layout import EngineKind, Layout, ParallelConfig, split_unit
-from precision.config import Compute, PrecisionConfig
+from precision.config import Backend, PrecisionConfig
 from train.contrastive.config import ContrastiveConfig
 from train.optim.config import OptimizerConfig, OptimizerKind
 from train.optim.lr_schedule import LRScheduleConfig
@@ -448,16 +448,13 @@ def check_contrastive(config: TrainConfig, layout: Layout) -> None:
             raise ConfigError(f"parallel.{key}", degree, reason, [1])
     defaults = {"parallel.engine": EngineKind.fsdp2, "parallel.compile": False, "model.tie_embeddings": False}
     defaults |= {"parallel.vision.over_data_parallel": False, "model.init_from": None, "hparam.base": None}
-    defaults |= {"online.every": 0, "evaluation.baselines": False}
+    defaults |= {"online.every": 0, "evaluation.baselines": False, "precision.backend": Backend.native}
     for key, only in defaults.items():
         if (value := attrgetter(key)(config)) != only:
             shown = value if isinstance(value, int | str | Enum) else None
             raise ConfigError(
                 key, shown, "is not supported by the contrastive objective", ["null" if only is None else only]
             )
-    if config.precision.uses_float8:
-        reason = "the contrastive objective has not been tried in FP8"
-        raise ConfigError("precision.compute", config.precision.compute, reason, [Compute.bfloat16, Compute.float32])
 
 
 def check_pairs(tiles: TileConfig, seq_len: int) -> None:
@@ -471,11 +468,11 @@ def check_pairs(tiles: TileConfig, seq_len: int) -> None:
         raise ConfigError("training.seq_len", seq_len, reason, [2 * least])
 
 
-def check_language(objective: Objective, what: str, key: str = "training.objective", value: object = None) -> None:
-    """Raise `ConfigError` unless a run trains a language model. `what` needs one."""
-    if objective is not Objective.language:
-        reason = f"{what} needs a language model, and training.objective={objective.name} trains none"
-        raise ConfigError(key, value if value is not None else objective, reason)
+def check_language(config: TrainConfig, key: str, value: str) -> None:
+    """Raise `ConfigError` for `key` unless the configuration trains a language model."""
+    if config.training.objective is not Objective.language:
+        trained = f"training.objective={config.training.objective.name}"
+        raise ConfigError(key, value, f"has no language model: it is trained with {trained}")
 
 
 def check_placeholder(placeholder: int, model: ModelConfig) -> None:

@@ -25,7 +25,8 @@ class RetrievalCallback(EvaluationCallback):
         loader, sequences = trainer.loaders[phase.name], trainer.config.evaluation.sequences
         with trainer.pause():
             placed, size = engine.placed, phase.micro_batch_size
-            self.found = found = held_out_retrieval(placed, loader, engine.ids, trainer.weights, sequences, size)
+            sizes = sequences, phase.global_batch_size, size
+            self.found = found = held_out_retrieval(placed, loader, engine.ids, trainer.weights, *sizes)
         if found is None:
             trainer.log("no held-out retrieval: no source has a held-out pair")
             return
@@ -33,9 +34,11 @@ class RetrievalCallback(EvaluationCallback):
             line: dict[str, Any] = {"step": trainer.step, "tokens": trainer.tokens, "heldout_loss": found.loss}
             self.logging.writer.write({**line, "retrieval": asdict(found)})
         trainer.log(
-            f"{found.pairs} held-out pairs: loss {found.loss:.4f} (chance {math.log(found.pairs):.4f}); the nearest "
-            f"caption is right for {found.to_text:.1%} of pictures, the nearest picture for {found.to_image:.1%} of "
-            f"captions (chance {found.chance:.1%})"
+            f"held-out loss {found.loss:.4f} nats/pair among {found.compared} (chance {math.log(found.compared):.4f})"
+        )
+        trainer.log(
+            f"of {found.pairs} held-out pairs the nearest caption is right for {found.to_text:.1%} of pictures, the "
+            f"nearest picture for {found.to_image:.1%} of captions (chance {found.chance:.2%})"
         )
 
     def summary(self) -> dict[str, Any]:

@@ -13,16 +13,19 @@ from core.errors import CheckpointError, ConfigError
 from data.tokenizer import vocabulary_of_file
 from model.config import FeedForward, ModelConfig
 from model.huggingface import HuggingFaceCheckpoint, model_differences
-from model.tensor_source import TensorSource
+from model.tensor_source import Shape, TensorSource
 from model.upcycle import Upcycled, keeps_the_function
 from train.checkpoint.index import check_run, read_progress
 from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_imported
 from train.config import phase_of
+from train.contrastive.towers import run_parameters
 from train.run_directory import RunDirectory, committed, load_config
 
 
 def open_model(path: Path, text_only: bool = False) -> TensorSource:
-    """Open the model in a directory: a run's newest checkpoint, an imported model or a Hugging Face model."""
+    """Open the model in a directory: a run's newest checkpoint, an imported model or a Hugging Face model. That of a
+    contrastive run has the towers' parameters: its encoder has the names of a language model's, its decoder others.
+    """
     if not path.is_dir():
         raise ConfigError("", str(path), "no such directory")
     if (path / IMPORTED).exists():
@@ -32,7 +35,8 @@ def open_model(path: Path, text_only: bool = False) -> TensorSource:
         config = load_config(path)
         checkpoints = RunDirectory(path, config.checkpoint.directory).checkpoints
         check_run(config, checkpoints)
-        return _newest(checkpoints, lambda step: phase_of(config, step).model)
+        shapes = {name: tuple(info.shape) for name, info in run_parameters(config).items()}
+        return _newest(checkpoints, lambda step: phase_of(config, step).model, shapes)
     return HuggingFaceCheckpoint(path, text_only)
 
 
@@ -44,6 +48,8 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
         source = open_model(Path(config.init_from).expanduser())
     except ConfigError as error:
         raise error.under("model.init_from") from None
+    if "embedding.weight" not in source.shapes:
+        raise ConfigError("model.init_from", config.init_from, "has no decoder: it is a contrastive run")
     target = config
     if config.upcycle is not None:
         if any(layer.feed_forward is FeedForward.moe for layer in source.config.blocks):
@@ -106,9 +112,13 @@ def _vocabulary(source: TensorSource) -> str | None:
     return read_progress(source.checkpoint).get("vocabulary")
 
 
-def _newest(checkpoints: Path, model: Callable[[int], ModelConfig]) -> TensorSource:
-    """Open the newest checkpoint. `model` returns the configuration of the model for a checkpoint's step."""
+def _newest(
+    checkpoints: Path, model: Callable[[int], ModelConfig], shapes: dict[str, Shape] | None = None
+) -> TensorSource:
+    """Open the newest checkpoint. `model` returns the configuration of the model for a checkpoint's step. `shapes`: as
+    in `CheckpointedModel`.
+    """
     present = committed(checkpoints)
     if not present:
         raise CheckpointError(f"{checkpoints} has no checkpoint yet")
-    return CheckpointedModel(present[-1].path, model(present[-1].step))
+    return CheckpointedModel(present[-1].path, model(present[-1].step), shapes)

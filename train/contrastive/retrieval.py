@@ -23,9 +23,10 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Retrieval:
-    """InfoNCE loss among `pairs` held-out pairs in nats per pair, and the shares of pictures whose nearest caption is
-    theirs (`to_text`) and of captions whose nearest picture is (`to_image`). `chance`: either share of features at
-    random. Pictures of the same caption count as right for each other.
+    """The InfoNCE `loss` in nats per pair among `compared` pairs, as many as in a training batch, and the shares of
+    pictures whose nearest caption among `pairs` is theirs (`to_text`) and of captions whose nearest picture is
+    (`to_image`). `chance`: either share of features at random. Pictures of the same caption count as right for each
+    other.
     """
 
     loss: float
@@ -33,6 +34,7 @@ class Retrieval:
     to_image: float
     chance: float
     pairs: int
+    compared: int
 
 
 @torch.no_grad()
@@ -42,9 +44,10 @@ def held_out_retrieval(
     ids: PairTokens,
     sources: Iterable[str],
     sequences: int,
+    batch_size: int,
     micro_batch_size: int,
 ) -> Retrieval | None:
-    """Compare up to `sequences` held-out pairs of each source with each other. None without a held-out pair.
+    """Compare up to `sequences` held-out pairs of each source with each other: see `compare`. None without a pair.
 
     All ranks call this together: each encodes a part of the pairs, and all get the result.
     """
@@ -56,7 +59,7 @@ def held_out_retrieval(
     if not found:
         return None
     images_NE, texts_NE, tokens_NT = map(torch.cat, zip(*found, strict=True))
-    return compare(images_NE, texts_NE, tokens_NT, placed.model.log_scale.exp())
+    return compare(images_NE, texts_NE, tokens_NT, placed.model.log_scale.exp(), batch_size)
 
 
 def _encoded(
@@ -77,18 +80,22 @@ def _encoded(
     return images.double(), texts.double(), tokens
 
 
-def compare(images_NE: Tensor, texts_NE: Tensor, tokens_NT: Tensor, scale: Tensor) -> Retrieval:
-    """Compare all pictures with all captions."""
+def compare(images_NE: Tensor, texts_NE: Tensor, tokens_NT: Tensor, scale: Tensor, batch_size: int) -> Retrieval:
+    """Look for each caption and picture among all of them. The loss is that of consecutive batches of `batch_size`
+    pairs, or of all pairs if they are fewer; an incomplete batch is left out.
+    """
     groups_N, sizes = torch.unique(tokens_NT, dim=0, return_inverse=True, return_counts=True)[1:]
-    count, own_N = len(groups_N), torch.arange(len(groups_N), device=groups_N.device)
+    count, compared = len(groups_N), min(batch_size, len(groups_N))
     loss, found = 0.0, []
     for one_NE, other_NE in ((images_NE, texts_NE), (texts_NE, images_NE)):
-        right = 0
-        for start in range(0, count, BLOCK):
-            logits = scale * one_NE[start : start + BLOCK] @ other_NE.T
-            own = own_N[start : start + BLOCK]
-            loss += F.cross_entropy(logits, own, reduction="sum").item() / (2 * count)
-            right += int((groups_N[logits.argmax(1)] == groups_N[own]).sum())
-        found.append(right / count)
+        rights, losses = [], []
+        for rows_BE, own_B in zip(one_NE.split(BLOCK), groups_N.split(BLOCK), strict=True):
+            nearest_B = (rows_BE @ other_NE.T).argmax(1)
+            rights.append(groups_N[nearest_B] == own_B)
+        for start in range(0, count - compared + 1, compared):
+            logits = scale * one_NE[start : start + compared] @ other_NE[start : start + compared].T
+            losses.append(F.cross_entropy(logits, torch.arange(compared, device=logits.device)))
+        loss += torch.stack(losses).mean().item() / 2
+        found.append(torch.cat(rights).double().mean().item())
     chance = float((sizes.double() ** 2).sum()) / count**2
-    return Retrieval(loss, found[0], found[1], chance, count)
+    return Retrieval(loss, found[0], found[1], chance, count, compared)

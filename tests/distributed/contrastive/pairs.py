@@ -29,14 +29,17 @@ TOWERS = [
 ]
 
 
+def caption(number: int) -> str:
+    return f"{WORDS[number % 10]} {WORDS[number // 10]}"
+
+
 def write_pairs(folder: Path, count: int = 40) -> Path:
     """Write pairs, and one document of each of `NO_PAIRS`, as jsonl beside the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     documents = list(NO_PAIRS.values())
     for number in range(count):
         (folder / f"{number}.png").write_bytes(png(number, 16, 12))
-        caption = f"{WORDS[number % 10]} {WORDS[number // 10]}"
-        parts = [{"image": f"{number}.png"}, {"text": caption}]
+        parts = [{"image": f"{number}.png"}, {"text": caption(number)}]
         documents.append(parts if number % 3 else parts[::-1])
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps({"parts": parts}) for parts in documents))
     return folder / "pairs.jsonl"

@@ -145,7 +145,7 @@ def retrieved(root: Path, name: str, given: list[str]) -> tuple[Retrieval | None
     run = trainer(root, name, given)
     assert isinstance(run.engine, ContrastiveEngine)
     loader = run.loaders["main"]
-    found = held_out_retrieval(run.engine.placed, loader, run.engine.ids, run.weights, 64, 2)
+    found = held_out_retrieval(run.engine.placed, loader, run.engine.ids, run.weights, 64, 8, 2)
     return found, loader.num_held_out("text")
 
 
@@ -162,16 +162,17 @@ def test_retrieval_counts_what_is_nearest():
     generator, scale = torch.Generator().manual_seed(0), torch.tensor([2.0], dtype=torch.float64)
     images, texts = (F.normalize(torch.randn(6, 3, dtype=torch.float64, generator=generator), dim=1) for _ in range(2))
     tokens = torch.tensor([[0], [1], [2], [3], [0], [4]])  # the first and the fifth have the same caption
-    found = compare(images, texts, tokens, scale)
+    found = compare(images, texts, tokens, scale, 3)
     right, losses = [0, 0], 0.0
     for side, (one, other) in enumerate(((images, texts), (texts, images))):
         for row in range(6):
             logits = [float(2.0 * one[row] @ other[column]) for column in range(6)]
             nearest = max(range(6), key=logits.__getitem__)
             right[side] += bool(tokens[nearest] == tokens[row])
-            losses += (torch.tensor(logits).logsumexp(0).item() - logits[row]) / 12
+            batch = logits[:3] if row < 3 else logits[3:]  # the loss compares three pairs at a time
+            losses += (torch.tensor(batch).logsumexp(0).item() - logits[row]) / 12
     assert (found.to_text, found.to_image) == (right[0] / 6, right[1] / 6)
     assert found.loss == pytest.approx(losses, rel=1e-6)
     assert found.chance == pytest.approx((2 * 2 + 4) / 36)
-    aligned = compare(texts, texts, tokens, scale)
+    aligned = compare(texts, texts, tokens, scale, 3)
     assert aligned.to_text == aligned.to_image == 1.0 and aligned.loss < found.loss
