@@ -21,6 +21,8 @@ from train.metap.hyperparameters import derive, resolve, scale_of_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").iterdir())
+AT_THEIR_SIZE = ("glyphs_contrastive", "smoke_vision")
+"""Experiments whose hyperparameters are tuned at their own size."""
 FITS = sorted(path.stem for path in (CONFIGS / "hparam").iterdir() if path.stem != "none")
 
 
@@ -32,7 +34,7 @@ def experiment(name: str, *overrides: str) -> TrainConfig:
     return load("train", TrainConfig, [f"experiment={name}", *overrides])
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "smoke_vision"])  # tuned at its own size
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in AT_THEIR_SIZE])
 def test_every_experiment_transfers_its_hyperparameters(name):
     run = resolve(experiment(name))
     assert run.hparam.base is not None and run.hparam.kind == kind_of(run.model)
