@@ -25,18 +25,21 @@ from train.config import phase_of
 from train.run_directory import RunDirectory, committed, load_config
 
 
-def open_model(path: Path, text_only: bool = False) -> TensorSource:
-    """Open the model in a directory: a run's newest checkpoint, an imported model or a Hugging Face model."""
+def open_model(path: Path, text_only: bool = False, encoder_only: bool = False) -> TensorSource:
+    """Open the model in a directory: a run's newest checkpoint, an imported model or a Hugging Face model.
+
+    `encoder_only` reads the vision encoder of a run alone, so that the run may be contrastive.
+    """
     if not path.is_dir():
         raise ConfigError("", str(path), "no such directory")
     if (path / IMPORTED).exists():
         imported = load_imported(path)
-        return _newest(path / "checkpoints", lambda step: imported)
+        return _newest(path / "checkpoints", lambda step: imported, encoder_only)
     if (path / "config.yaml").exists():
         config = load_config(path)
         checkpoints = RunDirectory(path, config.checkpoint.directory).checkpoints
         check_run(config, checkpoints)
-        return _newest(checkpoints, lambda step: phase_of(config, step).model)
+        return _newest(checkpoints, lambda step: phase_of(config, step).model, encoder_only)
     return HuggingFaceCheckpoint(path, text_only)
 
 
@@ -95,7 +98,7 @@ def _vision_part(
     key, names = "model.init_parts.vision", _part(config, "vision")
     if config.vision is None:
         raise ConfigError(key, path, "this model has no vision encoder: set model.vision")
-    source = _open(key, path)
+    source = _open(key, path, encoder_only=True)
     if source.config.vision is None:
         raise ConfigError(key, path, "has no vision encoder")
     different = differences(plain(source.config.vision), plain(config.vision))
@@ -116,9 +119,9 @@ def _part(config: ModelConfig, group: str) -> dict[str, ParameterInfo]:
     return {name: info for name, info in parameter_infos(config).items() if info.role in GROUPS[group]}
 
 
-def _open(key: str, path: str) -> TensorSource:
+def _open(key: str, path: str, encoder_only: bool = False) -> TensorSource:
     try:
-        return open_model(Path(path).expanduser())
+        return open_model(Path(path).expanduser(), encoder_only=encoder_only)
     except ConfigError as error:
         raise error.under(key) from None
 
@@ -177,9 +180,9 @@ def _vocabulary(source: TensorSource) -> str | None:
     return read_progress(source.checkpoint).get("vocabulary")
 
 
-def _newest(checkpoints: Path, model: Callable[[int], ModelConfig]) -> TensorSource:
+def _newest(checkpoints: Path, model: Callable[[int], ModelConfig], encoder_only: bool = False) -> TensorSource:
     """Open the newest checkpoint. `model` returns the configuration of the model for a checkpoint's step."""
     present = committed(checkpoints)
     if not present:
         raise CheckpointError(f"{checkpoints} has no checkpoint yet")
-    return CheckpointedModel(present[-1].path, model(present[-1].step))
+    return CheckpointedModel(present[-1].path, model(present[-1].step), encoder_only)

@@ -10,16 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.errors import ConfigError
+from core.errors import CheckpointError, ConfigError
+from core.files import new_directory
 from model.config import InitPartsConfig, ModelConfig
 from model.init import initial_slice
 from model.roles import Role
 from model.tensor_source import TensorSource, parameter_infos, whole
+from model.vision.towers import ContrastiveTowers
+from precision.config import Compute, PrecisionConfig
+from precision.resolve import resolve
 from tests.support import hf_models
 from tests.support.mixed import write_documents
 from tests.support.tiny import EXACT, saved, trainer
 from tests.train.vision.test_vision_run import VISION, data_of
+from train.checkpoint.files import write_shards
+from train.checkpoint.index import commit
 from train.checkpoint.init_from import initial_source, open_model
+from train.checkpoint.state import TensorShard
 from train.trainer import Trainer
 
 PROJECTOR = "vision.projector.weight"
@@ -113,6 +120,7 @@ def test_frozen_parts_keep_the_weights_of_their_models(runs, start):
     assert PROJECTOR in moved and all(before[name] for name in moved)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_needs_no_source(runs, start):
     copies = runs / "copies"
     for name in ("seeing", "text"):
@@ -129,6 +137,25 @@ def test_a_resumed_run_needs_no_source(runs, start):
     assert all(torch.equal(a, b) for a, b in pairs)
     with pytest.raises(ConfigError, match=r"model\.init_parts\.(vision|decoder).*no such directory"):
         start("new", *line)
+
+
+def test_the_encoder_of_contrastive_towers(runs, start):
+    """Its projector leads to features: it is not read, though it has the shape of one to the decoder."""
+    shutil.copytree(runs / "seeing", runs / "towers", dirs_exist_ok=True)
+    config = open_model(runs / "seeing").config
+    towers = ContrastiveTowers(replace(config, moe_every=0), 32, resolve(PrecisionConfig(Compute.float32)), 1.0)
+    towers.initialise(seed=7)
+    with new_directory(runs / "towers" / "checkpoints" / "step-00000002") as path:
+        tensors = {f"model.{name}": tensor for name, tensor in towers.named_parameters()}
+        shards = [TensorShard(name, x, tuple(x.shape), (0,) * x.dim()) for name, x in tensors.items() if x.dim()]
+        commit(path, [write_shards(path / "rank_0.bin", shards)], {"step": 2})
+    found = start("from_towers", *from_runs(runs, vision="towers"))
+    weights = {name: value.detach().float() for name, value in found.engine.placed.model.named_parameters()}
+    for name, value in towers.vision.named_parameters(prefix="vision"):
+        assert torch.equal(weights[name], value) == (name != PROJECTOR), name
+    assert origins(found, {})[PROJECTOR] == {"new"}
+    with pytest.raises(CheckpointError, match=r"embedding\.weight is missing"):
+        start("decoder", *from_runs(runs, decoder="towers"))
 
 
 @pytest.mark.parametrize(
@@ -152,6 +179,7 @@ def test_what_does_not_fit_is_refused(runs, start, overrides, message):
         start("refused", *given)
 
 
+@pytest.mark.slow
 def test_parts_of_a_hugging_face_model(tmp_path):
     """Its decoder and its encoder go into a model with another encoder, or with another decoder."""
     source = hf_models.save(hf_models.make_with_vision(), tmp_path / "hf")
