@@ -86,8 +86,8 @@ class Trainer:
         self.paused_s = 0.0
         self.last: StepMetrics | None = None
         begun = world.from_main(lambda: bool(committed(directory.checkpoints)))
+        source = None if begun else initial_source(config.model, config.run.seed, log, config.training.frozen)
         frozen = config.training.frozen
-        source = None if begun else initial_source(config.model, config.run.seed, log, frozen)
         placed = build(config.model, config.precision, self.meshes, world.device, config.run.seed, frozen)
         self.engine = make_engine(placed, config.optimizer, config.run.seed)
         self.balancer = Balancer(placed.model, partial(self.meshes.world.sum, purpose="balance"))
