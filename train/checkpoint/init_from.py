@@ -25,21 +25,18 @@ from train.config import phase_of
 from train.run_directory import RunDirectory, committed, load_config
 
 
-def open_model(path: Path, text_only: bool = False, encoder_only: bool = False) -> TensorSource:
-    """Open the model in a directory: a run's newest checkpoint, an imported model or a Hugging Face model.
-
-    `encoder_only` reads the vision encoder of a run alone, so that the run may be contrastive.
-    """
+def open_model(path: Path, text_only: bool = False) -> TensorSource:
+    """Open the model in a directory: a run's newest checkpoint, an imported model or a Hugging Face model."""
     if not path.is_dir():
         raise ConfigError("", str(path), "no such directory")
     if (path / IMPORTED).exists():
         imported = load_imported(path)
-        return _newest(path / "checkpoints", lambda step: imported, encoder_only)
+        return _newest(path / "checkpoints", lambda step: imported)
     if (path / "config.yaml").exists():
         config = load_config(path)
         checkpoints = RunDirectory(path, config.checkpoint.directory).checkpoints
         check_run(config, checkpoints)
-        return _newest(checkpoints, lambda step: phase_of(config, step).model, encoder_only)
+        return _newest(checkpoints, lambda step: phase_of(config, step).model)
     return HuggingFaceCheckpoint(path, text_only)
 
 
@@ -85,6 +82,8 @@ def _initial_parts(config: ModelConfig, log: Callable[[str], None], frozen: Abst
 def _decoder_part(config: ModelConfig, path: str, log: Callable[[str], None]) -> dict[str, TensorSource]:
     key = "model.init_parts.decoder"
     source = _open(key, path)
+    if not _has_decoder(source):
+        raise ConfigError(key, path, "has no decoder")
     theirs, ours = (replace(model, vision=None) for model in (source.config, config))
     _check_equal(key, path, "decoder", model_differences(theirs, ours))
     log(f"initial weights of the decoder from {path}")
@@ -94,11 +93,13 @@ def _decoder_part(config: ModelConfig, path: str, log: Callable[[str], None]) ->
 def _vision_part(
     config: ModelConfig, path: str, log: Callable[[str], None], frozen: AbstractSet[Role]
 ) -> dict[str, TensorSource]:
-    """Return the source of each parameter of the encoder. A projector to another width starts as in a new model."""
+    """Return the source of each parameter of the encoder. A projector that leads to another width, or to the features
+    of contrastive towers, is not read.
+    """
     key, names = "model.init_parts.vision", _part(config, "vision")
     if config.vision is None:
         raise ConfigError(key, path, "this model has no vision encoder: set model.vision")
-    source = _open(key, path, encoder_only=True)
+    source = _open(key, path)
     if source.config.vision is None:
         raise ConfigError(key, path, "has no vision encoder")
     different = differences(plain(source.config.vision), plain(config.vision))
@@ -106,22 +107,26 @@ def _vision_part(
     _check_equal(key, path, "encoder", {f"vision.{name}": pair for name, pair in different.items()})
     log(f"initial weights of the encoder from {path}")
     projector = next(info for info in names.values() if info.role is Role.projector)
-    if source.shapes.get(projector.name) != tuple(projector.shape):
+    if not _has_decoder(source) or source.shapes[projector.name] != tuple(projector.shape):
         if Role.projector in frozen:
             reason = f"has no projector to the decoder's {config.hidden_size} columns, so it must be trained"
             raise ConfigError(key, path, f"{reason}: leave the projector out of training.freeze")
-        log(f"{projector.name} {list(projector.shape)} starts as in a new model: {path} has none of this shape")
+        log(f"{projector.name} {list(projector.shape)} starts as in a new model: {path} has no such projector")
         del names[projector.name]
     return dict.fromkeys(names, source)
+
+
+def _has_decoder(source: TensorSource) -> bool:
+    return "embedding.weight" in source.shapes
 
 
 def _part(config: ModelConfig, group: str) -> dict[str, ParameterInfo]:
     return {name: info for name, info in parameter_infos(config).items() if info.role in GROUPS[group]}
 
 
-def _open(key: str, path: str, encoder_only: bool = False) -> TensorSource:
+def _open(key: str, path: str) -> TensorSource:
     try:
-        return open_model(Path(path).expanduser(), encoder_only=encoder_only)
+        return open_model(Path(path).expanduser())
     except ConfigError as error:
         raise error.under(key) from None
 
@@ -180,9 +185,9 @@ def _vocabulary(source: TensorSource) -> str | None:
     return read_progress(source.checkpoint).get("vocabulary")
 
 
-def _newest(checkpoints: Path, model: Callable[[int], ModelConfig], encoder_only: bool = False) -> TensorSource:
+def _newest(checkpoints: Path, model: Callable[[int], ModelConfig]) -> TensorSource:
     """Open the newest checkpoint. `model` returns the configuration of the model for a checkpoint's step."""
     present = committed(checkpoints)
     if not present:
         raise CheckpointError(f"{checkpoints} has no checkpoint yet")
-    return CheckpointedModel(present[-1].path, model(present[-1].step), encoder_only)
+    return CheckpointedModel(present[-1].path, model(present[-1].step))

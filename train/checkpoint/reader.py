@@ -16,8 +16,7 @@ from core.errors import CheckpointError, RenamedKeyError, UnreadableFileError
 from core.files import write_text
 from core.yaml_file import read_yaml
 from model.config import ModelConfig
-from model.roles import Role
-from model.tensor_source import TensorSource, blocks, parameter_infos, parameter_shapes
+from model.tensor_source import TensorSource, blocks, parameter_shapes
 from train.checkpoint.files import read_bytes, read_shard, write_shards
 from train.checkpoint.index import Damaged, IndexedShard, block, commit, problem, read_index
 from train.checkpoint.state import TensorShard
@@ -30,13 +29,10 @@ TOKENIZER = "tokenizer"
 class CheckpointedModel:
     """Reads the model's tensors from a committed checkpoint. A whole shard is verified before any part of it is used.
 
-    `encoder_only`: of the parameters, `shapes` has those of the vision encoder. A checkpoint of contrastive towers can
-    be read so too; its projector leads to no decoder and is left out.
-
     Raises `CheckpointError` at once if the index is damaged, and at the first read of a damaged shard.
     """
 
-    def __init__(self, checkpoint: Path, config: ModelConfig, encoder_only: bool = False) -> None:
+    def __init__(self, checkpoint: Path, config: ModelConfig) -> None:
         self.checkpoint, self.config = checkpoint, config
         if wrong := problem(checkpoint):
             raise CheckpointError(f"{checkpoint} {wrong}")
@@ -48,11 +44,6 @@ class CheckpointedModel:
             name.removeprefix("model."): tensor for name, tensor in index.items() if name.startswith("model.")
         }
         self.shapes = parameter_shapes(config)
-        if encoder_only:
-            infos = parameter_infos(config).values()
-            has_decoder = "embedding.weight" in self._tensors
-            wanted = [one for one in infos if one.role.is_vision and (has_decoder or one.role is not Role.projector)]
-            self.shapes = {one.name: tuple(one.shape) for one in wanted}
         for name, shape in self.shapes.items():
             tensor = self._tensors.get(name)
             if tensor is None or tensor.shape != tuple(shape):

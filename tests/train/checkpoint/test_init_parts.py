@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from core.errors import CheckpointError, ConfigError
-from core.files import new_directory
+from core.errors import ConfigError
 from model.config import InitPartsConfig, ModelConfig
 from model.init import initial_slice
 from model.roles import Role
@@ -21,12 +20,10 @@ from precision.config import Compute, PrecisionConfig
 from precision.resolve import resolve
 from tests.support import hf_models
 from tests.support.mixed import write_documents
-from tests.support.tiny import EXACT, saved, trainer
+from tests.support.tiny import EXACT, config, saved, trainer
 from tests.train.vision.test_vision_run import VISION, data_of
-from train.checkpoint.files import write_shards
-from train.checkpoint.index import commit
+from train.checkpoint import init_from
 from train.checkpoint.init_from import initial_source, open_model
-from train.checkpoint.state import TensorShard
 from train.trainer import Trainer
 
 PROJECTOR = "vision.projector.weight"
@@ -60,10 +57,10 @@ def from_runs(root: Path, **parts: str) -> list[str]:
 
 def origins(run: Trainer, sources: dict[str, TensorSource]) -> dict[str, set[str]]:
     """Return for each parameter which of the sources, or `new` for a new model's initial weights, it is equal to."""
-    config, found = run.config.model, {}
+    model, found = run.config.model, {}
     for name, parameter in run.engine.placed.model.named_parameters():
         info = run.engine.placed.specs[name].info
-        new = initial_slice(info, config, run.config.run.seed, [0] * parameter.dim(), info.shape, torch.device("cpu"))
+        new = initial_slice(info, model, run.config.run.seed, [0] * parameter.dim(), info.shape, torch.device("cpu"))
         read = {"new": new} | {key: whole(one, name) for key, one in sources.items() if name in one.shapes}
         value = parameter.detach()
         found[name] = {
@@ -139,23 +136,31 @@ def test_a_resumed_run_needs_no_source(runs, start):
         start("new", *line)
 
 
-def test_the_encoder_of_contrastive_towers(runs, start):
+class Towers:
+    """Contrastive towers as a source of tensors."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.model = ContrastiveTowers(replace(config, moe_every=0), 32, resolve(PrecisionConfig(Compute.float32)), 1.0)
+        self.model.initialise(seed=7)
+        self.tensors = {name: value.detach() for name, value in self.model.named_parameters()}
+        self.shapes = {name: tuple(value.shape) for name, value in self.tensors.items()}
+        self.dtypes = {name: value.dtype for name, value in self.tensors.items()}
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+        return self.tensors[name][tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+
+
+def test_the_encoder_of_contrastive_towers(runs, start, monkeypatch):
     """Its projector leads to features: it is not read, though it has the shape of one to the decoder."""
-    shutil.copytree(runs / "seeing", runs / "towers", dirs_exist_ok=True)
-    config = open_model(runs / "seeing").config
-    towers = ContrastiveTowers(replace(config, moe_every=0), 32, resolve(PrecisionConfig(Compute.float32)), 1.0)
-    towers.initialise(seed=7)
-    with new_directory(runs / "towers" / "checkpoints" / "step-00000002") as path:
-        tensors = {f"model.{name}": tensor for name, tensor in towers.named_parameters()}
-        shards = [TensorShard(name, x, tuple(x.shape), (0,) * x.dim()) for name, x in tensors.items() if x.dim()]
-        commit(path, [write_shards(path / "rank_0.bin", shards)], {"step": 2})
-    found = start("from_towers", *from_runs(runs, vision="towers"))
-    weights = {name: value.detach().float() for name, value in found.engine.placed.model.named_parameters()}
-    for name, value in towers.vision.named_parameters(prefix="vision"):
-        assert torch.equal(weights[name], value) == (name != PROJECTOR), name
-    assert origins(found, {})[PROJECTOR] == {"new"}
-    with pytest.raises(CheckpointError, match=r"embedding\.weight is missing"):
-        start("decoder", *from_runs(runs, decoder="towers"))
+    towers = Towers(open_model(runs / "seeing").config)
+    monkeypatch.setattr(init_from, "open_model", lambda path: towers)
+    found = origins(start("from_towers", "model.init_parts.vision=towers"), {"towers": towers})
+    assert towers.shapes[PROJECTOR] == (32, 16) and found[PROJECTOR] == {"new"}
+    assert all("towers" in found[name] for name in found if name.startswith("vision.") and name != PROJECTOR)
+    assert all(found[name] == {"new"} for name in found if not name.startswith("vision."))
+    with pytest.raises(ConfigError, match=r"init_parts\.decoder=towers: has no decoder"):
+        start("decoder", "model.init_parts.decoder=towers")
 
 
 @pytest.mark.parametrize(
@@ -173,23 +178,23 @@ def test_the_encoder_of_contrastive_towers(runs, start):
         (["vision=seeing", "model.init_from=x"], "init_from gives the weights of all parts"),
     ],
 )
-def test_what_does_not_fit_is_refused(runs, start, overrides, message):
+def test_what_does_not_fit_is_refused(runs, overrides, message):
     given = [f"model.init_parts.{one.replace('=', f'={runs}/')}" if "." not in one else one for one in overrides]
     with pytest.raises(ConfigError, match=message):
-        start("refused", *given)
+        initial_source(config(runs, "refused", *VISION, *given).model, 0, print)
 
 
 @pytest.mark.slow
 def test_parts_of_a_hugging_face_model(tmp_path):
     """Its decoder and its encoder go into a model with another encoder, or with another decoder."""
     source = hf_models.save(hf_models.make_with_vision(), tmp_path / "hf")
-    config = open_model(source).config
+    model = open_model(source).config
     parts = InitPartsConfig(vision=str(source))
-    other: ModelConfig = replace(config, hidden_size=32, init_parts=parts)
+    other: ModelConfig = replace(model, hidden_size=32, init_parts=parts)
     taken = initial_source(other, 0, print)
     infos = parameter_infos(other)
     assert set(taken.shapes) == {n for n, i in infos.items() if i.role.is_vision and i.role is not Role.projector}
     parts = InitPartsConfig(decoder=str(source))
-    taken = initial_source(replace(config, vision=None, init_parts=parts), 0, print)
+    taken = initial_source(replace(model, vision=None, init_parts=parts), 0, print)
     assert taken.shapes == {n: s for n, s in open_model(source).shapes.items() if not n.startswith("vision.")}
     assert torch.equal(whole(taken, "head.weight"), whole(open_model(source), "head.weight"))
