@@ -187,9 +187,10 @@ def initialise(weights: Iterable[LocalShard], config: ModelConfig, seed: int) ->
 
 @torch.no_grad()
 def fill(weights: Iterable[LocalShard], source: TensorSource) -> None:
-    """Overwrite this rank's blocks of every parameter with those of `source`. Other blocks are not read."""
+    """Overwrite this rank's blocks of the parameters that `source` has. Other blocks are not read."""
     for one in weights:
-        one.values.copy_(source.read(one.spec.info.name, one.block.offset, one.block.shape))
+        if one.spec.info.name in source.shapes:
+            one.values.copy_(source.read(one.spec.info.name, one.block.offset, one.block.shape))
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ class Trainer:
         self.paused_s = 0.0
         self.last: StepMetrics | None = None
         begun = world.from_main(lambda: bool(committed(directory.checkpoints)))
-        source = None if begun else initial_source(config.model, config.run.seed, log)
+        source = None if begun else initial_source(config.model, config.run.seed, log, config.training.frozen)
         self.engine = objective_engine(config, corpus, self.meshes, world.device)
         placed = self.engine.placed
         self.balancer = Balancer(placed.model, partial(self.meshes.world.sum, purpose="balance"))
