@@ -1,6 +1,6 @@
 """Ask the model in training the questions of `evaluation.suites` every `evaluation.suites_every` steps and at the end.
 
-All ranks continue the prompts together; rank 0 alone makes the examinations, judges the answers and writes the results.
+The ranks divide the questions; rank 0 alone makes the examinations, judges the answers and writes the results.
 """
 
 from __future__ import annotations
