@@ -122,7 +122,8 @@ def plain(config: Any) -> Any:
 
 
 def absolute(config: T) -> T:
-    """Return a dataclass tree in which every existing local path in a field with the metadata `path` is absolute.
+    """Return a dataclass tree in which every existing local path in a field with the metadata `path` is absolute. In a
+    list, `path` is the suffix of the entries that are paths.
 
     URLs and names that are no path here, such as those of hubs, stay. A stored configuration then works in any folder.
     """
@@ -137,6 +138,12 @@ def absolute(config: T) -> T:
             changed[one.name] = absolute(value)
         elif isinstance(value, dict):
             changed[one.name] = {k: absolute(v) if dataclasses.is_dataclass(v) else v for k, v in value.items()}
+        elif isinstance(value, list) and (suffix := one.metadata.get("path")):
+            paths = [os.path.expanduser(entry) for entry in value]
+            changed[one.name] = [
+                os.path.abspath(path) if path.endswith(suffix) and os.path.exists(path) else entry
+                for entry, path in zip(value, paths, strict=True)
+            ]
         elif isinstance(value, list):
             changed[one.name] = [absolute(v) if dataclasses.is_dataclass(v) else v for v in value]
     changed = {name: value for name, value in changed.items() if value != getattr(config, name)}

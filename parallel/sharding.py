@@ -21,6 +21,7 @@ from model.config import ModelConfig
 from model.init import initial_slice
 from model.roles import ParameterInfo, Role
 from model.tensor_source import TensorSource
+from parallel.comm.world import World
 from parallel.layout import EngineKind
 from parallel.mesh import MeshAxis, Meshes
 
@@ -191,6 +192,24 @@ def fill(weights: Iterable[LocalShard], source: TensorSource) -> None:
     for one in weights:
         if one.spec.info.name in source.shapes:
             one.values.copy_(source.read(one.spec.info.name, one.block.offset, one.block.shape))
+
+
+def whole_state(model: nn.Module, specs: Mapping[str, ShardSpec], world: World) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and value of each parameter and persistent buffer of the whole model, sorted by name, on the CPU
+    of rank 0. Other ranks get an empty tensor. All ranks must take all of them.
+    """
+    state = model.state_dict()
+    for name in sorted({name for names in world.gather(list(state), "state") for name in names}):
+        part = None
+        if name in state and (name not in specs or specs[name].is_owner):
+            values, spec = local(state[name]).detach().cpu(), specs.get(name)
+            shape, offset = (values.shape, ()) if spec is None else (spec.info.shape, spec.local_block.offset)
+            part = (tuple(shape), offset, values)
+        parts = [one for one in world.to_main(part, "state") if one is not None]
+        whole = torch.empty(parts[0][0], dtype=parts[0][2].dtype) if parts else torch.empty(0)
+        for _, offset, values in parts:
+            whole[tuple(slice(o, o + size) for o, size in zip(offset, values.shape, strict=False))] = values
+        yield name, whole
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ from train.contrastive.config import ContrastiveConfig
 from train.optim.config import OptimizerConfig, OptimizerKind
 from train.optim.lr_schedule import LRScheduleConfig
 
+SEARCH_TOKENS = 50_000_000
+"""Most tokens of a corpus in which questions are looked for by default: about a minute of one core."""
 UNUSED = 4
 """Most times that a model's vocabulary may be as large as its tokenizer's."""
 SIZES = ("steps", "seq_len", "global_batch_size", "micro_batch_size")
@@ -168,9 +170,19 @@ class EvaluationConfig:
     """
     baselines: bool = False
     """At the end, fit a unigram and a bigram model to the tokens consumed, for comparison."""
+    suites: list[str] = field(default_factory=list, metadata={"path": ".yaml"})
+    """Suites of examinations to ask the model in training: names of presets (smoke), or YAML files with the same
+    content. The results go to evaluations.jsonl.
+    """
+    suites_every: int = 0
+    """Optimizer steps between two examinations; 0: only at the end."""
+    search_tokens: int = SEARCH_TOKENS
+    """Tokens of the training corpus in which the questions are looked for, evenly spread; 0: do not look."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, positive=("sequences",), not_negative=("every",))
+        check_numbers(self, positive=("sequences",), not_negative=("every", "suites_every", "search_tokens"))
+        if self.suites_every and not self.suites:
+            raise ConfigError("suites_every", self.suites_every, "applies to suites only; name some: suites=[smoke]")
 
 
 @dataclass(frozen=True)
@@ -412,6 +424,7 @@ def check(config: TrainConfig, world_size: int) -> Layout:
     if config.online.every and config.evaluation.baselines:
         reason = "would be fitted to other tokens than the model, because online filtering drops some"
         raise ConfigError("evaluation.baselines", True, reason, [False])
+    _check_suites(config.evaluation.suites, layout)
     if config.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         reason = "TensorBoard is not installed: pip install 'leviathan[tensorboard]'"
         raise ConfigError("logging.tensorboard", True, reason)
@@ -427,6 +440,19 @@ def check(config: TrainConfig, world_size: int) -> Layout:
             tokens = config.data.images.tokens
             check_placeholder(2 + tokens.names.index(tokens.patch), config.model)  # after BOS and EOS
     return layout
+
+
+def _check_suites(names: list[str], layout: Layout) -> None:
+    """Raise `ConfigError` for suites that cannot be read, and for layouts that divide sequences, layers or heads."""
+    from train.exam.registry import read_suites  # imports the kinds of examinations
+
+    if names and max(layout.tp, layout.cp, layout.pp) > 1:
+        reason = "cannot be asked during training with tp, cp or pp; afterwards, one process can: "
+        raise ConfigError("evaluation.suites", None, f"{reason}leviathan evaluate RUN suite=NAME", ["[]"])
+    try:
+        read_suites(names)
+    except ConfigError as error:
+        raise error.under("evaluation") from None
 
 
 def check_contrastive(config: TrainConfig, layout: Layout) -> None:
@@ -449,6 +475,7 @@ def check_contrastive(config: TrainConfig, layout: Layout) -> None:
     defaults = {"parallel.engine": EngineKind.fsdp2, "parallel.compile": False, "model.tie_embeddings": False}
     defaults |= {"parallel.vision.over_data_parallel": False, "model.init_from": None, "hparam.base": None}
     defaults |= {"online.every": 0, "evaluation.baselines": False, "precision.backend": Backend.native}
+    defaults |= {"model.init_parts.vision": None, "model.init_parts.decoder": None, "evaluation.suites": []}
     for key, only in defaults.items():
         if (value := attrgetter(key)(config)) != only:
             shown = value if isinstance(value, int | str | Enum) else None

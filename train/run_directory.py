@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -20,7 +21,7 @@ import yaml
 from core.config import absolute, build, differences, plain
 from core.errors import ConfigError, LeviathanError, RenamedKeyError, UnreadableFileError
 from core.exit_codes import CRASHED
-from core.files import locate, misfit, parse_json, read_json, read_text, write_text
+from core.files import TEXT_LIMIT, check_regular, locate, misfit, parse_json, read_json, write_text
 from core.yaml_file import read_yaml
 from train.config import TrainConfig, phases
 from train.metap.hyperparameters import without_derived
@@ -58,6 +59,8 @@ FREE = (
 """Keys that may change on resume. They affect what is learnt only through the rounding of matmuls."""
 
 
+EVALUATIONS = "evaluations.jsonl"
+"""File in a run's directory with a line per evaluated suite."""
 EXAMPLES_FOLDER, EXAMPLES = "examples", "examples.json"
 """The folder of held-out documents with pictures and the model's answers, and the file in it."""
 EXAMPLES_SHAPE = {
@@ -91,6 +94,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints" if elsewhere is None else locate(elsewhere) / path.name
         self.metrics = path / "metrics.jsonl"
         self.online = path / "online.jsonl"
+        self.evaluations = path / EVALUATIONS
         self.summary = path / "summary.json"
         self.config_file = path / "config.yaml"
         self.logs = path / "logs"
@@ -159,10 +163,11 @@ class RunDirectory:
 
     def trim_metrics(self, step: int) -> None:
         """Remove the logged lines of steps after `step`, from which the run resumes."""
-        for path, key, last in ((self.metrics, "step", step), (self.online, "first_step", step - 1)):
+        lines = (self.metrics, "step", step), (self.online, "first_step", step - 1), (self.evaluations, "step", step)
+        for path, key, last in lines:
             if path.exists():
-                kept = [line for line in read_lines(path, {key: int}) if line[key] <= last]
-                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+                kept = (json.dumps(line) for line in read_lines(path, {key: int}) if line[key] <= last)
+                write_text(path, "".join(f"{line}\n" for line in kept))
 
     def _try_writing(self, elsewhere: str | None) -> None:
         """Write a probe file, so that a store without write access fails at the start, not at the first checkpoint."""
@@ -261,11 +266,14 @@ def write_config(path: Path, config: TrainConfig) -> None:
 def read_lines(path: Path, shape: Any = object) -> Iterator[dict[str, Any]]:
     """Yield the JSON lines of a file, if it exists, that have a shape (`core.files.misfit`). Others are
     dropped: lines of another kind, and those that a kill or a full disk has truncated. Raises `UnreadableFileError` if
-    it is not a regular file.
+    it is not a regular file. One line at a time is in memory: evaluations.jsonl has every answer.
     """
-    for line in parse_lines(read_text(path, errors="replace")) if path.exists() else ():
-        if line is not None and not misfit(line, shape):
-            yield line
+    if not path.exists():
+        return
+    check_regular(path)
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for text in iter(partial(file.readline, TEXT_LIMIT), ""):
+            yield from (line for line in parse_lines(text) if line is not None and not misfit(line, shape))
 
 
 def parse_lines(text: str) -> Iterator[dict[str, Any] | None]:

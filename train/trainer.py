@@ -35,6 +35,7 @@ from precision.resolve import resolve
 from train.batches import StepBatches
 from train.callbacks import imported_callbacks, make_callbacks
 from train.callbacks.base import Callback
+from train.callbacks.suites import Suite, check_questions, make_suites
 from train.certify import store
 from train.checkpoint.index import check_run
 from train.checkpoint.init_from import compare_vocabularies, copy_selection_biases, initial_source
@@ -265,12 +266,15 @@ def run(config: TrainConfig) -> int:
         with world.watch(config.parallel.timeout_s, directory.logs):
             world.agree(_identity(config, world.device))
             resolve(config.precision, world.device)
+            suites: dict[str, Suite] = {}  # of rank 0
+            world.from_main(lambda: suites.update(make_suites(config.evaluation)))
             world.from_main(lambda: _claim(directory, config))
             log = Log(directory.path / "log.txt" if world.is_main else None)
             for line in hyperparameters.warnings(config):
                 log(f"hyperparameters: {line}")
             with ending_with_parent(has_agent()):  # later, the training loop saves first
                 corpus = get_corpus(config, world, log, MODELS)
+                world.from_main(lambda: check_questions(config, suites, corpus))
                 world.from_main(lambda: keep_audit(corpus.directory, directory.path))
                 world.from_main(lambda: keep_tokenizer(corpus, directory))
                 trainer = Trainer(config, layout, world, directory, corpus, log)

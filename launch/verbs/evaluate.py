@@ -5,8 +5,10 @@ examinations.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from core.errors import ConfigError, check_numbers
 from launch.config import LaunchKind, local_launch
 from launch.ranks import check_model, run_verb
 from precision.config import Backend
+from train.config import SEARCH_TOKENS
 from train.exam.config import SuiteConfig
 
 if TYPE_CHECKING:
@@ -66,10 +69,19 @@ class EvaluateConfig:
     against: str | None = None
     """Directory of another run, or a JSON file written by `out`: compare the suite's results with the last ones there.
     """
+    corpus: str | None = None
+    """Files of text (jsonl, parquet or text) in which to look for the questions of tasks or of a suite; null: the
+    training corpus of a run. The questions of other models are then not looked for.
+    """
+    search_tokens: int = SEARCH_TOKENS
+    """Most tokens in which the questions are looked for; 0: do not look."""
     launch: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_numbers(self, positive=("sequences", "micro_batch_size", "limit"), not_negative=("few_shot",))
+        not_negative = ("few_shot", "search_tokens")
+        check_numbers(self, positive=("sequences", "micro_batch_size", "limit"), not_negative=not_negative)
+        if self.corpus is not None and not self.tasks and self.suite is None:
+            raise ConfigError("corpus", self.corpus, "applies to tasks and suites; name some")
         if self.tasks and self.text is not None:
             raise ConfigError("text", self.text, "cannot be combined with tasks; drop one")
         if self.suite is not None and (self.tasks or self.text is not None):
@@ -94,9 +106,6 @@ def run(config: EvaluateConfig) -> int:
         reason = "is a model without held-out text: add text=FILES or tasks=[...], or suite=NAME"
         raise ConfigError("run", config.run, reason)
     if launch.kind is LaunchKind.torchrun:
-        if config.tasks or config.suite is not None:
-            what = "tasks are" if config.tasks else "a suite is"
-            raise ConfigError("launch.kind", launch.kind, f"{what} evaluated by one process; remove it")
         return run_verb("evaluate", config, launch)
     from parallel.comm.world import connect
 
@@ -174,6 +183,8 @@ def _run_tasks(config: EvaluateConfig, world: World) -> int:
         limit=config.limit,
         few_shot=config.few_shot,
         out=config.out,
+        corpus=config.corpus,
+        search_tokens=config.search_tokens,
     )
 
 
@@ -181,21 +192,29 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
     """Print the results of a suite as JSON without the single answers, and keep them all."""
     from core.files import append_json_line, check_target, local_path, write_json
     from train.eval.open_model import open_scoring_model
-    from train.exam.ask import greedy_answers
+    from train.exam.ask import greedy_answers, run_on_main
     from train.exam.registry import make_suite
-    from train.exam.results import EVALUATIONS, compare_suites, last_results
+    from train.exam.results import compare_suites, last_results
     from train.exam.run import run_suite, summary
+    from train.overlap.search import put_beside, search_for_model, texts_of_exam
+    from train.run_directory import EVALUATIONS
 
-    if world.size > 1:
-        raise ConfigError("suite", suite.name, "is evaluated by one process: start it without torchrun")
-    if config.out is not None:
-        check_target("out", config.out, ".json")
-    make_suite(suite)  # a mistake is reported before the model is read
-    other = None if config.against is None else last_results(config.against, suite.name)
+    def check() -> tuple[Mapping[str, Any] | None, Any]:
+        """Report mistakes before the model is read. Return the other results, and which questions were trained on."""
+        if config.out is not None:
+            check_target("out", config.out, ".json")
+        texts = {label: texts_of_exam(exam) for label, exam in make_suite(suite).items()}
+        other = None if config.against is None else last_results(config.against, suite.name)
+        return other, search_for_model(texts, path, config.corpus, config.search_tokens)
+
     path = Path(config.run).expanduser()
+    other, overlaps = world.from_main(check)
     model = open_scoring_model(path, world, config.backend)
     line: dict[str, Any] = {"model": model.fingerprint, "step": model.step, "decoding": "greedy"}
-    line |= run_suite(suite, greedy_answers(model, config.micro_batch_size or 8))
+    line |= run_on_main(world, greedy_answers(model, config.micro_batch_size or 8), partial(run_suite, suite))
+    if not world.is_main:
+        return 0
+    put_beside(line, *overlaps)
     if is_run:
         append_json_line(path / EVALUATIONS, line)
     if config.out is not None:

@@ -65,9 +65,7 @@ class World:
         """Raise `ConfigError` on every rank if a value in `claims` differs between ranks. It names the minority."""
         if self.size == 1:
             return
-        self.heartbeat.begin("world", "agreement")
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, dict(claims))
+        gathered = self.gather(dict(claims), "agreement")
         for what in claims:
             values = [one.get(what) for one in gathered]
             usual = max(values, key=values.count)
@@ -76,6 +74,24 @@ class World:
                 have = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(others)} have"
                 odd = values[int(others[0])]
                 raise ConfigError(what, None, f"{have} {odd}, the other ranks {usual}: start all ranks alike")
+
+    def gather(self, value: T, purpose: str) -> list[T]:
+        """Return the values of all ranks, by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        self.heartbeat.begin("world", purpose)
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def to_main(self, value: T, purpose: str) -> list[T]:
+        """Return the values of all ranks, by rank, on rank 0. Other ranks get an empty list."""
+        if self.size == 1:
+            return [value]
+        self.heartbeat.begin("world", purpose)
+        gathered: list[Any] = [None] * self.size
+        dist.gather_object(value, gathered if self.is_main else None, dst=0)
+        return gathered if self.is_main else []
 
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank. Waits for all ranks."""

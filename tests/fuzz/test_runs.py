@@ -63,6 +63,7 @@ LOGGED = st.one_of(
 def test_any_metrics_are_lines_for_all_who_read_them(run, content):
     run.metrics.write_bytes(content)
     run.online.write_bytes(content)
+    run.evaluations.write_bytes(content)
     assert_reads_or_refuses(lambda: list(read_lines(run.metrics)))
     assert_reads_or_refuses(lambda: _progress(run.path))
     assert_reads_or_refuses(lambda: _seconds_per_step(run), ConfigError)

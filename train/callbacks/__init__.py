@@ -14,6 +14,7 @@ from train.callbacks.logging import LoggingCallback
 from train.callbacks.online_filter import OnlineFilterCallback
 from train.callbacks.profiler import ProfilerCallback
 from train.callbacks.retrieval import RetrievalCallback
+from train.callbacks.suites import SuiteCallback
 from train.callbacks.summary import SummaryCallback
 from train.config import Objective, TrainConfig
 
@@ -38,6 +39,7 @@ def make_callbacks(trainer: TrainingRun) -> list[Callback]:
         logging,
         CheckpointCallback(trainer),
         evaluation,
+        *([SuiteCallback(trainer, logging)] if config.evaluation.suites else []),
         *([ProfilerCallback(trainer)] if config.profile.steps else []),
         SummaryCallback(trainer, logging, evaluation),
     ]

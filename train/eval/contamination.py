@@ -82,11 +82,11 @@ def seen_by(directory: Path, size: int = SAMPLE) -> TrainedTexts:
         some = every(stream, specials) if total <= size else spread(stream, specials, -(-size * count // total))
         for ids in some:
             sampled += 1
-            found.add(text_hash(_text_of(ids, corpus)))
+            found.add(text_hash(text_of(ids, corpus)))
     return TrainedTexts(str(directory), frozenset(found), sampled, total)
 
 
-def _text_of(ids: NDArray[np.int64], corpus: Corpus) -> str:
+def text_of(ids: NDArray[np.int64], corpus: Corpus) -> str:
     """Decode a document. Its pictures leave a line break, as in the text of a record."""
     if corpus.images is None:
         return corpus.tokenizer.decode(ids.tolist())

@@ -17,12 +17,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import LeviathanError
 from data.images.tiles import GREYS
 from model.attention.cache import KeyValueCache
 from model.attention.plan import ForwardContext
+from model.vision.config import CHANNELS
 from model.vision.fusion import Images
 from parallel.comm.world import World
 from parallel.parallelize import ParallelModel
@@ -35,6 +37,8 @@ NextLogits = Callable[[list[int]], Tensor]
 """Returns the logits [V] of the token that follows the given tokens."""
 ImagesOf = Callable[[Tensor], Images | None]
 """Returns the images of prompts [B, T], padded at their ends with their first token."""
+_IDLE = 0
+"""The prompt of a rank that has none."""
 
 
 class CachedModel:
@@ -85,6 +89,10 @@ class CachedModel:
         self.sequences = [self.sequences[index] for index in indices]
         self._cache.keep(indices)
 
+    def idle(self) -> Tensor:
+        """Run a forward pass, because other ranks do, after the last sequence ended."""
+        return self.begin([[_IDLE]])
+
     def next_logits(self, images: ImagesOf | None = None) -> NextLogits:
         """Return a function for `continue_tokens`, whose sequence grows by one token from call to call."""
 
@@ -98,6 +106,42 @@ class CachedModel:
         # layers that are compiled would be compiled for each length
         with self.no_gradients(), torch.compiler.set_stance("force_eager"):
             return self.forward(tokens_BT, given)[:, -1]
+
+
+class WindowModel:
+    """Any model, which reads the whole window of one sequence for every token. It encodes pictures once.
+
+    `last_logits` maps tokens [1, T] on the host, and their images or None, to the logits [1, V] of the next token.
+    `context`: the number of tokens that the model sees.
+    """
+
+    def __init__(self, last_logits: Callable[[Tensor, Images | None], Tensor], context: int) -> None:
+        self.last_logits, self.context = last_logits, context
+        self.sequence: list[int] = []
+        self._images: Images | None = None
+
+    def begin(self, prompts: Sequence[list[int]], images: ImagesOf | None = None) -> Tensor:
+        """Read one prompt, and return the logits [1, V] of the next token. Forgets the earlier sequence."""
+        (prompt,) = prompts
+        self.sequence = list(prompt)
+        found = None if images is None else images(torch.tensor([prompt]))
+        self._images = None if found is None else replace(found, kept=[])
+        return self.idle()
+
+    def extend(self, tokens: Sequence[int]) -> Tensor:
+        """Append a token, and return the logits [1, V] of the next one."""
+        self.sequence += tokens
+        return self.idle()
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keep the only sequence."""
+
+    def idle(self) -> Tensor:
+        """Read the window as it is."""
+        tokens_BT = torch.tensor([self.sequence[-self.context :]])
+        images = None if self._images is None else _lengthened(self._images, tokens_BT.shape[1])
+        with torch.no_grad():
+            return self.last_logits(tokens_BT, images)
 
 
 @dataclass
@@ -133,22 +177,35 @@ def batches(asked: Sequence[Continuation], size: int) -> Iterator[list[Continuat
 
 
 def continue_batch(
-    model: CachedModel, asked: Sequence[Continuation], stop: int, images: ImagesOf | None = None
+    model: CachedModel | WindowModel,
+    asked: Sequence[Continuation],
+    stop: int,
+    images: ImagesOf | None = None,
+    any_rank: Callable[[bool], bool] = bool,
 ) -> None:
     """Continue prompts side by side, each until its own limit or the id `stop`. Fills `found` of each.
 
-    `images`: those of all prompts, in the order of `asked`.
+    `images`: those of all prompts, in the order of `asked`. `any_rank` returns whether its argument is true on any
+    rank: while it is, this rank runs forward passes too, so that all ranks run equally many. `asked` may be empty. An
+    error is raised once all ranks are ready.
     """
-    logits_BV, asked = model.begin([one.prompt for one in asked], images), list(asked)
+    error: LeviathanError | None = None
+    logits_BV, asked = model.begin([one.prompt for one in asked] or [[_IDLE]], images), list(asked)
     while True:
-        tokens = draw(logits_BV, asked)
-        going = [i for i, (one, token) in enumerate(zip(asked, tokens, strict=True)) if one.take(token, stop)]
-        if not going:
-            return
-        if len(going) < len(asked):
+        tokens, going = list[int](), list[int]()
+        try:
+            tokens = draw(logits_BV, asked) if asked else []
+            going = [i for i, (one, token) in enumerate(zip(asked, tokens, strict=True)) if one.take(token, stop)]
+        except LeviathanError as caught:
+            error = caught
+        if not any_rank(bool(going)):
+            break
+        if going and len(going) < len(asked):
             model.keep(going)
-            asked, tokens = [asked[i] for i in going], [tokens[i] for i in going]
-        logits_BV = model.extend(tokens)
+        asked, tokens = [asked[i] for i in going], [tokens[i] for i in going]
+        logits_BV = model.extend(tokens) if going else model.idle()
+    if error is not None:
+        raise error
 
 
 def before_stops(text: str, stops: Sequence[str]) -> str:
@@ -205,31 +262,72 @@ def placed_model(placed: ParallelModel, context: int) -> CachedModel | None:
 
 def placed_images(placed: ParallelModel, pictures: PicturePrompt, row_BT: Tensor) -> Images | None:
     """Return the images of a sequence that begins with pictures."""
-    pixels, greys = pictures.pixels_N3SS, torch.tensor(GREYS, device=placed.device)
-    mine = pixels[list(tile_share(placed.meshes, len(pixels)))]
-    return placed.images(pictures.rows(row_BT), len(pixels), mine, greys)
+    return _spread(placed, _images(placed, pictures, row_BT))
 
 
 def placed_logits(placed: ParallelModel, tokens: list[int], pictures: PicturePrompt | None = None) -> Tensor:
-    """Return the logits [V] of the token after `tokens`, float64 on every rank, under any layout. The sequence is
-    padded at its end to a length that the layout supports. `pictures` are those at its beginning.
+    """Return the logits [V] of the token after `tokens`, float64 on every rank, under any layout. `pictures` are those
+    at its beginning.
     """
-    meshes, last = placed.meshes, len(tokens) - 1
-    length = placed.padded_length(len(tokens))
-    share = placed.context_shard(length)
-    row_BT = torch.tensor([tokens + [0] * (length - len(tokens))])
-    context = placed.sequence_context(torch.arange(length)[None])
-    if pictures is not None:
-        images = placed_images(placed, pictures, row_BT)
-        context.images = None if images is None else replace(images, kept=pictures.rows_kept)
-    logits_BTV = placed.logits(share.take(row_BT).to(placed.device), context)
-    at = (share.take(torch.arange(length)[None])[0] == last).nonzero()
-    found_V = torch.zeros(placed.model.config.vocab_size, dtype=torch.float64, device=placed.device)
-    if logits_BTV is not None and len(at):
-        found_V += whole_logits(logits_BTV[0, int(at)], meshes.tp)
+    row_BT = torch.tensor([tokens])
+    images = None if pictures is None else _images(placed, pictures, row_BT)
+    return sequence_logits(placed, row_BT, images, only_last=True)[0, 0].double()
+
+
+@torch.no_grad()
+def sequence_logits(
+    placed: ParallelModel, tokens_BT: Tensor, images: Images | None = None, only_last: bool = False
+) -> Tensor:
+    """Return the logits [B, T, V] of whole sequences, or with `only_last` [B, 1, V] after them, under any layout, on
+    every rank that has these sequences. They are padded at their ends to a length that the layout supports. `images`
+    are those of the whole sequences.
+    """
+    meshes, (count, length) = placed.meshes, tokens_BT.shape
+    first = length - 1 if only_last else 0
+    tokens_BT = F.pad(tokens_BT, (0, placed.padded_length(length) - length))
+    positions_BT = torch.arange(tokens_BT.shape[1])[None]
+    share = placed.context_shard(tokens_BT.shape[1])
+    context = placed.sequence_context(positions_BT.expand(count, -1))
+    if images is None and meshes.layout.encodes_ahead:  # other ranks may have pictures
+        images = _no_tiles(placed, tokens_BT)
+    if images is not None:
+        context.images = _spread(placed, _lengthened(images, tokens_BT.shape[1]))
+    logits_BTV = placed.logits(share.take(tokens_BT).to(placed.device), context)
+    dtype = torch.promote_types(placed.model.compute_dtype, torch.float32)
+    found_BTV = torch.zeros(count, length - first, placed.model.config.vocab_size, dtype=dtype, device=placed.device)
+    if logits_BTV is not None:
+        here_T = share.take(positions_BT)[0]
+        wanted = ((here_T >= first) & (here_T < length)).nonzero()[:, 0]
+        at = (here_T[wanted] - first).to(placed.device)
+        found_BTV[:, at] = whole_logits(logits_BTV[:, wanted.to(placed.device)], meshes.tp).to(dtype)
     for axis in (meshes.cp, meshes.pp):  # the other ranks have zeros
-        axis.sum(found_V, "logits")
-    return found_V
+        axis.sum(found_BTV, "logits")
+    return found_BTV
+
+
+def _images(placed: ParallelModel, pictures: PicturePrompt, row_BT: Tensor) -> Images:
+    greys = torch.tensor(GREYS, device=placed.device)
+    return Images(pictures.pixels_N3SS, pictures.rows(row_BT), greys, pictures.rows_kept)
+
+
+def _no_tiles(placed: ParallelModel, tokens_BT: Tensor) -> Images:
+    vision = placed.model.config.vision
+    assert vision is not None
+    pixels_N3SS = torch.zeros(0, CHANNELS, vision.tile_size, vision.tile_size, dtype=torch.uint8)
+    return Images(pixels_N3SS, torch.full_like(tokens_BT, -1), torch.tensor(GREYS, device=placed.device))
+
+
+def _lengthened(images: Images, length: int) -> Images:
+    """Return images whose sequences have more tokens, which show none."""
+    return replace(images, rows_BT=F.pad(images.rows_BT, (0, length - images.rows_BT.shape[1]), value=-1))
+
+
+def _spread(placed: ParallelModel, images: Images) -> Images | None:
+    """Return this rank's part of the images of whole sequences."""
+    tiles_N3SS = images.tiles_N3SS
+    mine_N3SS = tiles_N3SS[list(tile_share(placed.meshes, len(tiles_N3SS)))]
+    found = placed.images(images.rows_BT.cpu(), len(tiles_N3SS), mine_N3SS, images.greys)
+    return None if found is None else replace(found, kept=images.kept)
 
 
 def _check(logits: Tensor) -> None:

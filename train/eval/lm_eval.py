@@ -25,6 +25,7 @@ from train.eval.generate import Continuation, before_stops
 from train.eval.multimodal import TokenizedQuestion, question
 from train.eval.open_model import open_scoring_model
 from train.eval.scoring_model import ScoringModel, TokenWindow
+from train.overlap.samples import search_samples
 
 
 class HarnessModel(TemplateLM):
@@ -156,15 +157,19 @@ def run_tasks(
     limit: int | None = None,
     few_shot: int | None = None,
     out: str | None = None,
+    corpus: str | None = None,
+    search_tokens: int = 0,
 ) -> int:
-    """Evaluate tasks in one process, print a table, and write results and samples to `out` as JSON."""
+    """Evaluate tasks, print a table, and write results and samples to `out` as JSON. `corpus` and `search_tokens`: as
+    in `train.overlap.search.search_for_model`.
+
+    Each rank computes the metrics, from answers that the ranks have divided among them; rank 0 prints and writes.
+    """
     import datasets
     import huggingface_hub
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager, get_task_dict
 
-    if world.size > 1:
-        raise ConfigError("tasks", None, "are evaluated by one process: start it without torchrun")
     if out is not None:
         check_target("out", out, ".json")
     huggingface_hub.logging.set_verbosity_error()  # it logs each of its retries
@@ -181,6 +186,8 @@ def run_tasks(
             raise ConfigError("tasks", task, "no such task; task_path names a directory of your own tasks", near)
     model = HarnessModel(open_scoring_model(run, world, backend), batch_size)
     try:
+        if world.size > 1:  # the others then find the data in the cache
+            world.from_main(lambda: bool(get_task_dict(list(tasks), manager)))
         found: Any = simple_evaluate(
             model, tasks=list(tasks), num_fewshot=few_shot, limit=limit, task_manager=manager, bootstrap_iters=0
         )
@@ -188,8 +195,12 @@ def run_tasks(
         raise CheckpointError(f"a task's data cannot be read: {first_line(error)}") from error
     except (ValueError, KeyError) as error:  # such as a template or doc_to_image that names no column of the data
         raise ConfigError("tasks", ",".join(tasks), f"a task cannot be asked: {first_line(error)}") from error
+    if not world.is_main:
+        return 0
+    beside = search_samples(found.get("samples", {}), run, corpus, search_tokens)
     print(utils.make_table(found))
+    print(json.dumps({"contamination": beside}, indent=2))
     if out is not None:
-        figures = {"results": found["results"], "samples": found.get("samples", {})}
+        figures = {"results": found["results"], "samples": found.get("samples", {}), "contamination": beside}
         write_text(local_path("out", out), json.dumps(figures, indent=2, default=str) + "\n")
     return 0

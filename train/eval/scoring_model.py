@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from core.errors import CheckpointError, ConfigError, UnreadableFileError
@@ -28,15 +29,28 @@ from model.attention.plan import ForwardContext
 from model.huggingface import HuggingFaceCheckpoint
 from model.tensor_source import TensorSource, materialise
 from model.transformer import Transformer
+from model.vision.config import CHANNELS
 from model.vision.fusion import Images
+from parallel.comm.shares import Shares
 from parallel.comm.world import World
-from parallel.sharding import local
+from parallel.fsdp import release
+from parallel.parallelize import ParallelModel
+from parallel.sharding import whole_state
 from precision.config import Backend
 from train.checkpoint.init_from import open_model
 from train.checkpoint.reader import TOKENIZER, load_origin
 from train.checkpoint.restore import restore
 from train.corpus import run_images
-from train.eval.generate import CachedModel, Continuation, ImagesOf, batches, continue_batch, continue_tokens
+from train.eval.generate import (
+    CachedModel,
+    Continuation,
+    ImagesOf,
+    WindowModel,
+    batches,
+    continue_batch,
+    placed_model,
+    sequence_logits,
+)
 from train.eval.multimodal import place_tiles
 from train.eval.pictures import exported_images
 
@@ -73,6 +87,9 @@ class ScoringModel:
     was made for. `identity`: the kind of model, and everything else but the weights on which its losses depend.
     `read_images` returns how pictures become tokens and tiles, None for a model without pictures. `step`: that of
     a run's checkpoint.
+
+    `shares`: how the ranks divide what the model is asked. All of them call `continue_all`, `losses` and `fingerprint`
+    together, with the same arguments, and get the same results. `placed`: a network that is sharded over ranks.
     """
 
     network: nn.Module
@@ -82,6 +99,8 @@ class ScoringModel:
     identity: tuple[str, ...]
     read_images: Callable[[], ImageDescription | None] = lambda: None
     step: int | None = None
+    shares: Shares = field(default_factory=Shares)
+    placed: ParallelModel | None = None
 
     @cached_property
     def images(self) -> ImageDescription | None:
@@ -91,43 +110,64 @@ class ScoringModel:
     def fingerprint(self) -> str:
         """Hash of the weights, the tokenizer and the number formats."""
         weights = xxhash.xxh3_128()
-        for name, tensor in sorted(self.network.state_dict().items()):
-            content = local(tensor).detach().cpu().contiguous().reshape(-1)
+        world = self.shares.world if self.placed is not None else None
+        if world is None or self.placed is None:
+            state = iter(sorted(self.network.state_dict().items()))
+        else:
+            state = whole_state(self.placed.model, self.placed.specs, world)
+        for name, tensor in state:
+            content = tensor.detach().cpu().contiguous().reshape(-1)
             weights.update(f"{name} {content.dtype} {tuple(tensor.shape)}\n".encode())
             weights.update(content.view(torch.uint8).numpy().data)
-        return sha256_text(self.identity[0], weights.hexdigest(), *self.identity[1:])
-
-    def next_logits(self, tokens: list[int]) -> Tensor:
-        """Return the logits [V] of the token after `tokens`, by a pass over all of them."""
-        return self.logits(torch.tensor([tokens]))[0, -1]
+        found = weights.hexdigest()
+        if world is not None:
+            found = world.from_main(lambda: found)
+        return sha256_text(self.identity[0], found, *self.identity[1:])
 
     def logits_of(self, tokens_BT: Tensor, pixels_N3SS: Tensor, length: int | None = None) -> Tensor:
         """Return the logits [B, T, V] of sequences with pictures, whose tiles are in the order of the placeholders in
         the first `length` tokens (None: in all).
         """
         assert self.images is not None
-        device = next(self.network.parameters()).device
-        images = place_tiles(tokens_BT, pixels_N3SS, self.images.ids.patch, device, length)
+        images = place_tiles(tokens_BT, pixels_N3SS, self.images.ids.patch, self._device, length)
         return self.logits(tokens_BT, images)
 
     def cached(self) -> CachedModel:
         """Return this model with a cache of keys and values. It must be one of ours."""
-        device = next(self.network.parameters()).device
+        device = self._device
         return CachedModel(lambda tokens_BT, given: self.network(tokens_BT.to(device), given), self.context, device)
 
     def continue_all(self, asked: Sequence[Continuation], batch_size: int) -> None:
-        """Continue prompts, each until its own limit or EOS, and fill `found` of each. One of our models continues
-        `batch_size` of them side by side.
+        """Continue prompts, each until its own limit or EOS, and fill `found` of each. A model with a cache continues
+        `batch_size` of them side by side. Ranks take different batches.
         """
-        stop = self.tokenizer.eos_id
+        self._agree([one.prompt for one in asked])
+        size = batch_size if isinstance(self._continuer(), CachedModel) else 1
+        for has_pictures in (False, True):  # a rank without a batch of pictures runs the encoder all the same
+            some = list(batches([one for one in asked if (one.pixels_N3SS is not None) is has_pictures], size))
+            for batch, found in zip(some, self.shares.map(some, partial(self._continued, has_pictures)), strict=True):
+                for one, tokens in zip(batch, found, strict=True):
+                    one.found = tokens
+        self._release()
+
+    def _continuer(self) -> CachedModel | WindowModel:
+        if (placed := self.placed) is not None:
+            return placed_model(placed, self.context) or WindowModel(
+                lambda tokens_BT, images: sequence_logits(placed, tokens_BT, images, only_last=True)[:, 0], self.context
+            )
         if isinstance(self.network, Transformer):
-            for batch in batches(asked, batch_size):
-                continue_batch(self.cached(), batch, stop, self.images_of([one.pixels_N3SS for one in batch]))
-            return
-        for one in asked:
-            for token in continue_tokens(self.next_logits, one.prompt, self.context, one.config, stop):
-                if not one.take(token, stop):
-                    break
+            return self.cached()
+        return WindowModel(lambda tokens_BT, images: self.logits(tokens_BT)[:, -1], self.context)
+
+    def _continued(self, has_pictures: bool, batch: Sequence[Continuation] | None) -> list[list[int]]:
+        asked, images = batch or [], None
+        if has_pictures:
+            assert self.images is not None
+            side = self.images.tiles.tile_size
+            none_N3SS = torch.zeros(0, CHANNELS, side, side, dtype=torch.uint8)
+            images = self.images_of([none_N3SS, *(one.pixels_N3SS for one in asked)])
+        continue_batch(self._continuer(), asked, self.tokenizer.eos_id, images, self.shares.any)
+        return [one.found for one in asked]
 
     def images_of(self, pixels: Sequence[Tensor | None]) -> ImagesOf | None:
         """Return how the tiles of some prompts are placed; None without any. Each prompt has a placeholder for every
@@ -137,8 +177,8 @@ class ScoringModel:
         if not tiles:
             return None
         assert self.images is not None
-        device = next(self.network.parameters()).device
-        return partial(place_tiles, pixels_N3SS=torch.cat(tiles), placeholder=self.images.ids.patch, device=device)
+        place = partial(place_tiles, placeholder=self.images.ids.patch, device=self._device)
+        return partial(place, pixels_N3SS=torch.cat(tiles))
 
     @torch.no_grad()
     def losses(self, windows: Sequence[TokenWindow], batch_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -146,25 +186,47 @@ class ScoringModel:
         each of these labels is the most probable token.
 
         Windows are sorted by length and run `batch_size` at a time. They are padded at their ends, which earlier tokens
-        do not attend to.
+        do not attend to. Ranks take different batches.
         """
-        results: list[Any] = [None] * len(windows)
+        self._agree([window.ids for window in windows])
         order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))  # longest first: needs the most memory
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            chosen = [windows[index] for index in indices]
-            tokens_BT = torch.zeros(len(chosen), len(chosen[0].ids) - 1, dtype=torch.int64)
-            for row, window in enumerate(chosen):
-                tokens_BT[row, : len(window.ids) - 1] = torch.tensor(window.ids[:-1])
-            pixels = [window.pixels_N3SS for window in chosen if window.pixels_N3SS is not None]
-            logits_BTV = self.logits_of(tokens_BT, torch.cat(pixels)) if pixels else self.logits(tokens_BT)
-            for row, (index, window) in enumerate(zip(indices, chosen, strict=True)):
-                last, counted = len(window.ids) - 1, window.counted
-                labels_T = torch.tensor(window.ids[-counted:], device=logits_BTV.device)
-                logp_TV = logits_BTV[row, last - counted : last].float().log_softmax(-1)
-                losses_T = -logp_TV.gather(1, labels_T[:, None])[:, 0]
-                results[index] = losses_T.cpu(), (logp_TV.argmax(1) == labels_T).cpu()
+        some = [[windows[i] for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+        found = [one for batch in self.shares.map(some, self._batch_losses) for one in batch]
+        self._release()
+        results: list[Any] = [None] * len(windows)
+        for index, (losses_T, is_likeliest_T) in zip(order, found, strict=True):
+            results[index] = torch.from_numpy(losses_T), torch.from_numpy(is_likeliest_T)
         return results
+
+    def _batch_losses(self, chosen: Sequence[TokenWindow] | None) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+        if chosen is None:
+            self.logits(torch.zeros(1, 1, dtype=torch.int64))
+            return []
+        tokens_BT = torch.zeros(len(chosen), len(chosen[0].ids) - 1, dtype=torch.int64)
+        for row, window in enumerate(chosen):
+            tokens_BT[row, : len(window.ids) - 1] = torch.tensor(window.ids[:-1])
+        pixels = [window.pixels_N3SS for window in chosen if window.pixels_N3SS is not None]
+        logits_BTV = self.logits_of(tokens_BT, torch.cat(pixels)) if pixels else self.logits(tokens_BT)
+        found = []
+        for row, window in enumerate(chosen):
+            last, counted = len(window.ids) - 1, window.counted
+            labels_T = torch.tensor(window.ids[-counted:], device=logits_BTV.device)
+            logp_TV = logits_BTV[row, last - counted : last].float().log_softmax(-1)
+            losses_T = -logp_TV.gather(1, labels_T[:, None])[:, 0]
+            found.append((losses_T.cpu().numpy(), (logp_TV.argmax(1) == labels_T).cpu().numpy()))
+        return found
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def _agree(self, ids: Sequence[Sequence[int]]) -> None:
+        """Raise `ConfigError` on all ranks if they are asked different things."""
+        self.shares.agree("questions", lambda: sha256_text(*(repr(list(one)) for one in ids)))
+
+    def _release(self) -> None:
+        if self.placed is not None:
+            release(self.placed.stacks)
 
 
 def from_run(
@@ -172,15 +234,25 @@ def from_run(
 ) -> ScoringModel:
     """Open the newest intact checkpoint of a run, with the tokenizer of its corpus. The model computes as in training.
 
-    `models`: as in `get_corpus`. In a process group all ranks call this together; with a `world` of one process each
-    rank has the whole model.
+    `models`: as in `get_corpus`. In a process group all ranks call this together, and the model is sharded as in
+    training; with a `world` of one process each rank has the whole model.
     """
     restored = restore(directory, world, backend, models)
     tokenizer, precision = restored.tokenizer, json.dumps(restored.config.precision, default=str)
     identity = ("run", tokenizer.fingerprint, precision)
-    model, context = restored.placed.model, restored.phase.seq_len
-    opened = _ours(model, world.device, tokenizer, context, identity, partial(run_images, directory))
-    return replace(opened, step=restored.step)
+    placed, context = restored.placed, restored.phase.seq_len
+    opened = _ours(placed.model, world.device, tokenizer, context, identity, partial(run_images, directory))
+    return over_ranks(replace(opened, step=restored.step), placed, world)
+
+
+def over_ranks(model: ScoringModel, placed: ParallelModel, world: World) -> ScoringModel:
+    """Return the model with its network sharded over the ranks of `world`, which divide what it is asked. `placed`:
+    this rank's part of the network.
+    """
+    if world.size == 1:
+        return model
+    shares = Shares(world, placed.meshes.dp.size, placed.meshes.dp.rank, in_step=True)
+    return replace(model, logits=partial(sequence_logits, placed), shares=shares, placed=placed)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from core.files import sha256_text
 class Question:
     """`prompt`: the text that the model continues; each `<image>` in it stands for the next of the encoded `pictures`.
     The answer ends before the first of `stops`, or after `max_tokens` tokens. `reference`: what the judge needs.
+    `own_text`: the prompt without instructions and solved examples, which is looked for in training corpora; None: the
+    whole prompt. It is no part of the fingerprint.
     """
 
     id: str
@@ -22,6 +24,7 @@ class Question:
     pictures: tuple[bytes, ...] = ()
     max_tokens: int = 64
     stops: tuple[str, ...] = ("\n\n",)
+    own_text: str | None = field(default=None, repr=False)
 
 
 class Outcome(Enum):

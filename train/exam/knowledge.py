@@ -205,12 +205,13 @@ def _items(title: str, spelling: int) -> list[str]:
 
 def choice_question(name: str, text: str, choices: Sequence[str], right: int, before: str = "") -> Question:
     """`right`: the place of the right choice. `before`: solved examples."""
-    reference = (tuple(choices), right)
-    return Question(name, f"{before}{_lettered(text, choices)}\nAnswer:", reference, max_tokens=24, stops=("\n",))
+    reference, own = (tuple(choices), right), _lettered(text, choices)
+    return Question(name, f"{before}{own}\nAnswer:", reference, max_tokens=24, stops=("\n",), own_text=own)
 
 
 def list_question(name: str, text: str, reference: ListReference, before: str = "") -> Question:
-    return Question(name, f"{before}{text}\nAnswer:", reference, max_tokens=16 + 8 * len(reference.items))
+    limit = 16 + 8 * len(reference.items)
+    return Question(name, f"{before}{text}\nAnswer:", reference, max_tokens=limit, own_text=text)
 
 
 def _lettered(text: str, choices: Sequence[str]) -> str:

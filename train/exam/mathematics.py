@@ -87,6 +87,7 @@ class LinearSystems(Generated):
                 f"{task}\n\n{''.join(before)}{_equations(one)}\nAnswer:",
                 one,
                 max_tokens=48,
+                own_text=_equations(one),
             )
             for place, one in enumerate(systems)
         ]
@@ -237,7 +238,13 @@ class Quadratics(Generated):
         asked = [self._equation("asked", place) for place in range(self.number)]
         task = "Find all real solutions."
         return [
-            Question(f"{self.name}-{i}", f"{task}\n\n{''.join(before)}{equation}\nAnswer:", roots, max_tokens=32)
+            Question(
+                f"{self.name}-{i}",
+                f"{task}\n\n{''.join(before)}{equation}\nAnswer:",
+                roots,
+                max_tokens=32,
+                own_text=equation,
+            )
             for i, (equation, roots) in enumerate(asked)
         ]
 
@@ -282,7 +289,7 @@ class WordProblems(Generated):
         )
         asked = [self._problem("asked", place) for place in range(self.number)]
         return [
-            Question(f"{self.name}-{place}", f"{before}{text}\nAnswer:", number, max_tokens=24)
+            Question(f"{self.name}-{place}", f"{before}{text}\nAnswer:", number, max_tokens=24, own_text=text)
             for place, (text, number) in enumerate(asked)
         ]
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from core.config import build
-from core.errors import ConfigError
+from core.config import build, config_directory, groups
+from core.errors import ConfigError, UnreadableFileError
 from core.import_path import construct
+from core.yaml_file import read_yaml
 from train.exam.base import Exam
 from train.exam.config import ExamConfig, SuiteConfig
 
@@ -26,6 +28,32 @@ EXAMS = {
 }
 """Kind -> module and dataclass. Its fields are the options."""
 _NEEDED = ("name", "version", "questions", "judge")
+
+
+def read_suites(names: Sequence[str]) -> dict[str, SuiteConfig]:
+    """Return suites by their own names. Each of `names` is a preset or the path of a YAML file of the same content.
+
+    Raises `ConfigError` (key `suites`) for one that cannot be read or asks nothing, and if two have the same name.
+    """
+    found: dict[str, SuiteConfig] = {}
+    for name in names:
+        presets = [preset for preset in groups()["suite"] if preset != "own"]
+        path = config_directory() / "suite" / f"{name}.yaml" if name in presets else Path(name).expanduser()
+        if name not in presets and path.suffix != ".yaml":
+            raise ConfigError("suites", name, "no such suite; a file must end in .yaml", presets)
+        try:
+            values = read_yaml(path)
+            suite = build(SuiteConfig, {"name": path.stem, **values} if isinstance(values, dict) else values)
+        except (OSError, UnreadableFileError) as error:
+            raise ConfigError("suites", name, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        except ConfigError as error:
+            raise ConfigError("suites", name, str(error)) from None
+        if not suite.exams:
+            raise ConfigError("suites", name, "has no examination (exams)")
+        if suite.name in found:
+            raise ConfigError("suites", name, f"two suites are called {suite.name} (the key name); rename one")
+        found[suite.name] = suite
+    return found
 
 
 def make_suite(config: SuiteConfig) -> dict[str, Exam]:

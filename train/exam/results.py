@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, UnreadableFileError
-from core.files import read_json
+from core.files import misfit, read_json
 from train.exam.statistics import RESULT_SHAPE, compare
-from train.run_directory import read_lines
+from train.run_directory import EVALUATIONS, read_lines
 
-EVALUATIONS = "evaluations.jsonl"
-"""File in a run's directory with a line per evaluated suite."""
-_SHOWN_SHAPE = {"suite": str, "exams": {str: {"fingerprint": str, "score": (float, None), "interval": ([float], None)}}}
+_SHOWN_SHAPE = {
+    "suite": str,
+    "step?": (int, None),
+    "exams": {str: {"fingerprint": str, "score": (float, None), "interval": ([float], None)}},
+}
+_CONTAMINATION_SHAPE = {
+    **dict.fromkeys(("found", "clean", "too_short"), int),
+    **dict.fromkeys(("score_found", "score_clean"), (float, None)),
+}
 LINE_SHAPE = {"suite": str, "exams": {str: RESULT_SHAPE}}
 
 
@@ -37,17 +44,65 @@ def last_results(against: str, suite: str) -> dict[str, Any]:
     return lines[-1]
 
 
-def last_scores(path: Path) -> dict[str, str]:
-    """Return the last score of each examination in a file of results, with its confidence interval, as text. The labels
-    have the beginning of the fingerprint: scores under one label can be compared.
+@dataclass(frozen=True)
+class StepScore:
+    """A score with its 95% confidence interval. `contamination`: what is known of the questions in the training corpus.
+    `clean`: the score on those that are not in it, if others are.
     """
+
+    step: int | None
+    score: float
+    low: float
+    high: float
+    contamination: str
+    clean: float | None
+
+    def __str__(self) -> str:
+        return f"{self.score:.3f} ({self.low:.3f} to {self.high:.3f}{self.contamination})"
+
+
+def scores_of(line: Mapping[str, Any]) -> dict[str, StepScore]:
+    """Return the score of each examination of a line, by suite and label."""
     found = {}
+    for name, one in line["exams"].items():
+        if one["score"] is not None and one["interval"] is not None and len(one["interval"]) == 2:
+            low, high = one["interval"]
+            beside, clean = _beside(one.get("contamination"))
+            found[f"{line['suite']}/{name}"] = StepScore(line.get("step"), one["score"], low, high, beside, clean)
+    return found
+
+
+def _beside(contamination: Any) -> tuple[str, float | None]:
+    """Say how many questions are in the training corpus, and the scores on these and on the others. Return the last
+    score too.
+    """
+    if misfit(contamination, _CONTAMINATION_SHAPE):
+        return "", None
+    found, short = contamination["found"], contamination["too_short"]
+    parts = [f"; {found} of {found + contamination['clean'] + short} questions in the training corpus"]
+    parts += [f"{short} too short to be found"] * bool(short)
+    for key, name in (("score_found", "score on these"), ("score_clean", "on the others")):
+        if found and contamination[key] is not None:
+            parts.append(f"{name} {contamination[key]:.3f}")
+    return ", ".join(parts), contamination["score_clean"] if found else None
+
+
+def asked_before(path: Path, step: int, suite: str, fingerprints: Mapping[str, str]) -> bool:
+    """Return whether a file of results has those of a suite at a step, to the same questions."""
+    lines = read_lines(path, _SHOWN_SHAPE)
+    found = (line for line in lines if line.get("step") == step and line["suite"] == suite)
+    return any({name: one["fingerprint"] for name, one in line["exams"].items()} == fingerprints for line in found)
+
+
+def scores_by_step(path: Path) -> dict[str, list[StepScore]]:
+    """Return all scores of each examination in a file of results. The labels have the beginning of the fingerprint:
+    scores under one label can be compared.
+    """
+    found: dict[str, list[StepScore]] = {}
     for line in read_lines(path, _SHOWN_SHAPE):
-        for name, one in line["exams"].items():
-            label = f"{line['suite']}/{name} ({one['fingerprint'][:8]})"
-            if one["score"] is not None and one["interval"] is not None and len(one["interval"]) == 2:
-                low, high = one["interval"]
-                found[label] = f"{one['score']:.3f} ({low:.3f} to {high:.3f})"
+        for name, score in scores_of(line).items():
+            fingerprint = line["exams"][name.removeprefix(f"{line['suite']}/")]["fingerprint"]
+            found.setdefault(f"{name} ({fingerprint[:8]})", []).append(score)
     return found
 
 

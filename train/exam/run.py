@@ -109,9 +109,17 @@ def run_exam(exam: Exam, ask: Ask) -> ExamResult:
     return ExamResult(exam.name, exam.version, fingerprint(exam), judged, controls, machine)
 
 
-def run_suite(config: SuiteConfig, ask: Ask) -> dict[str, Any]:
-    """Return the line of `evaluations.jsonl` about a suite, without what it says about the model."""
-    exams = make_suite(config)
+def all_questions(exam: Exam) -> list[Sequence[Question]]:
+    """Return what `run_exam` asks, in order: the questions of an examination, then those of its controls."""
+    others = exam.controls().values() if isinstance(exam, ControlledExam) else ()
+    return [exam.questions(), *(questions for other in others for questions in all_questions(other))]
+
+
+def run_suite(config: SuiteConfig, ask: Ask, exams: Mapping[str, Exam] | None = None) -> dict[str, Any]:
+    """Return the line of `evaluations.jsonl` about a suite, without what it says about the model. `exams`: those of the
+    suite, if they are made already.
+    """
+    exams = make_suite(config) if exams is None else exams
     results = {label: run_exam(exam, ask).plain() for label, exam in exams.items()}
     for label, one in results.items():
         one["options"] = plain(config.exams[label].options)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from core.files import read_json
-from train.exam.results import EVALUATIONS, last_scores
-from train.run_directory import EXAMPLES, EXAMPLES_FOLDER, EXAMPLES_SHAPE, parse_lines
+from train.exam.results import StepScore, scores_by_step
+from train.run_directory import EVALUATIONS, EXAMPLES, EXAMPLES_FOLDER, EXAMPLES_SHAPE, parse_lines
 
 LARGEST = 1e100
 """Larger numbers are damage: no metric has them, and no axis can show them."""
@@ -37,6 +37,14 @@ _SUMMARY_NUMBERS = (
 def is_number(value: Any) -> bool:
     """Return whether a value from JSON is a finite number that can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def is_score(score: StepScore) -> bool:
+    """Return whether a score and its interval can be drawn. Comparisons with NaN are false."""
+    numbers = is_number(score.score) and is_number(score.low) and is_number(score.high)
+    in_range = numbers and 0 <= score.low <= score.high <= 1 and 0 <= score.score <= 1
+    in_range = in_range and (score.clean is None or (is_number(score.clean) and 0 <= score.clean <= 1))
+    return in_range and (score.step is None or score.step >= 0)
 
 
 class RunFiles:
@@ -85,9 +93,13 @@ class RunFiles:
             self.problems["summary.json"] = f"damaged values are left out: {', '.join(wrong)}"
         return {key: value for key, value in found.items() if key not in wrong}
 
-    def examinations(self) -> dict[str, str]:
-        """Return the last score of each examination, with its interval."""
-        return self._read(EVALUATIONS, last_scores, {})
+    def examinations(self) -> dict[str, list[StepScore]]:
+        """Return the scores of each examination, in the order in which it was asked."""
+        found: dict[str, list[StepScore]] = self._read(EVALUATIONS, scores_by_step, {})
+        sound = {label: [one for one in scores if is_score(one)] for label, scores in found.items()}
+        if sound != found:
+            self.problems[EVALUATIONS] = "scores that are no numbers from 0 to 1 are left out"
+        return {label: scores for label, scores in sound.items() if scores}
 
     def examples(self) -> list[dict[str, Any]]:
         """Return the held-out documents with pictures that the run keeps, with `pngs`, the contents of the pictures."""

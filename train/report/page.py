@@ -113,7 +113,8 @@ def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
     rows += [*modalities.summary(runs), *retrieval.rows(runs)]
     found = {label: [_shown(value, form) for value in values] for label, values, form in rows}
     for label in {label: None for run in runs for label in run.examinations}:
-        found[f"examination {label}, 95% interval"] = [run.examinations.get(label, "-") for run in runs]
+        scores = [run.examinations.get(label) for run in runs]
+        found[f"examination {label}, 95% interval"] = [str(one[-1]) if one else "-" for one in scores]
     return found
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.plotting import cycle, figure, png
-from train.report import modalities, retrieval
+from train.report import examinations, modalities, retrieval
 from train.report.run import RunData, units
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ def draw(runs: Sequence[RunData]) -> list[Picture]:
     for name, overview in _PLOTS.items():
         if any(run.has(overview.metric) for run in runs):
             found.append(_picture(name, overview.title, _bound(overview.draw, runs), overview.wide))
+    for number, label in enumerate(examinations.labels(runs)):
+        drawing = _bound(examinations.draw_scores, runs, label)
+        found.append(_picture(f"examination_{number}", f"Examination {label}", drawing, wide=False, first=not number))
     for name, plot in _LAYER_PLOTS.items():
         numbered = enumerate(runs, start=1)
         with_layers = [(number, run) for number, run in numbered if run.layers and run.layer_steps(plot.modality)]

@@ -49,7 +49,7 @@ class RunData:
         """Indices of the MoE layers whose load was logged."""
         self.summary, self.log = files.summary(), files.log()
         self.examinations = files.examinations()
-        """Last score of each examination, as text."""
+        """The scores of each examination, in the order in which it was asked."""
         self.examples = files.examples()
         """Held-out documents with pictures and the model's answers."""
 

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from core.config import build
 from core.exit_codes import CRASHED
 from launch import agent
 from launch.cli import main
+from launch.verbs.evaluate import EvaluateConfig
 from model.huggingface import load
 from tests.support.tiny import TINY
 from train.eval import text_files
@@ -145,7 +147,6 @@ def test_a_suite_that_cannot_be_asked_is_one_line(models, refused, fake_ranks, t
         ("suite=smoke", "tasks=[a]"): "suite=smoke: cannot be combined with tasks or a text",
         ("suite=smoke", "limit=2"): "limit=2: applies to tasks only",
         ("suite=smoke", "sequences=2"): "applies to the held-out loss, not to a suite",
-        ("suite=smoke", *TWO_RANKS): "a suite is evaluated by one process",
         ("against=x",): "against=x: applies to suites only",
     }.items():
         assert reason in refused("evaluate", exported, *words), words
@@ -219,8 +220,18 @@ def test_a_wrong_launch_is_one_line(models, refused, fake_ranks, verb, words):
     assert fake_ranks.nodes == []
 
 
-def test_tasks_and_ranks_do_not_start_ranks(models, refused, fake_ranks, monkeypatch):
-    assert "tasks are evaluated by one process" in refused("evaluate", str(models / "run"), "tasks=[a]", *TWO_RANKS)
+@pytest.mark.parametrize("kind", ["tasks", "suite"])
+def test_tasks_and_suites_reach_the_ranks(models, fake_ranks, tmp_path, kind):
+    words = ["tasks=[a]", "limit=2"] if kind == "tasks" else one_question(tmp_path)
+    assert main(["evaluate", str(models / "run"), *words, *TWO_RANKS]) == 0
+    (config,) = fake_ranks.configs
+    built = build(EvaluateConfig, config)
+    assert built.tasks == (["a"] if kind == "tasks" else [])
+    assert built.suite is None or list(built.suite.exams) == ["short"]
+    assert (built.suite is None) == (kind == "tasks")
+
+
+def test_ranks_do_not_start_ranks(models, refused, fake_ranks, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     assert "torchrun has started the ranks already" in refused("evaluate", str(models / "run"), *TWO_RANKS)
     assert fake_ranks.nodes == []

@@ -172,3 +172,23 @@ def test_without_the_harness_the_install_line_is_given(trained, capsys, monkeypa
     capsys.readouterr()
     assert main(["evaluate", str(trained / "run"), "tasks=[next_word]"]) == 2
     assert "pip install 'leviathan[eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_documents_of_tasks_are_looked_for_in_the_corpus(trained, capsys, monkeypatch):
+    """With n-grams of 4 words, one of four questions of `next_word` can be found, and is. Controls: with 13 words none can,
+    and of an exported model nothing is searched.
+    """
+
+    def beside(model: str) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main(["evaluate", str(trained / model), "tasks=[next_word]", f"task_path={TASKS}"]) == 0
+        printed = capsys.readouterr().out
+        return json.loads(printed[printed.index("{\n") :])["contamination"]["next_word"]
+
+    assert beside("run")["status"].startswith("no question has 13 words")
+    monkeypatch.setattr("train.overlap.search.WORDS", 4)
+    found = beside("run")
+    assert (found["status"], found["ids_found"], found["too_short"]) == ("searched", ["0"], 3)
+    assert found["score_found"].keys() >= {"acc,none"} and found["score_found"]["acc,none"] in (0.0, 1.0)
+    assert beside("exported")["status"] == "not looked for"

@@ -134,3 +134,30 @@ def test_the_last_scores_of_examinations_are_listed(tmp_path, undrawn):
     (runs[0] / "evaluations.jsonl").unlink()
     (runs[0] / "evaluations.jsonl").mkdir()
     assert RunData(runs[0]).examinations == {} and "evaluations.jsonl" in RunData(runs[0]).problems
+
+
+def test_scores_are_drawn_by_step_with_their_intervals(tmp_path, drawn):
+    """The last score of a step counts, a score without a step is not drawn, and damaged ones are left out and named."""
+    run = make_run(tmp_path / "run")
+    beside = {"found": 1, "clean": 3, "too_short": 0, "score_found": 1.0, "score_clean": 0.25}
+    lines = []
+    for step, score in ((20, 0.1), (10, 0.25), (20, 0.5), (None, 1.0), (30, 7.0), (-1, 0.5)):
+        one = {"fingerprint": "a" * 64, "score": score, "interval": [0.0, min(score + 0.1, 1.0)]}
+        exams = {"lists": {**one, "contamination": beside}, "choices": {**one, "contamination": {"found": "x"}}}
+        lines.append({"suite": "smoke", "step": step, "exams": exams})
+    (run / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = RunData(run)
+    pictures = {one.title: place for place, one in enumerate(plots.draw([data]))}
+    (axes,) = drawn[pictures["Examination smoke/lists (aaaaaaaa)"]].axes
+    score, clean = axes.get_lines()
+    assert (list(score.get_xdata()), list(score.get_ydata())) == ([10, 20], [0.25, 0.5])
+    assert list(clean.get_ydata()) == [0.25, 0.25]
+    bars = axes.collections[0].get_segments()
+    assert [tuple(bar[:, 1]) for bar in bars] == [(0.0, 0.35), (0.0, 0.6)]
+    (axes,) = drawn[pictures["Examination smoke/choices (aaaaaaaa)"]].axes
+    assert len(axes.get_lines()) == 1, "control: nothing is known of these questions"
+    assert data.problems["evaluations.jsonl"] == "scores that are no numbers from 0 to 1 are left out"
+    text = str(data.examinations["smoke/lists (aaaaaaaa)"][-1])
+    assert text.startswith("1.000 (0.000 to 1.000; 1 of 4 questions in the training corpus, score on these 1.000, on")
+    (run / "evaluations.jsonl").unlink()
+    assert not any("Examination" in one.title for one in plots.draw([RunData(run)])), "control"

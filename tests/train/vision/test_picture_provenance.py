@@ -22,7 +22,7 @@ from tests.data.filter.test_documents import documents_in
 from tests.support.mixed import write_documents
 from tests.train.vision.test_vision_run import train_in
 from train.corpus import source_weights
-from train.eval.contamination import _text_of, seen_by
+from train.eval.contamination import seen_by, text_of
 from train.provenance import explain_run, explain_step
 from train.run_directory import load_config
 
@@ -121,7 +121,7 @@ def test_a_scorer_that_was_trained_on_the_documents(root):
     one, two = corpus.tokenizer.encode(["one", "two"])
     ids = np.array([*one, *placeholder_ids(Canvas(1, 1), 4, corpus.images.ids), *two])
     assert corpus.tokenizer.decode(ids.tolist()) == "onetwo", "control: words on both sides of a picture would join"
-    assert _text_of(ids, corpus) == "one\ntwo"
+    assert text_of(ids, corpus) == "one\ntwo"
 
 
 @pytest.mark.slow  # with the run of the first test

@@ -75,7 +75,14 @@ class Pages:
 
     def questions(self) -> Sequence[Question]:
         return [
-            Question(task.name, _PROMPT.format(task=task.text), task.name, max_tokens=2048, stops=("\n```",))
+            Question(
+                task.name,
+                _PROMPT.format(task=task.text),
+                task.name,
+                max_tokens=2048,
+                stops=("\n```",),
+                own_text=task.text,
+            )
             for task in PAGE_TASKS
         ]
 

@@ -1,0 +1,1 @@
+"""Look for the questions of examinations in the text that a model was trained on."""
