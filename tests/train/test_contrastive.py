@@ -17,9 +17,10 @@ from core.errors import ConfigError
 from data.config import Packing
 from data.corpus import HELD_OUT, TRAIN, prepare
 from launch.verbs import certify
+from model.config import InitPartsConfig
 from model.init import initial_slice
 from model.roles import Role
-from model.tensor_source import whole
+from model.tensor_source import PartSources, whole
 from parallel.comm.world import connect
 from parallel.layout import EngineKind
 from precision.config import Backend, PrecisionConfig
@@ -139,6 +140,17 @@ def test_the_checkpoint_is_read_by_name(finished):
     for name, parameter in finished.engine.placed.model.named_parameters():
         assert torch.equal(whole(source, name), parameter), name
     assert "vision.projector.weight" in source.shapes and "embedding.weight" not in source.shapes
+
+
+def test_the_encoder_starts_a_language_model(finished):
+    parts = InitPartsConfig(vision=str(finished.directory.path))
+    said = list[str]()
+    source = initial_source(replace(finished.config.model, moe_every=2, init_parts=parts), 0, said.append)
+    weights = dict(finished.engine.placed.model.named_parameters())
+    names = {name for name in weights if name.startswith("vision.")} - {"vision.projector.weight"}
+    assert isinstance(source, PartSources) and source.sources.keys() == names
+    assert all(torch.equal(whole(source.sources[name], name), weights[name]) for name in names)
+    assert any("vision.projector.weight" in line and "starts as in a new model" in line for line in said)
 
 
 def test_verbs_that_need_a_language_model_refuse(finished, tmp_path):
