@@ -56,10 +56,18 @@ class LongDocuments(Enum):
 class Packing(Enum):
     """How documents become sequences. `greedy`: they are concatenated, and cut where a sequence ends. `best_fit`: each
     is put whole into the sequence that it fills best; only those longer than a sequence are cut (Ding et al. 2024).
+    `pairs`: each image-caption pair is a sequence of its own, padded with EOS. Documents that are no such pair (one
+    picture of one tile, and text) or longer than a sequence are dropped and counted.
     """
 
     greedy = "greedy"
     best_fit = "best_fit"
+    pairs = "pairs"
+
+    @property
+    def has_seq_len(self) -> bool:
+        """Whether sequences have the one length `pack_seq_len`."""
+        return self is not Packing.greedy
 
 
 class TokenizerKind(Enum):
@@ -183,9 +191,9 @@ class DataConfig:
     """Pad so that a document crosses a multiple of this number of tokens only if it starts at one. With the model's
     chunk size, chunked attention needs no keys from other cp ranks. null: no padding."""
     packing: Packing = Packing.greedy
-    """Held-out documents are always packed as with `greedy`."""
+    """Held-out documents are packed as with `greedy`, unless this is `pairs`."""
     pack_seq_len: int | None = None
-    """Sequence length of `best_fit`. `greedy` only counts the documents that this length would cut."""
+    """Sequence length of `best_fit` and `pairs`. `greedy` only counts the documents that this length would cut."""
     prefetch: int = 2
     """Number of batches to prepare in advance; 0: none."""
     images: ImagesConfig | None = None
@@ -217,16 +225,18 @@ class DataConfig:
         check_numbers(self, positive=("limit_tokens", "align"), not_negative=("prefetch",))
         if self.pack_seq_len is not None and self.pack_seq_len < 2:
             raise ConfigError("pack_seq_len", self.pack_seq_len, "must hold BOS and a token", [2])
-        if self.packing is Packing.best_fit and self.pack_seq_len is None:
-            raise ConfigError("pack_seq_len", None, "packing=best_fit needs the length of its sequences")
+        if self.packing.has_seq_len and self.pack_seq_len is None:
+            raise ConfigError("pack_seq_len", None, f"packing={self.packing.name} needs the length of its sequences")
+        if self.packing is Packing.pairs and self.images is None and self.tokens is None:
+            raise ConfigError("images", None, "packing=pairs needs pictures with captions", ["+data.images={}"])
         if self.images is not None and self.filter is not None and self.filter.on_error is OnError.keep:
             reason = "would keep documents whose pictures cannot be used"
             raise ConfigError("filter.on_error", self.filter.on_error, reason, [OnError.drop, OnError.fail])
         if self.images is not None and self.long_documents is LongDocuments.truncate:
             reason = "cannot cut documents with pictures"
             raise ConfigError("long_documents", self.long_documents, reason, ["split", "drop", "refuse"])
-        if self.packing is Packing.best_fit and self.align is not None:
-            reason = "needs packing=greedy: best_fit starts each sequence with a document"
+        if self.packing.has_seq_len and self.align is not None:
+            reason = f"needs packing=greedy: {self.packing.name} starts each sequence with a document"
             raise ConfigError("align", self.align, reason, ["null"])
 
     def import_paths(self) -> dict[str, str]:

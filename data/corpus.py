@@ -30,7 +30,7 @@ from data.images.decode import pillow
 from data.images.media import BadMediaError, EncodedPicture, ImageDescription, ImageSpelling, spell
 from data.images.parts import VideoPart
 from data.images.store import PictureStream, PictureWriter
-from data.packing import PackedSequence, Packer, PlacedPicture
+from data.packing import PackedSequence, Packer, PlacedPicture, why_no_pair
 from data.sources import BAD_MEDIA, Document, Source, make_source, may_have_pictures
 from data.tokenizer import Tokenizer, from_file, load_tokenizer, train_bpe
 from data.tokens import Shard, TokenStream, TokenWriter, rebuild, token_dtype, verify_shard
@@ -44,7 +44,7 @@ _PICTURES = {"file": str, "bytes": int, "index": str, "index_sha256": str, "coun
 _SPLIT = {"shards": [_SHARD], "counts": {"tokens": int, str: int}, "pictures?": _PICTURES}
 _SHAPE = {
     "tokenizer": {"vocab_size": int, "fingerprint": str},
-    "packing?": {"row_tokens": int},
+    "packing?": {"row_tokens": int, "kind?": str},
     "images?": ImageDescription.SHAPE,
     "sources": {str: {TRAIN: _SPLIT, HELD_OUT: _SPLIT}},
 }
@@ -108,6 +108,11 @@ class Corpus:
     def packed_seq_len(self) -> int | None:
         """The only sequence length with which a packed corpus can be read; None: any."""
         return self.manifest.get("packing", {}).get("row_tokens")
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether each sequence is an image-caption pair."""
+        return bool(self.manifest.get("packing", {}).get("kind") == Packing.pairs.name)
 
     def padding(self, source: str) -> float:
         """Return the fraction of a source's training tokens that is padding."""
@@ -257,6 +262,13 @@ def _packing_lines(config: DataConfig, corpus: Corpus) -> Iterator[str]:
         cut = {name: f"{corpus.cut_documents(name):.1%} of documents cut" for name in corpus.sources}
         shares = "; ".join(f"{name}: {cut[name]}, {share} padding" for name, share in padding.items())
         yield f"sequences of {config.pack_seq_len} tokens, {config.packing.name}: {shares}"
+    if corpus.has_pairs:
+        for name, splits in corpus.manifest["sources"].items():
+            counts = Counter(splits[TRAIN]["counts"]) + Counter(splits[HELD_OUT]["counts"])
+            for key, count in counts.items():
+                if key.startswith("dropped_"):
+                    what = key.removeprefix("dropped_").replace("_", " ")
+                    yield f"data.sources.{name}: {count:,} of its documents are left out as no pair ({what})"
 
 
 def _cache_key(config: DataConfig, fingerprints: Sequence[str]) -> str:
@@ -303,7 +315,7 @@ def _write(
     manifest: dict[str, Any] = {"format": _FORMAT, "tokenizer": identity, "sources": {}}
     if config.align is not None:
         manifest["align"] = config.align
-    if config.packing is Packing.best_fit:
+    if config.packing.has_seq_len:
         manifest["packing"] = {"kind": config.packing.name, "row_tokens": config.pack_seq_len}
     if config.filter is not None:
         manifest["filter"] = describe_filter(sources, directory)
@@ -346,8 +358,10 @@ class _SourceWriter:
         self.counts: dict[str, Counter[str]] = {split: Counter() for split in self.streams}
         self.index = DocumentIndex(directory / f"{source.name}{DOCUMENTS}")
         self.packer = None
+        self.packed_seq_len = config.pack_seq_len if config.packing.has_seq_len else None
         if config.packing is Packing.best_fit and config.pack_seq_len is not None:
             self.packer = Packer(config.pack_seq_len, tokenizer.bos_id, tokenizer.eos_id)
+        self.pairs_only = config.packing is Packing.pairs
 
     @property
     def tokens(self) -> int:
@@ -380,12 +394,14 @@ class _SourceWriter:
         dropped = document.dropped
         if dropped is None and document.parts is not None:
             try:
-                pieces = self.images.pieces(document.parts, self.config.pack_seq_len if self.packer else None)
+                pieces = self.images.pieces(document.parts, self.packed_seq_len)
             except BadMediaError as error:
                 if self.images.config.on_bad is BadMedia.fail:
                     key, advice = f"data.sources.{self.source.name}", ["data.images.on_bad=drop"]
                     raise ConfigError(key, document.name, str(error), advice) from None
                 dropped = BAD_MEDIA
+        if self.pairs_only and dropped is None:
+            dropped = why_no_pair(pieces)
         if dropped is not None:
             self.counts[_split(document)][f"dropped_{dropped}"] += 1
             return None
@@ -400,8 +416,10 @@ class _SourceWriter:
         """Return the source's entry in the manifest. Raises `ConfigError` if nothing is left to train on."""
         if self.packer is not None:
             self._write_packed(self.packer.close())
+        for split in (TRAIN, HELD_OUT) if self.pairs_only else (TRAIN,) if self.packer is not None else ():
             # the last sequence needs one more token, as its last label; a label that is BOS is ignored
-            self.streams[TRAIN].add([self.tokenizer.bos_id])
+            if self.streams[split].tokens or split == TRAIN:
+                self.streams[split].add([self.tokenizer.bos_id])
         self.index.close()
         if not self.counts[TRAIN]["documents"]:
             raise ConfigError(f"data.sources.{self.source.name}", None, self._why_empty())
@@ -433,16 +451,21 @@ class _SourceWriter:
             counts["cut"] += is_cut
             return self._write_packed(packed)
         whole_document = [self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]
+        length = len(whole_document)
+        if self.pairs_only and self.packed_seq_len is not None:
+            space = self.packed_seq_len - length
+            counts["padding"] += space
+            whole_document += [self.tokenizer.eos_id] * space
         stream = self.streams[_split(document)]
         # pad up to the next multiple of `align`, unless the document fits before it
         left = -stream.tokens % self.config.align if self.config.align is not None else 0
         padding = left if len(whole_document) > left else 0
         begin = stream.tokens + padding
         if (seq_len := self.config.pack_seq_len) is not None:
-            counts["cut"] += begin // seq_len != (begin + len(whole_document) - 1) // seq_len
+            counts["cut"] += begin // seq_len != (begin + length - 1) // seq_len
         counts["padding"] += padding
         if document.name is not None and not document.held_out:
-            self.index.add(document.name, begin, len(whole_document))
+            self.index.add(document.name, begin, length)
         for one in placed:
             writer.place(begin + 1 + one.start, one.picture)
         stream.add([self.tokenizer.eos_id] * padding + whole_document)
@@ -462,6 +485,9 @@ class _SourceWriter:
     def _limit(self, ids: Any, counts: Counter[str]) -> Any:
         """Return the ids to keep of a document, or None to drop the document."""
         limit, policy = self.config.limit_tokens, self.config.long_documents
+        if self.pairs_only and self.packed_seq_len is not None and len(ids) + 2 > self.packed_seq_len:
+            counts["dropped_longer_than_a_sequence"] += 1
+            return None
         if limit is None or len(ids) <= limit or policy is LongDocuments.split:
             return ids
         if policy is LongDocuments.refuse:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from data.images.media import EncodedPicture
 from data.images.store import StoredPicture
 
 BUFFER_TOKENS = 1 << 23
@@ -120,3 +121,14 @@ def best_fit(pieces: Sequence[DocumentPiece], seq_len: int) -> list[PackedSequen
         if sequence.space:
             insort(free, (sequence.space, number))
     return sequences
+
+
+def why_no_pair(pieces: Sequence[str | EncodedPicture]) -> str | None:
+    """Return why a document is no image-caption pair, as in counts of dropped documents, or None if it is one."""
+    pictures = [piece for piece in pieces if isinstance(piece, EncodedPicture)]
+    if not pictures:
+        return "without_picture"
+    if sum(picture.canvas.tiles for picture in pictures) > 1:
+        return "with_several_tiles"
+    texts = (piece for piece in pieces if isinstance(piece, str))
+    return None if any(text.strip() for text in texts) else "without_caption"

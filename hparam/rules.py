@@ -48,6 +48,7 @@ vision_value vision_output  fan_in^-1/2     fan_in^-1                      visio
 vision_up vision_down       fan_in^-1/2     fan_in^-1                      vision_hidden_size^-1
 adapter_in adapter_out      fan_in^-1/2     fan_in^-1                      vision_hidden_size^-1
 projector                   fan_in^-1/2     fan_in^-1                      hidden_size^-1
+logit_scale logit_bias      1               1                              1
 """
 HEAD_WITH_MULTIPLIER = """
 role  std  lr  eps
@@ -66,6 +67,7 @@ vision_position vision_query vision_key      fan_in^-1/2                  1   1
 vision_value vision_output vision_up         fan_in^-1/2                  1   1
 vision_down adapter_in adapter_out           fan_in^-1/2                  1   1
 projector                                    fan_in^-1/2                  1   1
+logit_scale logit_bias                       1                            1   1
 """
 MUON = {
     "unit_rms_norm": "num_layers^a-1",

@@ -211,6 +211,24 @@ class UpcycleConfig:
         check_numbers(self, not_negative=("noise_std",))
 
 
+@dataclass(frozen=True)
+class InitPartsConfig:
+    """Initial weights of parts of the model, each from another model. Every other parameter starts as in a new model.
+
+    A part is what `training.freeze` calls by the same name. The projector maps one encoder's rows to one decoder's
+    width: it is read with the encoder only from a language model of this width.
+    """
+
+    vision: str | None = field(default=None, metadata={"path": True})
+    """The vision encoder: the directory of a run, contrastive or not, or of an imported or Hugging Face model."""
+    decoder: str | None = field(default=None, metadata={"path": True})
+    """Everything but the vision encoder: the directory of a run, or of an imported or Hugging Face model."""
+
+    @property
+    def any(self) -> bool:
+        return self.vision is not None or self.decoder is not None
+
+
 MOST_LAYERS, MOST_ELEMENTS = 10_000, 1 << 59
 
 
@@ -272,6 +290,7 @@ class ModelConfig:
     """Vision encoder for images and video; null: the model reads text only."""
     init_from: str | None = field(default=None, metadata={"path": True})
     """Initial weights: the directory of a Hugging Face checkpoint, of an imported checkpoint, or of a run."""
+    init_parts: InitPartsConfig = field(default_factory=InitPartsConfig)
     upcycle: UpcycleConfig | None = None
     """Convert the dense layers of `init_from` into experts."""
 
@@ -302,6 +321,8 @@ class ModelConfig:
             raise ConfigError("vision.image_token_id", self.vision.image_token_id, reason)
         if self.upcycle is not None and self.init_from is None:
             raise ConfigError("upcycle", None, "needs a dense checkpoint: set init_from")
+        if self.init_from is not None and self.init_parts.any:
+            raise ConfigError("init_parts", None, "init_from gives the weights of all parts: remove one of the two")
 
     def _check_experts(self) -> None:
         if self.num_experts < 2:

@@ -56,7 +56,7 @@ def initial_slice(
     device: torch.device,
 ) -> Tensor:
     """Return the parameter's block at `offset` in float32, computed in float64 and rounded once."""
-    if (constant := info.role.initial_constant) is not None:
+    if (constant := info.initial_constant) is not None:
         return torch.full(tuple(shape), constant, device=device)
     key = int.from_bytes(hashlib.sha256(f"{seed}:{info.name}".encode()).digest()[:7], "little")
     index = _logical_index(info.shape, offset, shape, device).flatten()

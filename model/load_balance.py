@@ -181,7 +181,9 @@ class RoutedModel(Protocol):
     """A decoder, or one of its pipeline stages. `layers` are named by their index in the whole model."""
 
     config: ModelConfig
-    layers: nn.ModuleDict
+
+    @property
+    def layers(self) -> nn.ModuleDict: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 

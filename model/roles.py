@@ -52,6 +52,10 @@ class Role(Enum):
     adapter_in = "adapter_in"
     adapter_out = "adapter_out"
     projector = "projector"
+    logit_scale = "logit_scale"
+    """Logarithm of the factor on the cosines of contrastive towers."""
+    logit_bias = "logit_bias"
+    """What is added to the scaled cosines of contrastive towers."""
 
     @property
     def is_vision(self) -> bool:
@@ -60,10 +64,17 @@ class Role(Enum):
 
     @property
     def initial_constant(self) -> float | None:
-        """The initial value of gains and biases; None for parameters that start with random values."""
+        """The initial value of gains and biases; None for parameters that start with random values. A network may set
+        another one: see `registry`.
+        """
         if self in (Role.block_norm, Role.final_norm, Role.qk_norm, Role.vision_norm):
             return 1.0
-        return 0.0 if self is Role.vision_bias else None
+        return 0.0 if self in (Role.vision_bias, Role.logit_scale, Role.logit_bias) else None
+
+    @property
+    def is_logit(self) -> bool:
+        """Whether the parameter turns cosines into logits. It belongs to no module that FSDP2 shards."""
+        return self in (Role.logit_scale, Role.logit_bias)
 
     @property
     def is_expert(self) -> bool:
@@ -130,6 +141,13 @@ class ParameterInfo:
     name: str
     role: Role
     shape: torch.Size
+    constant: float | None = None
+    """The initial value that the network sets, in place of the role's."""
+
+    @property
+    def initial_constant(self) -> float | None:
+        """The initial value of all elements; None for random values."""
+        return self.role.initial_constant if self.constant is None else self.constant
 
     @property
     def fan_in(self) -> int:
@@ -139,15 +157,17 @@ class ParameterInfo:
 def registry(model: nn.Module) -> dict[str, ParameterInfo]:
     """Return every parameter of an unwrapped model by name, in the model's order.
 
-    Each module has a dict `roles` from the local names of its parameters to their roles. Raises `TypeError` for a
-    parameter without a role, which could not be initialised, decayed or scaled.
+    Each module has a dict `roles` from the local names of its parameters to their roles. A module whose configuration
+    sets initial values has them in `constants`, by local name. Raises `TypeError` for a parameter without a role, which
+    could not be initialised, decayed or scaled.
     """
     found: dict[str, ParameterInfo] = {}
     for prefix, module in model.named_modules():
         roles: Mapping[str, Role] = getattr(module, "roles", {})
+        constants: Mapping[str, float] = getattr(module, "constants", {})
         for local, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{local}" if prefix else local
             if local not in roles:
                 raise TypeError(f"{name} has no role: give {type(module).__name__} a `roles` entry for {local!r}")
-            found[name] = ParameterInfo(name, roles[local], parameter.shape)
+            found[name] = ParameterInfo(name, roles[local], parameter.shape, constants.get(local))
     return found

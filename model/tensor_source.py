@@ -6,7 +6,7 @@ shard and no rank holds a whole tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -35,6 +35,21 @@ class TensorSource(Protocol):
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Return the block of parameter `name` at `offset`, in the stored dtype, on the CPU."""
         ...
+
+
+class PartSources:
+    """Parameters of a model that come from several sources. `shapes` has these only: others are not read.
+
+    `sources`: the source of each parameter, by name. Its shape there is that of `config`.
+    """
+
+    def __init__(self, config: ModelConfig, sources: Mapping[str, TensorSource]) -> None:
+        self.config, self.sources = config, sources
+        self.shapes = {name: source.shapes[name] for name, source in sources.items()}
+        self.dtypes = {name: source.dtypes[name] for name, source in sources.items()}
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        return self.sources[name].read(name, offset, shape)
 
 
 def parameter_infos(config: ModelConfig) -> dict[str, ParameterInfo]:

@@ -5,6 +5,8 @@ Shapes: B batch, T sequence, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -125,12 +127,26 @@ class Transformer(Stack):
 
     def set_rope_config(self, config: ModelConfig) -> None:
         """Set the rotary and temperature settings to those of `config`, which must have the same parameters."""
-        if config == self.config:
-            return
-        self.config = config
-        for layer in self.layers.values():
-            assert isinstance(layer, Layer)
-            layer.attention.model = config
+        set_rope_config(self, config)
+
+
+class RotaryModel(Protocol):
+    """A network with the layers of a decoder."""
+
+    config: ModelConfig
+
+    @property
+    def layers(self) -> nn.ModuleDict: ...
+
+
+def set_rope_config(model: RotaryModel, config: ModelConfig) -> None:
+    """Set the rotary and temperature settings of a model's layers."""
+    if config == model.config:
+        return
+    model.config = config
+    for layer in model.layers.values():
+        assert isinstance(layer, Layer)
+        layer.attention.model = config
 
 
 def _one_document(x: Tensor) -> ForwardContext:

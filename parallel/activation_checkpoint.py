@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model.moe import MixtureOfExperts
-from model.transformer import Layer, Transformer
+from model.transformer import Layer
+from model.vision.towers import Network
 from parallel.layout import Recompute
 from precision import cpu_gemm
 
@@ -30,7 +31,7 @@ _KEPT = frozenset(
 """Operations whose results `selective` keeps, as the costliest to recompute: matmuls and attention."""
 
 
-def apply(model: Transformer, mode: Recompute, gathers: bool = False) -> None:
+def apply(model: Network, mode: Recompute, gathers: bool = False) -> None:
     """Checkpoint the layers of a model in place. Names of modules and parameters do not change.
 
     `full` recomputes whole layers. `selective` recomputes attention, experts and dense feed-forward parts separately,

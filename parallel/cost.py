@@ -66,6 +66,17 @@ def static_bytes(
     specs = shard_specs(registry(here), model, meshes)
     if layout.engine is EngineKind.deepspeed:
         return _zero_bytes(specs, precision, layout, moments, frozen)
+    return bytes_of_shards(specs, precision, moments, muon, frozen)
+
+
+def bytes_of_shards(
+    specs: Mapping[str, ShardSpec],
+    precision: PrecisionConfig,
+    moments: torch.dtype | None,
+    muon: bool = False,
+    frozen: AbstractSet[Role] = frozenset(),
+) -> StaticBytes:
+    """Return the bytes that a rank with these shards keeps under FSDP2: see `static_bytes`."""
     trained = {name: spec for name, spec in specs.items() if spec.info.role not in frozen}
     elements, held = (sum(spec.local_block.numel for spec in some.values()) for some in (specs, trained))
     size = precision.master_dtype.itemsize

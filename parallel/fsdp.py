@@ -18,7 +18,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import Shard
 
 from model.moe import Experts, MixtureOfExperts
-from model.transformer import Stack, Transformer
+from model.transformer import Stack
+from model.vision.towers import Network
 from parallel.layout import Reduce
 from parallel.mesh import MeshAxis, Meshes
 from parallel.sharding import ShardSpec
@@ -26,7 +27,7 @@ from precision.config import PrecisionConfig
 
 
 def apply(
-    model: Transformer,
+    model: Network,
     stacks: Mapping[int, Stack],
     specs: Mapping[str, ShardSpec],
     meshes: Meshes,
@@ -67,7 +68,7 @@ def apply(
             for one in (*stack.vision.layers.values(), stack.vision):
                 shard(one, meshes.dense, policy)
         shard(stack, meshes.dense, policy)
-    if model.vision is not None and meshes.layout.encodes_ahead:  # else it is in a stack
+    if model.vision is not None and model.vision not in {stack.vision for stack in stacks.values()}:
         for one in (*model.vision.layers.values(), model.vision):
             shard(one, meshes.dense, policy)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,7 @@ from model.moe import MixtureOfExperts
 from model.roles import Role, registry
 from model.transformer import Stack, Transformer
 from model.vision.fusion import Images
+from model.vision.towers import Network
 from parallel import activation_checkpoint, compile, context_parallel, expert_parallel, fsdp, sharding, tensor_parallel
 from parallel.context_parallel import ContextShard
 from parallel.deepspeed import zero3, zero12
@@ -54,16 +57,27 @@ def parallelize(
 
 
 @dataclass(frozen=True)
-class ParallelModel:
-    """The part of a model that this rank holds.
+class ParallelNetwork:
+    """The part of a network that this rank holds. `model` owns the local parameters, under their names in the whole
+    network.
+    """
 
-    `model` owns the local parameters, under their names in the whole model. `stacks` are what runs, by stage: the
-    model itself or, in a pipeline, one stack of the model's modules for each of this rank's stages.
+    model: Network
+    specs: dict[str, ShardSpec]
+    meshes: Meshes
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+@dataclass(frozen=True)
+class ParallelModel(ParallelNetwork):
+    """The part of a language model that this rank holds. `stacks` are what runs, by stage: the model itself or, in a
+    pipeline, one stack of the model's modules for each of this rank's stages.
     """
 
     model: Transformer
-    specs: dict[str, ShardSpec]
-    meshes: Meshes
     stacks: dict[int, Stack]
 
     def context_shard(self, seq_len: int) -> ContextShard:
@@ -99,10 +113,6 @@ class ParallelModel:
         """Return the smallest length of at least `length` tokens that this layout can divide."""
         return self.meshes.layout.padded_length(self.model.config, length)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
     def encode_ahead(self, images: Images | None, micro_batches: int) -> EncodedStep | None:
         """Encode the images of a step, made for all of its sequences at once, before the pipeline runs. Returns None
         if each micro-batch is encoded on its own.
@@ -134,8 +144,7 @@ def build(
     have `requires_grad=False`, by which engines and optimizers know them.
     """
     layout, model = meshes.layout, on_meta(config, precision, resolve(precision, device))
-    for name, info in registry(model).items():
-        model.get_parameter(name).requires_grad_(info.role not in frozen)
+    freeze(model, frozen)
     stacks = runtime.split_stages(model, meshes)
     specs = sharding.shard_specs(registry(model), config, meshes)
     parallelize(model, stacks, specs, meshes, precision)
@@ -153,13 +162,26 @@ def build(
     return ParallelModel(model, specs, meshes, stacks)
 
 
+def freeze(model: Network, frozen: AbstractSet[Role]) -> None:
+    """Stop the gradients of the parameters of some roles."""
+    for name, info in registry(model).items():
+        model.get_parameter(name).requires_grad_(info.role not in frozen)
+
+
 def on_meta(config: ModelConfig, precision: PrecisionConfig, products: Precision | None = None) -> Transformer:
     """Build the whole model on the meta device, in the master dtype. It cannot run without `products`."""
+    with on_meta_device(precision):
+        return Transformer(config, products or Precision(precision))
+
+
+@contextmanager
+def on_meta_device(precision: PrecisionConfig) -> Iterator[None]:
+    """Make new parameters on the meta device, in the master dtype."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(precision.master_dtype)
     try:
         with torch.device("meta"):
-            return Transformer(config, products or Precision(precision))
+            yield
     finally:
         torch.set_default_dtype(previous)
 

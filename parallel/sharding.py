@@ -125,6 +125,8 @@ def shard_specs(infos: Mapping[str, ParameterInfo], model: ModelConfig, meshes: 
 
 
 def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
+    if info.role.is_logit:  # whole on every rank, and used for the rank's own pairs
+        return ShardSpec(info, (), Split(MeshAxis("whole"), 0), (meshes.dp,), partial=(meshes.dp,))
     if info.role.is_expert:
         splits = tuple(s for s in (Split(meshes.ep, 0), Split(meshes.etp, _EXPERT_HIDDEN_DIM)) if s.axis.size > 1)
         shape = _split_block(info, splits).shape
@@ -186,9 +188,10 @@ def initialise(weights: Iterable[LocalShard], config: ModelConfig, seed: int) ->
 
 @torch.no_grad()
 def fill(weights: Iterable[LocalShard], source: TensorSource) -> None:
-    """Overwrite this rank's blocks of every parameter with those of `source`. Other blocks are not read."""
+    """Overwrite this rank's blocks of the parameters that `source` has. Other blocks are not read."""
     for one in weights:
-        one.values.copy_(source.read(one.spec.info.name, one.block.offset, one.block.shape))
+        if one.spec.info.name in source.shapes:
+            one.values.copy_(source.read(one.spec.info.name, one.block.offset, one.block.shape))
 
 
 def whole_state(model: nn.Module, specs: Mapping[str, ShardSpec], world: World) -> Iterator[tuple[str, Tensor]]:

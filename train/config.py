@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from operator import attrgetter
+from typing import Any, assert_never
 
 from core.errors import ConfigError, check_local, check_name, check_numbers
 from core.files import locate
@@ -17,8 +18,9 @@ from data.images.config import TileConfig
 from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
 from model.roles import Role, roles_of
-from parallel.layout import Layout, ParallelConfig, split_unit
-from precision.config import PrecisionConfig
+from parallel.layout import EngineKind, Layout, ParallelConfig, split_unit
+from precision.config import Backend, PrecisionConfig
+from train.contrastive.config import ContrastiveConfig
 from train.optim.config import OptimizerConfig, OptimizerKind
 from train.optim.lr_schedule import LRScheduleConfig
 
@@ -50,6 +52,15 @@ class RunConfig:
             raise ConfigError("seed", self.seed, "must be from 0 to 2^63 - 1")
 
 
+class Objective(Enum):
+    """What a run trains, and by which loss."""
+
+    language = "language"
+    """A language model, by the cross-entropy of the next token."""
+    contrastive = "contrastive"
+    """A vision encoder and a text decoder on image-caption pairs, by the agreement of their features."""
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """The first phase of the run. `global_batch_size` and `micro_batch_size` count sequences of `seq_len` tokens.
@@ -70,9 +81,14 @@ class TrainingConfig:
     """Global gradient norm above which gradients are scaled down; null: no clipping."""
     freeze: list[str] = field(default_factory=list)
     """Roles that keep their initial weights (`embedding`, `router`, ...), or the groups `vision` and `decoder`."""
+    objective: Objective = Objective.language
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=(*SIZES, "clip_norm"))
+        if self.objective is not Objective.contrastive and self.contrastive != ContrastiveConfig():
+            reason = "configures another objective: add training.objective=contrastive, or omit it"
+            raise ConfigError("contrastive", None, reason)
         _check_weights(self.weights or None)
         check_freeze(self.freeze)
 
@@ -378,6 +394,15 @@ def check(config: TrainConfig, world_size: int) -> Layout:
     optimizer, precision = config.optimizer, config.precision
     moments, muon = optimizer.moments_dtype(precision), optimizer.kind is OptimizerKind.muon
     layout = resolve_layout(config.parallel, world_size, config.model, precision, moments, muon)
+    match config.training.objective:
+        case Objective.language:
+            if config.data.packing is Packing.pairs:
+                reason = "prepares training.objective=contrastive"
+                raise ConfigError("data.packing", Packing.pairs, reason, [Packing.best_fit, Packing.greedy])
+        case Objective.contrastive:
+            check_contrastive(config, layout)
+        case _:
+            assert_never(config.training.objective)
     names = [phase.name for phase in phases(config)]
     if len(set(names)) != len(names):
         raise ConfigError("phases", None, f"names must differ, and 'main' is the first phase: {', '.join(names)}")
@@ -386,7 +411,7 @@ def check(config: TrainConfig, world_size: int) -> Layout:
             if config.data.tokens is None and source not in config.data.sources:
                 reason = "no such source"
                 raise ConfigError(f"{phase.key}.weights.{source}", None, reason, list(config.data.sources))
-        if config.data.packing is Packing.best_fit and phase.seq_len != config.data.pack_seq_len:
+        if config.data.packing.has_seq_len and phase.seq_len != config.data.pack_seq_len:
             reason = f"sequences are packed for data.pack_seq_len={config.data.pack_seq_len}"
             raise ConfigError(f"{phase.key}.seq_len", phase.seq_len, reason, [config.data.pack_seq_len])
         try:
@@ -428,6 +453,53 @@ def _check_suites(names: list[str], layout: Layout) -> None:
         read_suites(names)
     except ConfigError as error:
         raise error.under("evaluation") from None
+
+
+def check_contrastive(config: TrainConfig, layout: Layout) -> None:
+    """Raise `ConfigError` for what contrastive training cannot do."""
+    model, data = config.model, config.data
+    if model.vision is None:
+        raise ConfigError("model.vision", None, "a contrastive model needs a vision encoder", ["+model.vision={}"])
+    if model.has_experts:
+        reason = "the text tower of a contrastive model has dense layers only"
+        raise ConfigError("model.moe_every", model.moe_every, reason, [0])
+    if data.tokens is None and data.packing is not Packing.pairs:
+        reason = "a contrastive batch compares image-caption pairs, each a sequence of its own"
+        raise ConfigError("data.packing", data.packing, reason, [Packing.pairs])
+    if data.images is not None:
+        check_pairs(data.images.tiles, config.training.seq_len)
+    for key in ("pp", "cp", "tp"):
+        if (degree := getattr(layout, key)) > 1:
+            reason = "the contrastive objective runs under data parallelism (dp_replicate, dp_shard) only"
+            raise ConfigError(f"parallel.{key}", degree, reason, [1])
+    defaults = {"parallel.engine": EngineKind.fsdp2, "parallel.compile": False, "model.tie_embeddings": False}
+    defaults |= {"parallel.vision.over_data_parallel": False, "model.init_from": None, "hparam.base": None}
+    defaults |= {"online.every": 0, "evaluation.baselines": False, "precision.backend": Backend.native}
+    defaults |= {"model.init_parts.vision": None, "model.init_parts.decoder": None, "evaluation.suites": []}
+    for key, only in defaults.items():
+        if (value := attrgetter(key)(config)) != only:
+            shown = value if isinstance(value, int | str | Enum) else None
+            raise ConfigError(
+                key, shown, "is not supported by the contrastive objective", ["null" if only is None else only]
+            )
+
+
+def check_pairs(tiles: TileConfig, seq_len: int) -> None:
+    """Raise `ConfigError` unless each picture is one tile, and a sequence has room for its tokens and a caption."""
+    if tiles.max_tiles != 1:
+        reason = "a contrastive model encodes one tile of each picture"
+        raise ConfigError("data.images.tiles.max_tiles", tiles.max_tiles, reason, [1])
+    least = tiles.tokens_per_tile + 6  # three tokens around the tile's, BOS, EOS and one token of a caption
+    if seq_len < least:
+        reason = f"a pair needs {least - 1} tokens besides its caption's"
+        raise ConfigError("training.seq_len", seq_len, reason, [2 * least])
+
+
+def check_language(config: TrainConfig, key: str, value: str) -> None:
+    """Raise `ConfigError` for `key` unless the configuration trains a language model."""
+    if config.training.objective is not Objective.language:
+        trained = f"training.objective={config.training.objective.name}"
+        raise ConfigError(key, value, f"has no language model: it is trained with {trained}")
 
 
 def check_placeholder(placeholder: int, model: ModelConfig) -> None:

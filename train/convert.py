@@ -25,7 +25,7 @@ from parallel.comm.world import World
 from train.checkpoint.index import read_progress
 from train.checkpoint.init_from import open_model
 from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_origin, save_model
-from train.config import Check, phases
+from train.config import Check, check_language, phases
 from train.corpus import run_images, run_tokenizer, trained_corpus
 from train.eval.contamination import MODELS
 from train.run_directory import load_config
@@ -72,6 +72,8 @@ def export_checkpoint(
         source = open_model(path)
     except ConfigError as error:
         raise error.under("source") from None
+    if (path / "config.yaml").exists():
+        check_language(load_config(path), "source", str(path))
     biases = source.selection_biases() if isinstance(source, CheckpointedModel) else {}
     bias = max((float(bias_E.abs().max()) for bias_E in biases.values()), default=0.0)
     if bias and not drop_selection_bias:

@@ -30,7 +30,6 @@ from parallel.comm.world import World, connect, device_of_rank, numbers_of_rank,
 from parallel.deepspeed.config import Offload
 from parallel.layout import Layout
 from parallel.mesh import make_meshes
-from parallel.parallelize import build
 from parallel.sharding import fill
 from precision.resolve import resolve
 from train.batches import StepBatches
@@ -41,11 +40,11 @@ from train.certify import store
 from train.checkpoint.index import check_run
 from train.checkpoint.init_from import compare_vocabularies, copy_selection_biases, initial_source
 from train.checkpoint.manager import Checkpointer
-from train.config import Phase, TrainConfig, check, phase_of, phases
+from train.config import Objective, Phase, TrainConfig, check, phase_of, phases
 from train.corpus import check_same_data, get_corpus, keep_tokenizer, run_loaders, source_weights, with_image_tokens
-from train.engine import make_engine
 from train.engine.base import optimizer_step
 from train.engine.memory import check_memory
+from train.engine.objective import objective_engine
 from train.environment import environment
 from train.eval.contamination import MODELS
 from train.metap import hyperparameters
@@ -87,10 +86,9 @@ class Trainer:
         self.paused_s = 0.0
         self.last: StepMetrics | None = None
         begun = world.from_main(lambda: bool(committed(directory.checkpoints)))
-        source = None if begun else initial_source(config.model, config.run.seed, log)
-        frozen = config.training.frozen
-        placed = build(config.model, config.precision, self.meshes, world.device, config.run.seed, frozen)
-        self.engine = make_engine(placed, config.optimizer, config.run.seed)
+        source = None if begun else initial_source(config.model, config.run.seed, log, config.training.frozen)
+        self.engine = objective_engine(config, corpus, self.meshes, world.device)
+        placed = self.engine.placed
         self.balancer = Balancer(placed.model, partial(self.meshes.world.sum, purpose="balance"))
         progress = self.checkpointer.restore(self.engine.state())
         if progress:
@@ -241,7 +239,7 @@ class Trainer:
     def _certificate(self) -> str | None:
         """Return the hash of the certificate of this code and layout. Without a certificate, log how to make one."""
         layout, cache = self.meshes.layout, Path(self.config.data.cache).expanduser()
-        if not layout.axes:
+        if not layout.axes or self.config.training.objective is not Objective.language:
             return None
         kind, precision, freeze = self.config.optimizer.kind, self.config.precision, self.config.training.freeze
         precision = replace(precision, recipe=precision.recipe.on(self.world.device))

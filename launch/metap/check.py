@@ -16,7 +16,7 @@ from hparam.plots import draw_check
 from hparam.rules import Parametrization
 from launch.metap.config import AXES, CheckConfig
 from parallel.comm.world import connect
-from train.config import TrainConfig
+from train.config import TrainConfig, check_language
 from train.corpus import get_corpus, run_loaders
 from train.eval.contamination import MODELS
 from train.metap.coordinates import changes
@@ -31,6 +31,7 @@ def check(config: CheckConfig, run_: TrainConfig, out: Path) -> int:
         run_ = replace(run_, model=replace(run_.model, init=init))
     if config.experts and not run_.model.has_experts:
         raise ConfigError("check.experts", None, "the model has no experts: set check.experts=[]")
+    check_language(run_, "check", "coordinates")
     run_ = without_derived(run_)
     if run_.hparam.base is not None:
         run_ = replace(run_, hparam=replace(run_.hparam, base=None))  # the smallest model is the base

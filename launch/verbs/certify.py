@@ -11,6 +11,7 @@ from core.files import check_target, local_path, write_json
 from core.package_guard import sources_digest
 from parallel.layout import EngineKind
 from train.certify.config import CertifyConfig
+from train.config import check_language
 from train.run_directory import load_config
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def run(config: CertifyConfig) -> int:
 
     if config.run is not None:
         stored = load_config(Path(config.run))
+        check_language(stored, "run", config.run)
         config = replace(config, model=stored.model, parallel=stored.parallel, cache=stored.data.cache)
         config = replace(config, optimizer=stored.optimizer, precision=stored.precision)
         config = replace(config, freeze=stored.training.freeze)

@@ -99,7 +99,7 @@ def canonical(model: ModelConfig) -> ModelConfig:
     layers, default = model.blocks, ModelConfig()
     kinds = {layer.feed_forward for layer in layers}
     idle = ["moe_every", "nope_every", "attention_chunk_size", "qk_norm", "temperature"]  # layer_list has them
-    idle += ["balance", "init", "init_from", "upcycle"]
+    idle += ["balance", "init", "init_from", "init_parts", "upcycle"]
     if FeedForward.moe not in kinds:
         idle += ["num_experts", "expert_hidden_size", "shared_expert_hidden_size", "router"]
     if FeedForward.dense not in kinds:

@@ -1,5 +1,7 @@
 """Two towers for contrastive training: the vision encoder and a causal text decoder, one feature for each pair's side.
 
+Parallelism shards the towers from outside; nothing in this file knows of ranks.
+
 Shapes: B pairs, Q image tokens of a tile, T sequence, D hidden size, E feature size.
 """
 
@@ -16,7 +18,7 @@ from model.config import FeedForward, ModelConfig
 from model.init import initialise
 from model.layers import Embedding, Linear, RMSNorm
 from model.roles import Role
-from model.transformer import Layer, Stack
+from model.transformer import Layer, Stack, Transformer, set_rope_config
 from model.vision.encoder import VisionEncoder
 from precision.gemm import widened
 from precision.resolve import Precision
@@ -32,12 +34,13 @@ class ContrastiveTowers(nn.Module):
     caption's last token: a causal decoder has read the whole caption there. Parameters of the encoder have the names
     that they have in a `Transformer`, so that its decoder can be trained on the same encoder later.
 
-    `log_scale` and `bias` turn cosines into logits: exp(log_scale) * cosine + bias. Raises `ConfigError` for a model
-    without an encoder or with MoE layers, whose balancing sums would be counted twice by `backward_in_parts`.
+    `log_scale` and `bias`, of one element each, turn cosines into logits: exp(log_scale) * cosine + bias. The arguments
+    are their initial values; without one there is no bias. Raises `ConfigError` for a model without an encoder or with
+    MoE layers, whose balancing sums would be counted twice by `backward_in_parts`.
     """
 
     def __init__(
-        self, config: ModelConfig, feature_size: int, precision: Precision, log_scale: float, bias: float = 0.0
+        self, config: ModelConfig, feature_size: int, precision: Precision, log_scale: float, bias: float | None = None
     ) -> None:
         super().__init__()
         if config.vision is None:
@@ -47,7 +50,7 @@ class ContrastiveTowers(nn.Module):
                 "model.moe_every", None, "the text tower of a contrastive model has dense layers only", [0]
             )
         dtype, ends, count = precision.compute_dtype, precision.plain, len(config.blocks)
-        self.config, self.first_log_scale, self.first_bias = config, log_scale, bias
+        self.config, self.compute_dtype = config, dtype
         self.vision = VisionEncoder(config.vision, feature_size, ends, dtype)
         self.text = Stack(
             Embedding(config.vocab_size, config.hidden_size, dtype),
@@ -55,15 +58,24 @@ class ContrastiveTowers(nn.Module):
             RMSNorm(config.hidden_size, config.norm_eps, Role.final_norm),
             Linear(config.hidden_size, feature_size, Role.head, ends),
         )
-        self.log_scale, self.bias = (nn.Parameter(torch.empty(())) for _ in range(2))
+        self.log_scale, self.bias = nn.Parameter(torch.empty(1)), None
+        self.roles, self.constants = {"log_scale": Role.logit_scale}, {"log_scale": log_scale}
+        if bias is not None:
+            self.bias = nn.Parameter(torch.empty(1))
+            self.roles["bias"], self.constants["bias"] = Role.logit_bias, bias
 
-    @torch.no_grad()
+    @property
+    def layers(self) -> nn.ModuleDict:
+        """The layers of the text decoder."""
+        return self.text.layers
+
     def initialise(self, seed: int) -> None:
-        """Fill all parameters; those of the towers are a pure function of the seed, their name and index."""
-        initialise(self.vision, self.config, seed)
-        initialise(self.text, self.config, seed)
-        self.log_scale.fill_(self.first_log_scale)
-        self.bias.fill_(self.first_bias)
+        """Fill all parameters, as a pure function of the seed, their name and index."""
+        initialise(self, self.config, seed)
+
+    def set_rope_config(self, config: ModelConfig) -> None:
+        """Set the rotary and temperature settings to those of `config`, which must have the same parameters."""
+        set_rope_config(self, config)
 
     def image_features(self, tiles_B3SS: Tensor) -> Tensor:
         """Return features [B, E] of images of one tile each."""
@@ -83,3 +95,7 @@ class ContrastiveTowers(nn.Module):
     def limit_scale(self) -> None:
         """Bring the log-scale back below its limit. Call it after each optimizer step."""
         self.log_scale.clamp_(max=LARGEST_LOG_SCALE)
+
+
+Network = Transformer | ContrastiveTowers
+"""What a run trains."""

@@ -36,6 +36,7 @@ from parallel.vision.exchange import SpreadImages
 from precision import fp8_tiles
 from train.certify import worker
 from train.certify.worker import CertifyCase, RankResults
+from train.contrastive import loss as contrastive
 from train.engine import fsdp as engine
 from train.optim import muon, optimizer
 
@@ -499,3 +500,9 @@ def whole_copies_of_the_old_weights(honest, self):
     honest(self)
     for parameter, old in kept.items():
         parameter.data.copy_(old)
+
+
+@replaces(contrastive, "all_gather")
+def features_gathered_without_gradient(honest, shard, *arguments):
+    """Gathered features are constants, so those of a rank have a gradient in its own rows only."""
+    return collectives.all_gather_no_grad(shard.detach(), *arguments) + 0 * shard.sum()

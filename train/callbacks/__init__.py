@@ -13,9 +13,10 @@ from train.callbacks.evaluation import EvaluationCallback
 from train.callbacks.logging import LoggingCallback
 from train.callbacks.online_filter import OnlineFilterCallback
 from train.callbacks.profiler import ProfilerCallback
+from train.callbacks.retrieval import RetrievalCallback
 from train.callbacks.suites import SuiteCallback
 from train.callbacks.summary import SummaryCallback
-from train.config import TrainConfig
+from train.config import Objective, TrainConfig
 
 
 def make_callbacks(trainer: TrainingRun) -> list[Callback]:
@@ -27,7 +28,11 @@ def make_callbacks(trainer: TrainingRun) -> list[Callback]:
     for path, found in imported_callbacks(config):
         imported.append(found(trainer))
         imported[-1].key = path
-    evaluation = EvaluationCallback(trainer, logging)
+    match config.training.objective:
+        case Objective.language:
+            evaluation = EvaluationCallback(trainer, logging)
+        case Objective.contrastive:
+            evaluation = RetrievalCallback(trainer, logging)
     return [
         *([OnlineFilterCallback(trainer)] if config.online.every else []),
         *imported,

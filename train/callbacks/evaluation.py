@@ -9,6 +9,7 @@ import torch
 
 from core.errors import DataError, one_line
 from data.images.batch import MODALITIES
+from parallel.parallelize import ParallelModel
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.logging import LoggingCallback
 from train.eval.answers import Answers, measure
@@ -37,6 +38,12 @@ class EvaluationCallback(Callback):
     def at_end(self) -> None:
         self.measure()
 
+    def summary(self) -> dict[str, Any]:
+        """Return the entries of summary.json."""
+        if self.result is None:
+            return {"heldout_loss": None, "heldout": None}
+        return {"heldout_loss": self.result.loss, "heldout": self.result.plain()}
+
     def measure(self) -> None:
         trainer = self.trainer
         phase = trainer.phase(max(0, trainer.step - 1))
@@ -47,6 +54,7 @@ class EvaluationCallback(Callback):
                 return
             bytes_V = torch.from_numpy(trainer.corpus.tokenizer.token_bytes())
             placed, size = trainer.engine.placed, phase.micro_batch_size
+            assert isinstance(placed, ParallelModel)
             self.result = result = held_out_loss(placed, loader, bytes_V, sequences, size, trainer.weights)
             if trainer.config.evaluation.answers:
                 self.answers = measure(placed, loader, trainer.weights, sequences, size, trainer.corpus)

@@ -11,6 +11,7 @@ from core.config import plain
 from core.errors import ConfigError
 from model.load_balance import RouterSums
 from train.callbacks.base import Callback, TrainingRun
+from train.contrastive.towers import costs_like
 from train.metrics import MetricsWriter, StepMetrics, Throughput, expert_load, expert_overlap, peak_memory_bytes
 from train.run_directory import read_lines
 from train.stragglers import SLOW_HOSTS
@@ -22,7 +23,7 @@ class LoggingCallback(Callback):
     def __init__(self, trainer: TrainingRun) -> None:
         super().__init__(trainer)
         config, world = trainer.config, trainer.world
-        self.throughput = Throughput(config.model, world.device, world.size, config.training.frozen)
+        self.throughput = Throughput(costs_like(config), world.device, world.size, config.training.frozen)
         self.writer: MetricsWriter | None = None
         self.last_loss: float | None = None
         self.last_rate = 0.0

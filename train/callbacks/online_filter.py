@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from data.sampling import key_of
+from parallel.parallelize import ParallelModel
 from train.callbacks.base import Callback, TrainingRun
 from train.config import Phase
 from train.eval.held_out import sequence_losses
@@ -66,4 +67,5 @@ class OnlineFilterCallback(Callback):
     def _losses(self, phase: Phase, ordinals: Sequence[int]) -> Any:
         loader = self.trainer.loaders[phase.name]
         placed, count, size = self.trainer.engine.placed, len(ordinals), phase.micro_batch_size
+        assert isinstance(placed, ParallelModel)
         return sequence_losses(placed, lambda a, b: loader.samples(ordinals[a:b]), count, size).cpu().numpy()

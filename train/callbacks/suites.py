@@ -1,6 +1,6 @@
 """Ask the model in training the questions of `evaluation.suites` every `evaluation.suites_every` steps and at the end.
 
-All ranks continue the prompts together; rank 0 alone makes the examinations, judges the answers and writes the results.
+The ranks divide the questions; rank 0 alone makes the examinations, judges the answers and writes the results.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from data.corpus import Corpus
 from data.images.media import ImageDescription
 from parallel.comm.shares import Shares
 from parallel.fsdp import release
+from parallel.parallelize import ParallelModel
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.logging import LoggingCallback
 from train.config import EvaluationConfig, Phase, TrainConfig, phases
@@ -169,14 +170,20 @@ class SuiteCallback(Callback):
             return None
         finally:
             model.train()
-            release(trainer.engine.placed.stacks)
+            release(self._placed.stacks)
+
+    @property
+    def _placed(self) -> ParallelModel:
+        placed = self.trainer.engine.placed
+        assert isinstance(placed, ParallelModel)
+        return placed
 
     def _run(self, name: str, ask: Ask) -> dict[str, Any]:
         return run_suite(self.suites[name].config, ask, self.suites[name].exams)
 
     def _ask(self, questions: Sequence[Question]) -> Sequence[str | NotAsked]:
         """Answer questions. All ranks call this together."""
-        trainer, placed, world = self.trainer, self.trainer.engine.placed, self.trainer.world
+        trainer, placed, world = self.trainer, self._placed, self.trainer.world
         phase = trainer.phase(max(0, trainer.step - 1))
         images = None if trainer.config.model.vision is None else trainer.corpus.images
         given = _no_logits, trainer.corpus.tokenizer, phase.seq_len, ("training",), lambda: images

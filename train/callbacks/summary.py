@@ -7,11 +7,13 @@ from typing import Any
 from core.errors import LeviathanError
 from core.files import write_json
 from data.ngram_baseline import NgramBaseline
-from model.flops import count_parameters, training_flops, vision_flops
-from parallel.cost import static_bytes
+from model.flops import Parameters, count_parameters, training_flops, vision_flops
+from parallel.cost import bytes_of_shards, static_bytes
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.evaluation import EvaluationCallback
 from train.callbacks.logging import LoggingCallback
+from train.config import Objective
+from train.contrastive.towers import costs_like
 from train.metrics import peak_memory_bytes
 from train.optim.config import OptimizerKind
 
@@ -33,16 +35,23 @@ class SummaryCallback(Callback):
 
     def summary(self) -> dict[str, Any]:
         trainer, config = self.trainer, self.trainer.config
-        parameters, held_out = count_parameters(config.model), self.evaluation.result
         layout, moments = trainer.meshes.layout, config.optimizer.moments_dtype(config.precision)
         muon, frozen = config.optimizer.kind is OptimizerKind.muon, config.training.frozen
-        kept = static_bytes(config.model, config.precision, layout, moments, muon=muon, frozen=frozen)
-        flops = training_flops(config.model, trainer.phase(trainer.steps - 1).seq_len, frozen)
+        specs = trainer.engine.placed.specs
+        match config.training.objective:
+            case Objective.language:
+                parameters, model = count_parameters(config.model), config.model
+                kept = static_bytes(config.model, config.precision, layout, moments, muon=muon, frozen=frozen)
+            case Objective.contrastive:
+                total = sum(spec.info.shape.numel() for spec in specs.values())
+                parameters, model = Parameters(total, total), costs_like(config)
+                kept = bytes_of_shards(specs, config.precision, moments, muon, frozen)
+        flops = training_flops(model, trainer.phase(trainer.steps - 1).seq_len, frozen)
         summary: dict[str, Any] = {
             "steps": trainer.step,
             "tokens": trainer.tokens,
             "train_loss": self.logging.last_loss,
-            "heldout_loss": held_out.loss if held_out else None,
+            "heldout_loss": None,
             "unigram_loss": None,
             "bigram_loss": None,
             "tokens_per_second": round(self.logging.throughput.mean or self.logging.last_rate, 1),
@@ -53,12 +62,12 @@ class SummaryCallback(Callback):
             "world_size": trainer.world.size,
             "layout": layout.axes,
             "static_bytes": vars(kept),
-            "heldout": held_out.plain() if held_out else None,
             "corpus": trainer.corpus.fingerprint,
+            **self.evaluation.summary(),
         }
         if config.model.vision is not None:
             summary["flops_per_tile"] = vision_flops(config.model.vision, config.model.hidden_size, frozen).total
-        if config.evaluation.baselines and held_out:
+        if config.evaluation.baselines and (held_out := self.evaluation.result):
             summary |= self._baselines(list(held_out.sources))
         return summary
 

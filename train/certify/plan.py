@@ -25,7 +25,7 @@ import torch
 from core.config import plain
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import RankFailure
-from model.config import AuxScope, BalanceConfig, FeedForward, LayerConfig, ModelConfig
+from model.config import AuxScope, BalanceConfig, FeedForward, InitPartsConfig, LayerConfig, ModelConfig
 from model.roles import Role, roles_of
 from model.vision.config import VisionConfig
 from parallel import expert_parallel
@@ -305,6 +305,7 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int
         vision=None if model.vision is None else _small_encoder(model.vision, math.lcm(64, degrees.tp) - 1),
         router=replace(model.router, top_k=min(model.router.top_k, 4), force_balanced=False),
         init_from=None,
+        init_parts=InitPartsConfig(),
         upcycle=None,
     )
 

@@ -1,28 +1,35 @@
-"""Load initial weights from a run, an imported model, or a model in the Hugging Face format."""
+"""Load initial weights from runs, imported models or models in the Hugging Face format."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from core.config import differences, plain
 from core.errors import CheckpointError, ConfigError
 from data.tokenizer import vocabulary_of_file
 from model.config import FeedForward, ModelConfig
 from model.huggingface import HuggingFaceCheckpoint, model_differences
-from model.tensor_source import TensorSource
-from model.transformer import Transformer
+from model.roles import GROUPS, ParameterInfo, Role
+from model.tensor_source import PartSources, Shape, TensorSource, parameter_infos
 from model.upcycle import Upcycled, keeps_the_function
 from train.checkpoint.index import check_run, read_progress
 from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_imported
 from train.config import phase_of
+from train.contrastive.towers import run_parameters
 from train.run_directory import RunDirectory, committed, load_config
 
 
 def open_model(path: Path, text_only: bool = False) -> TensorSource:
-    """Open the model in a directory: a run's newest checkpoint, an imported model or a Hugging Face model."""
+    """Open the model in a directory: a run's newest checkpoint, an imported model or a Hugging Face model. That of a
+    contrastive run has the towers' parameters: its encoder has the names of a language model's, its decoder others.
+    """
     if not path.is_dir():
         raise ConfigError("", str(path), "no such directory")
     if (path / IMPORTED).exists():
@@ -32,18 +39,25 @@ def open_model(path: Path, text_only: bool = False) -> TensorSource:
         config = load_config(path)
         checkpoints = RunDirectory(path, config.checkpoint.directory).checkpoints
         check_run(config, checkpoints)
-        return _newest(checkpoints, lambda step: phase_of(config, step).model)
+        shapes = {name: tuple(info.shape) for name, info in run_parameters(config).items()}
+        return _newest(checkpoints, lambda step: phase_of(config, step).model, shapes)
     return HuggingFaceCheckpoint(path, text_only)
 
 
-def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -> TensorSource | None:
-    """Open the model of `model.init_from`, upcycled if configured. Raises `ConfigError` if its network differs."""
+def initial_source(
+    config: ModelConfig, seed: int, log: Callable[[str], None], frozen: AbstractSet[Role] = frozenset()
+) -> TensorSource | None:
+    """Open the model of `model.init_from`, upcycled if configured, or the models of `model.init_parts`.
+
+    Raises `ConfigError` if a network differs, or if a projector of the `frozen` roles is of no model.
+    """
+    if config.init_parts.any:
+        return _initial_parts(config, log, frozen)
     if config.init_from is None:
         return None
-    try:
-        source = open_model(Path(config.init_from).expanduser())
-    except ConfigError as error:
-        raise error.under("model.init_from") from None
+    source = _open("model.init_from", config.init_from)
+    if not _has_decoder(source):
+        raise ConfigError("model.init_from", config.init_from, "has no decoder: it is a contrastive run")
     target = config
     if config.upcycle is not None:
         if any(layer.feed_forward is FeedForward.moe for layer in source.config.blocks):
@@ -51,12 +65,7 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
         target = replace(config, layer_list=[replace(b, feed_forward=FeedForward.dense) for b in config.blocks])
         if all(layer.feed_forward is FeedForward.moe for layer in config.blocks):
             target = replace(target, dense_hidden_size=source.config.dense_hidden_size)
-    different = model_differences(source.config, target)
-    if different:
-        listed = "; ".join(f"model.{key}={has} there, {wanted} here" for key, (has, wanted) in different.items())
-        if any(key.startswith("multipliers.") for key in different):
-            listed += "; use hparam=none to keep the model's own multipliers"
-        raise ConfigError("model.init_from", config.init_from, f"is another network: {listed}")
+    _check_equal("model.init_from", config.init_from, "network", model_differences(source.config, target))
     if config.upcycle is not None:
         try:
             source = Upcycled(source, config, seed)
@@ -69,10 +78,79 @@ def initial_source(config: ModelConfig, seed: int, log: Callable[[str], None]) -
     return source
 
 
+def _initial_parts(config: ModelConfig, log: Callable[[str], None], frozen: AbstractSet[Role]) -> PartSources:
+    """Open the models of `model.init_parts`. The parameters of a part without a model are missing."""
+    decoder = _decoder_part(config, config.init_parts.decoder, log) if config.init_parts.decoder else {}
+    vision = _vision_part(config, config.init_parts.vision, log, frozen) if config.init_parts.vision else {}
+    return PartSources(config, {**decoder, **vision})
+
+
+def _decoder_part(config: ModelConfig, path: str, log: Callable[[str], None]) -> dict[str, TensorSource]:
+    key = "model.init_parts.decoder"
+    source = _open(key, path)
+    if not _has_decoder(source):
+        raise ConfigError(key, path, "has no decoder")
+    theirs, ours = (replace(model, vision=None) for model in (source.config, config))
+    _check_equal(key, path, "decoder", model_differences(theirs, ours))
+    log(f"initial weights of the decoder from {path}")
+    return dict.fromkeys(_part(config, "decoder"), source)
+
+
+def _vision_part(
+    config: ModelConfig, path: str, log: Callable[[str], None], frozen: AbstractSet[Role]
+) -> dict[str, TensorSource]:
+    """Return the source of each parameter of the encoder. A projector that leads to another width, or to the features
+    of contrastive towers, is not read.
+    """
+    key, names = "model.init_parts.vision", _part(config, "vision")
+    if config.vision is None:
+        raise ConfigError(key, path, "this model has no vision encoder: set model.vision")
+    source = _open(key, path)
+    if source.config.vision is None:
+        raise ConfigError(key, path, "has no vision encoder")
+    different = differences(plain(source.config.vision), plain(config.vision))
+    different.pop("image_token_id", None)  # belongs to the vocabulary
+    _check_equal(key, path, "encoder", {f"vision.{name}": pair for name, pair in different.items()})
+    log(f"initial weights of the encoder from {path}")
+    projector = next(info for info in names.values() if info.role is Role.projector)
+    if not _has_decoder(source) or source.shapes[projector.name] != tuple(projector.shape):
+        if Role.projector in frozen:
+            reason = f"has no projector to the decoder's {config.hidden_size} columns, so it must be trained"
+            raise ConfigError(key, path, f"{reason}: leave the projector out of training.freeze")
+        log(f"{projector.name} {list(projector.shape)} starts as in a new model: {path} has no such projector")
+        del names[projector.name]
+    return dict.fromkeys(names, source)
+
+
+def _has_decoder(source: TensorSource) -> bool:
+    return "embedding.weight" in source.shapes
+
+
+def _part(config: ModelConfig, group: str) -> dict[str, ParameterInfo]:
+    return {name: info for name, info in parameter_infos(config).items() if info.role in GROUPS[group]}
+
+
+def _open(key: str, path: str) -> TensorSource:
+    try:
+        return open_model(Path(path).expanduser())
+    except ConfigError as error:
+        raise error.under(key) from None
+
+
+def _check_equal(key: str, path: str, what: str, different: dict[str, tuple[Any, Any]]) -> None:
+    """Raise `ConfigError` with the list of differences, unless it is empty."""
+    if different:
+        listed = "; ".join(f"model.{name}={has} there, {wanted} here" for name, (has, wanted) in different.items())
+        if any(name.startswith("multipliers.") for name in different):
+            listed += "; use hparam=none to keep the model's own multipliers"
+        raise ConfigError(key, path, f"is another {what}: {listed}")
+
+
 @torch.no_grad()
-def copy_selection_biases(model: Transformer, source: TensorSource, log: Callable[[str], None]) -> None:
+def copy_selection_biases(model: nn.Module, source: TensorSource, log: Callable[[str], None]) -> None:
     """Copy the routers' selection biases, which are buffers, from `source`. Only our own checkpoints contain them."""
-    biases = source.selection_biases() if isinstance(source, CheckpointedModel) else {}
+    decoder = _decoder_source(source)
+    biases = decoder.selection_biases() if isinstance(decoder, CheckpointedModel) else {}
     for name, buffer in model.named_buffers():
         if name in biases:
             buffer.copy_(biases[name])
@@ -81,8 +159,11 @@ def copy_selection_biases(model: Transformer, source: TensorSource, log: Callabl
 
 
 def compare_vocabularies(source: TensorSource, ours: str, log: Callable[[str], None]) -> None:
-    """Log whether the initial weights were trained with this run's vocabulary, whose fingerprint is `ours`."""
-    theirs = _vocabulary(source)
+    """Log whether the initial decoder was trained with this run's vocabulary, whose fingerprint is `ours`."""
+    decoder = _decoder_source(source)
+    if decoder is None:
+        return
+    theirs = _vocabulary(decoder)
     if theirs is None:
         log("initial weights: their tokenizer is unknown; ids must mean the same tokens (data.tokenizer)")
     elif theirs != ours:
@@ -92,6 +173,10 @@ def compare_vocabularies(source: TensorSource, ours: str, log: Callable[[str], N
         )
     else:
         log(f"initial weights: trained with this run's tokenizer ({ours[:12]})")
+
+
+def _decoder_source(source: TensorSource) -> TensorSource | None:
+    return source.sources.get("embedding.weight") if isinstance(source, PartSources) else source
 
 
 def _vocabulary(source: TensorSource) -> str | None:
@@ -106,9 +191,13 @@ def _vocabulary(source: TensorSource) -> str | None:
     return read_progress(source.checkpoint).get("vocabulary")
 
 
-def _newest(checkpoints: Path, model: Callable[[int], ModelConfig]) -> TensorSource:
-    """Open the newest checkpoint. `model` returns the configuration of the model for a checkpoint's step."""
+def _newest(
+    checkpoints: Path, model: Callable[[int], ModelConfig], shapes: dict[str, Shape] | None = None
+) -> TensorSource:
+    """Open the newest checkpoint. `model` returns the configuration of the model for a checkpoint's step. `shapes`: as
+    in `CheckpointedModel`.
+    """
     present = committed(checkpoints)
     if not present:
         raise CheckpointError(f"{checkpoints} has no checkpoint yet")
-    return CheckpointedModel(present[-1].path, model(present[-1].step))
+    return CheckpointedModel(present[-1].path, model(present[-1].step), shapes)

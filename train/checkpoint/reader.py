@@ -16,7 +16,7 @@ from core.errors import CheckpointError, RenamedKeyError, UnreadableFileError
 from core.files import write_text
 from core.yaml_file import read_yaml
 from model.config import ModelConfig
-from model.tensor_source import TensorSource, blocks, parameter_shapes
+from model.tensor_source import Shape, TensorSource, blocks, parameter_shapes
 from train.checkpoint.files import read_bytes, read_shard, write_shards
 from train.checkpoint.index import Damaged, IndexedShard, block, commit, problem, read_index
 from train.checkpoint.state import TensorShard
@@ -29,10 +29,11 @@ TOKENIZER = "tokenizer"
 class CheckpointedModel:
     """Reads the model's tensors from a committed checkpoint. A whole shard is verified before any part of it is used.
 
-    Raises `CheckpointError` at once if the index is damaged, and at the first read of a damaged shard.
+    `shapes`: those of its parameters by name; None: a language model's. Raises `CheckpointError` at once if the index
+    is damaged, and at the first read of a damaged shard.
     """
 
-    def __init__(self, checkpoint: Path, config: ModelConfig) -> None:
+    def __init__(self, checkpoint: Path, config: ModelConfig, shapes: dict[str, Shape] | None = None) -> None:
         self.checkpoint, self.config = checkpoint, config
         if wrong := problem(checkpoint):
             raise CheckpointError(f"{checkpoint} {wrong}")
@@ -43,7 +44,7 @@ class CheckpointedModel:
         self._tensors = {
             name.removeprefix("model."): tensor for name, tensor in index.items() if name.startswith("model.")
         }
-        self.shapes = parameter_shapes(config)
+        self.shapes = parameter_shapes(config) if shapes is None else shapes
         for name, shape in self.shapes.items():
             tensor = self._tensors.get(name)
             if tensor is None or tensor.shape != tuple(shape):

@@ -22,7 +22,7 @@ from precision.config import Backend
 from train.checkpoint.index import check_run
 from train.checkpoint.manager import Checkpointer
 from train.checkpoint.state import run_state
-from train.config import Phase, TrainConfig, phase_of
+from train.config import Phase, TrainConfig, check_language, phase_of
 from train.corpus import run_tokenizer, source_weights, trained_corpus
 from train.run_directory import RunDirectory, committed, load_config
 
@@ -65,6 +65,7 @@ def restore(
     of the run's tokens; None: as in the run.
     """
     stored = config = load_config(directory)
+    check_language(config, "run", str(directory))
     if tokens is not None:
         config = replace(config, data=replace(config.data, tokens=tokens))
     if backend is not None:

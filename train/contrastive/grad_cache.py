@@ -41,5 +41,7 @@ def backward_in_parts(
     sizes = [len(side) for side, _ in parts]
     gradients = zip(images.grad.split(sizes), texts.grad.split(sizes), strict=True)
     for pairs, given in zip(micro_batches, gradients, strict=True):
-        torch.autograd.backward(encode(pairs), given)
+        sides = zip(encode(pairs), given, strict=True)
+        trained, back = zip(*(side for side in sides if side[0].requires_grad), strict=True)  # a tower may be frozen
+        torch.autograd.backward(trained, back)
     return value.detach()

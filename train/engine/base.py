@@ -12,7 +12,7 @@ from torch import Tensor
 from data.loader import Batch
 from model.attention.plan import ForwardContext
 from model.load_balance import Balancer
-from parallel.parallelize import ParallelModel
+from parallel.parallelize import ParallelModel, ParallelNetwork
 from parallel.pipeline.runtime import Pipeline
 from parallel.sharding import LocalShard
 from train.checkpoint.state import TensorShard
@@ -35,49 +35,19 @@ class StepResult:
 class Engine(ABC):
     """Computes the gradients of batches and updates the parameters."""
 
-    def __init__(self, placed: ParallelModel) -> None:
+    placed: ParallelNetwork
+
+    def __init__(self, placed: ParallelNetwork) -> None:
         self.placed, self.meshes, self.device = placed, placed.meshes, placed.device
         self.modality_losses: dict[str, Tensor] = {}
         """Those of the last batch: see `StepResult`."""
-        self.pipeline = None
-        if self.meshes.pp.size > 1:
-            self.pipeline = Pipeline(placed.model, placed.stacks, self.meshes, self.device)
 
+    @abstractmethod
     def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor:
         """Compute the gradients of this rank's sequences, in micro-batches of `micro_batch_size` sequences.
 
-        Returns the mean loss over the labelled tokens of the global batch: a scalar on the device, equal on every rank.
+        Returns the loss of the global batch: a scalar on the device, equal on every rank.
         """
-        meshes, share = self.meshes, self.placed.context_shard(batch.tokens_BT.shape[1])
-        labels_BT = share.take(batch.labels_BT).to(self.device)
-        loss = BatchLoss(batch, labels_BT, share, micro_batch_size, meshes)
-        routed = float(batch.tokens_BT.numel() * meshes.dp.size)
-        contexts = [
-            self.placed.sequence_context(part_BT, routed) for part_BT in batch.positions_BT.split(micro_batch_size)
-        ]
-        encoded = give_images(self.placed, batch.images, micro_batch_size, contexts)
-        tokens_BT = share.take(batch.tokens_BT).to(self.device)
-        if batch.images is not None:
-            is_image_BT = image_positions(self.placed, batch.images)
-            for context, part_BT in zip(contexts, is_image_BT.split(micro_batch_size), strict=True):
-                context.is_image_BT = part_BT
-        if self.pipeline is not None:
-            total = self.pipeline.forward_backward(tokens_BT, labels_BT, contexts, loss)
-        else:
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for part_BT, wanted_BT, context in _micro_batches(tokens_BT, labels_BT, contexts, micro_batch_size):
-                one = loss(self.placed.model(part_BT, context), wanted_BT)
-                one.backward()
-                total += one.detach()
-                self.after_backward(context is contexts[-1])
-        if encoded is not None:
-            encoded.backward()
-        self.complete_gradients()
-        total, self.modality_losses = loss.reduce(total)
-        return total
-
-    def after_backward(self, last: bool) -> None:  # noqa: B027 - optional
-        """Run after the backward pass of each micro-batch. It is not called with a pipeline."""
 
     @abstractmethod
     def complete_gradients(self) -> None:
@@ -121,6 +91,54 @@ class Engine(ABC):
     @abstractmethod
     def written(self) -> None:
         """Update the engine's copies of weights and state after a caller wrote to tensors of `weights` or `state`."""
+
+
+class LanguageEngine(Engine):
+    """Computes the gradients of a language model."""
+
+    placed: ParallelModel
+
+    def __init__(self, placed: ParallelModel) -> None:
+        super().__init__(placed)
+        self.pipeline = None
+        if self.meshes.pp.size > 1:
+            self.pipeline = Pipeline(placed.model, placed.stacks, self.meshes, self.device)
+
+    def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor:
+        """Compute the gradients of this rank's sequences, in micro-batches of `micro_batch_size` sequences.
+
+        Returns the mean loss over the labelled tokens of the global batch: a scalar on the device, equal on every rank.
+        """
+        meshes, share = self.meshes, self.placed.context_shard(batch.tokens_BT.shape[1])
+        labels_BT = share.take(batch.labels_BT).to(self.device)
+        loss = BatchLoss(batch, labels_BT, share, micro_batch_size, meshes)
+        routed = float(batch.tokens_BT.numel() * meshes.dp.size)
+        contexts = [
+            self.placed.sequence_context(part_BT, routed) for part_BT in batch.positions_BT.split(micro_batch_size)
+        ]
+        encoded = give_images(self.placed, batch.images, micro_batch_size, contexts)
+        tokens_BT = share.take(batch.tokens_BT).to(self.device)
+        if batch.images is not None:
+            is_image_BT = image_positions(self.placed, batch.images)
+            for context, part_BT in zip(contexts, is_image_BT.split(micro_batch_size), strict=True):
+                context.is_image_BT = part_BT
+        if self.pipeline is not None:
+            total = self.pipeline.forward_backward(tokens_BT, labels_BT, contexts, loss)
+        else:
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for part_BT, wanted_BT, context in _micro_batches(tokens_BT, labels_BT, contexts, micro_batch_size):
+                one = loss(self.placed.model(part_BT, context), wanted_BT)
+                one.backward()
+                total += one.detach()
+                self.after_backward(context is contexts[-1])
+        if encoded is not None:
+            encoded.backward()
+        self.complete_gradients()
+        total, self.modality_losses = loss.reduce(total)
+        return total
+
+    def after_backward(self, last: bool) -> None:
+        """Run after the backward pass of each micro-batch. It is not called with a pipeline."""
 
 
 def optimizer_step(

@@ -17,12 +17,12 @@ from parallel.grad_norm import gradient_norm
 from parallel.parallelize import ParallelModel
 from parallel.sharding import LocalShard, initialise, sum_partial_gradients
 from train.checkpoint.state import TensorShard, buffers
-from train.engine.base import Engine
+from train.engine.base import LanguageEngine
 from train.optim.config import OptimizerConfig
 from train.optim.optimizer import elementwise, prime, role_groups, set_learning_rate
 
 
-class ZeroEngine(Engine):
+class ZeroEngine(LanguageEngine):
     """Keeps this rank's ranges of the fp32 master weights, moments and summed gradients. Up to stage 2 the model's own
     weights are not sharded over data-parallel ranks.
     """

@@ -1,4 +1,4 @@
-"""The engine for one device and for FSDP2, with or without a pipeline. The optimizer updates the model's parameters."""
+"""Engines for one device and for FSDP2, whose optimizer updates the model's parameters."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from parallel.grad_norm import gradient_norm, scale_gradients
-from parallel.parallelize import ParallelModel
+from parallel.parallelize import ParallelModel, ParallelNetwork
 from parallel.sharding import LocalShard, local_gradients, local_shards, sum_partial_gradients
 from train.checkpoint.state import TensorShard, run_state
-from train.engine.base import Engine
+from train.engine.base import Engine, LanguageEngine
 from train.optim.config import OptimizerConfig
 from train.optim.optimizer import make_optimizer, prime, set_learning_rate
 
 
-class TorchEngine(Engine):
+class InPlaceEngine(Engine):
     """Updates the parameters in place, whether they are sharded by FSDP2 or whole."""
 
-    def __init__(self, placed: ParallelModel, config: OptimizerConfig) -> None:
+    def __init__(self, placed: ParallelNetwork, config: OptimizerConfig) -> None:
         super().__init__(placed)
         self.optimizer = make_optimizer(placed.model, placed.specs, config, placed.meshes)
 
@@ -49,3 +49,10 @@ class TorchEngine(Engine):
 
     def written(self) -> None:
         return
+
+
+class TorchEngine(InPlaceEngine, LanguageEngine):
+    """Trains a language model, with or without a pipeline."""
+
+    def __init__(self, placed: ParallelModel, config: OptimizerConfig) -> None:
+        super().__init__(placed, config)

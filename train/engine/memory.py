@@ -6,11 +6,10 @@ import torch
 
 from core.errors import ConfigError
 from core.memory import available_memory
-from model.flops import count_parameters
-from model.tensor_source import parameter_infos
 from parallel.comm.world import ranks_on_machine
 from parallel.layout import Layout
 from train.config import TrainConfig, phases
+from train.contrastive.towers import num_parameters, run_parameters
 from train.optim.config import OptimizerKind
 
 GIB = 2**30
@@ -27,7 +26,7 @@ def check_memory(config: TrainConfig, layout: Layout, device: torch.device) -> N
         have, where = torch.cuda.get_device_properties(device).total_memory, "the GPU has"
     else:
         have, where = available_memory() // here, f"this machine has for each of its {here} ranks"
-    parameters, frozen = count_parameters(config.model).total, _frozen_parameters(config)
+    parameters, frozen = num_parameters(config), _frozen_parameters(config)
     state = (parameters - frozen) * _bytes_per_parameter(config) + frozen * config.precision.master_dtype.itemsize
     state = state * layout.dp_replicate // layout.world_size
     for phase in phases(config):
@@ -47,7 +46,7 @@ def check_memory(config: TrainConfig, layout: Layout, device: torch.device) -> N
 
 def _frozen_parameters(config: TrainConfig) -> int:
     frozen = config.training.frozen
-    infos = parameter_infos(config.model).values() if frozen else ()
+    infos = run_parameters(config).values() if frozen else ()
     return sum(info.shape.numel() for info in infos if info.role in frozen)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from model.roles import Role
-from model.transformer import Transformer
+from model.vision.towers import Network
 from parallel.deepspeed.offload import PagedAdamW
 from parallel.mesh import Meshes
 from parallel.sharding import ShardSpec
@@ -20,7 +20,7 @@ from train.optim.muon import Muon
 
 
 def make_optimizer(
-    model: Transformer, specs: Mapping[str, ShardSpec], config: OptimizerConfig, meshes: Meshes
+    model: Network, specs: Mapping[str, ShardSpec], config: OptimizerConfig, meshes: Meshes
 ) -> torch.optim.Optimizer:
     """Make the optimizer of this rank's parameters, with the groups of `role_groups`."""
     everything = role_groups(model, specs, config)
@@ -38,7 +38,7 @@ def make_optimizer(
     return Muon(matrices, rest, hidden, plan, config.muon, config.muon.format(model.compute_dtype), moments)
 
 
-def role_groups(model: Transformer, specs: Mapping[str, ShardSpec], config: OptimizerConfig) -> list[dict[str, Any]]:
+def role_groups(model: Network, specs: Mapping[str, ShardSpec], config: OptimizerConfig) -> list[dict[str, Any]]:
     """Return a parameter group per role, with its `name`, `peak_lr` and parameters in the model's order. The group of
     a frozen role is empty: a rank may have frozen parameters only, and torch's optimizers need a group.
     """

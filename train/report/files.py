@@ -152,6 +152,8 @@ def _is_sound(line: dict[str, Any], layers: int) -> bool:
         return False
     if "loss" not in line:
         losses, answers = [line.get("heldout", {}), line.get("heldout_by_modality", {})], line.get("answers", {})
+        if not _are_numbers(line.get("retrieval", {})):
+            return False
         return is_number(line["heldout_loss"]) and all(map(_are_sources, losses)) and _are_answers(answers)
     if not (is_number(line["loss"]) and is_number(line.get("tokens"))):
         return False
@@ -166,6 +168,10 @@ def _is_sound(line: dict[str, Any], layers: int) -> bool:
     if any(not isinstance(one, list) or len(one) != layers for one in (*loads, *lists)):
         return False
     return all(map(_is_load, chain(*loads))) and all(map(is_number, chain(*lists)))
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, dict) and all(map(is_number, values.values()))
 
 
 def _is_load(load: Any) -> bool:

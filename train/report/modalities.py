@@ -18,7 +18,7 @@ _SMALL: dict[str, Any] = {"fontsize": 8, "frameon": False}
 _DASHES = {"own": "-", "other": (0, (5, 2)), "none": (0, (1, 2))}
 
 
-def _series(lines: Sequence[dict[str, Any]], *path: str) -> tuple[list[int], list[float]]:
+def series(lines: Sequence[dict[str, Any]], *path: str) -> tuple[list[int], list[float]]:
     """Return the steps of the lines that have a value at a path of keys, and the values."""
     found = []
     for line in lines:
@@ -35,8 +35,8 @@ def losses(axes: Axes, runs: Sequence[RunData]) -> None:
     pairs = [(run, name) for run in runs for name in NAMES]
     for (run, name), colour in zip(pairs, cycle(len(pairs)), strict=True):
         label = f"{run.name}: {NAMES[name]}" if len(runs) > 1 else NAMES[name]
-        axes.plot(*_series(run.lines, "loss_by_modality", name), color=colour, alpha=0.35, linewidth=1)
-        held_out = _series(run.held_out, "heldout_by_modality", name, "loss")
+        axes.plot(*series(run.lines, "loss_by_modality", name), color=colour, alpha=0.35, linewidth=1)
+        held_out = series(run.held_out, "heldout_by_modality", name, "loss")
         axes.plot(*held_out, color=colour, marker="o", markersize=4, label=label)
     axes.set_ylabel("nats per token; dots: held out")
     axes.legend(**_SMALL)
@@ -47,7 +47,7 @@ def answers(axes: Axes, runs: Sequence[RunData]) -> None:
     kinds = [(run, source, shown) for run in runs for source in answered(run) for shown in SHOWN]
     for (run, source, shown), colour in zip(kinds, cycle(len(kinds)), strict=True):
         name = ": ".join([*([run.name] if len(runs) > 1 else []), source])
-        steps, rates = _series(run.held_out, "answers", source, shown)
+        steps, rates = series(run.held_out, "answers", source, shown)
         style: dict[str, Any] = {"color": colour, "linestyle": _DASHES[shown], "marker": "."}
         axes.plot(steps, rates, label=f"{name}, {SHOWN[shown]}", **style)
     axes.set_ylabel("right answers of held-out documents")

@@ -20,9 +20,9 @@ from core.html import render
 from core.overrides import quoted
 from data.filter.audit.outputs import AUDIT_PAGE
 from train.metap.hyperparameters import without_derived
-from train.report import modalities
+from train.report import modalities, retrieval
 from train.report.plots import Picture, draw
-from train.report.run import RunData
+from train.report.run import RunData, units
 
 PAGE = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -98,7 +98,7 @@ def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
         ("steps", [run.steps[-1] for run in runs], ",d"),
         ("tokens", [run.lines[-1]["tokens"] for run in runs], ",d"),
         ("training loss, last logged", [run.lines[-1]["loss"] for run in runs], ".4f"),
-        ("held-out loss, nats per token", [run.figure("heldout_loss") for run in runs], ".4f"),
+        (f"held-out loss, {units(runs)}", [run.figure("heldout_loss") for run in runs], ".4f"),
         ("held-out bits per byte", [one.get("bits_per_byte") for one in held_out], ".4f"),
         ("bigram model", [run.figure("bigram_loss") for run in runs], ".4f"),
         ("unigram model", [run.figure("unigram_loss") for run in runs], ".4f"),
@@ -110,7 +110,7 @@ def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
     ]
     for source in {source: None for one in sources for source in one}:
         rows.append((f"held-out loss: {source}", [one.get(source, {}).get("loss") for one in sources], ".4f"))
-    rows += modalities.summary(runs)
+    rows += [*modalities.summary(runs), *retrieval.rows(runs)]
     found = {label: [_shown(value, form) for value in values] for label, values, form in rows}
     for label in {label: None for run in runs for label in run.examinations}:
         scores = [run.examinations.get(label) for run in runs]

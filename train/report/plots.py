@@ -12,8 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.plotting import cycle, figure, png
-from train.report import examinations, modalities
-from train.report.run import RunData
+from train.report import examinations, modalities, retrieval
+from train.report.run import RunData, units
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +111,7 @@ def _loss(axes: Axes, runs: Sequence[RunData]) -> None:
             if value is not None:
                 label = f"{name}{key.removesuffix('_loss')} model"
                 axes.axhline(value, color=colour if len(runs) > 1 else "#555555", linestyle=dashes, label=label)
-    axes.set_ylabel("loss, nats per token")
+    axes.set_ylabel(f"loss, {units(runs)}")
     axes.legend(ncols=2, **_SMALL)
 
 
@@ -207,6 +207,7 @@ _PLOTS = {
     "loss": _Plot("Loss", _loss, wide=True),
     "loss_by_modality": _Plot("Loss with and without images", modalities.losses, metric="loss_by_modality"),
     "answers": _Plot("Answers about pictures", modalities.answers, metric="answers"),
+    "retrieval": _Plot("Retrieval among held-out pairs", retrieval.recall, metric="retrieval"),
     "learning_rate": _Plot("Learning rate", _series("learning_rate", "learning rate")),
     "gradient_norm": _Plot(
         "Gradient norm", _series("gradient_norm", "gradient norm before clipping", logarithmic=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError
 from model.config import FeedForward
-from train.config import TrainConfig, phases
+from train.config import Objective, TrainConfig, phases
 from train.report.files import RunFiles, is_number
 from train.run_directory import DIVERGED, load_config
 
@@ -64,6 +64,15 @@ class RunData:
         """
         done = self.summary.get("steps") == phases(self.config)[-1].stop
         return self.diverged or done or "summary.json" in self.problems
+
+    @property
+    def unit(self) -> str:
+        """The unit of losses."""
+        match self.config.training.objective:
+            case Objective.language:
+                return "nats per token"
+            case Objective.contrastive:
+                return "nats per pair"
 
     def values(self, key: str) -> list[float]:
         found = (line.get(key) for line in self.lines)
@@ -135,3 +144,8 @@ class RunData:
             raise ConfigError("runs", str(self.directory), "diverged before it logged a step")
         reason = f"has logged no step yet (one in {self.config.logging.every} is logged)"
         raise NoStepYet("runs", str(self.directory), reason)
+
+
+def units(runs: Sequence[RunData]) -> str:
+    """Return the units of the runs' losses."""
+    return " or ".join(dict.fromkeys(run.unit for run in runs))

@@ -10,9 +10,13 @@ import torch
 
 from model.huggingface import HuggingFaceCheckpoint, checkpoint
 from model.tensor_source import whole as whole_tensor
+from parallel.sharding import ShardBlock
 from tests.support import hf_models
 from tests.support.hf_models import like
+from tests.support.mixed import write_documents
 from tests.support.tiny import EXACT, saved, trainer, whole
+from tests.train.vision.test_vision_run import VISION, data_of
+from train.checkpoint.init_from import open_model
 
 
 def started(root: Path, path: Path, overrides: list[str]) -> tuple[dict[str, torch.Tensor], int]:
@@ -56,3 +60,42 @@ def test_every_rank_copies_the_selection_biases(ranks, small_corpus, tmp_path, l
     found = [pair for rank in ranks(2, biases, tmp_path, "second", line) for pair in rank.items()]
     assert {name for name, _ in found} == set(first)
     assert all(bias_E.any() and torch.equal(bias_E, first[name]) for name, bias_E in found)
+
+
+ZERO3 = ["parallel.engine=deepspeed", "parallel.zero.stage=3", "precision=fp32", "model.moe_every=0"]
+Blocks = dict[str, tuple[ShardBlock, torch.Tensor]]
+
+
+def weights_of_parts(root: Path, name: str, overrides: list[str]) -> Blocks:
+    """Return the blocks of this rank's initial weights and its selection biases."""
+    run = trainer(root, name, [*EXACT, *VISION, *data_of(root), *overrides])
+    found = {one.spec.info.name: (one.block, one.values.clone()) for one in run.engine.weights()}
+    for buffer, bias_E in run.engine.placed.model.named_buffers():
+        if buffer.endswith("bias_E"):
+            found[buffer] = ShardBlock((0,), tuple(bias_E.shape)), bias_E.clone()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [[], ["parallel.pp=2"], ["parallel.ep=2"], ["parallel.tp=2", "training.freeze=[decoder]"], ZERO3],
+    ids=["fsdp", "pp", "ep", "tp, frozen", "zero3"],
+)
+def test_parts_of_the_model_under_every_kind_of_layout(ranks, small_corpus, tmp_path, layout):
+    write_documents(tmp_path / "in")
+    kept = [key for key in layout if key.startswith("model.")]
+    sources = {"text": [*small_corpus, "run.seed=1"], "seeing": [*VISION, *data_of(tmp_path), "run.seed=2"]}
+    for name, overrides in sources.items():
+        ranks(1, biases, tmp_path, name, [*overrides, *kept], 1)
+    taken = [f"model.init_parts.decoder={tmp_path / 'text'}", f"model.init_parts.vision={tmp_path / 'seeing'}"]
+    opened = {name: open_model(tmp_path / name) for name in sources}
+    expected = dict(opened["text"].selection_biases())
+    for name, source in opened.items():
+        part = [n for n in source.shapes if n.startswith("vision.") == (name == "seeing")]
+        expected |= {parameter: whole_tensor(source, parameter) for parameter in part}
+    found = ranks(2, weights_of_parts, tmp_path, "both", [*layout, *taken])
+    assert {name for rank in found for name in rank} == set(expected)
+    for name, (block, values) in [pair for rank in found for pair in rank.items()]:
+        place = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
+        assert torch.equal(values, expected[name][place].to(values.dtype)), name

@@ -1,0 +1,219 @@
+"""A contrastive run in one process: what is refused, which documents are pairs, its files, and who can read them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from core.config import load
+from core.errors import ConfigError
+from data.config import Packing
+from data.corpus import HELD_OUT, TRAIN, prepare
+from launch.verbs import certify
+from model.config import InitPartsConfig
+from model.init import initial_slice
+from model.roles import Role
+from model.tensor_source import PartSources, whole
+from parallel.comm.world import connect
+from parallel.layout import EngineKind
+from precision.config import Backend, PrecisionConfig
+from tests.distributed.contrastive.pairs import NO_PAIRS, caption, overrides
+from tests.support.tiny import trainer
+from train.certify.config import CertifyConfig
+from train.checkpoint.init_from import initial_source, open_model
+from train.checkpoint.restore import restore
+from train.config import TrainConfig, TrainingConfig, check
+from train.contrastive.config import ContrastiveConfig
+from train.contrastive.engine import ContrastiveEngine, PairTokens
+from train.contrastive.towers import num_parameters, run_parameters
+from train.convert import export_checkpoint
+from train.engine.memory import check_memory
+from train.engine.objective import pair_tokens
+from train.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("contrastive")
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path) -> Trainer:
+    """A run of three steps with its summary and report."""
+    words = ["training.steps=3", "evaluation.every=2", "logging.report=true", "training.contrastive.loss=siglip"]
+    run = trainer(root, "run", [*overrides(root), *words, "optimizer.lr=0.01"])
+    assert run.fit() == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def legal(root: Path) -> TrainConfig:
+    return load("train", TrainConfig, overrides(root))
+
+
+def changed(config: Any, key: str, value: Any) -> Any:
+    """Return the configuration with another value of one key."""
+    name, _, rest = key.partition(".")
+    return replace(config, **{name: changed(getattr(config, name), rest, value) if rest else value})
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("model.moe_every", 2, r"model\.moe_every=2: .* dense layers only; try 0"),
+        ("data.packing", Packing.best_fit, r"data\.packing=best_fit: .*; try pairs"),
+        ("data.images.tiles.max_tiles", 4, r"data\.images\.tiles\.max_tiles=4: .*; try 1"),
+        ("training.seq_len", 9, r"training\.seq_len=9: a pair needs 9 tokens besides its caption's; try 20"),
+        ("parallel.tp", 2, r"parallel\.tp=2: .* data parallelism \(dp_replicate, dp_shard\) only; try 1"),
+        ("parallel.cp", 2, r"parallel\.cp=2: .*; try 1"),
+        ("parallel.pp", 2, r"parallel\.pp=2: .*; try 1"),
+        ("parallel.ep", 2, r"parallel\.ep=2: the model has no routed experts; try 1"),
+        ("parallel.engine", EngineKind.deepspeed, r"parallel\.engine=deepspeed: is not supported .*; try fsdp2"),
+        ("parallel.compile", True, r"parallel\.compile=true: is not supported by the contrastive .*; try false"),
+        ("online.every", 2, r"online\.every=2: is not supported by the contrastive objective; try 0"),
+        ("model.init_from", "there", r"model\.init_from=there: is not supported by the contrastive .*; try null"),
+        ("precision", PrecisionConfig(backend=Backend.emulated), r"precision\.backend=emulated: is not .*; try native"),
+        ("training", TrainingConfig(), r"data\.packing=pairs: prepares training\.objective=contrastive; try"),
+    ],
+)
+def test_what_cannot_work_is_refused_early(legal, key, value, message):
+    check(legal, 2)
+    with pytest.raises(ConfigError, match=message):
+        check(changed(legal, key, value), 2)
+
+
+def test_settings_of_another_objective_are_refused():
+    with pytest.raises(ConfigError, match=r"^contrastive: configures another objective: add training\.objective="):
+        TrainingConfig(contrastive=ContrastiveConfig(feature_size=3))
+
+
+def test_documents_that_are_no_pairs_are_left_out_and_counted(finished):
+    splits, said = finished.corpus.manifest["sources"]["text"], list[str]()
+    counts = sum((Counter(splits[split]["counts"]) for split in (TRAIN, HELD_OUT)), Counter())
+    assert counts["documents"] == 40
+    assert {key: n for key, n in counts.items() if key.startswith("dropped_")} == {
+        f"dropped_{reason.replace(' ', '_')}": 1 for reason in NO_PAIRS
+    }
+    for split in (TRAIN, HELD_OUT):
+        stream = finished.corpus.stream("text", split)
+        assert stream.num_sequences(48) == splits[split]["counts"]["documents"]
+        assert len(stream) == 48 * stream.num_sequences(48) + 1
+    prepare(finished.config.data, said.append)
+    for reason in NO_PAIRS:
+        assert f"data.sources.text: 1 of its documents are left out as no pair ({reason})" in said
+
+
+def test_a_caption_is_what_is_left_of_a_pair(finished):
+    batch, pictures = finished.loaders["main"].batch(0), finished.corpus.pictures("text", TRAIN)
+    texts, last = finished.engine.ids.captions(batch.tokens_BT)
+    assert texts.shape[1] == 48 - (finished.corpus.images.tiles.tokens_per_tile + 3)
+    for row, end, [tile] in zip(texts, last.tolist(), batch.images.tiles, strict=True):
+        number = int(Path(pictures.describe(tile.image).name).stem)
+        assert finished.corpus.tokenizer.decode(row[1:end].tolist()) == caption(number)
+
+
+def test_metrics_summary_and_report_show_retrieval(finished):
+    folder = finished.directory.path
+    lines = [json.loads(line) for line in finished.directory.metrics.read_text().splitlines()]
+    measured = [line for line in lines if "retrieval" in line]
+    assert [line["step"] for line in measured] == [2, 3]
+    found, summary = measured[-1]["retrieval"], json.loads((folder / "summary.json").read_text())
+    assert summary["retrieval"] == found and summary["heldout_loss"] == found["loss"]
+    assert found["pairs"] == finished.config.evaluation.sequences < finished.loaders["main"].num_held_out("text")
+    assert summary["total_parameters"] == sum(p.numel() for p in finished.engine.placed.model.parameters())
+    assert summary["total_parameters"] == num_parameters(finished.config)
+    assert summary["static_bytes"]["parameters"] == 4 * summary["total_parameters"]
+    page = (folder / "report.html").read_text()
+    assert "held-out loss, nats per pair" in page and "found first: captions of pictures" in page
+    assert "Retrieval among held-out pairs" in page
+
+
+def test_the_checkpoint_is_read_by_name(finished):
+    source = open_model(finished.directory.path)
+    for name, parameter in finished.engine.placed.model.named_parameters():
+        assert torch.equal(whole(source, name), parameter), name
+    assert "vision.projector.weight" in source.shapes and "embedding.weight" not in source.shapes
+
+
+def test_the_encoder_starts_a_language_model(finished):
+    parts = InitPartsConfig(vision=str(finished.directory.path))
+    said = list[str]()
+    source = initial_source(replace(finished.config.model, moe_every=2, init_parts=parts), 0, said.append)
+    weights = dict(finished.engine.placed.model.named_parameters())
+    names = {name for name in weights if name.startswith("vision.")} - {"vision.projector.weight"}
+    assert isinstance(source, PartSources) and source.sources.keys() == names
+    assert all(torch.equal(whole(source.sources[name], name), weights[name]) for name in names)
+    assert any("vision.projector.weight" in line and "starts as in a new model" in line for line in said)
+
+
+def test_verbs_that_need_a_language_model_refuse(finished, tmp_path):
+    folder, message = (
+        finished.directory.path,
+        "has no language model: it is trained with training.objective=contrastive",
+    )
+    with pytest.raises(ConfigError, match=f"^run=.*{message}"):
+        restore(folder, connect())
+    with pytest.raises(ConfigError, match=f"^source=.*{message}"):
+        export_checkpoint(folder, tmp_path / "out")
+    with pytest.raises(ConfigError, match=f"^run=.*{message}"):
+        certify.run(CertifyConfig(run=str(folder)))
+    model = replace(finished.config.model, init_from=str(folder))
+    with pytest.raises(ConfigError, match=r"^model\.init_from=.*: has no decoder: it is a contrastive run"):
+        initial_source(model, 0, print)
+
+
+def test_a_corpus_without_pairs_is_refused(finished, monkeypatch):
+    pair_tokens(finished.corpus, finished.config)
+    monkeypatch.setitem(finished.corpus.manifest, "packing", {"kind": "best_fit", "row_tokens": 48})
+    with pytest.raises(ConfigError, match=r"data\.tokens: has no image-caption pairs: .*; try data\.packing=pairs"):
+        pair_tokens(finished.corpus, finished.config)
+
+
+def test_initial_values_are_those_of_the_network(finished):
+    infos = run_parameters(finished.config)
+    assert {info.role for info in infos.values() if info.role.is_logit} == {Role.logit_scale, Role.logit_bias}
+    first = finished.config.training.contrastive.loss.first
+    for name, value in (("log_scale", first.log_scale), ("bias", first.bias)):
+        found = initial_slice(infos[name], finished.config.model, 0, [0], [1], torch.device("cpu"))
+        assert found.tolist() == pytest.approx([value])
+
+
+def test_the_scale_is_limited_after_each_step(finished):
+    assert isinstance(finished.engine, ContrastiveEngine)
+    towers = finished.engine.placed.model
+    kept = towers.log_scale.item()
+    finished.engine.forward_backward(finished.loaders["main"].batch(0), 4)
+    with torch.no_grad():
+        towers.log_scale.fill_(9.0)
+    finished.engine.step(0.0)
+    assert towers.log_scale.item() == pytest.approx(4.60517, abs=1e-5)
+    nn.init.constant_(towers.log_scale, kept)
+
+
+def test_captions_keep_what_is_no_picture():
+    ids = PairTokens((2, 3, 5), eos=1)
+    tokens = torch.tensor([[0, 2, 5, 3, 8, 9, 1, 1], [0, 7, 2, 5, 3, 1, 1, 1]])
+    texts, last = ids.captions(tokens)
+    assert texts.tolist() == [[0, 8, 9, 1, 1], [0, 7, 1, 1, 1]]
+    assert last.tolist() == [3, 2]
+
+
+def test_a_frozen_encoder_keeps_its_weights(root):
+    run = trainer(root, "frozen", [*overrides(root), "training.freeze=[vision]"])
+    before = {name: p.detach().clone() for name, p in run.engine.placed.model.named_parameters()}
+    run.train_step(0)
+    changed = {name for name, p in run.engine.placed.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if not name.startswith("vision.")}
+
+
+def test_memory_counts_the_towers(finished, monkeypatch):
+    monkeypatch.setattr("train.engine.memory.available_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match="parameters with gradients and optimizer state need"):
+        check_memory(finished.config, finished.meshes.layout, torch.device("cpu"))
