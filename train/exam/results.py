@@ -15,7 +15,10 @@ from train.run_directory import EVALUATIONS, read_lines
 
 _RESULT = {"fingerprint": str, "score": (float, None), "interval": ([float], None), "not_asked?": (str, None)}
 _SHOWN_SHAPE = {"suite": str, "step?": (int, None), "exams": {str: _RESULT}}
+NOT_LOOKED_FOR, IN_PART = "not looked for", "searched in part"
+"""Values of `contamination.status`."""
 _CONTAMINATION_SHAPE = {
+    "status": str,
     **dict.fromkeys(("found", "clean", "too_short"), int),
     **dict.fromkeys(("score_found", "score_clean"), (float, None)),
 }
@@ -83,10 +86,13 @@ def _beside(contamination: Any) -> tuple[str, float | None]:
     """Say how many questions are in the training corpus, and the scores on these and on the others. Return the last
     score too.
     """
+    if not misfit(contamination, {"status": str}) and contamination["status"] == NOT_LOOKED_FOR:
+        return "; questions not looked for in training text", None
     if misfit(contamination, _CONTAMINATION_SHAPE):
         return "", None
     found, short = contamination["found"], contamination["too_short"]
-    parts = [f"; {found} of {found + contamination['clean'] + short} questions in the training corpus"]
+    where = "the part of the training text that was searched" if contamination["status"] == IN_PART else "training text"
+    parts = [f"; {found} of {found + contamination['clean'] + short} questions in {where}"]
     parts += [f"{short} too short to be found"] * bool(short)
     for key, name in (("score_found", "score on these"), ("score_clean", "on the others")):
         if found and contamination[key] is not None:

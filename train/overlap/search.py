@@ -19,12 +19,12 @@ from data.corpus import Corpus
 from data.filter.config import ContaminationConfig
 from data.filter.screen.contamination import QuestionSearch, strings_of
 from train.exam.base import Exam
+from train.exam.results import IN_PART, NOT_LOOKED_FOR
 from train.overlap.corpus import CHARACTERS_PER_TOKEN, block_size, block_texts, blocks, run_corpus, texts_of_files
 
 WORDS = ContaminationConfig.words
 OVERLAPS = "overlaps.json"
 """File in a run's directory with the results of searches, so that a search is not repeated."""
-NOT_LOOKED_FOR = "not looked for"
 _SHAPE = {str: {"found": [str], "too_short": [str], "searched_tokens": int, "corpus_tokens": (int, None)}}
 
 Questions = Mapping[str, Sequence[str]]
@@ -64,7 +64,7 @@ class Overlap:
         if len(self.too_short) >= questions:
             return f"no question has {WORDS} words: none can be found"
         if self.corpus_tokens is None or self.searched_tokens < self.corpus_tokens:
-            return "searched in part"
+            return IN_PART
         return "searched"
 
 

@@ -113,7 +113,7 @@ def test_the_questions_are_looked_for_in_the_training_corpus(tmp_path, small_cor
     assert beside["status"] == "searched" and beside["ids_found"] == ["in"] and beside["corpus_tokens"] > 1000
     assert (beside["score_found"], beside["score_clean"], beside["found"], beside["clean"]) == (1, 0, 1, 1)
     assert lines[1]["exams"]["echo"]["contamination"] == beside
-    assert "1 of 2 questions in the training corpus, score on these 1.000" in (tmp_path / "run/log.txt").read_text()
+    assert "1 of 2 questions in training text, score on these 1.000" in (tmp_path / "run/log.txt").read_text()
     read = []
     monkeypatch.setattr(suites, "block_texts", lambda *block: read.append(block) or [])
     more = [*words[:-2], "training.steps=2", "evaluation.suites_every=1", "+phases=[{name: more, steps: 1}]"]
@@ -124,6 +124,7 @@ def test_the_questions_are_looked_for_in_the_training_corpus(tmp_path, small_cor
     assert trainer(tmp_path, "off", [*words, "evaluation.search_tokens=0"]).fit() == 0
     found = next(read_lines(tmp_path / "off" / "evaluations.jsonl"))["exams"]["echo"]["contamination"]
     assert found == {"status": "not looked for", "why": "evaluation.search_tokens=0"}
+    assert "; questions not looked for in training text)" in (tmp_path / "off/log.txt").read_text()
 
 
 def test_a_resumed_run_has_each_line_once(tmp_path, small_corpus):

@@ -139,7 +139,7 @@ def test_the_last_scores_of_examinations_are_listed(tmp_path, undrawn):
 def test_scores_are_drawn_by_step_with_their_intervals(tmp_path, drawn):
     """The last score of a step counts, a score without a step is not drawn, and damaged ones are left out and named."""
     run = make_run(tmp_path / "run")
-    beside = {"found": 1, "clean": 3, "too_short": 0, "score_found": 1.0, "score_clean": 0.25}
+    beside = {"status": "searched", "found": 1, "clean": 3, "too_short": 0, "score_found": 1.0, "score_clean": 0.25}
     lines = []
     for step, score in ((20, 0.1), (10, 0.25), (20, 0.5), (None, 1.0), (30, 7.0), (-1, 0.5)):
         one = {"fingerprint": "a" * 64, "score": score, "interval": [0.0, min(score + 0.1, 1.0)]}
@@ -158,6 +158,6 @@ def test_scores_are_drawn_by_step_with_their_intervals(tmp_path, drawn):
     assert len(axes.get_lines()) == 1, "control: nothing is known of these questions"
     assert data.problems["evaluations.jsonl"] == "scores that are no numbers from 0 to 1 are left out"
     text = str(data.examinations["smoke/lists (aaaaaaaa)"][-1])
-    assert text.startswith("1.000 (0.000 to 1.000; 1 of 4 questions in the training corpus, score on these 1.000, on")
+    assert text.startswith("1.000 (0.000 to 1.000; 1 of 4 questions in training text, score on these 1.000, on")
     (run / "evaluations.jsonl").unlink()
     assert not any("Examination" in one.title for one in plots.draw([RunData(run)])), "control"
