@@ -188,7 +188,10 @@ REFUSED = {
     "name": (["evaluation.suites=[smok]"], "evaluation.suites=smok: no such suite; a file must end in .yaml; try"),
     "every": (["evaluation.suites_every=2"], "evaluation.suites_every=2: applies to suites only"),
     "option": (["evaluation.suites=[OPTION]"], "suite.exams.a.options.numbr: no such key"),
-    "context": (["evaluation.suites=[smoke]"], "evaluation.suites=smoke: nothing of it can be asked; systems: it takes"),
+    "context": (
+        ["evaluation.suites=[smoke]"],
+        "evaluation.suites=smoke: nothing of it can be asked; systems: it takes",
+    ),
     "pictures": (["evaluation.suites=[scenes]"], "nothing of it can be asked; count: the model has no encoder"),
 }
 UNREADABLE = {
