@@ -22,24 +22,52 @@ import torch
 from torch import Tensor
 
 from model.attention.plan import AttentionPlan, ForwardContext
+from model.config import LayerConfig, ModelConfig
 
 _SPARE_SLOTS = 64
 """Slots beyond those of the prompts. They are doubled when they are full."""
+_AHEAD = 64
+"""New tokens for which rotary factors and temperatures are computed at once."""
 
 
 class TokenContext(ForwardContext):
-    """Context of one token for each sequence, at `positions`, whose keys and values are in a cache already."""
+    """Context of one token for each sequence, at `positions`, whose keys and values are in a cache already.
 
-    def __init__(self, positions: Sequence[int], device: torch.device | None) -> None:
+    Rotary factors and temperatures are rows of those of `ahead`, a context of the positions from `first` on. So many
+    steps share their computation.
+    """
+
+    def __init__(
+        self, positions: Sequence[int], device: torch.device | None, ahead: ForwardContext, first: int
+    ) -> None:
         super().__init__(torch.tensor(positions)[:, None], device)
-        self.positions = positions
+        self.positions, self._ahead = positions, ahead
+        self._rows_B = None if _all_equal(positions) else self.positions_BT[:, 0] - first
+        self._row = positions[0] - first
         self._slots: dict[int | None, Slots] = {}
+
+    def rotation(self, model: ModelConfig, layer: LayerConfig, dtype: torch.dtype) -> Tensor:
+        key = (layer.attention_chunk_size, dtype)
+        if key not in self._rotations:
+            self._rotations[key] = self._take(self._ahead.rotation(model, layer, dtype))
+        return self._rotations[key]
+
+    def temperature(self, model: ModelConfig, dtype: torch.dtype) -> Tensor:
+        if self._temperature is None:
+            self._temperature = self._take(self._ahead.temperature(model, dtype))
+        return self._temperature
+
+    def _take(self, table: Tensor) -> Tensor:
+        """Return the rows of these positions, [B, 1, ...] or [1, 1, ...], of a table [1, positions, ...]."""
+        if self._rows_B is None:
+            return table[:, self._row : self._row + 1]
+        return table[0].index_select(0, self._rows_B)[:, None]
 
     def slots(self, chunk: int | None) -> Slots:
         """Return where layers with this chunk size store the tokens."""
         if chunk not in self._slots:
             numbers = [slot(position, chunk) for position in self.positions]
-            same = numbers[0] if numbers.count(numbers[0]) == len(numbers) else None
+            same = numbers[0] if _all_equal(numbers) else None
             numbers_B = None if same is not None else torch.tensor(numbers, device=self.positions_BT.device)
             self._slots[chunk] = Slots(max(numbers) + 1, same, numbers_B)
         return self._slots[chunk]
@@ -75,12 +103,14 @@ class KeyValueCache:
         self.lengths: list[int] = []
         self._layers: dict[object, _LayerCache] = {}
         self._token: TokenContext | None = None
+        self._ahead: ForwardContext | None = None
+        self._first = self._end = 0
 
     def prompts(self, lengths: Sequence[int], device: torch.device | None = None) -> ForwardContext:
         """Return the context of the first pass: over prompts of these lengths, padded at their ends to the longest. The
         model returns logits [B, 1, V] after the last token of each. Forgets earlier sequences.
         """
-        self.lengths, self._layers, self._token = list(lengths), {}, None
+        self.lengths, self._layers, self._token, self._ahead = list(lengths), {}, None, None
         context = ForwardContext(torch.arange(max(lengths)).expand(len(lengths), -1), device)
         context.last_B = torch.tensor(self.lengths, device=device) - 1
         context.cache = self
@@ -88,7 +118,10 @@ class KeyValueCache:
 
     def next_token(self, device: torch.device | None = None) -> ForwardContext:
         """Return the context of a pass over one more token of each sequence, [B, 1]."""
-        self._token = context = TokenContext(self.lengths, device)
+        if self._ahead is None or max(self.lengths) >= self._end:
+            self._first, self._end = min(self.lengths), max(self.lengths) + _AHEAD
+            self._ahead = ForwardContext(torch.arange(self._first, self._end)[None], device)
+        self._token = context = TokenContext(self.lengths, device, self._ahead, self._first)
         self.lengths = [length + 1 for length in self.lengths]
         context.cache = self
         return context
@@ -142,6 +175,10 @@ class _LayerCache:
             torch.cat([x, x.new_zeros(len(x), more, *x.shape[2:])], 1) for x in (self.keys, self.values)
         )
         self.slots += more
+
+
+def _all_equal(numbers: Sequence[int]) -> bool:
+    return numbers.count(numbers[0]) == len(numbers)
 
 
 def _at_most(slots: int, most: int | None) -> int:
