@@ -15,6 +15,9 @@ from precision import cpu_gemm
 from precision.gemm import Groups
 
 
+_FEW_ROWS = 16
+
+
 class NativeGemm:
     """Casts both operands to the compute dtype and multiplies. The cast is part of the autograd graph, so gradients of
     bf16 matmuls accumulate in the dtype of the master weights, fp32.
@@ -30,6 +33,8 @@ class NativeGemm:
             x, w = x.to(self.compute_dtype), w.to(self.compute_dtype)
         if groups is None:
             rows = x.shape[:-1].numel()
+            if rows <= _FEW_ROWS and not torch.is_grad_enabled():
+                return cpu_gemm.multiply_few_rows(x, w)
             by_onednn = rows % 64 == 0 and cpu_gemm.is_faster(x, rows, *w.shape)
             return _NativeProduct.apply(x, w, None) if by_onednn else F.linear(x, w)
         if groups.known is not None and x.device.type == "cpu" and not torch.is_grad_enabled():
@@ -106,7 +111,8 @@ def _of_used_experts(x_CK: Tensor, w_ENK: Tensor, counts: list[int]) -> Tensor:
     found, start = [], 0
     for expert, count in enumerate(counts):
         if count:
-            found.append(F.linear(x_CK[start : start + count], w_ENK[expert]))
+            rows_CK = x_CK if count == len(x_CK) else x_CK[start : start + count]
+            found.append(cpu_gemm.multiply_few_rows(rows_CK, w_ENK[expert]))
             start += count
     if start < len(x_CK) or not found:
         found.append(x_CK.new_zeros(len(x_CK) - start, w_ENK.shape[1]))

@@ -15,7 +15,7 @@ Shapes: B batch, T sequence, S slots, G key/value heads, K head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,10 +97,15 @@ def slot(position: int, chunk: int | None) -> int:
 
 
 class KeyValueCache:
-    """Keys and values of every layer for a batch of sequences of `lengths` tokens."""
+    """Keys and values of every layer for a batch of sequences of `lengths` tokens.
 
-    def __init__(self) -> None:
-        self.lengths: list[int] = []
+    `joins`: whether to keep a copy of the query, key and value matrices of each layer, joined to one, from the first
+    token after the prompts until the next prompts. Not for sharded weights, which would stay whole.
+    """
+
+    def __init__(self, joins: bool = True) -> None:
+        self.joins = joins
+        self._joined: dict[object, Tensor] = {}
         self._layers: dict[object, _LayerCache] = {}
         self._token: TokenContext | None = None
         self._ahead: ForwardContext | None = None
@@ -110,7 +115,7 @@ class KeyValueCache:
         """Return the context of the first pass: over prompts of these lengths, padded at their ends to the longest. The
         model returns logits [B, 1, V] after the last token of each. Forgets earlier sequences.
         """
-        self.lengths, self._layers, self._token, self._ahead = list(lengths), {}, None, None
+        self.lengths, self._layers, self._joined, self._token, self._ahead = list(lengths), {}, {}, None, None
         context = ForwardContext(torch.arange(max(lengths)).expand(len(lengths), -1), device)
         context.last_B = torch.tensor(self.lengths, device=device) - 1
         context.cache = self
@@ -131,6 +136,14 @@ class KeyValueCache:
         self.lengths = [self.lengths[index] for index in sequences]
         for layer in self._layers.values():
             layer.keep(sequences)
+
+    def joined(self, layer: object, join: Callable[[], Tensor]) -> Tensor | None:
+        """Return what `join` returned at the first token after the prompts, or None while the prompts are read."""
+        if self._token is None or not self.joins:
+            return None
+        if layer not in self._joined:
+            self._joined[layer] = join()
+        return self._joined[layer]
 
     def extend(self, layer: object, chunk: int | None, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of one layer, and return those that the queries may attend to."""
@@ -160,7 +173,7 @@ class _LayerCache:
             self._grow()
         for stored, new in ((self.keys, k_B1GK), (self.values, v_B1GK)):
             if slots.same is not None:
-                stored[:, slots.same] = new[:, 0]
+                stored.narrow(1, slots.same, 1).copy_(new)
             else:
                 stored[torch.arange(len(new), device=new.device), slots.numbers_B] = new[:, 0]
         return self.keys[:, : slots.count], self.values[:, : slots.count]

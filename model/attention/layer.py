@@ -17,6 +17,7 @@ from model.attention.segments import attend_segments
 from model.config import LayerConfig, ModelConfig, QKNorm
 from model.layers import Linear, RMSNorm, rms_normalise
 from model.roles import Role
+from precision.native_gemm import NativeGemm
 from precision.resolve import LayerGemms
 
 
@@ -48,19 +49,14 @@ class Attention(nn.Module):
             self.query_norm, self.key_norm = (RMSNorm(n, model.norm_eps, Role.qk_norm) for n in sizes[layer.qk_norm])
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
-        heads = (-1, self.model.head_dim)
-        q, k = self.query(x_BTD), self.key(x_BTD)
-        if self.layer.qk_norm is QKNorm.full:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q_BTHK, k_BTGK = q.unflatten(-1, heads), k.unflatten(-1, heads)
-        if self.layer.qk_norm is QKNorm.per_head:
-            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
-        v_BTGK = self.value(x_BTD).unflatten(-1, heads)
-        if x_BTD.shape[1] > 1:
+        if (joined := self._joined(context)) is not None:
+            groups = self.model.num_kv_heads
+            heads_BTHK = self.query.gemm.linear(x_BTD, joined).unflatten(-1, (-1, self.model.head_dim))
+            qk_BTHK, v_BTGK = heads_BTHK.split([heads_BTHK.shape[2] - groups, groups], 2)
+            q_BTHK, k_BTGK = self._turn(qk_BTHK, context).split([self.model.num_heads, groups], 2)
+        else:
+            q_BTHK, k_BTGK, v_BTGK = self._projections(x_BTD)
             q_BTHK, k_BTGK = (self._turn(x, context) for x in (q_BTHK, k_BTGK))
-        else:  # in generation the number of operations counts, not that of bytes
-            sizes = [q_BTHK.shape[2], k_BTGK.shape[2]]
-            q_BTHK, k_BTGK = self._turn(torch.cat([q_BTHK, k_BTGK], 2), context).split(sizes, 2)
         if self.model.multipliers.attention != 1:
             q_BTHK = q_BTHK * self.model.multipliers.attention
         if self.layer.temperature:
@@ -69,6 +65,28 @@ class Attention(nn.Module):
             k_BTGK, v_BTGK = context.cache.extend(self, self.layer.attention_chunk_size, k_BTGK, v_BTGK)
         y_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, context, self.layer.attention_chunk_size)
         return self.output(y_BTHK.flatten(-2))
+
+    def _projections(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return heads of queries, keys and values before rotation. Norms with a gain are applied."""
+        heads = (-1, self.model.head_dim)
+        q, k = self.query(x_BTD), self.key(x_BTD)
+        if self.layer.qk_norm is QKNorm.full:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q_BTHK, k_BTGK = q.unflatten(-1, heads), k.unflatten(-1, heads)
+        if self.layer.qk_norm is QKNorm.per_head:
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
+        return q_BTHK, k_BTGK, self.value(x_BTD).unflatten(-1, heads)
+
+    def _joined(self, context: ForwardContext) -> Tensor | None:
+        """Return the matrices of queries, keys and values as one, if this token by token generation may use it: there
+        the number of operations counts, not that of bytes.
+        """
+        if context.cache is None or self.layer.qk_norm in (QKNorm.full, QKNorm.per_head):
+            return None
+        parts, gemm = (self.query, self.key, self.value), self.query.gemm
+        if not all(isinstance(part.gemm, NativeGemm) for part in parts):
+            return None
+        return context.cache.joined(self, lambda: torch.cat([part.weight.to(gemm.compute_dtype) for part in parts]))
 
     def _turn(self, x_BTHK: Tensor, context: ForwardContext) -> Tensor:
         """Rotate heads of queries or keys by their positions, and normalise them without a gain, as the layer says."""
