@@ -14,8 +14,8 @@ from torch import Tensor
 from precision import cpu_gemm
 from precision.gemm import Groups
 
-
 _FEW_ROWS = 16
+"""Rows up to which `cpu_gemm.multiply_few_rows` multiplies them."""
 
 
 class NativeGemm:
@@ -112,7 +112,8 @@ def _of_used_experts(x_CK: Tensor, w_ENK: Tensor, counts: list[int]) -> Tensor:
     for expert, count in enumerate(counts):
         if count:
             rows_CK = x_CK if count == len(x_CK) else x_CK[start : start + count]
-            found.append(cpu_gemm.multiply_few_rows(rows_CK, w_ENK[expert]))
+            multiply = cpu_gemm.multiply_few_rows if count <= _FEW_ROWS else F.linear
+            found.append(multiply(rows_CK, w_ENK[expert]))
             start += count
     if start < len(x_CK) or not found:
         found.append(x_CK.new_zeros(len(x_CK) - start, w_ENK.shape[1]))

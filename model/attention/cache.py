@@ -15,7 +15,7 @@ Shapes: B batch, T sequence, S slots, G key/value heads, K head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +33,8 @@ _AHEAD = 64
 class TokenContext(ForwardContext):
     """Context of one token for each sequence, at `positions`, whose keys and values are in a cache already.
 
-    Rotary factors and temperatures are rows of those of `ahead`, a context of the positions from `first` on. So many
-    steps share their computation.
+    Rotary factors and temperatures are rows of those of `ahead`, a context of the positions from `first` on, which many
+    steps share.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ def slot(position: int, chunk: int | None) -> int:
 
 
 class KeyValueCache:
-    """Keys and values of every layer for a batch of sequences of `lengths` tokens.
+    """Keys and values of every layer for a batch of sequences, whose last documents have `lengths` tokens.
 
     `joins`: whether to keep a copy of the query, key and value matrices of each layer, joined to one, from the first
     token after the prompts until the next prompts. Not for sharded weights, which would stay whole.
@@ -105,19 +105,29 @@ class KeyValueCache:
 
     def __init__(self, joins: bool = True) -> None:
         self.joins = joins
+        self.lengths: list[int] = []
+        self._ends: list[int] = []
         self._joined: dict[object, Tensor] = {}
         self._layers: dict[object, _LayerCache] = {}
         self._token: TokenContext | None = None
         self._ahead: ForwardContext | None = None
         self._first = self._end = 0
 
-    def prompts(self, lengths: Sequence[int], device: torch.device | None = None) -> ForwardContext:
+    def prompts(
+        self, lengths: Sequence[int], device: torch.device | None = None, positions_BT: Tensor | None = None
+    ) -> ForwardContext:
         """Return the context of the first pass: over prompts of these lengths, padded at their ends to the longest. The
         model returns logits [B, 1, V] after the last token of each. Forgets earlier sequences.
+
+        `positions_BT`, on the host, restart at 0 with each document of packed prompts, as in training. The new tokens
+        belong to the last document. None: a prompt is one document.
         """
-        self.lengths, self._layers, self._joined, self._token, self._ahead = list(lengths), {}, {}, None, None
-        context = ForwardContext(torch.arange(max(lengths)).expand(len(lengths), -1), device)
-        context.last_B = torch.tensor(self.lengths, device=device) - 1
+        if positions_BT is None:
+            positions_BT = torch.arange(max(lengths)).expand(len(lengths), -1)
+        self.lengths = [int(row_T[length - 1]) + 1 for row_T, length in zip(positions_BT, lengths, strict=True)]
+        self._ends, self._layers, self._joined, self._token, self._ahead = list(lengths), {}, {}, None, None
+        context = ForwardContext(positions_BT, device)
+        context.last_B = torch.tensor(self._ends, device=device) - 1
         context.cache = self
         return context
 
@@ -137,35 +147,36 @@ class KeyValueCache:
         for layer in self._layers.values():
             layer.keep(sequences)
 
-    def joined(self, layer: object, join: Callable[[], Tensor]) -> Tensor | None:
-        """Return what `join` returned at the first token after the prompts, or None while the prompts are read."""
+    def joined(self, layer: object, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+        """Return these matrices of a layer as one, or None while the prompts are read."""
         if self._token is None or not self.joins:
             return None
         if layer not in self._joined:
-            self._joined[layer] = join()
+            self._joined[layer] = torch.cat(list(weights)).to(dtype)
         return self._joined[layer]
 
     def extend(self, layer: object, chunk: int | None, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of one layer, and return those that the queries may attend to."""
         if self._token is not None:
             return self._layers[layer].write(self._token.slots(chunk), k_BTGK, v_BTGK)
-        self._layers[layer] = _LayerCache(chunk, self.lengths, k_BTGK, v_BTGK)
+        self._layers[layer] = _LayerCache(chunk, self._ends, self.lengths, k_BTGK, v_BTGK)
         return k_BTGK, v_BTGK
 
 
 class _LayerCache:
     """Keys and values of one layer, each [B, S, G, K]."""
 
-    def __init__(self, chunk: int | None, lengths: list[int], k_BTGK: Tensor, v_BTGK: Tensor) -> None:
+    def __init__(self, chunk: int | None, ends: list[int], lengths: list[int], k_BTGK: Tensor, v_BTGK: Tensor) -> None:
+        """Take, from sequences that end at `ends`, what the last document of each, of `lengths` tokens, needs."""
         longest = k_BTGK.shape[1]
         self.most = chunk
         self.slots = _at_most(longest + _SPARE_SLOTS, chunk)
         # zeros, because a masked NaN would still reach the sum over values
         self.keys, self.values = (x.new_zeros(len(x), self.slots, *x.shape[2:]) for x in (k_BTGK, v_BTGK))
-        for row, length in enumerate(lengths):
+        for row, (end, length) in enumerate(zip(ends, lengths, strict=True)):
             kept = slot(length, chunk)  # positions of the chunk to which the next token belongs
-            self.keys[row, :kept] = k_BTGK[row, length - kept : length]
-            self.values[row, :kept] = v_BTGK[row, length - kept : length]
+            self.keys[row, :kept] = k_BTGK[row, end - kept : end]
+            self.values[row, :kept] = v_BTGK[row, end - kept : end]
 
     def write(self, slots: Slots, k_B1GK: Tensor, v_B1GK: Tensor) -> tuple[Tensor, Tensor]:
         """Store one token of each sequence, and return the slots [B, S, G, K] up to the last one in use."""

@@ -49,14 +49,13 @@ class Attention(nn.Module):
             self.query_norm, self.key_norm = (RMSNorm(n, model.norm_eps, Role.qk_norm) for n in sizes[layer.qk_norm])
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
-        if (joined := self._joined(context)) is not None:
-            groups = self.model.num_kv_heads
-            heads_BTHK = self.query.gemm.linear(x_BTD, joined).unflatten(-1, (-1, self.model.head_dim))
-            qk_BTHK, v_BTGK = heads_BTHK.split([heads_BTHK.shape[2] - groups, groups], 2)
-            q_BTHK, k_BTGK = self._turn(qk_BTHK, context).split([self.model.num_heads, groups], 2)
-        else:
+        if x_BTD.shape[1] > 1:
             q_BTHK, k_BTGK, v_BTGK = self._projections(x_BTD)
             q_BTHK, k_BTGK = (self._turn(x, context) for x in (q_BTHK, k_BTGK))
+        else:  # in generation the number of operations counts, not that of bytes
+            qk_BTHK, v_BTGK = self._joined_projections(x_BTD, context)
+            sizes = [qk_BTHK.shape[2] - v_BTGK.shape[2], v_BTGK.shape[2]]
+            q_BTHK, k_BTGK = self._turn(qk_BTHK, context).split(sizes, 2)
         if self.model.multipliers.attention != 1:
             q_BTHK = q_BTHK * self.model.multipliers.attention
         if self.layer.temperature:
@@ -77,16 +76,21 @@ class Attention(nn.Module):
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         return q_BTHK, k_BTGK, self.value(x_BTD).unflatten(-1, heads)
 
-    def _joined(self, context: ForwardContext) -> Tensor | None:
-        """Return the matrices of queries, keys and values as one, if this token by token generation may use it: there
-        the number of operations counts, not that of bytes.
+    def _joined_projections(self, x_BTD: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Return what `_projections` returns, with heads of queries and keys in one tensor. If the cache keeps matrices
+        and no norm comes between, they are multiplied as one.
         """
-        if context.cache is None or self.layer.qk_norm in (QKNorm.full, QKNorm.per_head):
-            return None
-        parts, gemm = (self.query, self.key, self.value), self.query.gemm
-        if not all(isinstance(part.gemm, NativeGemm) for part in parts):
-            return None
-        return context.cache.joined(self, lambda: torch.cat([part.weight.to(gemm.compute_dtype) for part in parts]))
+        parts = (self.query, self.key, self.value)
+        plain = self.layer.qk_norm in (QKNorm.none, QKNorm.weightless)
+        if context.cache is not None and plain and all(isinstance(part.gemm, NativeGemm) for part in parts):
+            weight = context.cache.joined(self, [part.weight for part in parts], x_BTD.dtype)
+            if weight is not None:
+                heads_BTHK = self.query.gemm.linear(x_BTD, weight).unflatten(-1, (-1, self.model.head_dim))
+                values = self.value.weight.shape[0] // self.model.head_dim
+                qk_BTHK, v_BTGK = heads_BTHK.split([heads_BTHK.shape[2] - values, values], 2)
+                return qk_BTHK, v_BTGK
+        q_BTHK, k_BTGK, v_BTGK = self._projections(x_BTD)
+        return torch.cat([q_BTHK, k_BTGK], 2), v_BTGK
 
     def _turn(self, x_BTHK: Tensor, context: ForwardContext) -> Tensor:
         """Rotate heads of queries or keys by their positions, and normalise them without a gain, as the layer says."""

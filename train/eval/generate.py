@@ -52,7 +52,9 @@ class CachedModel:
         sharded: bool = False,
     ) -> None:
         self.forward, self.context, self.device = forward, context, device
-        self.no_gradients: Callable[[], AbstractContextManager[Any]] = torch.no_grad if sharded else torch.inference_mode
+        self.no_gradients: Callable[[], AbstractContextManager[Any]] = (
+            torch.no_grad if sharded else torch.inference_mode
+        )
         self.sequences: list[list[int]] = []
         self._has_images = False
         self._cache = KeyValueCache(joins=not sharded)
