@@ -106,7 +106,8 @@ class RMSNorm(nn.Module):
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """Apply an RMS norm without a gain over the last dimension in at least float32. The result has the dtype of `x`."""
-    return torch.rms_norm(widened(x), x.shape[-1:], None, eps).to(x.dtype)
+    y = torch.rms_norm(widened(x), x.shape[-1:], None, eps)
+    return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 class GatedMLP(nn.Module):

@@ -32,9 +32,9 @@ class NativeGemm:
         if x.dtype is not self.compute_dtype or w.dtype is not self.compute_dtype:  # a call costs more than this
             x, w = x.to(self.compute_dtype), w.to(self.compute_dtype)
         if groups is None:
-            rows = x.shape[:-1].numel()
-            if rows <= _FEW_ROWS and not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() and x.numel() <= _FEW_ROWS * w.shape[1]:
                 return cpu_gemm.multiply_few_rows(x, w)
+            rows = x.shape[:-1].numel()
             by_onednn = rows % 64 == 0 and cpu_gemm.is_faster(x, rows, *w.shape)
             return _NativeProduct.apply(x, w, None) if by_onednn else F.linear(x, w)
         if groups.known is not None and x.device.type == "cpu" and not torch.is_grad_enabled():
@@ -113,7 +113,7 @@ def _of_used_experts(x_CK: Tensor, w_ENK: Tensor, counts: list[int]) -> Tensor:
         if count:
             rows_CK = x_CK if count == len(x_CK) else x_CK[start : start + count]
             multiply = cpu_gemm.multiply_few_rows if count <= _FEW_ROWS else F.linear
-            found.append(multiply(rows_CK, w_ENK[expert]))
+            found.append(multiply(rows_CK, w_ENK.select(0, expert)))
             start += count
     if start < len(x_CK) or not found:
         found.append(x_CK.new_zeros(len(x_CK) - start, w_ENK.shape[1]))

@@ -15,7 +15,7 @@ Shapes: B batch, T sequence, S slots, G key/value heads, K head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -147,12 +147,12 @@ class KeyValueCache:
         for layer in self._layers.values():
             layer.keep(sequences)
 
-    def joined(self, layer: object, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-        """Return these matrices of a layer as one, or None while the prompts are read."""
+    def joined(self, layer: object, join: Callable[[], Tensor]) -> Tensor | None:
+        """Return the matrices of a layer that `join` joins to one, or None while the prompts are read."""
         if self._token is None or not self.joins:
             return None
         if layer not in self._joined:
-            self._joined[layer] = torch.cat(list(weights)).to(dtype)
+            self._joined[layer] = join()
         return self._joined[layer]
 
     def extend(self, layer: object, chunk: int | None, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,8 @@ class Attention(nn.Module):
         self.key = Linear(model.hidden_size, kv_size, Role.key, gemms)
         self.value = Linear(model.hidden_size, kv_size, Role.value, gemms)
         self.output = Linear(query_size, model.hidden_size, Role.attention_output, gemms)
+        plain = all(isinstance(part.gemm, NativeGemm) for part in (self.query, self.key, self.value))
+        self._joins = plain and layer.qk_norm in (QKNorm.none, QKNorm.weightless)
         sizes = {QKNorm.per_head: (model.head_dim, model.head_dim), QKNorm.full: (query_size, kv_size)}
         if layer.qk_norm in sizes:
             self.query_norm, self.key_norm = (RMSNorm(n, model.norm_eps, Role.qk_norm) for n in sizes[layer.qk_norm])
@@ -80,17 +82,19 @@ class Attention(nn.Module):
         """Return what `_projections` returns, with heads of queries and keys in one tensor. If the cache keeps matrices
         and no norm comes between, they are multiplied as one.
         """
-        parts = (self.query, self.key, self.value)
-        plain = self.layer.qk_norm in (QKNorm.none, QKNorm.weightless)
-        if context.cache is not None and plain and all(isinstance(part.gemm, NativeGemm) for part in parts):
-            weight = context.cache.joined(self, [part.weight for part in parts], x_BTD.dtype)
+        if context.cache is not None and self._joins:
+            weight = context.cache.joined(self, self._joined_weights)
             if weight is not None:
                 heads_BTHK = self.query.gemm.linear(x_BTD, weight).unflatten(-1, (-1, self.model.head_dim))
-                values = self.value.weight.shape[0] // self.model.head_dim
-                qk_BTHK, v_BTGK = heads_BTHK.split([heads_BTHK.shape[2] - values, values], 2)
+                groups = self.model.num_kv_heads
+                qk_BTHK, v_BTGK = heads_BTHK.split([self.model.num_heads + groups, groups], 2)
                 return qk_BTHK, v_BTGK
         q_BTHK, k_BTGK, v_BTGK = self._projections(x_BTD)
         return torch.cat([q_BTHK, k_BTGK], 2), v_BTGK
+
+    def _joined_weights(self) -> Tensor:
+        weights = [part.weight for part in (self.query, self.key, self.value)]
+        return torch.cat(weights).to(self.query.gemm.compute_dtype)
 
     def _turn(self, x_BTHK: Tensor, context: ForwardContext) -> Tensor:
         """Rotate heads of queries or keys by their positions, and normalise them without a gain, as the layer says."""

@@ -8,7 +8,7 @@ Shapes: B batch, T sequence, K head dim, N blocks of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,10 +49,8 @@ class AttentionPlan:
 class KeyValueStore(Protocol):
     """Keeps keys and values from one forward pass to the next: `model.attention.cache`."""
 
-    def joined(self, layer: object, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-        """Return these matrices of a layer, joined to one of `dtype` that is kept from token to token; None: multiply
-        by each.
-        """
+    def joined(self, layer: object, join: Callable[[], Tensor]) -> Tensor | None:
+        """Return the matrices of a layer that `join` joins to one, kept from token to token; None: multiply by each."""
         ...
 
     def extend(self, layer: object, chunk: int | None, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
