@@ -80,8 +80,9 @@ def test_logits_are_those_of_whole_sequences(name, lengths):
     assert largest_difference(FAMILIES[name], lengths) < 1e-10
 
 
-def test_slots_grow(monkeypatch):
-    monkeypatch.setattr(cache, "_SPARE_SLOTS", 1)
+@pytest.mark.parametrize("name", ["_SPARE_SLOTS", "_AHEAD"])
+def test_slots_and_prepared_positions_grow(name, monkeypatch):
+    monkeypatch.setattr(cache, name, 2)
     assert largest_difference(LLAMA4) < 1e-10
 
 
