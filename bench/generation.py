@@ -115,7 +115,7 @@ def run() -> Iterator[Result]:
         without = partial(whole_windows, model, asked[0])
         assert_equal(cached(model, asked)[:1], [without()])
         title = f"generation with a cache, batch of {count}, vs without a cache"
-        yield compared(title, [partial(cached, model, asked), without], (count, 1), 5.0, rounds=3)
+        yield compared(title, [partial(cached, model, asked), without], (count, 1), 5.0, rounds=5)
 
 
 def against_transformers(model: Transformer, peer: Any, count: int) -> Result:

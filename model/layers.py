@@ -96,16 +96,18 @@ class RMSNorm(nn.Module):
         self.eps, self.scale = eps, scale
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype is self.weight.dtype is at_least_float32(x.dtype) and not torch.is_grad_enabled():
-            y = torch.rms_norm(x, self.weight.shape, self.weight, self.eps)  # the same in one call
+        gain = self.weight
+        if x.dtype is gain.dtype is at_least_float32(x.dtype) and not torch.is_grad_enabled():
+            y = torch.rms_norm(x, gain.shape, gain, self.eps)  # the same in one call
         else:
-            y = rms_normalise(x, self.eps) * self.weight.to(x.dtype)
+            y = rms_normalise(x, self.eps) * gain.to(x.dtype)
         return y if self.scale == 1 else y * self.scale
 
 
 def rms_normalise(x: Tensor, eps: float) -> Tensor:
     """Apply an RMS norm without a gain over the last dimension in at least float32. The result has the dtype of `x`."""
-    return torch.rms_norm(widened(x), x.shape[-1:], None, eps).to(x.dtype)
+    y = torch.rms_norm(widened(x), x.shape[-1:], None, eps)
+    return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 class GatedMLP(nn.Module):

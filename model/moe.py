@@ -103,15 +103,32 @@ class LocalDispatcher:
 
     def __call__(self, x_TD: Tensor, routing: TopKRouting) -> Dispatched:
         slots = routing.experts_TK
-        if slots.device.type == "cpu" and self.token_multiple == 1 and slots.numel() <= _FEW_SLOTS:
-            rows = permute_on_host(slots, self.experts)
-        else:
-            rows = permute_by_expert(slots, self.experts, self.token_multiple)
+        few = slots.device.type == "cpu" and self.token_multiple == 1 and slots.numel() <= _FEW_SLOTS
+        if few and len(slots) == 1 and not torch.is_grad_enabled():
+            return dispatch_one_token(x_TD, routing, self.experts, self.weights_on)
+        permute = permute_on_host if few else partial(permute_by_expert, multiple=self.token_multiple)
+        rows = permute(slots, self.experts)
         return dispatch_rows(self.kernels, rows, x_TD, routing.weights_TK, self.weights_on)
 
 
 _FEW_SLOTS = 64
 """Number of slots up to which Python sorts faster than a dozen tensor operations: in generation, token by token."""
+
+
+def dispatch_one_token(x_1D: Tensor, routing: TopKRouting, experts: int, weights_on: WeightsOn) -> Dispatched:
+    """Dispatch a token on a CPU without gradients, in fewer operations: all rows are the token, times their weights."""
+    chosen, weights_1K = routing.experts_TK.tolist()[0], routing.weights_TK.to(x_1D.dtype)
+    if len(chosen) > 1:
+        order = sorted(range(len(chosen)), key=chosen.__getitem__)
+        weights_1K = weights_1K.index_select(1, torch.tensor(order))
+    counts = [0] * experts
+    for expert in chosen:
+        counts[expert] += 1
+    groups = Groups(torch.tensor(counts), counts)
+    if weights_on is WeightsOn.output:
+        return Dispatched(x_1D.expand(len(chosen), -1), groups, weights_1K.matmul)
+    x_KD = x_1D * weights_1K.t()
+    return Dispatched(x_KD, groups, lambda y_KD: y_KD if len(chosen) == 1 else y_KD.sum(0, keepdim=True))
 
 
 def permute_on_host(experts_TK: Tensor, experts: int) -> SortedSlots:

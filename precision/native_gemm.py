@@ -14,6 +14,9 @@ from torch import Tensor
 from precision import cpu_gemm
 from precision.gemm import Groups
 
+_FEW_ROWS = 16
+"""Rows up to which `cpu_gemm.multiply_few_rows` multiplies them."""
+
 
 class NativeGemm:
     """Casts both operands to the compute dtype and multiplies. The cast is part of the autograd graph, so gradients of
@@ -29,6 +32,8 @@ class NativeGemm:
         if x.dtype is not self.compute_dtype or w.dtype is not self.compute_dtype:  # a call costs more than this
             x, w = x.to(self.compute_dtype), w.to(self.compute_dtype)
         if groups is None:
+            if not torch.is_grad_enabled() and x.numel() <= _FEW_ROWS * w.shape[1]:
+                return cpu_gemm.multiply_few_rows(x, w)
             rows = x.shape[:-1].numel()
             by_onednn = rows % 64 == 0 and cpu_gemm.is_faster(x, rows, *w.shape)
             return _NativeProduct.apply(x, w, None) if by_onednn else F.linear(x, w)
@@ -106,7 +111,9 @@ def _of_used_experts(x_CK: Tensor, w_ENK: Tensor, counts: list[int]) -> Tensor:
     found, start = [], 0
     for expert, count in enumerate(counts):
         if count:
-            found.append(F.linear(x_CK[start : start + count], w_ENK[expert]))
+            rows_CK = x_CK if count == len(x_CK) else x_CK[start : start + count]
+            multiply = cpu_gemm.multiply_few_rows if count <= _FEW_ROWS else F.linear
+            found.append(multiply(rows_CK, w_ENK.select(0, expert)))
             start += count
     if start < len(x_CK) or not found:
         found.append(x_CK.new_zeros(len(x_CK) - start, w_ENK.shape[1]))

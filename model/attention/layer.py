@@ -17,6 +17,7 @@ from model.attention.segments import attend_segments
 from model.config import LayerConfig, ModelConfig, QKNorm
 from model.layers import Linear, RMSNorm, rms_normalise
 from model.roles import Role
+from precision.native_gemm import NativeGemm
 from precision.resolve import LayerGemms
 
 
@@ -43,24 +44,20 @@ class Attention(nn.Module):
         self.key = Linear(model.hidden_size, kv_size, Role.key, gemms)
         self.value = Linear(model.hidden_size, kv_size, Role.value, gemms)
         self.output = Linear(query_size, model.hidden_size, Role.attention_output, gemms)
+        plain = all(isinstance(part.gemm, NativeGemm) for part in (self.query, self.key, self.value))
+        self._joins = plain and layer.qk_norm in (QKNorm.none, QKNorm.weightless)
         sizes = {QKNorm.per_head: (model.head_dim, model.head_dim), QKNorm.full: (query_size, kv_size)}
         if layer.qk_norm in sizes:
             self.query_norm, self.key_norm = (RMSNorm(n, model.norm_eps, Role.qk_norm) for n in sizes[layer.qk_norm])
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
-        heads = (-1, self.model.head_dim)
-        q, k = self.query(x_BTD), self.key(x_BTD)
-        if self.layer.qk_norm is QKNorm.full:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q_BTHK, k_BTGK = q.unflatten(-1, heads), k.unflatten(-1, heads)
-        if self.layer.qk_norm is QKNorm.per_head:
-            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
-        v_BTGK = self.value(x_BTD).unflatten(-1, heads)
         if x_BTD.shape[1] > 1:
+            q_BTHK, k_BTGK, v_BTGK = self._projections(x_BTD)
             q_BTHK, k_BTGK = (self._turn(x, context) for x in (q_BTHK, k_BTGK))
         else:  # in generation the number of operations counts, not that of bytes
-            sizes = [q_BTHK.shape[2], k_BTGK.shape[2]]
-            q_BTHK, k_BTGK = self._turn(torch.cat([q_BTHK, k_BTGK], 2), context).split(sizes, 2)
+            qk_BTHK, v_BTGK = self._joined_projections(x_BTD, context)
+            sizes = [qk_BTHK.shape[2] - v_BTGK.shape[2], v_BTGK.shape[2]]
+            q_BTHK, k_BTGK = self._turn(qk_BTHK, context).split(sizes, 2)
         if self.model.multipliers.attention != 1:
             q_BTHK = q_BTHK * self.model.multipliers.attention
         if self.layer.temperature:
@@ -69,6 +66,35 @@ class Attention(nn.Module):
             k_BTGK, v_BTGK = context.cache.extend(self, self.layer.attention_chunk_size, k_BTGK, v_BTGK)
         y_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, context, self.layer.attention_chunk_size)
         return self.output(y_BTHK.flatten(-2))
+
+    def _projections(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return heads of queries, keys and values before rotation. Norms with a gain are applied."""
+        heads = (-1, self.model.head_dim)
+        q, k = self.query(x_BTD), self.key(x_BTD)
+        if self.layer.qk_norm is QKNorm.full:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q_BTHK, k_BTGK = q.unflatten(-1, heads), k.unflatten(-1, heads)
+        if self.layer.qk_norm is QKNorm.per_head:
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
+        return q_BTHK, k_BTGK, self.value(x_BTD).unflatten(-1, heads)
+
+    def _joined_projections(self, x_BTD: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Return what `_projections` returns, with heads of queries and keys in one tensor. If the cache keeps matrices
+        and no norm comes between, they are multiplied as one.
+        """
+        if context.cache is not None and self._joins:
+            weight = context.cache.joined(self, self._joined_weights)
+            if weight is not None:
+                heads_BTHK = self.query.gemm.linear(x_BTD, weight).unflatten(-1, (-1, self.model.head_dim))
+                groups = self.model.num_kv_heads
+                qk_BTHK, v_BTGK = heads_BTHK.split([self.model.num_heads + groups, groups], 2)
+                return qk_BTHK, v_BTGK
+        q_BTHK, k_BTGK, v_BTGK = self._projections(x_BTD)
+        return torch.cat([q_BTHK, k_BTGK], 2), v_BTGK
+
+    def _joined_weights(self) -> Tensor:
+        weights = [part.weight for part in (self.query, self.key, self.value)]
+        return torch.cat(weights).to(self.query.gemm.compute_dtype)
 
     def _turn(self, x_BTHK: Tensor, context: ForwardContext) -> Tensor:
         """Rotate heads of queries or keys by their positions, and normalise them without a gain, as the layer says."""

@@ -8,6 +8,7 @@ Shapes: B batch, T sequence, K head dim, N blocks of a sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +48,10 @@ class AttentionPlan:
 
 class KeyValueStore(Protocol):
     """Keeps keys and values from one forward pass to the next: `model.attention.cache`."""
+
+    def joined(self, layer: object, join: Callable[[], Tensor]) -> Tensor | None:
+        """Return the matrices of a layer that `join` joins to one, kept from token to token; None: multiply by each."""
+        ...
 
     def extend(self, layer: object, chunk: int | None, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of one layer, and return those that the queries may attend to."""

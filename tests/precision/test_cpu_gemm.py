@@ -153,3 +153,24 @@ def test_huge_pages_behave_like_other_memory(monkeypatch):
     row = large.fill_(1)[1]
     del large
     assert row.sum(dtype=torch.float64) == 1 << 20
+
+
+@torch.no_grad()
+def test_small_matrices_are_read_before_few_rows_are_multiplied():
+    """Not large ones, for many rows, or in other formats."""
+
+    def sums(rows: int, dtype: torch.dtype, *shape: int, groups: Groups | None = None) -> int:
+        x, w = operands(dtype, (rows, shape[-1]), shape)
+        with Observed(lambda function, *_: seen.append(function)):
+            found = NativeGemm(dtype).linear(x, w, groups)
+        expected = x @ w.t() if groups is None else x @ w[1].t()
+        torch.testing.assert_close(found, expected, rtol=GATES[dtype], atol=GATES[dtype] * 100)
+        count = seen.count(torch.ops.aten.sum.default)
+        seen.clear()
+        return count
+
+    seen: list[Any] = []
+    assert sums(1, torch.float32, 512, 128) == sums(8, torch.float32, 128, 512) == 1
+    assert sums(2, torch.float32, 3, 256, 128, groups=Groups(torch.tensor([0, 2, 0]), [0, 2, 0])) == 1
+    others = (17, torch.float32, 512, 128), (1, torch.float64, 512, 128), (1, torch.float32, 1024, 1024)
+    assert [sums(*one) for one in others] == [0, 0, 0]

@@ -45,7 +45,7 @@ class CachedModel:
     """A whole model on this device, which continues a batch of sequences by one token at a time.
 
     `forward` maps tokens [B, T] on the host to logits. `context`: the number of tokens that the model sees.
-    `no_gradients`: inference mode takes an eighth less time, but FSDP's hooks do not allow it.
+    `sharded`: whether FSDP gathers the weights of a layer when it runs. FSDP's hooks do not allow inference mode.
     """
 
     def __init__(
@@ -53,12 +53,15 @@ class CachedModel:
         forward: Callable[[Tensor, ForwardContext], Tensor],
         context: int,
         device: torch.device | None = None,
-        no_gradients: Callable[[], AbstractContextManager[Any]] = torch.inference_mode,
+        sharded: bool = False,
     ) -> None:
-        self.forward, self.context, self.device, self.no_gradients = forward, context, device, no_gradients
+        self.forward, self.context, self.device = forward, context, device
+        self.no_gradients: Callable[[], AbstractContextManager[Any]] = (
+            torch.no_grad if sharded else torch.inference_mode
+        )
         self.sequences: list[list[int]] = []
         self._has_images = False
-        self._cache = KeyValueCache()
+        self._cache = KeyValueCache(joins=not sharded)
 
     def begin(self, prompts: Sequence[list[int]], images: ImagesOf | None = None) -> Tensor:
         """Read prompts, and return the logits [B, V] of the next token of each. Forgets earlier sequences.
@@ -256,8 +259,7 @@ def placed_model(placed: ParallelModel, context: int) -> CachedModel | None:
         assert found is not None
         return found
 
-    no_gradients = torch.no_grad if meshes.world.size > 1 else torch.inference_mode
-    return CachedModel(forward, context, placed.device, no_gradients)
+    return CachedModel(forward, context, placed.device, sharded=meshes.world.size > 1)
 
 
 def placed_images(placed: ParallelModel, pictures: PicturePrompt, row_BT: Tensor) -> Images | None:

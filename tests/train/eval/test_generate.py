@@ -47,10 +47,9 @@ def with_cache(
 
 
 @pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("name", ["llama4", pytest.param("mixtral", marks=pytest.mark.slow), "qwen3_moe", "olmoe"])
-def test_a_batch_continues_like_each_text_alone(name, config):
+def test_a_batch_continues_like_each_text_alone(config):
     """Past the borders of chunks and past the context."""
-    model = build(FAMILIES[name], seed=1)
+    model = build(FAMILIES["llama4"], seed=1)
     expected = [without(model, prompt, config) for prompt in PROMPTS]
     assert with_cache(model, PROMPTS, config) == expected
     assert len({tuple(found) for found in expected}) == len(PROMPTS)
