@@ -92,14 +92,14 @@ class AskedModel:
 
 
 class ModelInTraining(ScoringModel):
-    """The whole model of a run in progress on one rank. Inference mode would leave tensors behind with which no
-    gradient is computed.
+    """The whole model of a run in progress on one rank. Like a sharded one, it does without inference mode, which would
+    leave tensors behind with which no gradient is computed, and without copies of its matrices.
     """
 
     def cached(self) -> CachedModel:
         device = next(self.network.parameters()).device
         forward = lambda tokens_BT, given: self.network(tokens_BT.to(device), given)  # noqa: E731
-        return CachedModel(forward, self.context, device, torch.no_grad)
+        return CachedModel(forward, self.context, device, sharded=True)
 
 
 class SuiteCallback(Callback):
