@@ -93,7 +93,7 @@ class Attention(nn.Module):
         return torch.cat([q_BTHK, k_BTGK], 2), v_BTGK
 
     def _joined_weights(self) -> Tensor:
-        weights = [part.weight for part in (self.query, self.key, self.value)]
+        weights: list[Tensor] = [part.weight for part in (self.query, self.key, self.value)]
         return torch.cat(weights).to(self.query.gemm.compute_dtype)
 
     def _turn(self, x_BTHK: Tensor, context: ForwardContext) -> Tensor:
