@@ -17,7 +17,7 @@ from data.config import DataConfig, Packing, TokenizerKind
 from data.images.config import TileConfig
 from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
-from model.roles import Role, roles_of
+from model.roles import GROUPS, Role, roles_of
 from parallel.layout import EngineKind, Layout, ParallelConfig, split_unit
 from precision.config import Backend, PrecisionConfig
 from train.contrastive.config import ContrastiveConfig
@@ -439,6 +439,11 @@ def check(config: TrainConfig, world_size: int) -> Layout:
         if config.data.tokens is None and config.data.tokenizer.kind is TokenizerKind.bpe:
             tokens = config.data.images.tokens
             check_placeholder(2 + tokens.names.index(tokens.patch), config.model)  # after BOS and EOS
+    if config.training.objective is Objective.language and config.model.init_from is None:
+        for name, group in GROUPS.items():
+            if group <= config.training.frozen and getattr(config.model.init_parts, name) is None:
+                reason = f"keeps random weights: take those of another model (model.init_parts.{name})"
+                raise ConfigError("training.freeze", f"[{name}]", reason)
     return layout
 
 

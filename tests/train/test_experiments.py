@@ -21,9 +21,7 @@ from train.metap.hyperparameters import derive, resolve, scale_of_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").iterdir())
-NEEDED = {
-    "smoke_captions": ["model.init_parts={vision: first, decoder: text}", "data.tokenizer.path=text/tokenizer.json"]
-}
+NEEDED = {"smoke_captions": ["data.tokenizer.path=text/tokenizer.json"]}
 """Keys that an experiment leaves to the user."""
 OWN_SIZE = ("glyphs_contrastive", "smoke_captions", "smoke_vision")
 """Experiments that were tuned at their own size."""

@@ -24,6 +24,7 @@ from tests.support.tiny import EXACT, config, saved, trainer
 from tests.train.vision.test_vision_run import VISION, data_of
 from train.checkpoint import init_from
 from train.checkpoint.init_from import initial_source, open_model
+from train.config import check
 from train.trainer import Trainer
 
 PROJECTOR = "vision.projector.weight"
@@ -182,6 +183,14 @@ def test_what_does_not_fit_is_refused(runs, overrides, message):
     given = [f"model.init_parts.{one.replace('=', f'={runs}/')}" if "." not in one else one for one in overrides]
     with pytest.raises(ConfigError, match=message):
         initial_source(config(runs, "refused", *VISION, *given).model, 0, print)
+
+
+@pytest.mark.parametrize("part", ["vision", "decoder"])
+def test_a_frozen_part_needs_weights(runs, part):
+    line = [*VISION, *data_of(runs), f"training.freeze=[{part}]"]
+    with pytest.raises(ConfigError, match=rf"training.freeze=\[{part}\].*random weights.*model.init_parts.{part}"):
+        check(config(runs, "refused", *line), 1)
+    check(config(runs, "refused", *line, *from_runs(runs, **{part: "seeing"})), 1)
 
 
 @pytest.mark.slow
