@@ -215,7 +215,7 @@ def test_a_wrong_suite_is_refused_before_the_weights(tmp_path, small_corpus, cap
     for file, text in FILES.items():
         (tmp_path / f"{file}.yaml").write_text(text)
         words = [word.replace(f"[{file}]", f"[{tmp_path / file}.yaml]") for word in words]
-    monkeypatch.setattr("train.trainer.build", lambda *arguments: pytest.fail("weights are allocated"))
+    monkeypatch.setattr("train.engine.objective.build", lambda *arguments: pytest.fail("weights are allocated"))
     capsys.readouterr()
     assert main(["train", *TINY, *small_corpus, f"run.root={tmp_path}", "run.name=run", *words]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
