@@ -439,7 +439,7 @@ def check(config: TrainConfig, world_size: int) -> Layout:
         if config.data.tokens is None and config.data.tokenizer.kind is TokenizerKind.bpe:
             tokens = config.data.images.tokens
             check_placeholder(2 + tokens.names.index(tokens.patch), config.model)  # after BOS and EOS
-    if config.model.init_from is None:
+    if config.training.objective is Objective.language and config.model.init_from is None:
         for name, group in GROUPS.items():
             if group <= config.training.frozen and getattr(config.model.init_parts, name) is None:
                 reason = f"keeps random weights: take those of another model (model.init_parts.{name})"

@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").iterdir())
 NEEDED = {"smoke_captions": ["data.tokenizer.path=text/tokenizer.json"]}
 """Keys that an experiment leaves to the user."""
-OWN_SIZE = ("glyphs_contrastive", "smoke_captions", "smoke_vision")
+OWN_SIZE = ("glyphs_contrastive", "scenes_contrastive", "smoke_captions", "smoke_vision")
 """Experiments that were tuned at their own size."""
 FITS = sorted(path.stem for path in (CONFIGS / "hparam").iterdir() if path.stem != "none")
 
