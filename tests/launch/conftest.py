@@ -16,8 +16,8 @@ def refused(capsys) -> Callable[..., str]:
     def run(*words: str, code: int = 2) -> str:
         capsys.readouterr()
         assert main(words) == code
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("leviathan: error: ")
-        return line.removeprefix("leviathan: error: ")
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and said[0].startswith("leviathan: error: "), said
+        return said[0].removeprefix("leviathan: error: ")
 
     return run

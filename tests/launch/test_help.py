@@ -64,7 +64,7 @@ def test_help_has_values_types_and_words(capsys):
     assert "\n  evaluate   held-out loss of a run" in text and "run=???  (str)" in text
     assert "model.hidden_size=128  (int)" in text, "the composed value, not the class's default"
     assert "optimizer.lr=0.25  (float)" in text and "launch.kind=inline  (inline | torchrun | slurm)\n" in text
-    assert "data=builtin | files | glyphs | huggingface | scenes | tokens" in text
+    assert "data=builtin | captions | files | glyphs | huggingface | scenes | tokens" in text
     assert "training.clip_norm=1.0  (float | null)\n    # Global gradient norm above which" in text
     assert "data.sources.NAME.text_key=text  (str)" in text
     assert "\n  hidden_size: 256\n" in text and "\n  vocab_size: 1024\n" in text
