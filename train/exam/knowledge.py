@@ -30,7 +30,8 @@ _LEAD_IN = re.compile(
     r"(?:the )?(?:(?:correct|right) )?(?:(?:option|choice|letter|answer)\s+(?=\W*[a-z]\b))?",
     re.IGNORECASE,
 )
-_LETTER = re.compile(r"[(\[]*([A-Za-z])(?:[)\].:,]+(?:\s|\Z)|\s+[-\N{EN DASH}\N{EM DASH}]\s|\Z)")
+_AROUND = " \t\r\n\"'_#\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
+_LETTER = re.compile(r"[(\[]*([A-Za-z])(?:[)\].:,!]+(?:\s|\Z)|\s+[-\N{EN DASH}\N{EM DASH}]\s|\Z)")
 """The letter of a choice with a sign after it, or alone."""
 _UNCLEAR = re.compile(r"\b(?:not|no|never|neither|nor|cannot|except|unlike|wrong|incorrect|false|or|either|t)\b")
 """Words that make a sentence no clear choice; "t" is that of "isn't"."""
@@ -297,7 +298,7 @@ def _plain(text: str) -> str:
 
 def _chosen(answer: str, choices: Sequence[str]) -> int | str:
     """Return the place of the choice that an answer names, or why it cannot be read."""
-    said = _LEAD_IN.sub("", _ANSWER_IS.sub("", answer)).strip()
+    said = _LEAD_IN.sub("", _ANSWER_IS.sub("", answer)).strip(_AROUND)
     for place, one in enumerate(choices):
         if _words(one) == _words(said) != "":
             return place

@@ -20,6 +20,9 @@ RIGHT = (
     *("The capital of France is Paris.", "It's Paris!", "Correct answer: **Paris**", "Paris (B)", "B) **Paris**"),
     *("Answer: B)", "**Answer:** B", "The correct answer is **(B) Paris**.", "The answer is option B", "Answer = B"),
     *("$\\boxed{B}$", "\\(\\boxed{\\text{B}}\\)", "The correct answer is:\n\nB. Paris", "Sure! The answer is B."),
+    *("#### B", "B!", "'B'", '"B"', "_B_", "B\n\nParis is the capital.", "My final answer is $\\boxed{\\textbf{(B)}}$"),
+    *("The capital is Paris, so the answer is **B**.", "The correct answer is B) Paris, because it is the capital."),
+    *("Answer: The capital of France is Paris.", "I believe the correct answer is option **B**: Paris", "B, Paris"),
 )
 WRONG = (
     "A Rome",
@@ -44,7 +47,8 @@ UNREADABLE = (
         "Neither",
     ),
     *("B Rome", "A Paris", "Paris (A)", "The capital is Paris (A)", "Paris and Rome", "Paris or Berlin", "Option D"),
-    *("D. Paris", "Parisian", "B-52", "A country"),
+    *("D. Paris", "Parisian", "B-52", "A country", "The answer isn't A, it's B"),
+    *("A. Paris is wrong; B. Paris", "Option C is wrong, B is right", "", "#"),
 )
 COMPLETE = (
     *("Mercury (the first), Venus (hot, bright)", "Mercury (hot (very), small), Venus", "(1) Mercury (2) Venus"),
