@@ -73,7 +73,7 @@ def _imported(path: str, key: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise ConfigError(key, path, f"cannot be imported: {error}") from None
-        reason = f"no module {error.name!r}: install its package, or put its folder on PYTHONPATH"
+        reason = f"no module {error.name!r}: install its package, or put its folder on PYTHONPATH, even the current one"
         raise ConfigError(key, path, reason, _places(name, attribute)) from None
     except Exception as error:  # whatever the user's module raises
         lines = str(error).splitlines() or [""]

@@ -1,13 +1,14 @@
 """Make sure that `data`, `train`, ... are imported from Leviathan and not from a user's folder.
 
 A user's folder may contain its own `data/` or `model.py`, and `python -m` puts the current folder first on the import
-path. This module removes that folder from the path and reports a package that is still shadowed, for example by another
-distribution.
+path. This module removes that folder from the path, or puts it last if PYTHONPATH names it, and reports a package that
+is still shadowed, for example by another distribution.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -25,13 +26,18 @@ class ForeignPackageError(LeviathanError):
 
 
 def drop_working_directory() -> None:
-    """Remove the current folder from the import path, unless our packages are in it."""
+    """Remove the current folder from the import path, unless our packages are in it. If PYTHONPATH names it, it becomes
+    the last of the path, where it shadows nothing.
+    """
     try:
         here = Path.cwd().resolve()
     except FileNotFoundError:
         raise LeviathanError("the working directory no longer exists: change to another one (cd)") from None
     if here != ROOT:
         sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != here]
+        named = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+        if not sys.flags.ignore_environment and here in [Path(entry).resolve() for entry in named]:
+            sys.path.append(str(here))
 
 
 def check_packages(names: tuple[str, ...] = PACKAGES) -> None:

@@ -59,7 +59,7 @@ def multiply_columns(a_KM: Tensor, b_KN: Tensor, y_MN: Tensor) -> None:
 
 
 def multiply_few_rows(x: Tensor, w_NK: Tensor) -> Tensor:
-    """Return x @ w^T, for a few rows of `x` in token-by-token generation. Not differentiable.
+    """Return x @ w^T, for a few rows of `x` in token-by-token generation. Differentiable, as `linear` is.
 
     MKL reads a matrix with short rows at 7 GB/s if it is not in the processor's cache, where one core can read 30. So
     the matrix is first read in order, by a sum that nobody needs: 40 us become 21 for a matrix [512, 128] and one row.

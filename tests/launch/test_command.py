@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
 
-from core.package_guard import ForeignPackageError, check_packages
+from core.package_guard import ROOT, ForeignPackageError, check_packages, drop_working_directory
 from tests.support.drills import ended, has_step, wait_for
 from tests.support.tiny import TINY
 
@@ -120,6 +121,20 @@ def test_python_m_train_survives_a_data_folder(strangers_folder, small_corpus):
         done = subprocess.run(line, cwd=strangers_folder, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         (strangers_folder / "train.py").unlink(missing_ok=True)
+
+
+def test_a_folder_named_by_pythonpath_is_searched_last(strangers_folder, monkeypatch):
+    """Its modules are found, and none of its packages shadows ours. Control: not named, it is not searched at all."""
+    (strangers_folder / "mine_of_the_folder.py").write_text("")
+    monkeypatch.chdir(strangers_folder)
+    for named in (True, False):
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "elsewhere", *([str(strangers_folder)] * named)]))
+        monkeypatch.setattr(sys, "path", ["", str(strangers_folder), *sys.path])
+        assert str(PathFinder.find_spec("data").origin).startswith(str(strangers_folder)), "control: it shadows us"
+        drop_working_directory()
+        assert (PathFinder.find_spec("mine_of_the_folder") is not None) == named
+        for name in ("core", "data", "model", "train"):
+            assert Path(str(PathFinder.find_spec(name).origin)).parent == ROOT / name
 
 
 def test_a_foreign_package_is_refused_by_name(tmp_path, monkeypatch):

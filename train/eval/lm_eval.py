@@ -10,11 +10,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from core.errors import CheckpointError, ConfigError, first_line
 from core.files import check_target, local_path, write_text
@@ -119,8 +121,8 @@ class HarnessModel(TemplateLM):
         return [before_stops(text, _stops(request.args[1])) for text, request in zip(texts, requests, strict=True)]
 
     def _continuation(self, prompt: str, options: dict[str, Any], media: dict[str, Any] | None = None) -> Continuation:
-        stops, limit = _stops(options), int(options.get("max_gen_toks", 256))
-        temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", True) else 0.0
+        stops, config = _stops(options), _generation(options)
+        limit = config.tokens
         asked = None if media is None else self._question(prompt, media.get("visual"))
         pixels = None if asked is None else asked.pixels_N3SS
         if asked is None or pixels is None:
@@ -128,8 +130,7 @@ class HarnessModel(TemplateLM):
         else:
             ids = [self.prefix_token_id, *asked.ids, *self.model.tokenizer.encode([asked.last])[0]]
             self._check_length(len(ids), 1)
-            limit = min(limit, self.model.context - len(ids))
-        config = GenerateConfig(run="", tokens=limit, temperature=temperature, top_k=None)
+            config = replace(config, tokens=min(limit, self.model.context - len(ids)))
 
         def goes_on(found: list[int]) -> bool:
             if not stops:
@@ -138,6 +139,35 @@ class HarnessModel(TemplateLM):
             return not any(stop in text for stop in stops)
 
         return Continuation(ids, config, goes_on, pixels)
+
+
+_WITHOUT_EFFECT: dict[str, tuple[float, ...]] = {
+    **{"num_beams": (1,), "num_return_sequences": (1,), "repetition_penalty": (1,), "no_repeat_ngram_size": (0,)},
+    **{"min_length": (0,), "min_new_tokens": (0,), "length_penalty": (0, 1), "use_cache": (0, 1)},
+}
+_WITHOUT_EFFECT_ON_SAMPLES: dict[str, tuple[float, ...]] = {"top_p": (1,), "min_p": (0,), "typical_p": (1,)}
+"""Values of options that change nothing. Greedy decoding ignores the latter options, as in transformers."""
+
+
+def _generation(options: dict[str, Any]) -> GenerateConfig:
+    """Return how a task wants its continuations made, by the rules of the harness's own `hf` models. Only `top_k` has
+    no default of 50. Raises `ConfigError` for an option that we would have to ignore.
+    """
+    wanted: dict[str, Any] = dict(normalize_gen_kwargs(options))
+    limit, samples, temperature, top_k = (
+        wanted.pop(key, None) for key in ("max_gen_toks", "do_sample", "temperature", "top_k")
+    )
+    if samples and not temperature:
+        raise ConfigError("tasks", None, "do_sample=true needs a temperature above 0 in the task's generation_kwargs")
+    for key, value in wanted.items():
+        harmless = _WITHOUT_EFFECT.get(key, _WITHOUT_EFFECT_ON_SAMPLES.get(key, ()))
+        is_ignored = key == "until" or (key in _WITHOUT_EFFECT_ON_SAMPLES and not samples)
+        if not is_ignored and value is not None and value not in harmless:
+            reason = f"{key}={value} in a task's generation_kwargs is not supported; remove it from a copy of the task"
+            raise ConfigError("tasks", None, reason)
+    if not samples:
+        return GenerateConfig(run="", tokens=limit, temperature=0.0, top_k=None)
+    return GenerateConfig(run="", tokens=limit, temperature=float(temperature), top_k=int(top_k) if top_k else None)
 
 
 def _stops(options: dict[str, Any]) -> list[str]:

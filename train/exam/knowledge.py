@@ -21,6 +21,27 @@ LONGEST_PROMPT, MOST_ITEMS = 20_000, 1000
 _CHOICE_SHAPE = {"question": str, "choices": [str], "answer": (int, str), "labels?": [str], "id?": str}
 _LIST_SHAPE = {"question": str, "items": [(str, [str])], "optional?": [(str, [str])], "id?": str}
 
+_ANSWER_IS = re.compile(
+    r"\A.*\b(?:answer|option|choice|letter)\s*(?:(?:is|would be|should be)\b|[:=])\s*:?", re.IGNORECASE | re.DOTALL
+)
+_LEAD_IN = re.compile(
+    r"\A\s*(?:i (?:think|believe|guess)\s+)?(?:(?:it|that)(?: is|['\N{RIGHT SINGLE QUOTATION MARK}]s)\s+)?"
+    r"(?:i(?:['\N{RIGHT SINGLE QUOTATION MARK}]d| would)? (?:choose|pick|say)\s+)?"
+    r"(?:the )?(?:(?:correct|right) )?(?:(?:option|choice|letter|answer)\s+(?=\W*[a-z]\b))?",
+    re.IGNORECASE,
+)
+_AROUND = " \t\r\n\"'_#\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}"
+_LETTER = re.compile(r"[(\[]*([A-Za-z])(?:[)\].:,!]+(?:\s|\Z)|\s+[-\N{EN DASH}\N{EM DASH}]\s|\Z)")
+"""The letter of a choice with a sign after it, or alone."""
+_UNCLEAR = re.compile(r"\b(?:not|no|never|neither|nor|cannot|except|unlike|wrong|incorrect|false|or|either|t)\b")
+"""Words that make a sentence no clear choice; "t" is that of "isn't"."""
+_IS_RIGHT = re.compile(r"\s+is (?:the )?(?:correct|right|best)\b", re.IGNORECASE)
+_BULLET = re.compile(r"\A\s*(?:[-+•·]\s*|\*(?!\*)\s*|\**\(?\d+[.)]\**\s+)")
+_INTRODUCTION = re.compile(r"\A\s*#|\b(?:here|are|is|include|following|below)\b|[:!]\W*\Z", re.IGNORECASE)
+_POLITE = re.compile(r"\A\s*(?:sure|certainly|of course|okay|ok)\b[\s,.!:]+(?=\S)", re.IGNORECASE)
+_REMARK = re.compile(r"\((?!\d+\))(?:[^()]|\([^()]*\))*\)")
+"""What follows in parentheses, which may have others in them. "(1)" is a number of a list."""
+
 Items = tuple[tuple[str, ...], ...]
 """The spellings of each item; the first is the one to show."""
 
@@ -89,13 +110,15 @@ class MultipleChoice(QuestionFile):
     `answer` and perhaps `labels` of the choices and `id`. `answer` is the place of the right choice, from 0, or its
     label, or its letter.
 
-    Right is an answer that begins with the letter ("B", "(b)", "B. Paris", "Answer: B", "The answer is B") or is the
-    text of the choice. An answer with another letter or choice is wrong. Any other is unreadable, also one that goes on
-    with another choice ("A, B", "A. Rome B. Paris").
+    Right is an answer that begins with the letter ("B", "(b)", "B. Paris", "B - Paris", "B Paris", "B is correct"),
+    perhaps after words such as "Answer:", "The answer is", "Option" or "It is", or in LaTeX or bold; one that is the
+    text of the choice; or a sentence that has the text of this choice alone ("It must be Paris."), without a negation
+    or "or". An answer with another letter or choice is wrong. Any other is unreadable, also one that names another
+    choice too ("A, B", "A. Rome B. Paris", "B. Rome").
     """
 
     name: ClassVar[str] = "multiple_choice"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     @cached_property
     def _questions(self) -> list[Question]:
@@ -124,14 +147,15 @@ class ShortLists(QuestionFile):
     and perhaps `optional` (which may be there or not) and `id`. An item is a text, or a list of its spellings.
 
     Items are separated by line breaks or numbers ("1. Cuba 2. Haiti"), or else by commas, semicolons and "and".
-    Bullets, numbers, articles, case, accents and what follows in parentheses or after a dash are ignored. Two spellings
+    Words before the list ("Here are two:"), bullets, numbers, articles, case, accents and what follows in parentheses
+    or after a dash are ignored. Two spellings
     of an item are one item ("autumn or fall"). The first or last word of an item may be plural ("Southern oceans"). A
     list is right if it has all items and nothing else, in any order; any other scores the harmonic mean (F1) of the
     figures `precision` and `recall`.
     """
 
     name: ClassVar[str] = "short_lists"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     @cached_property
     def _questions(self) -> list[Question]:
@@ -163,7 +187,7 @@ class FactLists:
     """Solved examples before each question, which are other lists."""
 
     name: ClassVar[str] = "fact_lists"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         check_numbers(self, positive=("number",), not_negative=("shots",))
@@ -193,7 +217,7 @@ class FactChoices(Generated):
     shots: int = 2
 
     name: ClassVar[str] = "fact_choices"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def questions(self) -> Sequence[Question]:
         worked = [self._choice("worked", place) for place in range(self.shots)]
@@ -257,26 +281,62 @@ def _lettered(text: str, choices: Sequence[str]) -> str:
 def judge_choice(question: Question, answer: str) -> Verdict:
     """Judge an answer to a `choice_question`."""
     choices, right = question.reference
-    said = re.sub(r"\A.*\banswer\s*(?:is|:)\s*:?", "", answer.strip(), flags=re.IGNORECASE | re.DOTALL).strip()
-    letter = re.match(r"[(\[*]*([A-Za-z])(?:[)\].:,*]+(?:\s|\Z)|\Z)", said)
-    is_a = letter and letter[1] in "Aa"  # no article, which `normalised` would remove: "A. Rome" is not "Rome"
-    texts = [place for place, one in enumerate(choices) if not is_a and normalised(one) == normalised(said)]
-    if texts:
-        chosen = texts[0]
-    elif letter and (chosen := ascii_uppercase.index(letter[1].upper())) < len(choices):
-        if _other_choices(said[letter.end() :], choices, chosen):
-            return Verdict(Outcome.unreadable, 0, "names several choices")
-    else:
-        return Verdict(Outcome.unreadable, 0, "names no choice")
+    chosen = _chosen(_plain(answer), [_plain(one) for one in choices])
+    if isinstance(chosen, str):
+        return Verdict(Outcome.unreadable, 0, chosen)
     is_right = chosen == right
     return Verdict(Outcome.right, 1) if is_right else Verdict(Outcome.wrong, 0, f"chose {ascii_uppercase[chosen]}")
+
+
+def _plain(text: str) -> str:
+    """Return a text without the signs of LaTeX and of emphasis: "$\\boxed{\\text{B}}$" and "**B**" are "B"."""
+    plain = text.strip()
+    for _ in range(2):
+        plain = re.sub(r"\\(?:boxed|text|textbf|mathbf|mathrm)\{([^{}]*)\}", r"\1", plain)
+    return re.sub(r"(?<!\w)\*+|\*+(?!\w)|[$\\`]", "", plain).strip() or text.strip()
+
+
+def _chosen(answer: str, choices: Sequence[str]) -> int | str:
+    """Return the place of the choice that an answer names, or why it cannot be read."""
+    said = _LEAD_IN.sub("", _ANSWER_IS.sub("", answer)).strip(_AROUND)
+    for place, one in enumerate(choices):
+        if _words(one) == _words(said) != "":
+            return place
+    letter = _LETTER.match(said) or re.match(r"[A-Za-z](?=\s)", said)
+    if letter:
+        place, rest = ascii_uppercase.index(letter[0].strip("([")[0].upper()), said[letter.end() :]
+        is_choice = place < len(choices)
+        if _LETTER.match(said) or (is_choice and _IS_RIGHT.match(rest)):
+            if not is_choice:
+                return "names no choice"
+            return "names several choices" if _other_choices(rest, choices, place) else place
+    found = next((i for i, one in enumerate(choices) if normalised(one) == normalised(said)), _named(said, choices))
+    if found is None:
+        return "names no choice"
+    labels = re.findall(r"\A[A-Z](?=\s)|\(([A-Z])\)\W*\Z", said)
+    others = {ascii_uppercase.find(one or said[0]) for one in labels} - {found}
+    return "names several choices" if any(place < len(choices) for place in others) else found
+
+
+def _named(sentence: str, choices: Sequence[str]) -> int | None:
+    """Return the only choice whose text is in a sentence, as whole words, or None. A negation or "or" elsewhere in the
+    sentence makes it unclear.
+    """
+    rest, found = f" {_words(sentence)} ", []
+    for text, place in sorted(((_words(one), i) for i, one in enumerate(choices)), key=lambda one: -len(one[0])):
+        if text and f" {text} " in rest:
+            rest = rest.replace(f" {text} ", " | ")  # so that "York" is not found in "New York"
+            found.append(place)
+    if len(found) != 1 or _UNCLEAR.search(rest) or _other_choices(sentence, choices, found[0]):
+        return None
+    return found[0]
 
 
 def _other_choices(rest: str, choices: Sequence[str], chosen: int) -> set[int]:
     """Return the other choices that `rest`, what follows the letter of a choice, names by their letter or text.
 
-    A letter is one before a parenthesis, a sign or the end, or alone between commas. That leaves out the words "a" and
-    "I", and the letters in the text of the chosen choice.
+    A letter is one before a parenthesis, a sign, its choice or the end, or alone between commas. That leaves out the
+    words "a" and "I", and the letters in the text of the chosen choice.
     """
     rest = re.sub(rf"(?<!\w){re.escape(choices[chosen])}(?!\w)", " ", rest, flags=re.IGNORECASE)
     parts = [rest, *re.split(r"[,;/\n]|\b(?:and|or)\b", rest)]
@@ -286,7 +346,12 @@ def _other_choices(rest: str, choices: Sequence[str], chosen: int) -> set[int]:
     return {
         place
         for place, one in enumerate(choices)
-        if place != chosen and (place in said or (normalised(one) or one) in texts)
+        if place != chosen
+        and (
+            place in said
+            or (normalised(one) or one) in texts
+            or re.search(rf"(?<!\w){ascii_uppercase[place]}\W{{1,4}}{re.escape(one)}(?!\w)", rest, re.IGNORECASE)
+        )
     }
 
 
@@ -317,24 +382,42 @@ def list_items(text: str, known: Mapping[str, int] | None = None) -> list[str]:
     whole is not split further.
     """
     known = known or {}
-    lines = [line for line in _numbers_on_lines(text.strip()).splitlines() if line.strip()]
-    bulleted = [re.sub(r"\A\s*(?:[-*•·]\s*|\(?\d+[.)]\s+)", "", line) for line in lines]
-    if len(lines) > 1 and normalised(lines[0]) not in known and re.search(r"(?::|\b(?:are|is))\W*\Z", lines[0]):
-        bulleted = bulleted[1:]  # "The planets are:"
+    text = re.sub(r"\A\s*\(([^()]*)\)\s*\Z", r"\1", text)
+    lines = [line for line in _numbers_on_lines(_REMARK.sub(" ", text).strip()).splitlines() if line.strip()]
+    bulleted = [_BULLET.sub("", line) for line in lines[_introduction(lines, known) :]]
     parts: list[str] = []
     for line in bulleted:
         if len(bulleted) > 1:
-            line = line.partition(":")[0]  # "Mercury: the smallest"
-        elif normalised(line) not in known:
-            line = re.sub(r"\A[^,;]*?(?:\b(?:are|is|include)\b:?|:)\s+(?=\S)", "", line)
+            line = re.split(r":|\s[-\N{EN DASH}\N{EM DASH}]\s", line, maxsplit=1)[0]  # "Mercury: the smallest"
+        else:
+            line = _without_introduction(line, known)
         parts += [line] if normalised(line) in known else re.split(r"[,;](?!\s*or\s)", line)
     found: dict[str, None] = {}
     for part in parts:
-        whole = re.sub(r"\A\s*(?:and|&)\s+", "", part)
+        name = part.partition(":")[0]  # "Mercury: the smallest, Venus"
+        whole = re.sub(r"\A\s*(?:and|&)\s+", "", name if normalised(name) in known else part)
         for one in [whole] if _known_spelling(whole, known) in known else re.split(r"\s(?:and|&)\s", whole):
             if name := _known_spelling(one, known):
                 found[name] = None
     return list(found)
+
+
+def _introduction(lines: Sequence[str], known: Mapping[str, int]) -> int:
+    """Return how many lines come before the list: "The planets are:", or sentences before bullets or numbers."""
+    bullets = [bool(_BULLET.match(line)) for line in lines]
+    before = bullets.index(True) if any(bullets) and all(bullets[bullets.index(True) :]) else 0
+    if before and all(normalised(line) not in known and _INTRODUCTION.search(line) for line in lines[:before]):
+        return before
+    opens = len(lines) > 1 and normalised(lines[0]) not in known
+    return 1 if opens and re.search(r"(?::|\b(?:are|is))\W*\Z", lines[0]) else 0
+
+
+def _without_introduction(line: str, known: Mapping[str, int]) -> str:
+    """Return a list on one line without the words before it: "Here are two: Cuba, Haiti" is "Cuba, Haiti"."""
+    line = _POLITE.sub("", line)
+    while (found := re.match(r"([^,;:]*):\s*(?=\S)", line)) and normalised(found[1]) not in known:
+        line = line[found.end() :]
+    return line if normalised(line) in known else re.sub(r"\A[^,;:]*?\b(?:are|is|include)\s+(?=\S)", "", line)
 
 
 def _numbers_on_lines(text: str) -> str:
@@ -361,9 +444,14 @@ def _known_spelling(text: str, known: Mapping[str, int]) -> str:
     return next((one for one in singular if one in known), name)
 
 
+def _words(text: str) -> str:
+    """Return the words of a text without case, accents and punctuation."""
+    letters = [one for one in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(one)]
+    return " ".join("".join(one if one.isalnum() else " " for one in letters).split())
+
+
 def normalised(text: str) -> str:
     """Return a text without case, accents, articles, punctuation, parentheses and what follows a dash with spaces."""
     text = re.sub(r"\([^()]*\)|\s[-\N{EN DASH}\N{EM DASH}]\s.*", " ", text, flags=re.DOTALL)
-    letters = [one for one in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(one)]
-    words = "".join(one if one.isalnum() else " " for one in letters).split()
+    words = _words(text).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words)

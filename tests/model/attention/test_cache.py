@@ -126,6 +126,35 @@ def test_sequences_can_be_dropped():
     assert not torch.allclose(logits, whole.flip(0)), "control: the sequences differ"
 
 
+def difference_after_new_weights() -> float:
+    """Return the largest difference from a fresh cache's logits, for a cache used before the weights changed."""
+    model, prompt_BT, used = build(LLAMA4, seed=1), torch.stack(texts((6,)))[:, :6], KeyValueCache()
+    found = []
+    with torch.no_grad():
+        for store in (used, used, KeyValueCache()):
+            model(prompt_BT, store.prompts([6]))
+            found.append(model(prompt_BT[:, :1], store.next_token()))
+            if len(found) == 1:
+                for weight in model.parameters():
+                    weight.mul_(1.5).add_(0.1)
+    assert not torch.allclose(found[0], found[2]), "control: the weights matter"
+    return float((found[1] - found[2]).abs().max())
+
+
+def test_new_prompts_forget_the_joined_matrices(monkeypatch):
+    """Joined queries, keys and values are copies, which a step of the optimizer between two prompts makes stale."""
+    assert difference_after_new_weights() == 0
+
+    def stale(honest: Any, self: KeyValueCache, *arguments: Any) -> Any:
+        joined = self._joined
+        context = honest(self, *arguments)
+        self._joined = joined
+        return context
+
+    monkeypatch.setattr(KeyValueCache, "prompts", bound(stale, KeyValueCache.prompts))
+    assert difference_after_new_weights() > 1e-3, "control: matrices that are kept"
+
+
 @torch.inference_mode()
 def operations_per_token(lengths: Sequence[int], joins: bool = True) -> float:
     """Return how many operations torch dispatches for a token of each sequence, after the first one."""

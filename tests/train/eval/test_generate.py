@@ -176,6 +176,11 @@ def test_requests_of_the_harness_run_in_batches(monkeypatch):
     prompts = ["the model", "a", "of the house", "reads a line"]
     ask = [SimpleNamespace(args=(prompt, dict(one))) for prompt, one in zip(prompts, options, strict=True)]
     stop = harness.generate_until(ask)[1][7:9]
+    first, greedy_9, wild = (
+        harness.generate_until([SimpleNamespace(args=("a", {"max_gen_toks": 9, **one}))])
+        for one in ({"temperature": 9.0, "do_sample": True, "top_k": 1}, {}, {"temperature": 9.0, "do_sample": True})
+    )
+    assert first == greedy_9 != wild, "top_k counts; control: sampled from all"
     ask[1].args[1]["until"] = [stop, "never said"]
     begin = CachedModel.begin
     monkeypatch.setattr(CachedModel, "begin", lambda *given: (sizes.append(len(given[1])), begin(*given))[1])

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from core.errors import ConfigError
 from launch.cli import main
 from model.attention.plan import ForwardContext
 from parallel.comm.world import World
 from tests.support.tiny import TINY
-from train.eval.lm_eval import HarnessModel, open_scoring_model
+from train.eval.lm_eval import HarnessModel, _generation, open_scoring_model
 
 TASKS = Path(__file__).with_name("tasks")
 ALONE = World(0, 1, torch.device("cpu"))
@@ -127,6 +128,30 @@ def test_log_likelihoods_against_plain_arithmetic(trained):
     if left:
         expected += plain(whole[-who.context - 1 : -left], whole[-left:])
     assert harness.loglikelihood_rolling([SimpleNamespace(args=(text,))])[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_options_of_a_task_are_followed_or_refused():
+    """By the rules of the harness's `hf` models, which sample if `do_sample` or a temperature says so."""
+    for options, wanted in (
+        ({}, (256, 0, None)),
+        ({"temperature": 0.7}, (256, 0.7, None)),
+        ({"temperature": 1, "do_sample": False, "top_p": 0.9, "top_k": 5, "max_new_tokens": 7}, (7, 0, None)),
+        ({"temperature": 0.5, "do_sample": True, "top_k": 5, "top_p": 1.0, "num_beams": 1}, (256, 0.5, 5)),
+        ({"do_sample": False, "until": ["x"], "repetition_penalty": 1.0, "top_k": 0, "seed": None}, (256, 0, None)),
+    ):
+        found = _generation(options)
+        assert (found.tokens, found.temperature, found.top_k) == wanted, options
+    for options, message in (
+        ({"do_sample": True}, "do_sample=true needs a temperature above 0"),
+        ({"do_sample": True, "temperature": 0.0}, "do_sample=true needs a temperature above 0"),
+        ({"temperature": 0.5, "top_p": 0.95}, "top_p=0.95 in a task's generation_kwargs is not supported"),
+        ({"num_beams": 10}, "num_beams=10 in a task's"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 in a task's"),
+        ({"an_option_of_the_future": "x"}, "an_option_of_the_future=x in a task's"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            _generation(options)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

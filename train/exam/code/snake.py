@@ -12,7 +12,6 @@ SNAKE = """Write a web page with a snake game.
 - Eating adds a cell, and 1 to the element #score (at first 0). New food is put in a random empty cell.
 - At a wall or itself it stops, and the element #state says Game over."""
 """Short, so that it fits a context of 256 tokens. The judge takes any green and red."""
-"""Short, so that it fits a context of 256 tokens. Any green and red will do."""
 
 CELLS, PIXELS = 20, 20
 SLOWEST_MS, LOOK_MS = 400, 20
