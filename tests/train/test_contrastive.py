@@ -19,24 +19,28 @@ from data.corpus import HELD_OUT, TRAIN, prepare
 from launch.verbs import certify
 from model.config import InitPartsConfig
 from model.init import initial_slice
-from model.roles import Role
+from model.roles import GROUPS, Role, roles_of
 from model.tensor_source import PartSources, whole
 from parallel.comm.world import connect
 from parallel.layout import EngineKind
 from precision.config import Backend, PrecisionConfig
 from tests.distributed.contrastive.pairs import NO_PAIRS, caption, overrides
-from tests.support.tiny import trainer
+from tests.support.tiny import config, trainer
 from train.certify.config import CertifyConfig
+from train.checkpoint import init_from
 from train.checkpoint.init_from import initial_source, open_model
 from train.checkpoint.restore import restore
-from train.config import TrainConfig, TrainingConfig, check
-from train.contrastive.config import ContrastiveConfig
+from train.config import TrainConfig, TrainingConfig, check, run_parameters
+from train.contrastive.config import ContrastiveConfig, ContrastiveLoss
 from train.contrastive.engine import ContrastiveEngine, PairTokens
-from train.contrastive.towers import num_parameters, run_parameters
+from train.contrastive.towers import num_parameters
 from train.convert import export_checkpoint
 from train.engine.memory import check_memory
 from train.engine.objective import pair_tokens
 from train.trainer import Trainer
+from train.trainer import run as run_training
+
+ALL_BUT_ONE = sorted(role.name for role in GROUPS["encoder"] - {Role.vision_position})
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,12 @@ def changed(config: Any, key: str, value: Any) -> Any:
         ("online.every", 2, r"online\.every=2: is not supported by the contrastive objective; try 0"),
         ("model.init_from", "there", r"model\.init_from=there: is not supported by the contrastive .*; try null"),
         ("precision", PrecisionConfig(backend=Backend.emulated), r"precision\.backend=emulated: is not .*; try native"),
+        ("model.init_parts", InitPartsConfig(decoder="x"), r"model\.init_parts\.decoder=x: is not .*; try null"),
+        ("training.global_batch_size", 1, r"training\.global_batch_size=1: .* one pair alone teaches nothing; try 2"),
+        ("training.freeze", ["vision"], r"training\.freeze=\[vision\]: keeps random .*\(model\.init_parts\.vision\)"),
+        ("training.freeze", ALL_BUT_ONE, r"training\.freeze=\[adapter_in,.*vision_value\]: keeps random weights"),
+        ("training.freeze", ["decoder"], r"training\.freeze=\[decoder\]: keeps random .* takes no others: omit it"),
+        ("training.freeze", ["logit_bias"], r"training\.freeze=logit_bias: the model has no such .* or logit_scale$"),
         ("training", TrainingConfig(), r"data\.packing=pairs: prepares training\.objective=contrastive; try"),
     ],
 )
@@ -87,6 +97,19 @@ def test_what_cannot_work_is_refused_early(legal, key, value, message):
     check(legal, 2)
     with pytest.raises(ConfigError, match=message):
         check(changed(legal, key, value), 2)
+
+
+def test_what_may_be_frozen(legal):
+    """Matrices with the weights of another model, and everything else."""
+    started = changed(legal, "model.init_parts", InitPartsConfig(vision="there"))
+    for freeze in (["vision"], ["encoder"], ALL_BUT_ONE):
+        check(changed(started, "training.freeze", freeze), 1)
+    for freeze in (["vision_patch"], ["projector"], ["logit_scale"], ["embedding"]):
+        check(changed(legal, "training.freeze", freeze), 1)
+    sigmoid = changed(legal, "training.contrastive.loss", ContrastiveLoss.siglip)
+    check(changed(sigmoid, "training.freeze", ["logit_bias"]), 1)
+    micro = changed(changed(sigmoid, "training.micro_batch_size", 1), "training.global_batch_size", 1)
+    check(micro, 1)
 
 
 def test_settings_of_another_objective_are_refused():
@@ -205,12 +228,54 @@ def test_captions_keep_what_is_no_picture():
     assert last.tolist() == [3, 2]
 
 
-def test_a_frozen_encoder_keeps_its_weights(root):
-    run = trainer(root, "frozen", [*overrides(root), "training.freeze=[vision]"])
+def test_a_frozen_encoder_keeps_its_weights(root, finished):
+    """Those of another run, with its projector to as many features."""
+    started = [f"model.init_parts.vision={finished.directory.path}", "training.freeze=[vision]"]
+    run = trainer(root, "frozen", [*overrides(root), *started])
+    check(run.config, 1)
+    for name, parameter in finished.engine.placed.model.vision.named_parameters():
+        assert torch.equal(parameter, run.engine.placed.model.vision.get_parameter(name)), name
     before = {name: p.detach().clone() for name, p in run.engine.placed.model.named_parameters()}
     run.train_step(0)
     changed = {name for name, p in run.engine.placed.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if not name.startswith("vision.")}
+
+
+def test_a_language_models_projector_leads_elsewhere(finished, monkeypatch):
+    """So it is not read, though it has the same shape."""
+    model = replace(finished.config.model, init_parts=InitPartsConfig(vision=str(finished.directory.path)))
+    infos, projector = run_parameters(finished.config), "vision.projector.weight"
+    towers = initial_source(model, 0, print, infos=infos)
+    assert towers is not None and projector in towers.shapes
+    language = open_model(finished.directory.path)
+    language.shapes["embedding.weight"] = (264, 32)
+    monkeypatch.setattr(init_from, "open_model", lambda path: language)
+    taken = initial_source(model, 0, print, roles_of(["encoder"]), infos)
+    assert taken is not None and towers.shapes.keys() - taken.shapes.keys() == {projector}
+    with pytest.raises(
+        ConfigError, match=r"no projector to this network's 12 columns.*; try training\.freeze=\[encoder"
+    ):
+        initial_source(model, 0, print, roles_of(["vision"]), infos)
+
+
+def test_networks_are_compared_before_data_are_prepared(root, finished, monkeypatch):
+    class Prepared(Exception):
+        pass
+
+    def prepared(*arguments: Any) -> None:
+        raise Prepared
+
+    monkeypatch.setattr("train.trainer.get_corpus", prepared)
+    given = [*overrides(root), f"model.init_parts.vision={finished.directory.path}"]
+    with pytest.raises(Prepared):
+        run_training(config(root, "same", *given))
+    other = config(root, "other", *given, "model.vision.num_layers=2")
+    with pytest.raises(ConfigError, match=r"^model\.init_parts\.vision=.*num_layers=1 there, 2 here"):
+        run_training(other)
+    assert not (root / "other").exists()
+    monkeypatch.setattr("train.trainer.committed", lambda path: [path])  # a run that resumes needs no source
+    with pytest.raises(Prepared):
+        run_training(other)
 
 
 def test_memory_counts_the_towers(finished, monkeypatch):
