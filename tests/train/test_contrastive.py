@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -23,20 +26,25 @@ from model.roles import GROUPS, Role, roles_of
 from model.tensor_source import PartSources, whole
 from parallel.comm.world import connect
 from parallel.layout import EngineKind
+from parallel.parallelize import build
 from precision.config import Backend, PrecisionConfig
 from tests.distributed.contrastive.pairs import NO_PAIRS, caption, overrides
 from tests.support.tiny import config, trainer
+from train.callbacks.retrieval import RetrievalCallback
 from train.certify.config import CertifyConfig
 from train.checkpoint import init_from
 from train.checkpoint.init_from import initial_source, open_model
 from train.checkpoint.restore import restore
 from train.config import TrainConfig, TrainingConfig, check, run_parameters
 from train.contrastive.config import ContrastiveConfig, ContrastiveLoss
-from train.contrastive.engine import ContrastiveEngine, PairTokens
+from train.contrastive.engine import ContrastiveEngine, PairTokens, features, pair_batches
+from train.contrastive.retrieval import Retrieval, held_out_retrieval
 from train.contrastive.towers import num_parameters
 from train.convert import export_checkpoint
+from train.engine.images import batch_images
 from train.engine.memory import check_memory
 from train.engine.objective import pair_tokens
+from train.report import retrieval
 from train.trainer import Trainer
 from train.trainer import run as run_training
 
@@ -276,6 +284,65 @@ def test_networks_are_compared_before_data_are_prepared(root, finished, monkeypa
     monkeypatch.setattr("train.trainer.committed", lambda path: [path])  # a run that resumes needs no source
     with pytest.raises(Prepared):
         run_training(other)
+
+
+def test_more_pairs_a_batch_than_there_are_show_in_the_log(finished, monkeypatch):
+    [callback] = (one for one in finished.callbacks if isinstance(one, RetrievalCallback))
+    pairs = finished.corpus.stream("text", TRAIN).num_sequences(48)
+    said = list[str]()
+    monkeypatch.setattr(finished, "log", said.append)
+    for size in (pairs, pairs + 1):
+        monkeypatch.setattr(finished, "config", changed(finished.config, "training.global_batch_size", size))
+        callback.before_training()
+    assert len(said) == 1 and said[0].startswith(f"training.global_batch_size={pairs + 1} is more than the {pairs} tr")
+
+
+def test_the_encoder_sees_what_a_language_model_shows_it(finished):
+    """The same grey levels, in -1 to 1."""
+    batch, engine = finished.loaders["main"].batch(0), finished.engine
+    [pairs] = pair_batches(batch, engine.ids, engine.placed, len(batch.tokens_BT))
+    seen = list[torch.Tensor]()
+    hook = engine.placed.model.vision.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    images, _ = features(engine.placed, pairs)
+    hook.remove()
+    language = build(finished.config.model, finished.config.precision, finished.meshes, torch.device("cpu"), 0)
+    [shown] = batch_images(language, batch.images, len(batch.tokens_BT))
+    assert shown is not None
+    expected = shown.normalised(shown.tiles_N3SS)
+    assert expected.min() < -0.9 and expected.unique().numel() > 9 and torch.equal(seen[0], expected)
+    assert torch.equal(images, engine.placed.model.image_features(expected))
+
+
+def test_the_held_out_loss_uses_the_learnt_scale(finished):
+    engine, log_scale = finished.engine, finished.engine.placed.model.log_scale
+    loader, kept, losses = finished.loaders["main"], log_scale.item(), {}
+    for value in (-30.0, kept, kept + 1):
+        nn.init.constant_(log_scale, value)
+        losses[value] = held_out_retrieval(engine.placed, loader, engine.ids, finished.weights, 4, 4, 4).loss
+    nn.init.constant_(log_scale, kept)
+    assert losses[-30.0] == pytest.approx(math.log(4), abs=1e-9), "all logits are 0"
+    assert len(set(losses.values())) == 3
+
+
+def test_both_directions_have_their_names(finished, monkeypatch):
+    [callback] = (one for one in finished.callbacks if isinstance(one, RetrievalCallback))
+    said, found = list[str](), Retrieval(1.0, 0.25, 0.5, 0.125, 8, 4)
+    monkeypatch.setattr("train.callbacks.retrieval.held_out_retrieval", lambda *given: found)
+    monkeypatch.setattr(finished, "log", said.append)
+    monkeypatch.setattr(callback.logging, "writer", None)
+    monkeypatch.setattr(callback, "found", None)
+    callback.measure()
+    assert (
+        "caption is right for 25.0% of pictures, the nearest picture for 50.0% of captions (chance 12.50%)" in said[1]
+    )
+    run: Any = SimpleNamespace(name="run", held_out=[{"step": 1, "retrieval": vars(found)}], has=lambda key: True)
+    rows = {label: value for label, [value], _ in retrieval.rows([run])}
+    assert rows["found first: captions of pictures"] == 0.25 and rows["found first: pictures of captions"] == 0.5
+    drawn: dict[str, list[float]] = {}
+    axes: Any = MagicMock()
+    axes.plot = lambda steps, values, label, **style: drawn.update({label: values})
+    retrieval.recall(axes, [run])
+    assert drawn == {"captions of pictures": [0.25], "pictures of captions": [0.5], "chance": [0.125]}
 
 
 def test_memory_counts_the_towers(finished, monkeypatch):
