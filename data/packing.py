@@ -8,6 +8,7 @@ remainder, which is packed. A source is packed once, before any rank reads it, s
 
 from __future__ import annotations
 
+import unicodedata
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -131,4 +132,9 @@ def why_no_pair(pieces: Sequence[str | EncodedPicture]) -> str | None:
     if sum(picture.canvas.tiles for picture in pictures) > 1:
         return "with_several_tiles"
     texts = (piece for piece in pieces if isinstance(piece, str))
-    return None if any(text.strip() for text in texts) else "without_caption"
+    return None if any(_is_visible(text) for text in texts) else "without_caption"
+
+
+def _is_visible(text: str) -> bool:
+    """Return whether a text has more than spaces, control characters and characters of no width."""
+    return any(unicodedata.category(character)[0] not in "CZ" for character in text)

@@ -32,6 +32,9 @@ _LLAMA4_SPECIALS = {
     "<|patch|>": 92,
 }
 """Places of Llama 4's tokens for pictures among the special tokens of its rank file."""
+LONGEST_WORD = 1_000
+"""Most characters of a word, or of a run of spaces or signs, from which a tokenizer is trained."""
+_RUN = re.compile(rf"\w{{1,{LONGEST_WORD}}}|\s{{1,{LONGEST_WORD}}}|(?:[^\w\s]|_){{1,{LONGEST_WORD}}}")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -245,13 +248,14 @@ def from_file(config: TokenizerConfig) -> Tokenizer:
 
 def train_bpe(texts: Iterable[str], config: TokenizerConfig, cache: Path, specials: Sequence[str] = ()) -> Tokenizer:
     """Train byte-level BPE on these texts, or take the tokenizer from the cache. `specials`: names of special tokens,
-    whose ids follow those of BOS and EOS (0 and 1).
+    whose ids follow those of BOS and EOS (0 and 1). Words longer than `LONGEST_WORD` are cut, because the time of
+    training grows faster than their length.
     """
     import tokenizers
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    sample = list(texts)
+    sample = [piece for text in texts for piece in _cut_words(text)]
     key = sha256_text(tokenizers.__version__, str(config.vocab_size), config.bos, config.eos, *specials, *sample)
     directory = cache / "tokenizers" / key[:32]
     if not directory.is_dir():
@@ -268,6 +272,12 @@ def train_bpe(texts: Iterable[str], config: TokenizerConfig, cache: Path, specia
         with new_directory(directory) as scratch:
             library.save(str(scratch / "tokenizer.json"))
     return JsonTokenizer(directory / "tokenizer.json", config.bos, config.eos)
+
+
+def _cut_words(text: str) -> list[str]:
+    """Cut a text after every `LONGEST_WORD` characters of one class: letters and digits, spaces, or others."""
+    cuts = [run.end() for run in _RUN.finditer(text) if run.end() - run.start() == LONGEST_WORD]
+    return [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

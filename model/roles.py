@@ -6,6 +6,7 @@ Roles are kept in a registry by name, because `fully_shard`, `deepcopy` and `to_
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -119,9 +120,12 @@ _PRODUCTS = {
 
 GROUPS = {
     "vision": frozenset(role for role in Role if role.is_vision),
-    "decoder": frozenset(role for role in Role if not role.is_vision),
+    "encoder": frozenset(role for role in Role if role.is_vision and role is not Role.projector),
+    "decoder": frozenset(role for role in Role if not role.is_vision and not role.is_logit),
 }
-"""Names of several roles: the vision encoder with its adapter and projector, and everything else."""
+"""Names of several roles: the vision encoder with its adapter and projector, the same without the projector, and the
+decoder. What turns cosines into logits belongs to neither tower.
+"""
 
 
 def roles_of(names: Iterable[str]) -> frozenset[Role]:
@@ -132,6 +136,24 @@ def roles_of(names: Iterable[str]) -> frozenset[Role]:
             raise ConfigError("", name, "no such role or group of roles", [*GROUPS, *Role.__members__])
         found |= GROUPS[name] if name in GROUPS else {Role[name]}
     return frozenset(found)
+
+
+def check_freeze(freeze: list[str], there: AbstractSet[Role] | None = None) -> None:
+    """Raise `ConfigError` for a name of no role or group. With the roles that the network has (`there`), also for a
+    name of none of them, and if nothing is left to train.
+    """
+    try:
+        roles_of(freeze)
+    except ConfigError as error:
+        raise error.under("freeze") from None
+    if not freeze or there is None:
+        return
+    for name in freeze:
+        if not there & roles_of([name]):
+            reason = "the model has no such parameters"
+            raise ConfigError("freeze", name, reason, [role.name for role in Role if role in there])
+    if there <= roles_of(freeze):
+        raise ConfigError("freeze", freeze, "leaves nothing to train: omit a role or a group")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from operator import attrgetter
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, Any, assert_never
 
 from core.errors import ConfigError, check_local, check_name, check_numbers
 from core.files import locate
@@ -17,12 +17,15 @@ from data.config import DataConfig, Packing, TokenizerKind
 from data.images.config import TileConfig
 from hparam.config import HparamConfig
 from model.config import ModelConfig, RopeScaling
-from model.roles import GROUPS, Role, roles_of
+from model.roles import GROUPS, ParameterInfo, Role, check_freeze, roles_of
 from parallel.layout import EngineKind, Layout, ParallelConfig, split_unit
 from precision.config import Backend, PrecisionConfig
-from train.contrastive.config import ContrastiveConfig
+from train.contrastive.config import ContrastiveConfig, ContrastiveLoss
 from train.optim.config import OptimizerConfig, OptimizerKind
 from train.optim.lr_schedule import LRScheduleConfig
+
+if TYPE_CHECKING:
+    from parallel.vision.towers import TowersConfig
 
 SEARCH_TOKENS = 50_000_000
 """Most tokens of a corpus in which questions are looked for by default: about a minute of one core."""
@@ -80,7 +83,9 @@ class TrainingConfig:
     clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; null: no clipping."""
     freeze: list[str] = field(default_factory=list)
-    """Roles that keep their initial weights (`embedding`, `router`, ...), or the groups `vision` and `decoder`."""
+    """Roles that keep their initial weights (`embedding`, `router`, ...), or the groups `vision`, `encoder` (the same
+    without the projector) and `decoder`.
+    """
     objective: Objective = Objective.language
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
 
@@ -125,27 +130,6 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         check_numbers(self, positive=(*SIZES, "rope_theta", "temperature_floor"))
         _check_weights(self.weights)
-
-
-def check_freeze(freeze: list[str], model: ModelConfig | None = None) -> None:
-    """Raise `ConfigError` for a name of no role or group, or of none that the model has, and if nothing is left to
-    train.
-    """
-    try:
-        roles_of(freeze)
-    except ConfigError as error:
-        raise error.under("freeze") from None
-    if not freeze or model is None:
-        return
-    from model.tensor_source import parameter_infos  # imports torch
-
-    there = {info.role for info in parameter_infos(model).values()}
-    for name in freeze:
-        if not there & roles_of([name]):
-            reason = "the model has no such parameters"
-            raise ConfigError("freeze", name, reason, [role.name for role in Role if role in there])
-    if there <= roles_of(freeze):
-        raise ConfigError("freeze", freeze, "leaves nothing to train: omit a role or a group")
 
 
 def _check_weights(weights: dict[str, float] | None) -> None:
@@ -387,10 +371,6 @@ def check(config: TrainConfig, world_size: int) -> Layout:
     for role in config.model.init.roles:
         if role not in Role.__members__:
             raise ConfigError(f"model.init.roles.{role}", None, "no such role", [one.name for one in Role])
-    try:
-        check_freeze(config.training.freeze, config.model)
-    except ConfigError as error:
-        raise error.under("training") from None
     optimizer, precision = config.optimizer, config.precision
     moments, muon = optimizer.moments_dtype(precision), optimizer.kind is OptimizerKind.muon
     layout = resolve_layout(config.parallel, world_size, config.model, precision, moments, muon)
@@ -403,6 +383,7 @@ def check(config: TrainConfig, world_size: int) -> Layout:
             check_contrastive(config, layout)
         case _:
             assert_never(config.training.objective)
+    _check_frozen(config)
     names = [phase.name for phase in phases(config)]
     if len(set(names)) != len(names):
         raise ConfigError("phases", None, f"names must differ, and 'main' is the first phase: {', '.join(names)}")
@@ -439,12 +420,47 @@ def check(config: TrainConfig, world_size: int) -> Layout:
         if config.data.tokens is None and config.data.tokenizer.kind is TokenizerKind.bpe:
             tokens = config.data.images.tokens
             check_placeholder(2 + tokens.names.index(tokens.patch), config.model)  # after BOS and EOS
-    if config.training.objective is Objective.language and config.model.init_from is None:
-        for name, group in GROUPS.items():
-            if group <= config.training.frozen and getattr(config.model.init_parts, name) is None:
-                reason = f"keeps random weights: take those of another model (model.init_parts.{name})"
-                raise ConfigError("training.freeze", f"[{name}]", reason)
     return layout
+
+
+def towers_config(config: TrainConfig) -> TowersConfig:
+    """Return the towers that a contrastive run trains."""
+    from parallel.vision.towers import TowersConfig  # imports torch
+
+    first = config.training.contrastive.loss.first
+    return TowersConfig(config.model, config.training.contrastive.feature_size, first.log_scale, first.bias)
+
+
+def run_parameters(config: TrainConfig) -> dict[str, ParameterInfo]:
+    """Return every parameter that a run of any objective trains, without allocating memory for it."""
+    from model.tensor_source import parameter_infos  # imports torch
+
+    match config.training.objective:
+        case Objective.language:
+            return parameter_infos(config.model)
+        case Objective.contrastive:
+            return towers_config(config).infos()
+
+
+def _check_frozen(config: TrainConfig) -> None:
+    """Raise `ConfigError` for frozen roles that the network lacks, and for frozen matrices of a part without a model.
+    Routers, embeddings, patches, gains and biases may keep random or constant values.
+    """
+    freeze, parts = config.training.freeze, config.model.init_parts
+    if not freeze:
+        return
+    try:
+        check_freeze(freeze, {info.role for info in run_parameters(config).values()})
+    except ConfigError as error:
+        raise error.under("training") from None
+    for part, path in (("vision", parts.vision), ("decoder", parts.decoder)):
+        matrices = {role for role in GROUPS[part] if role.is_matrix and role is not Role.projector}
+        random = [name for name in freeze if matrices & roles_of([name])]
+        if random and path is None and config.model.init_from is None:
+            reason = f"keeps random weights: take those of another model (model.init_parts.{part})"
+            if part == "decoder" and config.training.objective is Objective.contrastive:
+                reason = "keeps random weights, and the text decoder of contrastive training takes no others: omit it"
+            raise ConfigError("training.freeze", f"[{','.join(random)}]", reason)
 
 
 def _check_suites(names: list[str], layout: Layout) -> None:
@@ -462,12 +478,8 @@ def _check_suites(names: list[str], layout: Layout) -> None:
 
 def check_contrastive(config: TrainConfig, layout: Layout) -> None:
     """Raise `ConfigError` for what contrastive training cannot do."""
-    model, data = config.model, config.data
-    if model.vision is None:
-        raise ConfigError("model.vision", None, "a contrastive model needs a vision encoder", ["+model.vision={}"])
-    if model.has_experts:
-        reason = "the text tower of a contrastive model has dense layers only"
-        raise ConfigError("model.moe_every", model.moe_every, reason, [0])
+    towers_config(config).infos()  # refuses a model without an encoder or with experts
+    data = config.data
     if data.tokens is None and data.packing is not Packing.pairs:
         reason = "a contrastive batch compares image-caption pairs, each a sequence of its own"
         raise ConfigError("data.packing", data.packing, reason, [Packing.pairs])
@@ -477,11 +489,24 @@ def check_contrastive(config: TrainConfig, layout: Layout) -> None:
         if (degree := getattr(layout, key)) > 1:
             reason = "the contrastive objective runs under data parallelism (dp_replicate, dp_shard) only"
             raise ConfigError(f"parallel.{key}", degree, reason, [1])
-    defaults = {"parallel.engine": EngineKind.fsdp2, "parallel.compile": False, "model.tie_embeddings": False}
-    defaults |= {"parallel.vision.over_data_parallel": False, "model.init_from": None, "hparam.base": None}
-    defaults |= {"online.every": 0, "evaluation.baselines": False, "precision.backend": Backend.native}
-    defaults |= {"model.init_parts.vision": None, "model.init_parts.decoder": None, "evaluation.suites": []}
-    for key, only in defaults.items():
+    for phase in phases(config):
+        if config.training.contrastive.loss is ContrastiveLoss.info_nce and phase.global_batch_size < 2:
+            reason = "InfoNCE compares the pairs of a batch with each other, so one pair alone teaches nothing"
+            raise ConfigError(f"{phase.key}.global_batch_size", phase.global_batch_size, reason, [2])
+    only_values: dict[str, Any] = {
+        "parallel.engine": EngineKind.fsdp2,
+        "parallel.compile": False,
+        "parallel.vision.over_data_parallel": False,
+        "model.tie_embeddings": False,
+        "model.init_from": None,
+        "model.init_parts.decoder": None,
+        "hparam.base": None,
+        "online.every": 0,
+        "evaluation.baselines": False,
+        "evaluation.suites": [],
+        "precision.backend": Backend.native,
+    }
+    for key, only in only_values.items():
         if (value := attrgetter(key)(config)) != only:
             shown = value if isinstance(value, int | str | Enum) else None
             raise ConfigError(

@@ -38,7 +38,7 @@ from train.callbacks.base import Callback
 from train.callbacks.suites import Suite, check_questions, make_suites
 from train.certify import store
 from train.checkpoint.index import check_run
-from train.checkpoint.init_from import compare_vocabularies, copy_selection_biases, initial_source
+from train.checkpoint.init_from import compare_vocabularies, copy_selection_biases, run_source
 from train.checkpoint.manager import Checkpointer
 from train.config import Objective, Phase, TrainConfig, check, phase_of, phases
 from train.corpus import check_same_data, get_corpus, keep_tokenizer, run_loaders, source_weights, with_image_tokens
@@ -86,7 +86,7 @@ class Trainer:
         self.paused_s = 0.0
         self.last: StepMetrics | None = None
         begun = world.from_main(lambda: bool(committed(directory.checkpoints)))
-        source = None if begun else initial_source(config.model, config.run.seed, log, config.training.frozen)
+        source = None if begun else run_source(config, log)
         self.engine = objective_engine(config, corpus, self.meshes, world.device)
         placed = self.engine.placed
         self.balancer = Balancer(placed.model, partial(self.meshes.world.sum, purpose="balance"))
@@ -311,6 +311,8 @@ def _identity(config: TrainConfig, device: torch.device) -> dict[str, str]:
 def _claim(directory: RunDirectory, config: TrainConfig) -> None:
     """Lock and open the directory. After a restart, wait for the previous attempt to release the lock."""
     check_found(config.data)  # before the directory is made
+    if not committed(directory.checkpoints):  # a run that resumes does not need the models that it began with
+        run_source(config, lambda line: None)  # compares the networks before data are prepared
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
     directory.lock(0.0 if restarts == ("0", "0") else LOCK_PATIENCE_S)
     directory.check(config)

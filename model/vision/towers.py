@@ -44,11 +44,10 @@ class ContrastiveTowers(nn.Module):
     ) -> None:
         super().__init__()
         if config.vision is None:
-            raise ConfigError("model.vision", None, "a contrastive model needs a vision encoder")
+            raise ConfigError("model.vision", None, "a contrastive model needs a vision encoder", ["+model.vision={}"])
         if any(layer.feed_forward is FeedForward.moe for layer in config.blocks):
-            raise ConfigError(
-                "model.moe_every", None, "the text tower of a contrastive model has dense layers only", [0]
-            )
+            reason = "the text tower of a contrastive model has dense layers only"
+            raise ConfigError("model.moe_every", config.moe_every, reason, [0])
         dtype, ends, count = precision.compute_dtype, precision.plain, len(config.blocks)
         self.config, self.compute_dtype = config, dtype
         self.vision = VisionEncoder(config.vision, feature_size, ends, dtype)

@@ -6,12 +6,13 @@ import base64
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from core.errors import ConfigError, DataError
 from data.config import TokenizerConfig, TokenizerKind
-from data.tokenizer import Tokenizer, from_file, load_tokenizer, train_bpe
+from data.tokenizer import LONGEST_WORD, Tokenizer, from_file, load_tokenizer, train_bpe
 
 TEXTS = [
     "def f(x):\n    return x + 1\n",
@@ -81,6 +82,30 @@ def test_fingerprints_follow_what_changes_an_encoding(tiktoken, tmp_path):
     found = {from_file(replace(usual, **{key: value})).fingerprint for key, value in changes} | {tiktoken.fingerprint}
     path.write_text(path.read_text() + f"{base64.b64encode(b'new').decode()} 262\n")
     assert len(found | {from_file(usual).fingerprint}) == 6
+
+
+@pytest.mark.parametrize("word", ["x" * 200_000, "".join(map(str, range(40_000))), "-_" * 100_000, " " * 200_000])
+def test_long_words_are_cut_for_training(word, tmp_path, monkeypatch):
+    """Ordinary texts are not, so they have the tokenizer that they had."""
+    fed = list[str]()
+
+    class Fed(Exception):
+        """The trainer has got its texts."""
+
+    class Library(SimpleNamespace):
+        def __init__(self, model: object) -> None: ...
+
+        def train_from_iterator(self, sample: list[str], trainer: object) -> None:
+            fed.extend(sample)
+            raise Fed
+
+    monkeypatch.setattr("tokenizers.Tokenizer", Library)
+    with pytest.raises(Fed):
+        train_bpe([*TEXTS, f"before {word} after", *TEXTS], TokenizerConfig(vocab_size=320), tmp_path)
+    assert fed[: len(TEXTS)] == TEXTS == fed[-len(TEXTS) :]
+    pieces = fed[len(TEXTS) : -len(TEXTS)]
+    assert "".join(pieces) == f"before {word} after"
+    assert len(pieces) >= len(word) // LONGEST_WORD and max(map(len, pieces)) <= LONGEST_WORD + len("before  ")
 
 
 def test_training_is_repeatable_and_cached_by_content(tmp_path):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,24 +22,33 @@ from data.corpus import HELD_OUT, TRAIN, prepare
 from launch.verbs import certify
 from model.config import InitPartsConfig
 from model.init import initial_slice
-from model.roles import Role
+from model.roles import GROUPS, Role, roles_of
 from model.tensor_source import PartSources, whole
 from parallel.comm.world import connect
 from parallel.layout import EngineKind
+from parallel.parallelize import build
 from precision.config import Backend, PrecisionConfig
 from tests.distributed.contrastive.pairs import NO_PAIRS, caption, overrides
-from tests.support.tiny import trainer
+from tests.support.tiny import config, trainer
+from train.callbacks.retrieval import RetrievalCallback
 from train.certify.config import CertifyConfig
+from train.checkpoint import init_from
 from train.checkpoint.init_from import initial_source, open_model
 from train.checkpoint.restore import restore
-from train.config import TrainConfig, TrainingConfig, check
-from train.contrastive.config import ContrastiveConfig
-from train.contrastive.engine import ContrastiveEngine, PairTokens
-from train.contrastive.towers import num_parameters, run_parameters
+from train.config import TrainConfig, TrainingConfig, check, run_parameters
+from train.contrastive.config import ContrastiveConfig, ContrastiveLoss
+from train.contrastive.engine import ContrastiveEngine, PairTokens, features, pair_batches
+from train.contrastive.retrieval import Retrieval, held_out_retrieval
+from train.contrastive.towers import num_parameters
 from train.convert import export_checkpoint
+from train.engine.images import batch_images
 from train.engine.memory import check_memory
 from train.engine.objective import pair_tokens
+from train.report import retrieval
 from train.trainer import Trainer
+from train.trainer import run as run_training
+
+ALL_BUT_ONE = sorted(role.name for role in GROUPS["encoder"] - {Role.vision_position})
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +92,12 @@ def changed(config: Any, key: str, value: Any) -> Any:
         ("online.every", 2, r"online\.every=2: is not supported by the contrastive objective; try 0"),
         ("model.init_from", "there", r"model\.init_from=there: is not supported by the contrastive .*; try null"),
         ("precision", PrecisionConfig(backend=Backend.emulated), r"precision\.backend=emulated: is not .*; try native"),
+        ("model.init_parts", InitPartsConfig(decoder="x"), r"model\.init_parts\.decoder=x: is not .*; try null"),
+        ("training.global_batch_size", 1, r"training\.global_batch_size=1: .* one pair alone teaches nothing; try 2"),
+        ("training.freeze", ["vision"], r"training\.freeze=\[vision\]: keeps random .*\(model\.init_parts\.vision\)"),
+        ("training.freeze", ALL_BUT_ONE, r"training\.freeze=\[adapter_in,.*vision_value\]: keeps random weights"),
+        ("training.freeze", ["decoder"], r"training\.freeze=\[decoder\]: keeps random .* takes no others: omit it"),
+        ("training.freeze", ["logit_bias"], r"training\.freeze=logit_bias: the model has no such .* or logit_scale$"),
         ("training", TrainingConfig(), r"data\.packing=pairs: prepares training\.objective=contrastive; try"),
     ],
 )
@@ -87,6 +105,19 @@ def test_what_cannot_work_is_refused_early(legal, key, value, message):
     check(legal, 2)
     with pytest.raises(ConfigError, match=message):
         check(changed(legal, key, value), 2)
+
+
+def test_what_may_be_frozen(legal):
+    """Matrices with the weights of another model, and everything else."""
+    started = changed(legal, "model.init_parts", InitPartsConfig(vision="there"))
+    for freeze in (["vision"], ["encoder"], ALL_BUT_ONE):
+        check(changed(started, "training.freeze", freeze), 1)
+    for freeze in (["vision_patch"], ["projector"], ["logit_scale"], ["embedding"]):
+        check(changed(legal, "training.freeze", freeze), 1)
+    sigmoid = changed(legal, "training.contrastive.loss", ContrastiveLoss.siglip)
+    check(changed(sigmoid, "training.freeze", ["logit_bias"]), 1)
+    micro = changed(changed(sigmoid, "training.micro_batch_size", 1), "training.global_batch_size", 1)
+    check(micro, 1)
 
 
 def test_settings_of_another_objective_are_refused():
@@ -205,12 +236,113 @@ def test_captions_keep_what_is_no_picture():
     assert last.tolist() == [3, 2]
 
 
-def test_a_frozen_encoder_keeps_its_weights(root):
-    run = trainer(root, "frozen", [*overrides(root), "training.freeze=[vision]"])
+def test_a_frozen_encoder_keeps_its_weights(root, finished):
+    """Those of another run, with its projector to as many features."""
+    started = [f"model.init_parts.vision={finished.directory.path}", "training.freeze=[vision]"]
+    run = trainer(root, "frozen", [*overrides(root), *started])
+    check(run.config, 1)
+    for name, parameter in finished.engine.placed.model.vision.named_parameters():
+        assert torch.equal(parameter, run.engine.placed.model.vision.get_parameter(name)), name
     before = {name: p.detach().clone() for name, p in run.engine.placed.model.named_parameters()}
     run.train_step(0)
     changed = {name for name, p in run.engine.placed.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if not name.startswith("vision.")}
+
+
+def test_a_language_models_projector_leads_elsewhere(finished, monkeypatch):
+    """So it is not read, though it has the same shape."""
+    model = replace(finished.config.model, init_parts=InitPartsConfig(vision=str(finished.directory.path)))
+    infos, projector = run_parameters(finished.config), "vision.projector.weight"
+    towers = initial_source(model, 0, print, infos=infos)
+    assert towers is not None and projector in towers.shapes
+    language = open_model(finished.directory.path)
+    language.shapes["embedding.weight"] = (264, 32)
+    monkeypatch.setattr(init_from, "open_model", lambda path: language)
+    taken = initial_source(model, 0, print, roles_of(["encoder"]), infos)
+    assert taken is not None and towers.shapes.keys() - taken.shapes.keys() == {projector}
+    with pytest.raises(
+        ConfigError, match=r"no projector to this network's 12 columns.*; try training\.freeze=\[encoder"
+    ):
+        initial_source(model, 0, print, roles_of(["vision"]), infos)
+
+
+def test_networks_are_compared_before_data_are_prepared(root, finished, monkeypatch):
+    class Prepared(Exception):
+        pass
+
+    def prepared(*arguments: Any) -> None:
+        raise Prepared
+
+    monkeypatch.setattr("train.trainer.get_corpus", prepared)
+    given = [*overrides(root), f"model.init_parts.vision={finished.directory.path}"]
+    with pytest.raises(Prepared):
+        run_training(config(root, "same", *given))
+    other = config(root, "other", *given, "model.vision.num_layers=2")
+    with pytest.raises(ConfigError, match=r"^model\.init_parts\.vision=.*num_layers=1 there, 2 here"):
+        run_training(other)
+    assert not (root / "other").exists()
+    monkeypatch.setattr("train.trainer.committed", lambda path: [path])  # a run that resumes needs no source
+    with pytest.raises(Prepared):
+        run_training(other)
+
+
+def test_more_pairs_a_batch_than_there_are_show_in_the_log(finished, monkeypatch):
+    [callback] = (one for one in finished.callbacks if isinstance(one, RetrievalCallback))
+    pairs = finished.corpus.stream("text", TRAIN).num_sequences(48)
+    said = list[str]()
+    monkeypatch.setattr(finished, "log", said.append)
+    for size in (pairs, pairs + 1):
+        monkeypatch.setattr(finished, "config", changed(finished.config, "training.global_batch_size", size))
+        callback.before_training()
+    assert len(said) == 1 and said[0].startswith(f"training.global_batch_size={pairs + 1} is more than the {pairs} tr")
+
+
+def test_the_encoder_sees_what_a_language_model_shows_it(finished):
+    """The same grey levels, in -1 to 1."""
+    batch, engine = finished.loaders["main"].batch(0), finished.engine
+    [pairs] = pair_batches(batch, engine.ids, engine.placed, len(batch.tokens_BT))
+    seen = list[torch.Tensor]()
+    hook = engine.placed.model.vision.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    images, _ = features(engine.placed, pairs)
+    hook.remove()
+    language = build(finished.config.model, finished.config.precision, finished.meshes, torch.device("cpu"), 0)
+    [shown] = batch_images(language, batch.images, len(batch.tokens_BT))
+    assert shown is not None
+    expected = shown.normalised(shown.tiles_N3SS)
+    assert expected.min() < -0.9 and expected.unique().numel() > 9 and torch.equal(seen[0], expected)
+    assert torch.equal(images, engine.placed.model.image_features(expected))
+
+
+def test_the_held_out_loss_uses_the_learnt_scale(finished):
+    engine, log_scale = finished.engine, finished.engine.placed.model.log_scale
+    loader, kept, losses = finished.loaders["main"], log_scale.item(), {}
+    for value in (-30.0, kept, kept + 1):
+        nn.init.constant_(log_scale, value)
+        losses[value] = held_out_retrieval(engine.placed, loader, engine.ids, finished.weights, 4, 4, 4).loss
+    nn.init.constant_(log_scale, kept)
+    assert losses[-30.0] == pytest.approx(math.log(4), abs=1e-9), "all logits are 0"
+    assert len(set(losses.values())) == 3
+
+
+def test_both_directions_have_their_names(finished, monkeypatch):
+    [callback] = (one for one in finished.callbacks if isinstance(one, RetrievalCallback))
+    said, found = list[str](), Retrieval(1.0, 0.25, 0.5, 0.125, 8, 4)
+    monkeypatch.setattr("train.callbacks.retrieval.held_out_retrieval", lambda *given: found)
+    monkeypatch.setattr(finished, "log", said.append)
+    monkeypatch.setattr(callback.logging, "writer", None)
+    monkeypatch.setattr(callback, "found", None)
+    callback.measure()
+    assert (
+        "caption is right for 25.0% of pictures, the nearest picture for 50.0% of captions (chance 12.50%)" in said[1]
+    )
+    run: Any = SimpleNamespace(name="run", held_out=[{"step": 1, "retrieval": vars(found)}], has=lambda key: True)
+    rows = {label: value for label, [value], _ in retrieval.rows([run])}
+    assert rows["found first: captions of pictures"] == 0.25 and rows["found first: pictures of captions"] == 0.5
+    drawn: dict[str, list[float]] = {}
+    axes: Any = MagicMock()
+    axes.plot = lambda steps, values, label, **style: drawn.update({label: values})
+    retrieval.recall(axes, [run])
+    assert drawn == {"captions of pictures": [0.25], "pictures of captions": [0.5], "chance": [0.125]}
 
 
 def test_memory_counts_the_towers(finished, monkeypatch):

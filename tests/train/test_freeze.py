@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.config import load
 from core.errors import ConfigError
-from model.config import BalanceConfig
+from model.config import BalanceConfig, ModelConfig
 from model.flops import training_flops, vision_flops
-from model.roles import GROUPS, Role, roles_of
+from model.roles import GROUPS, Role, check_freeze, roles_of
+from model.tensor_source import parameter_infos
 from model.vision.config import VisionConfig
 from parallel.cost import static_bytes
 from parallel.layout import ParallelConfig
@@ -24,7 +25,7 @@ from tests.support.models import meshes_here, small
 from tests.support.tiny import TINY, config, saved, synthetic
 from train.certify.plan import techniques
 from train.certify.worker import SEQ_LEN
-from train.config import TrainConfig, check, check_freeze
+from train.config import TrainConfig, check
 from train.optim.config import MuonConfig, OptimizerConfig, OptimizerKind
 from train.run_directory import RunDirectory
 
@@ -133,21 +134,27 @@ def test_frozen_roles_need_fewer_flops(freeze):
     assert work()[1] - work(*freeze)[1] == formula[1] - formula[0] > 0
 
 
+def there(model: ModelConfig) -> set[Role]:
+    return {info.role for info in parameter_infos(model).values()}
+
+
 def test_bad_names_are_refused_in_one_line():
     text, seeing = small(), small(vision=VISION)
     for freeze, model, reason in (
-        (["quary"], None, r"freeze=quary: no such role or group of roles; try vision, decoder, embedding"),
+        (["quary"], None, r"freeze=quary: no such role or group of roles; try vision, encoder, decoder, embedding"),
         (["vision"], text, "freeze=vision: the model has no such parameters; try embedding"),
         (["decoder"], text, "leaves nothing to train"),
         (["vision", "decoder"], seeing, "leaves nothing to train"),
     ):
         with pytest.raises(ConfigError, match=reason):
-            check_freeze(freeze, model)
+            check_freeze(freeze, there(model) if model else None)
     for freeze in (["vision"], ["decoder"], []):
-        check_freeze(freeze, seeing)
+        check_freeze(freeze, there(seeing))
     with pytest.raises(ConfigError, match=r"^training\.freeze=vision: the model has no such parameters"):
         check(load("train", TrainConfig, [*TINY, "run.name=x", "training.freeze=[vision]"]), 1)
-    assert GROUPS["vision"] | GROUPS["decoder"] == set(Role) and not GROUPS["vision"] & GROUPS["decoder"]
+    logits = {Role.logit_scale, Role.logit_bias}
+    assert GROUPS["vision"] | GROUPS["decoder"] | logits == set(Role) and not GROUPS["vision"] & GROUPS["decoder"]
+    assert GROUPS["vision"] - GROUPS["encoder"] == {Role.projector} and not GROUPS["decoder"] & logits
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from data.corpus import TRAIN
 from train.callbacks.evaluation import EvaluationCallback
+from train.config import phases
 from train.contrastive.engine import ContrastiveEngine
 from train.contrastive.retrieval import Retrieval, held_out_retrieval
 
@@ -17,6 +19,18 @@ class RetrievalCallback(EvaluationCallback):
     """
 
     found: Retrieval | None = None
+
+    def before_training(self) -> None:
+        trainer = self.trainer
+        for phase in phases(trainer.config):
+            sources = phase.weights or trainer.weights
+            streams = (trainer.corpus.stream(name, TRAIN) for name in sources if sources[name])
+            pairs = sum(stream.num_sequences(phase.seq_len) for stream in streams)
+            if phase.global_batch_size > pairs:
+                size = f"{phase.key}.global_batch_size={phase.global_batch_size}"
+                trainer.log(
+                    f"{size} is more than the {pairs} training pairs: equal pairs become negatives of each other"
+                )
 
     def measure(self) -> None:
         trainer = self.trainer

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from core.errors import ConfigError
 from model.config import ModelConfig
+from model.roles import check_freeze
 from parallel.layout import ParallelConfig
 from precision.config import PrecisionConfig
-from train.config import check_freeze
 from train.optim.config import OptimizerConfig
 
 MAX_RANKS, MAX_STEPS = 8, 20

@@ -26,7 +26,8 @@ from core.config import plain
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import RankFailure
 from model.config import AuxScope, BalanceConfig, FeedForward, InitPartsConfig, LayerConfig, ModelConfig
-from model.roles import Role, roles_of
+from model.roles import Role, check_freeze, roles_of
+from model.tensor_source import parameter_infos
 from model.vision.config import VisionConfig
 from parallel import expert_parallel
 from parallel.deepspeed import zero12
@@ -39,7 +40,6 @@ from train.certify import fp8
 from train.certify.compare import Comparison, compare, compare_resumed, join_blocks
 from train.certify.config import CertifyConfig
 from train.certify.worker import BATCH_SIZE, SEQ_LEN, CertifyCase, RankResults, RunOnRanks, micro_batch_size, run_cases
-from train.config import check_freeze
 from train.optim.config import OptimizerConfig, OptimizerKind
 
 _TERMS = BalanceConfig(bias_rate=0.01, aux=0.01, z=0.001)
@@ -92,7 +92,7 @@ def certify(config: CertifyConfig, ranks: RunOnRanks) -> Iterator[TrialOutcome]:
     """Run the trials one by one and compare each with one process. Small sets of axes come first, so that the first
     failure names the fewest axes. Raises `ConfigError` before anything runs if a trial is impossible.
     """
-    check_freeze(config.freeze, config.model)
+    check_freeze(config.freeze, {info.role for info in parameter_infos(config.model).values()})
     chosen, _ = trials(config)
     model, optimizer = shrink(config.model, config.parallel), config.optimizer
     if config.parallel.engine is EngineKind.deepspeed and config.precision.uses_float8:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +21,7 @@ from model.tensor_source import PartSources, Shape, TensorSource, parameter_info
 from model.upcycle import Upcycled, keeps_the_function
 from train.checkpoint.index import check_run, read_progress
 from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_imported
-from train.config import phase_of
-from train.contrastive.towers import run_parameters
+from train.config import TrainConfig, phase_of, run_parameters
 from train.run_directory import RunDirectory, committed, load_config
 
 
@@ -44,15 +43,26 @@ def open_model(path: Path, text_only: bool = False) -> TensorSource:
     return HuggingFaceCheckpoint(path, text_only)
 
 
+def run_source(config: TrainConfig, log: Callable[[str], None]) -> TensorSource | None:
+    """Open the models whose weights a new run starts with: see `initial_source`."""
+    infos = run_parameters(config) if config.model.init_parts.any else None
+    return initial_source(config.model, config.run.seed, log, config.training.frozen, infos)
+
+
 def initial_source(
-    config: ModelConfig, seed: int, log: Callable[[str], None], frozen: AbstractSet[Role] = frozenset()
+    config: ModelConfig,
+    seed: int,
+    log: Callable[[str], None],
+    frozen: AbstractSet[Role] = frozenset(),
+    infos: Mapping[str, ParameterInfo] | None = None,
 ) -> TensorSource | None:
     """Open the model of `model.init_from`, upcycled if configured, or the models of `model.init_parts`.
 
-    Raises `ConfigError` if a network differs, or if a projector of the `frozen` roles is of no model.
+    `infos`: the parameters of the network; None: those of a language model. Raises `ConfigError` if a network differs,
+    or if a projector of the `frozen` roles is of no model.
     """
     if config.init_parts.any:
-        return _initial_parts(config, log, frozen)
+        return _initial_parts(config, infos or parameter_infos(config), log, frozen)
     if config.init_from is None:
         return None
     source = _open("model.init_from", config.init_from)
@@ -78,14 +88,19 @@ def initial_source(
     return source
 
 
-def _initial_parts(config: ModelConfig, log: Callable[[str], None], frozen: AbstractSet[Role]) -> PartSources:
+def _initial_parts(
+    config: ModelConfig, infos: Mapping[str, ParameterInfo], log: Callable[[str], None], frozen: AbstractSet[Role]
+) -> PartSources:
     """Open the models of `model.init_parts`. The parameters of a part without a model are missing."""
-    decoder = _decoder_part(config, config.init_parts.decoder, log) if config.init_parts.decoder else {}
-    vision = _vision_part(config, config.init_parts.vision, log, frozen) if config.init_parts.vision else {}
+    parts = config.init_parts
+    decoder = _decoder_part(config, infos, parts.decoder, log) if parts.decoder else {}
+    vision = _vision_part(config, infos, parts.vision, log, frozen) if parts.vision else {}
     return PartSources(config, {**decoder, **vision})
 
 
-def _decoder_part(config: ModelConfig, path: str, log: Callable[[str], None]) -> dict[str, TensorSource]:
+def _decoder_part(
+    config: ModelConfig, infos: Mapping[str, ParameterInfo], path: str, log: Callable[[str], None]
+) -> dict[str, TensorSource]:
     key = "model.init_parts.decoder"
     source = _open(key, path)
     if not _has_decoder(source):
@@ -93,16 +108,20 @@ def _decoder_part(config: ModelConfig, path: str, log: Callable[[str], None]) ->
     theirs, ours = (replace(model, vision=None) for model in (source.config, config))
     _check_equal(key, path, "decoder", model_differences(theirs, ours))
     log(f"initial weights of the decoder from {path}")
-    return dict.fromkeys(_part(config, "decoder"), source)
+    return dict.fromkeys(_part(infos, "decoder"), source)
 
 
 def _vision_part(
-    config: ModelConfig, path: str, log: Callable[[str], None], frozen: AbstractSet[Role]
+    config: ModelConfig,
+    infos: Mapping[str, ParameterInfo],
+    path: str,
+    log: Callable[[str], None],
+    frozen: AbstractSet[Role],
 ) -> dict[str, TensorSource]:
-    """Return the source of each parameter of the encoder. A projector that leads to another width, or to the features
-    of contrastive towers, is not read.
+    """Return the source of each parameter of the encoder. A projector is not read if it leads to another width, or to a
+    decoder in one network and to the features of contrastive towers in the other.
     """
-    key, names = "model.init_parts.vision", _part(config, "vision")
+    key, names = "model.init_parts.vision", _part(infos, "vision")
     if config.vision is None:
         raise ConfigError(key, path, "this model has no vision encoder: set model.vision")
     source = _open(key, path)
@@ -113,10 +132,12 @@ def _vision_part(
     _check_equal(key, path, "encoder", {f"vision.{name}": pair for name, pair in different.items()})
     log(f"initial weights of the encoder from {path}")
     projector = next(info for info in names.values() if info.role is Role.projector)
-    if not _has_decoder(source) or source.shapes[projector.name] != tuple(projector.shape):
+    same_kind = _has_decoder(source) == ("embedding.weight" in infos)
+    if not same_kind or source.shapes[projector.name] != tuple(projector.shape):
         if Role.projector in frozen:
-            reason = f"has no projector to the decoder's {config.hidden_size} columns, so it must be trained"
-            raise ConfigError(key, path, f"{reason}: leave the projector out of training.freeze")
+            reason = f"has no projector to this network's {projector.shape[0]} columns, so it must be trained"
+            advice = "leave the projector out of training.freeze"
+            raise ConfigError(key, path, f"{reason}: {advice}", ["training.freeze=[encoder]"])
         log(f"{projector.name} {list(projector.shape)} starts as in a new model: {path} has no such projector")
         del names[projector.name]
     return dict.fromkeys(names, source)
@@ -126,8 +147,8 @@ def _has_decoder(source: TensorSource) -> bool:
     return "embedding.weight" in source.shapes
 
 
-def _part(config: ModelConfig, group: str) -> dict[str, ParameterInfo]:
-    return {name: info for name, info in parameter_infos(config).items() if info.role in GROUPS[group]}
+def _part(infos: Mapping[str, ParameterInfo], group: str) -> dict[str, ParameterInfo]:
+    return {name: info for name, info in infos.items() if info.role in GROUPS[group]}
 
 
 def _open(key: str, path: str) -> TensorSource:

@@ -1,4 +1,4 @@
-"""The towers that a run's configuration describes."""
+"""What a run's configuration costs, for each objective."""
 
 from __future__ import annotations
 
@@ -6,24 +6,7 @@ from dataclasses import replace
 
 from model.config import ModelConfig
 from model.flops import count_parameters
-from model.roles import ParameterInfo
-from model.tensor_source import parameter_infos
-from parallel.vision.towers import TowersConfig
-from train.config import Objective, TrainConfig
-
-
-def towers_config(config: TrainConfig) -> TowersConfig:
-    first = config.training.contrastive.loss.first
-    return TowersConfig(config.model, config.training.contrastive.feature_size, first.log_scale, first.bias)
-
-
-def run_parameters(config: TrainConfig) -> dict[str, ParameterInfo]:
-    """Return every parameter that a run of any objective trains, without allocating memory for it."""
-    match config.training.objective:
-        case Objective.language:
-            return parameter_infos(config.model)
-        case Objective.contrastive:
-            return towers_config(config).infos()
+from train.config import Objective, TrainConfig, run_parameters
 
 
 def num_parameters(config: TrainConfig) -> int:

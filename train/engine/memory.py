@@ -8,8 +8,8 @@ from core.errors import ConfigError
 from core.memory import available_memory
 from parallel.comm.world import ranks_on_machine
 from parallel.layout import Layout
-from train.config import TrainConfig, phases
-from train.contrastive.towers import num_parameters, run_parameters
+from train.config import TrainConfig, phases, run_parameters
+from train.contrastive.towers import num_parameters
 from train.optim.config import OptimizerKind
 
 GIB = 2**30

@@ -10,9 +10,8 @@ from data.corpus import Corpus
 from parallel.mesh import Meshes
 from parallel.parallelize import build
 from parallel.vision.towers import build_towers
-from train.config import Objective, TrainConfig, check_pairs
+from train.config import Objective, TrainConfig, check_pairs, towers_config
 from train.contrastive.engine import ContrastiveEngine, PairTokens
-from train.contrastive.towers import towers_config
 from train.engine import make_engine
 from train.engine.base import Engine
 

@@ -11,7 +11,7 @@ from tests.support.tiny import TINY
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 NO_PAIRS: dict[str, list[dict[str, str]]] = {
     "without picture": [{"text": "words alone"}],
-    "without caption": [{"image": "0.png"}, {"text": " \n"}],
+    "without caption": [{"image": "0.png"}, {"text": " \n\u200b\u00ad\x07\ufeff\u2028"}],
     "with several tiles": [{"image": "0.png"}, {"text": "two of them"}, {"image": "1.png"}],
     "longer than a sequence": [{"image": "0.png"}, {"text": "huge " * 500}],
 }

@@ -269,7 +269,7 @@ def test_settings_that_do_not_fit_are_refused(override, train, capsys):
 @pytest.mark.parametrize("stages", ["first", "all"])
 def test_a_run_whose_ranks_share_tiles_equals_one_process(train, tmp_path, stages):
     """Two pipeline stages on two data-parallel ranks, which share the tiles of the corpus's pictures."""
-    same = [*EXACT, "training.seq_len=96", "training.micro_batch_size=1", "training.freeze=[router,vision_up]"]
+    same = [*EXACT, "training.seq_len=96", "training.micro_batch_size=1", "training.freeze=[router,vision_patch]"]
     shares = ["parallel.vision.over_data_parallel=true", f"parallel.vision.stages={stages}"]
     assert train("run.name=one", *same) == 0
     assert train("run.name=many", "launch=torchrun", "launch.processes=4", "parallel.pp=2", *shares, *same) == 0
