@@ -13,7 +13,8 @@ from core.files import sha256_text
 @dataclass(frozen=True)
 class Question:
     """`prompt`: the text that the model continues; each `<image>` in it stands for the next of the encoded `pictures`.
-    The answer ends before the first of `stops`, or after `max_tokens` tokens. `reference`: what the judge needs.
+    The answer ends before the first of `stops`, or after `max_tokens` tokens, or where the model's context ends: a
+    `CutAnswer`. `reference`: what the judge needs.
     `own_text`: the prompt without instructions and solved examples, which is looked for in training corpora; None: the
     whole prompt. It is no part of the fingerprint.
     """
@@ -48,9 +49,15 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class NotAsked:
-    """Why a question could not be asked of a model: it does not fit its context, or the model cannot read pictures."""
+    """Why a question could not be asked of a model: it does not fit its context, the model cannot read pictures, or the
+    question is broken.
+    """
 
     reason: str
+
+
+class CutAnswer(str):
+    """The text of an answer that ended because the model's context did."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,13 @@ from core.files import misfit, read_json
 from train.exam.statistics import RESULT_SHAPE, compare
 from train.run_directory import EVALUATIONS, read_lines
 
-_RESULT = {"fingerprint": str, "score": (float, None), "interval": ([float], None), "not_asked?": (str, None)}
+_RESULT = {
+    "fingerprint": str,
+    "score": (float, None),
+    "interval": ([float], None),
+    "not_asked?": (str, None),
+    "cut?": (str, None),
+}
 _SHOWN_SHAPE = {"suite": str, "step?": (int, None), "exams": {str: _RESULT}}
 NOT_LOOKED_FOR, IN_PART = "not looked for", "searched in part"
 """Values of `contamination.status`."""
@@ -48,6 +54,7 @@ def last_results(against: str, suite: str) -> dict[str, Any]:
 @dataclass(frozen=True)
 class StepScore:
     """A score with its 95% confidence interval, NaN if no question was asked. `not_asked`: why questions were not.
+    `cut`: how many answers ended because the model's context did.
     `contamination`: what is known of the questions in the training corpus. `clean`: the score on those that are not in
     it, if others are.
     """
@@ -59,6 +66,7 @@ class StepScore:
     contamination: str
     clean: float | None
     not_asked: str = ""
+    cut: str = ""
 
     @property
     def is_known(self) -> bool:
@@ -66,7 +74,8 @@ class StepScore:
 
     def __str__(self) -> str:
         found = [f"{self.score:.3f} ({self.low:.3f} to {self.high:.3f}{self.contamination})"] if self.is_known else []
-        return "; ".join([*found, f"not asked: {self.not_asked}"] if self.not_asked else found)
+        beside = [f"{name}: {said}" for name, said in (("not asked", self.not_asked), ("cut", self.cut)) if said]
+        return "; ".join([*found, *beside])
 
 
 def scores_of(line: Mapping[str, Any]) -> dict[str, StepScore]:
@@ -78,7 +87,9 @@ def scores_of(line: Mapping[str, Any]) -> dict[str, StepScore]:
         if is_known or not_asked:
             score, low, high = (one["score"], *one["interval"]) if is_known else (math.nan,) * 3
             beside = _beside(one.get("contamination"))
-            found[f"{line['suite']}/{name}"] = StepScore(line.get("step"), score, low, high, *beside, not_asked)
+            found[f"{line['suite']}/{name}"] = StepScore(
+                line.get("step"), score, low, high, *beside, not_asked, one.get("cut") or ""
+            )
     return found
 
 
