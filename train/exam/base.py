@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -62,7 +63,9 @@ class CutAnswer(str):
 
 @dataclass(frozen=True)
 class Verdict:
-    """`score`: from 0 to 1. `note`: one line, why. `figures`: further numbers, averaged over the questions."""
+    """`score`: from 0 to 1. `note`: one line, why. `figures`: further finite numbers, averaged over the
+    questions.
+    """
 
     outcome: Outcome
     score: float
@@ -72,6 +75,8 @@ class Verdict:
     def __post_init__(self) -> None:
         if not 0 <= self.score <= 1:
             raise ValueError(f"a score must lie in [0, 1], not {self.score}")
+        if not all(math.isfinite(value) for value in self.figures.values()):
+            raise ValueError(f"figures must be finite numbers, not {dict(self.figures)}")
         if (self.outcome is Outcome.right) != (self.score == 1):
             raise ValueError(f"an answer is right if and only if it scores 1: {self.outcome.name}, {self.score}")
 

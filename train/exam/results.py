@@ -10,6 +10,7 @@ from typing import Any
 
 from core.errors import ConfigError, UnreadableFileError
 from core.files import misfit, read_json
+from train.exam.base import Exam, fingerprint
 from train.exam.statistics import RESULT_SHAPE, compare
 from train.run_directory import EVALUATIONS, read_lines
 
@@ -128,6 +129,20 @@ def scores_by_step(path: Path) -> dict[str, list[StepScore]]:
             fingerprint = line["exams"][name.removeprefix(f"{line['suite']}/")]["fingerprint"]
             found.setdefault(f"{name} ({fingerprint[:8]})", []).append(score)
     return found
+
+
+def check_comparable(other: Mapping[str, Any], exams: Mapping[str, Exam]) -> None:
+    """Raise `ConfigError` (key `against`) unless results are of the questions of these examinations, as
+    `compare_suites` does, but before they are asked.
+    """
+    asked = {
+        label: {
+            "fingerprint": fingerprint(exam),
+            "answers": [{"id": question.id, "score": None} for question in exam.questions()],
+        }
+        for label, exam in exams.items()
+    }
+    compare_suites(other, {"exams": asked})
 
 
 def compare_suites(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

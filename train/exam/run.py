@@ -172,5 +172,7 @@ def _summary(result: Mapping[str, Any]) -> dict[str, Any]:
 def _judged(exam: Exam, question: Question, answer: str) -> Verdict:
     try:
         return exam.judge(question, answer)
-    except Exception as error:  # whatever a judge raises is its own fault, not the model's
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a judge raises, also SystemExit, is its own fault, not the model's
         return Verdict(Outcome.judge_failed, 0, one_line(error, 200))
