@@ -162,11 +162,16 @@ class RunDirectory:
             return False
 
     def trim_metrics(self, step: int) -> None:
-        """Remove the logged lines of steps after `step`, from which the run resumes."""
+        """Remove the logged lines of steps after `step`, from which the run resumes. Raises `ConfigError` (key
+        `run.name`) for a file that cannot be read.
+        """
         lines = (self.metrics, "step", step), (self.online, "first_step", step - 1), (self.evaluations, "step", step)
         for path, key, last in lines:
             if path.exists():
-                kept = (json.dumps(line) for line in read_lines(path, {key: int}) if line[key] <= last)
+                try:
+                    kept = [json.dumps(line) for line in read_lines(path, {key: int}) if line[key] <= last]
+                except (OSError, UnreadableFileError) as error:
+                    raise unreadable(path, error) from None
                 write_text(path, "".join(f"{line}\n" for line in kept))
 
     def _try_writing(self, elsewhere: str | None) -> None:
@@ -274,6 +279,14 @@ def read_lines(path: Path, shape: Any = object) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
         for text in iter(partial(file.readline, TEXT_LIMIT), ""):
             yield from (line for line in parse_lines(text) if line is not None and not misfit(line, shape))
+
+
+def unreadable(path: Path, error: OSError | UnreadableFileError) -> ConfigError:
+    """Return what a user reads if a file of a run's directory, to which lines are appended, cannot be read."""
+    reason = error.strerror if isinstance(error, OSError) else error
+    return ConfigError(
+        "run.name", path.parent.name, f"{path} cannot be read ({reason}); move it away to go on without it"
+    )
 
 
 def parse_lines(text: str) -> Iterator[dict[str, Any] | None]:

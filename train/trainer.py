@@ -103,8 +103,7 @@ class Trainer:
         if config.precision.uses_float8:
             log(str(resolve(config.precision, world.device)))
         placed.model.set_rope_config(phase_of(config, self.step).model)
-        if world.is_main:
-            directory.trim_metrics(self.step)
+        world.from_main(lambda: directory.trim_metrics(self.step))
         self.callbacks = make_callbacks(self)
         if progress:
             self._restore_callbacks(progress.get("callbacks", {}))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.config import plain
-from core.errors import ConfigError, check_numbers
+from core.errors import ConfigError, LeviathanError, check_numbers
 from launch.config import LaunchKind, local_launch
 from launch.ranks import check_model, run_verb
 from precision.config import Backend
@@ -198,7 +198,7 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
     from train.eval.open_model import open_scoring_model
     from train.exam.ask import greedy_answers, run_on_main
     from train.exam.registry import make_suite
-    from train.exam.results import compare_suites, last_results
+    from train.exam.results import check_comparable, compare_suites, last_results
     from train.exam.run import nothing_asked, run_suite, summary
     from train.overlap.search import put_beside, search_for_model, texts_of_exam
     from train.run_directory import EVALUATIONS
@@ -207,8 +207,13 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
         """Report mistakes before the model is read. Return the other results, and which questions were trained on."""
         if config.out is not None:
             check_target("out", config.out, ".json")
-        texts = {label: texts_of_exam(exam) for label, exam in make_suite(suite).items()}
+        if is_run:
+            check_target("run", str(path / EVALUATIONS), Path(EVALUATIONS).suffix)
+        exams = make_suite(suite)
+        texts = {label: texts_of_exam(exam) for label, exam in exams.items()}
         other = None if config.against is None else last_results(config.against, suite.name)
+        if other is not None:
+            check_comparable(other, exams)
         return other, search_for_model(texts, path, config.corpus, config.search_tokens)
 
     path = Path(config.run).expanduser()
@@ -221,12 +226,19 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
     if not world.is_main:
         return 0
     put_beside(line, *overlaps)
-    if is_run:
-        append_json_line(path / EVALUATIONS, line)
+    targets = [(path / EVALUATIONS, append_json_line)] * is_run
     if config.out is not None:
-        write_json(local_path("out", config.out), line)
+        targets.append((local_path("out", config.out), write_json))
+    failures = []
+    for target, write in targets:  # one that fails does not keep the results from the other
+        try:
+            write(target, line)
+        except OSError as error:
+            failures.append(f"{target} ({error.strerror or error})")
     shown = summary(line)
     if other is not None:
         shown["against"] = compare_suites(other, line)
     print(json.dumps(shown, indent=2))
+    if failures:
+        raise LeviathanError(f"the results above could not be written to {' and '.join(failures)}")
     return 0

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from core.errors import LeviathanError
+from core.errors import LeviathanError, one_line
 from parallel.comm.world import World
 
 Batch = TypeVar("Batch")
@@ -40,7 +40,7 @@ class Shares:
 
         Batches are dealt in turn, so that neighbours, of similar lengths, run at the same time. If ranks keep in step,
         a rank without a batch calls `work(None)`, which runs as many forward passes as the others. A `LeviathanError`
-        of any rank is raised on every rank.
+        of any rank is raised on every rank; any other error too, as a `LeviathanError`, unless ranks keep in step.
         """
         found: dict[int, Result] = {}
         error: LeviathanError | None = None
@@ -53,6 +53,11 @@ class Shares:
                 result = work(batch)
             except LeviathanError as caught:
                 error = error or caught
+                continue
+            except Exception as caught:
+                if self.in_step or self.size == 1:
+                    raise  # the other ranks are in the same forward pass, or there are none
+                error = LeviathanError(one_line(caught))
                 continue
             if batch is not None:
                 found[place] = result

@@ -159,7 +159,8 @@ DENSE = (
 )
 
 
-@pytest.mark.parametrize("places", [MOE, pytest.param(DENSE, marks=pytest.mark.slow)], ids=["moe", "dense"])
+@pytest.mark.slow
+@pytest.mark.parametrize("places", [MOE, DENSE], ids=["moe", "dense"])
 def test_a_run_moves_between_engines_and_world_sizes(ranks, small_corpus, tmp_path, places):
     """A move keeps weights, moments and step counts bit for bit. The losses are those of a run that never moved."""
     usual = [*small_corpus, "precision=fp32", "optimizer=adamw", "optimizer.lr=1e-3"]

@@ -113,6 +113,7 @@ def test_every_verb_works_in_a_folder_with_our_names(strangers_folder, finished,
     assert "the wrong package was imported" in control.stderr, "control: the folder does shadow us without the guard"
 
 
+@pytest.mark.slow
 def test_python_m_train_survives_a_data_folder(strangers_folder, small_corpus):
     """A user's train.py shadows `-m train` unless PYTHONSAFEPATH=1. A data/ folder never shadows our package."""
     line = [sys.executable, "-m", "train", *TINY, *small_corpus, "run.name=x", "training.steps=1"]

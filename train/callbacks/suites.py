@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from core.errors import ConfigError, LeviathanError, one_line
+from core.errors import ConfigError, LeviathanError, UnreadableFileError, one_line
 from data.corpus import Corpus
 from data.images.media import ImageDescription
 from parallel.comm.shares import Shares
@@ -32,6 +32,7 @@ from train.exam.run import Ask, run_suite
 from train.metrics import StepMetrics, append_or_log
 from train.overlap.corpus import block_texts, blocks, trained_sources
 from train.overlap.search import Overlap, SearchCache, Searches, put_beside, sizes, texts_of_exam
+from train.run_directory import unreadable
 
 BATCH_SIZE = 8
 """Most questions that are answered side by side."""
@@ -55,17 +56,12 @@ def make_suites(config: EvaluationConfig) -> dict[str, Suite]:
 
 def check_questions(config: TrainConfig, suites: Mapping[str, Suite], corpus: Corpus) -> None:
     """Raise `ConfigError` for a suite of which the model can be asked nothing in a phase: no question fits the context,
-    or all have pictures that the model cannot read.
+    all have pictures that the model cannot read, or all are broken.
     """
     images = None if config.model.vision is None else corpus.images
     model = AskedModel(corpus.tokenizer, min((phase.seq_len for phase in asking_phases(config)), default=0), images)
     for name, suite in suites.items():
-        try:
-            asked = [
-                (label, continuation(model, one)) for label, exam in suite.exams.items() for one in exam.questions()
-            ]
-        except ConfigError as error:
-            raise ConfigError("evaluation.suites", name, error.reason) from None
+        asked = [(label, continuation(model, one)) for label, exam in suite.exams.items() for one in exam.questions()]
         reasons = [(label, one.reason) for label, one in asked if isinstance(one, NotAsked)]
         if len(reasons) == len(asked):
             label, reason = reasons[0]
@@ -153,7 +149,10 @@ class SuiteCallback(Callback):
             name: {label: fingerprint(exam) for label, exam in suite.exams.items()}
             for name, suite in self.suites.items()
         }
-        return {name: not asked_before(path, step, name, one) for name, one in prints.items()}
+        try:
+            return {name: not asked_before(path, step, name, one) for name, one in prints.items()}
+        except (OSError, UnreadableFileError) as error:
+            raise unreadable(path, error) from None
 
     def _line(self, name: str) -> dict[str, Any] | None:
         """Return the results of a suite on every rank; None if it cannot be asked. The model comes back as it was."""

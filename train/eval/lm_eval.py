@@ -28,6 +28,7 @@ from train.eval.multimodal import TokenizedQuestion, question
 from train.eval.open_model import open_scoring_model
 from train.eval.scoring_model import ScoringModel, TokenWindow
 from train.overlap.samples import search_samples
+from train.overlap.search import check_files
 
 
 class HarnessModel(TemplateLM):
@@ -202,6 +203,8 @@ def run_tasks(
 
     if out is not None:
         check_target("out", out, ".json")
+    if corpus is not None and search_tokens:
+        world.from_main(lambda: check_files(corpus))
     huggingface_hub.logging.set_verbosity_error()  # it logs each of its retries
     datasets.disable_progress_bars()
     own = None if task_path is None else str(Path(task_path).expanduser())

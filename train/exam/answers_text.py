@@ -289,6 +289,25 @@ class Scanner:
         self.tokens = [match.groups() for match in matches]
         self.spaced = [match[0][0].isspace() for match in matches]
         self.unknowns = unknowns
+        self._heights = self._nesting()
+
+    def _nesting(self) -> dict[int, int]:
+        """Return how many parentheses are nested in each one that is closed, with itself. The others are not read: that
+        from each of 4,000 open ones would take seconds.
+        """
+        heights: dict[int, int] = {}
+        opened: list[int] = []
+        for at in range(len(self.tokens)):
+            if self._is(at, "("):
+                opened.append(at)
+                heights[at] = 1
+            elif opened and self._is(at, ")"):
+                inner = opened.pop()
+                if opened:
+                    heights[opened[-1]] = max(heights[opened[-1]], heights[inner] + 1)
+        for at in opened:
+            del heights[at]
+        return heights
 
     def _is(self, at: int, signs: str) -> bool:
         return at < len(self.tokens) and (self.tokens[at][3] or "") in signs and self.tokens[at][3] is not None
@@ -495,13 +514,13 @@ class Scanner:
         return (self._name(at) is not None and not begins) or self._is(at, "(")
 
     def _factor(self, at: int, depth: int) -> tuple[LinearExpression | None, int]:
-        if at >= len(self.tokens) or depth > DEPTH:
+        if at >= len(self.tokens):
             return None, at
         if (number := self.tokens[at][0]) is not None:
             return LinearExpression(_fraction(number)), at + 1
         if (name := self._name(at)) is not None:
             return variable(name), at + 1
-        if self._is(at, "(") and not self._is_remark(at):
+        if depth + self._heights.get(at, DEPTH + 1) <= DEPTH and not self._is_remark(at):
             value, end = self._expression(at + 1, depth + 1)
             if value is not None and self._is(end, ")"):
                 return value, end + 1

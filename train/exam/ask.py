@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from core.errors import ConfigError
+from data.images.decode import BadImage
 from data.images.media import ImageDescription
 from parallel.comm.world import World
 from train.eval.config import GenerateConfig
 from train.eval.generate import Continuation, before_stops
 from train.eval.multimodal import question as tokenized
 from train.eval.scoring_model import PictureModel, ScoringModel, TextTokenizer
-from train.exam.base import NotAsked, Question
+from train.exam.base import CutAnswer, NotAsked, Question
 from train.exam.run import Ask
 
 T = TypeVar("T")
@@ -39,22 +40,18 @@ class Asked(Protocol):
 
 
 def greedy_answers(model: ScoringModel, batch_size: int = 8) -> Ask:
-    """Return a function that answers by greedy decoding, `batch_size` questions at a time. An answer also ends where
-    the model's context does.
+    """Return a function that answers by greedy decoding, `batch_size` questions at a time.
 
-    The answer to a question that does not fit the context, or whose pictures the model cannot read, is `NotAsked`. The
-    function raises `ConfigError` (key `suite`) for a question whose pictures and text do not match.
+    A question is asked with what room the context leaves for its answer. An answer that ends because the context does
+    is a `CutAnswer`. The answer to a question that does not fit the context, whose pictures the model cannot read, or
+    that is broken, is `NotAsked`.
     """
 
     def ask(questions: Sequence[Question]) -> list[str | NotAsked]:
         asked = [continuation(model, one) for one in questions]
         model.continue_all([one for one in asked if isinstance(one, Continuation)], batch_size)
         return [
-            one
-            if isinstance(one, NotAsked)
-            else before_stops(
-                model.tokenizer.decode(one.found if isinstance(one, Continuation) else one), question.stops
-            )
+            _text(model, question, one.found, one.config.tokens) if isinstance(one, Continuation) else one
             for one, question in zip(asked, questions, strict=True)
         ]
 
@@ -101,11 +98,8 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def continuation(model: Asked, asked: Question) -> Continuation | list[int] | NotAsked:
-    """Return what `ScoringModel.continue_all` continues, or the tokens of the answer of a model with a processor.
-
-    Raises `ConfigError` (key `suite`) for a question whose pictures and text do not match.
-    """
+def continuation(model: Asked, asked: Question) -> Continuation | str | NotAsked:
+    """Return what `ScoringModel.continue_all` continues, or the answer of a model with a processor."""
 
     def encode(text: str) -> Sequence[int]:
         return model.tokenizer.encode([text])[0]
@@ -114,6 +108,8 @@ def continuation(model: Asked, asked: Question) -> Continuation | list[int] | No
         text = model.tokenizer.decode(found)
         return not any(stop in text for stop in asked.stops)
 
+    if not is_unicode(asked.prompt):
+        return NotAsked("its prompt has half of a surrogate pair, which is no character")
     if asked.pictures and model.images is None:
         if isinstance(model.pictures, str):
             return NotAsked(model.pictures)
@@ -121,19 +117,39 @@ def continuation(model: Asked, asked: Question) -> Continuation | list[int] | No
             length, inputs = model.pictures.read(asked.prompt, asked.pictures)
         except ConfigError as error:
             return NotAsked(error.reason)
+        except BadImage as error:
+            return NotAsked(str(error))
         if length >= model.context:
             return _too_long(length, model.context)
-        return model.pictures.continue_from(inputs, min(asked.max_tokens, model.context - length), goes_on)
+        limit = min(asked.max_tokens, model.context - length)
+        return _text(model, asked, model.pictures.continue_from(inputs, limit, goes_on), limit)
     try:
         found = tokenized(asked.prompt, list(asked.pictures), model.images if asked.pictures else None, encode)
     except ConfigError as error:
-        raise ConfigError("suite", None, f"question {asked.id} cannot be asked: {error.reason}") from None
+        return NotAsked(error.reason)
     ids = [model.tokenizer.bos_id, *found.ids, *encode(found.last)]
     room = model.context - len(ids)
     if room < 1:
         return _too_long(len(ids), model.context)
     config = GenerateConfig(run="", tokens=min(asked.max_tokens, room), temperature=0.0, top_k=None)
     return Continuation(ids, config, goes_on, found.pixels_N3SS)
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded: JSON may have half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text(model: Asked, asked: Question, found: list[int], limit: int) -> str:
+    """Return the answer of the tokens `found`, of which there can be `limit`."""
+    text = model.tokenizer.decode(found)
+    is_cut = limit < asked.max_tokens and len(found) >= limit and not any(stop in text for stop in asked.stops)
+    answer = before_stops(text, asked.stops)
+    return CutAnswer(answer) if is_cut else answer
 
 
 def _too_long(tokens: int, context: int) -> NotAsked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,7 +14,8 @@ from core.files import sha256_text
 @dataclass(frozen=True)
 class Question:
     """`prompt`: the text that the model continues; each `<image>` in it stands for the next of the encoded `pictures`.
-    The answer ends before the first of `stops`, or after `max_tokens` tokens. `reference`: what the judge needs.
+    The answer ends before the first of `stops`, or after `max_tokens` tokens, or where the model's context ends: a
+    `CutAnswer`. `reference`: what the judge needs.
     `own_text`: the prompt without instructions and solved examples, which is looked for in training corpora; None: the
     whole prompt. It is no part of the fingerprint.
     """
@@ -48,14 +50,22 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class NotAsked:
-    """Why a question could not be asked of a model: it does not fit its context, or the model cannot read pictures."""
+    """Why a question could not be asked of a model: it does not fit its context, the model cannot read pictures, or the
+    question is broken.
+    """
 
     reason: str
 
 
+class CutAnswer(str):
+    """The text of an answer that ended because the model's context did."""
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """`score`: from 0 to 1. `note`: one line, why. `figures`: further numbers, averaged over the questions."""
+    """`score`: from 0 to 1. `note`: one line, why. `figures`: further finite numbers, averaged over the
+    questions.
+    """
 
     outcome: Outcome
     score: float
@@ -65,6 +75,8 @@ class Verdict:
     def __post_init__(self) -> None:
         if not 0 <= self.score <= 1:
             raise ValueError(f"a score must lie in [0, 1], not {self.score}")
+        if not all(math.isfinite(value) for value in self.figures.values()):
+            raise ValueError(f"figures must be finite numbers, not {dict(self.figures)}")
         if (self.outcome is Outcome.right) != (self.score == 1):
             raise ValueError(f"an answer is right if and only if it scores 1: {self.outcome.name}, {self.score}")
 

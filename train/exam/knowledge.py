@@ -265,8 +265,8 @@ def _right_place(record: Mapping[str, Any]) -> int | None:
 
 def choice_question(name: str, text: str, choices: Sequence[str], right: int, before: str = "") -> Question:
     """`right`: the place of the right choice. `before`: solved examples."""
-    reference, own = (tuple(choices), right), _lettered(text, choices)
-    return Question(name, f"{before}{own}\nAnswer:", reference, max_tokens=24, stops=("\n",), own_text=own)
+    prompt = f"{before}{_lettered(text, choices)}\nAnswer:"
+    return Question(name, prompt, (tuple(choices), right), max_tokens=24, stops=("\n",), own_text=text)
 
 
 def list_question(name: str, text: str, reference: ListReference, before: str = "") -> Question:

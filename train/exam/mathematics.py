@@ -47,7 +47,7 @@ class LinearSystems(Generated):
     """2 or 3."""
 
     name: ClassVar[str] = "linear_systems"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,7 +210,7 @@ class Quadratics(Generated):
     """
 
     name: ClassVar[str] = "quadratics"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def questions(self) -> Sequence[Question]:
         before = []

@@ -10,10 +10,17 @@ from typing import Any
 
 from core.errors import ConfigError, UnreadableFileError
 from core.files import misfit, read_json
+from train.exam.base import Exam, fingerprint
 from train.exam.statistics import RESULT_SHAPE, compare
 from train.run_directory import EVALUATIONS, read_lines
 
-_RESULT = {"fingerprint": str, "score": (float, None), "interval": ([float], None), "not_asked?": (str, None)}
+_RESULT = {
+    "fingerprint": str,
+    "score": (float, None),
+    "interval": ([float], None),
+    "not_asked?": (str, None),
+    "cut?": (str, None),
+}
 _SHOWN_SHAPE = {"suite": str, "step?": (int, None), "exams": {str: _RESULT}}
 NOT_LOOKED_FOR, IN_PART = "not looked for", "searched in part"
 """Values of `contamination.status`."""
@@ -48,6 +55,7 @@ def last_results(against: str, suite: str) -> dict[str, Any]:
 @dataclass(frozen=True)
 class StepScore:
     """A score with its 95% confidence interval, NaN if no question was asked. `not_asked`: why questions were not.
+    `cut`: how many answers ended because the model's context did.
     `contamination`: what is known of the questions in the training corpus. `clean`: the score on those that are not in
     it, if others are.
     """
@@ -59,6 +67,7 @@ class StepScore:
     contamination: str
     clean: float | None
     not_asked: str = ""
+    cut: str = ""
 
     @property
     def is_known(self) -> bool:
@@ -66,7 +75,8 @@ class StepScore:
 
     def __str__(self) -> str:
         found = [f"{self.score:.3f} ({self.low:.3f} to {self.high:.3f}{self.contamination})"] if self.is_known else []
-        return "; ".join([*found, f"not asked: {self.not_asked}"] if self.not_asked else found)
+        beside = [f"{name}: {said}" for name, said in (("not asked", self.not_asked), ("cut", self.cut)) if said]
+        return "; ".join([*found, *beside])
 
 
 def scores_of(line: Mapping[str, Any]) -> dict[str, StepScore]:
@@ -78,7 +88,9 @@ def scores_of(line: Mapping[str, Any]) -> dict[str, StepScore]:
         if is_known or not_asked:
             score, low, high = (one["score"], *one["interval"]) if is_known else (math.nan,) * 3
             beside = _beside(one.get("contamination"))
-            found[f"{line['suite']}/{name}"] = StepScore(line.get("step"), score, low, high, *beside, not_asked)
+            found[f"{line['suite']}/{name}"] = StepScore(
+                line.get("step"), score, low, high, *beside, not_asked, one.get("cut") or ""
+            )
     return found
 
 
@@ -117,6 +129,20 @@ def scores_by_step(path: Path) -> dict[str, list[StepScore]]:
             fingerprint = line["exams"][name.removeprefix(f"{line['suite']}/")]["fingerprint"]
             found.setdefault(f"{name} ({fingerprint[:8]})", []).append(score)
     return found
+
+
+def check_comparable(other: Mapping[str, Any], exams: Mapping[str, Exam]) -> None:
+    """Raise `ConfigError` (key `against`) unless results are of the questions of these examinations, as
+    `compare_suites` does, but before they are asked.
+    """
+    asked = {
+        label: {
+            "fingerprint": fingerprint(exam),
+            "answers": [{"id": question.id, "score": None} for question in exam.questions()],
+        }
+        for label, exam in exams.items()
+    }
+    compare_suites(other, {"exams": asked})
 
 
 def compare_suites(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

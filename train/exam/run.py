@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from core.config import plain
 from core.errors import LeviathanError, one_line
 from core.package_guard import sources_digest
-from train.exam.base import Exam, MachineExam, NotAsked, Outcome, Question, Verdict, fingerprint
+from train.exam.base import CutAnswer, Exam, MachineExam, NotAsked, Outcome, Question, Verdict, fingerprint
 from train.exam.config import SuiteConfig
 from train.exam.registry import make_suite
 from train.exam.statistics import interval
@@ -36,9 +36,12 @@ class ControlledExam(Protocol):
 
 @dataclass(frozen=True)
 class JudgedAnswer:
+    """`is_cut`: whether the answer ended because the model's context did."""
+
     id: str
     answer: str
     verdict: Verdict
+    is_cut: bool = False
 
     def plain(self) -> dict[str, Any]:
         """`score` is null if the judge failed or the question was not asked."""
@@ -48,6 +51,7 @@ class JudgedAnswer:
             "outcome": self.verdict.outcome.value,
             "score": self.verdict.score if self.verdict.outcome.is_scored else None,
             "note": self.verdict.note,
+            "cut": self.is_cut,
         }
 
 
@@ -78,6 +82,12 @@ class ExamResult:
         which = "" if len(set(reasons)) == 1 else "the first: "
         return f"{len(reasons)} of {len(self.answers)} questions, {which}{reasons[0]}"
 
+    @property
+    def cut(self) -> str | None:
+        """How many answers ended because the model's context did, in one line."""
+        count = sum(one.is_cut for one in self.answers)
+        return f"{count} of {len(self.answers)} answers end where the model's context does" if count else None
+
     def plain(self) -> dict[str, Any]:
         scores, found = self.scores, interval(self.scores)
         counts = Counter(one.verdict.outcome for one in self.answers)
@@ -95,6 +105,7 @@ class ExamResult:
             "interval": None if found is None else [found.low, found.high],
             "interval_method": None if found is None else found.method,
             "not_asked": self.not_asked,
+            "cut": self.cut,
             "outcomes": {outcome.value: counts[outcome] for outcome in Outcome},
             "figures": {name: sum(some) / len(some) for name, some in values.items()},
             "controls": {name: _summary(one.plain()) for name, one in self.controls.items()},
@@ -111,7 +122,7 @@ def run_exam(exam: Exam, ask: Ask) -> ExamResult:
     judged = tuple(
         JudgedAnswer(question.id, "", Verdict(Outcome.not_asked, 0, text.reason))
         if isinstance(text, NotAsked)
-        else JudgedAnswer(question.id, text, _judged(exam, question, text))
+        else JudgedAnswer(question.id, text, _judged(exam, question, text), isinstance(text, CutAnswer))
         for question, text in zip(questions, texts, strict=True)
     )
     others = exam.controls() if isinstance(exam, ControlledExam) else {}
@@ -161,5 +172,7 @@ def _summary(result: Mapping[str, Any]) -> dict[str, Any]:
 def _judged(exam: Exam, question: Question, answer: str) -> Verdict:
     try:
         return exam.judge(question, answer)
-    except Exception as error:  # whatever a judge raises is its own fault, not the model's
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a judge raises, also SystemExit, is its own fault, not the model's
         return Verdict(Outcome.judge_failed, 0, one_line(error, 200))

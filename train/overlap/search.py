@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.config import plain
-from core.errors import LeviathanError, UnreadableFileError
+from core.errors import ConfigError, LeviathanError, UnreadableFileError
 from core.files import read_json, sha256_text, write_json
 from data.corpus import Corpus
 from data.filter.config import ContaminationConfig
@@ -25,16 +25,18 @@ from train.overlap.corpus import CHARACTERS_PER_TOKEN, block_size, block_texts, 
 WORDS = ContaminationConfig.words
 OVERLAPS = "overlaps.json"
 """File in a run's directory with the results of searches, so that a search is not repeated."""
+_VERSION = 2
+"""Changes with what a search finds, so that stored results of an older one are not taken."""
 _SHAPE = {str: {"found": [str], "too_short": [str], "searched_tokens": int, "corpus_tokens": (int, None)}}
 
 Questions = Mapping[str, Sequence[str]]
-"""The strings of each question, by its id."""
+"""The strings of each question, by its id. The first is the question itself, which decides whether it is too short."""
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """The ids of the questions of one examination that share an n-gram of `WORDS` words with the text, and of those
-    that have too few words to be found. `searched_tokens` of `corpus_tokens` (None: unknown) were read.
+    """The ids of the questions of one examination that share an n-gram of `WORDS` words with the text, and of the
+    others that have too few words to be found. `searched_tokens` of `corpus_tokens` (None: unknown) were read.
     """
 
     found: list[str] = field(default_factory=list)
@@ -95,8 +97,8 @@ class Searches(QuestionSearch):
 
     @property
     def needed(self) -> bool:
-        """Whether a question has enough words to be found."""
-        return not self.too_short_Q.all()
+        """Whether a string of a question has enough words to be found."""
+        return bool(len(self._sorted_N))
 
     def overlaps(self, found_Q: NDArray[np.bool_], searched: int, total: int | None) -> dict[str, Overlap]:
         """Return the result of each examination, from `found_Q` of all ranks."""
@@ -104,7 +106,7 @@ class Searches(QuestionSearch):
         for (label, one), is_found, is_short in zip(self._ids, found_Q, self.too_short_Q, strict=True):
             if is_found:
                 results[label].found.append(one)
-            if is_short:
+            elif is_short:
                 results[label].too_short.append(one)
         return results
 
@@ -131,8 +133,9 @@ def sizes(
 
 def search_files(exams: Mapping[str, Questions], pattern: str, limit: int) -> dict[str, Overlap]:
     """Look for the questions in files, in the first `limit` tokens of 4 characters. Raises `ConfigError` (key
-    `corpus`) for files that cannot be read.
+    `corpus`) for files that cannot be read, or without text.
     """
+    check_files(pattern)
     searches, left, ended = Searches(exams), limit * CHARACTERS_PER_TOKEN, True
     for text in _bounded(texts_of_files(pattern), left):
         searches.add(text)
@@ -140,6 +143,12 @@ def search_files(exams: Mapping[str, Questions], pattern: str, limit: int) -> di
         ended = left > 0
     searched = limit - left // CHARACTERS_PER_TOKEN
     return searches.overlaps(searches.found_Q, searched, searched if ended else None)
+
+
+def check_files(pattern: str) -> None:
+    """Raise `ConfigError` (key `corpus`) unless files can be read up to their first text."""
+    if not any(text.strip() for text in texts_of_files(pattern)):
+        raise ConfigError("corpus", pattern, "has no text in which to look for questions; name files with text")
 
 
 def _bounded(texts: Iterator[str], characters: int) -> Iterator[str]:
@@ -155,7 +164,8 @@ def search_for_model(
     texts: Mapping[str, Questions], model: Path, files: str | None, limit: int
 ) -> tuple[dict[str, Overlap], str]:
     """Look for the questions of examinations in files or, without, in the corpus of a run. Returns no results and the
-    reason if there is nothing to search. Raises `ConfigError` (key `corpus`) for files that cannot be read.
+    reason if there is nothing to search. Raises `ConfigError` (key `corpus`) for files that cannot be read, or without
+    text.
 
     `model`: the directory of a run, which keeps the results, or of another model.
     """
@@ -202,7 +212,7 @@ class SearchCache:
     def key(questions: Questions, corpus: Corpus, sources: Sequence[str], limit: int) -> str:
         """Return the name of a search: equal names have equal results."""
         what = json.dumps(questions, sort_keys=True), corpus.fingerprint, json.dumps(list(sources))
-        return sha256_text(*what, str(limit), str(WORDS))[:32]
+        return sha256_text(*what, str(limit), str(WORDS), str(_VERSION))[:32]
 
     def get(self, key: str) -> Overlap | None:
         return self._stored.get(key)

@@ -44,19 +44,17 @@ class EvaluationSets:
 class QuestionSearch:
     """Finds the questions that share an n-gram of words with a text, by the method that drops records.
 
-    `questions`: the strings of each question, by a name. `too_short_Q`: whether a question has no string of `words`
-    words, so that it cannot be found. `found_Q`: whether a text that was added has an n-gram of it. Both are in the
-    order of the names.
+    `questions`: the strings of each question, by a name; any of them counts. `too_short_Q`: whether the first string,
+    the question itself, has fewer than `words` words. `found_Q`: whether a text that was added has an n-gram of it.
+    Both are in the order of the names.
     """
 
     def __init__(self, questions: Mapping[Any, Sequence[str]], words: int = ContaminationConfig.words) -> None:
         self._words = words
-        ngrams = [
-            np.unique(np.concatenate([np.empty(0, np.uint64), *(self._ngrams(text) for text in texts)]))
-            for texts in questions.values()
-        ]
+        parts = [[np.empty(0, np.uint64), *(self._ngrams(text) for text in texts)] for texts in questions.values()]
+        ngrams = [np.unique(np.concatenate(one)) for one in parts]
         sizes = [len(one) for one in ngrams]
-        self.too_short_Q = np.array(sizes, np.int64) == 0
+        self.too_short_Q = np.array([not any(map(len, one[1:2])) for one in parts], np.bool_)
         self.found_Q = np.zeros(len(sizes), np.bool_)
         every = np.concatenate([np.empty(0, np.uint64), *ngrams])
         order = np.argsort(every, kind="stable")

@@ -85,9 +85,10 @@ def test_a_question_that_is_not_asked_is_counted_apart_by_all(ranks, run):
     assert "1 of 2 questions, it takes" in first["not_asked"]
 
 
-def test_pictures_that_do_not_match_a_prompt_are_an_error_of_all(ranks, run):
-    first, second = ranks(2, examined, run, False, "two<image>")
-    assert first == second and "question 0 cannot be asked" in first
+def test_a_broken_question_is_not_asked_on_any_rank(ranks, run):
+    (first, judged), (second, _) = ranks(2, examined, run, False, "a two<image>")
+    assert first == second and judged == 1
+    assert first["not_asked"].startswith("1 of 2 questions, a question has 0 pictures, but 1 times <image>")
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ def test_a_new_callback_starts_fresh_and_takes_no_name_of_ours(tmp_path, small_c
         run.callbacks[1].after_step(1, run.train_step(0))
 
 
+@pytest.mark.slow
 def test_the_profiler_writes_its_files(tmp_path, small_corpus):
     run = trainer(tmp_path, "run", [*small_corpus, "profile.steps=[1]", "training.steps=2", "checkpoint.every=0"])
     assert run.fit() == 0

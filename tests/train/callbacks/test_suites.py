@@ -6,19 +6,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from core.errors import ConfigError
 from launch.cli import main
-from tests.support.tiny import TINY, config, trainer
+from tests.support.tiny import TINY, config, saved, trainer
 from train.callbacks import suites
-from train.callbacks.suites import check_questions, make_suites
+from train.callbacks.suites import Suite, SuiteCallback, check_questions, make_suites
 from train.config import check
 from train.corpus import get_corpus
 from train.eval.generate import CachedModel
 from train.exam.base import Outcome, Question, Verdict
+from train.exam.config import SuiteConfig
 from train.exam.registry import read_suites
 from train.exam.results import asked_before
 from train.run_directory import read_lines
@@ -118,6 +120,7 @@ def test_the_questions_are_looked_for_in_the_training_corpus(tmp_path, small_cor
     monkeypatch.setattr(suites, "block_texts", lambda *block: read.append(block) or [])
     more = [*words[:-2], "training.steps=2", "evaluation.suites_every=1", "+phases=[{name: more, steps: 1}]"]
     assert trainer(tmp_path, "run", more).fit() == 0 and not read, "the run's directory has the result"
+    assert asked(tmp_path / "run") == [1, 2, 3], "a run that resumes does not ask again, but at its next steps"
     assert trainer(tmp_path, "other", words).fit() == 0 and read, "control: another run searches"
     found = next(read_lines(tmp_path / "other" / "evaluations.jsonl"))["exams"]["echo"]["contamination"]
     assert found["found"] == 0, "control: nothing is found in no text"
@@ -153,6 +156,26 @@ def test_a_resumed_run_has_each_line_once(tmp_path, small_corpus):
     line = list(read_lines(path))[-1]
     prints = {"echo": line["exams"]["echo"]["fingerprint"]}
     assert asked_before(path, 4, "short", prints) and not asked_before(path, 4, "short", {"echo": "other"}), "control"
+
+
+def test_a_file_of_results_that_cannot_be_read_is_one_line(tmp_path, small_corpus):
+    """It is refused before training, with and without suites. Control: the run resumes once it is moved away."""
+    words = [*small_corpus, suite(tmp_path), "training.steps=2"]
+    saved(tmp_path, "run", words)
+    path = tmp_path / "run" / "evaluations.jsonl"
+    path.mkdir()
+    with pytest.raises(ConfigError, match=r"evaluations\.jsonl cannot be read \(.*\); move it away") as caught:
+        trainer(tmp_path, "run", words)
+    assert "\n" not in str(caught.value) and caught.value.key == "run.name"
+    (tmp_path / "new" / path.name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="move it away"):
+        SuiteCallback._names_to_ask(SimpleNamespace(suites={"a": Suite(SuiteConfig(), {})}, trainer=resumed(tmp_path)))  # type: ignore[arg-type]
+    path.rmdir()
+    assert trainer(tmp_path, "run", words).step == 1
+
+
+def resumed(folder: Path) -> SimpleNamespace:
+    return SimpleNamespace(step=1, directory=SimpleNamespace(evaluations=folder / "new" / "evaluations.jsonl"))
 
 
 FAILURES = {

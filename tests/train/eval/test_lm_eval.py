@@ -172,6 +172,15 @@ def test_mistakes_are_one_line(trained, capsys, monkeypatch, name, arguments, me
     assert message in capsys.readouterr().err
 
 
+def test_files_to_search_are_checked_before_the_model_opens(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.eval.lm_eval.open_scoring_model", lambda *given: pytest.fail("is opened"))
+    (tmp_path / "empty.txt").touch()
+    words = ["evaluate", str(trained / "run"), "tasks=[next_word]", f"task_path={TASKS}"]
+    for file, reason in (("nope.txt", "no such file"), ("empty.txt", "has no text in which to look")):
+        assert main([*words, f"corpus={tmp_path / file}"]) == 2
+        assert reason in capsys.readouterr().err
+
+
 def test_a_run_without_a_checkpoint_is_one_line(trained, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text((trained / "run" / "config.yaml").read_text())
     assert main(["evaluate", str(tmp_path), "tasks=[next_word]", f"task_path={TASKS}"]) == 1

@@ -14,7 +14,7 @@ from train.exam.base import NotAsked, Outcome, Question, Verdict, fingerprint
 from train.exam.config import ExamConfig, SuiteConfig
 from train.exam.pictures import SceneQuestions
 from train.exam.registry import EXAMS, make_exam, make_suite
-from train.exam.results import compare_suites, last_results, scores_by_step
+from train.exam.results import check_comparable, compare_suites, last_results, scores_by_step
 from train.exam.run import run_exam, run_suite, summary
 from train.exam.statistics import compare, interval, mcnemar, sign_flip
 
@@ -33,6 +33,12 @@ class Parity:
     def judge(self, question: Question, answer: str) -> Verdict:
         if answer == "crash":
             raise KeyError("a fault\nof the judge")
+        if answer == "exit":
+            raise SystemExit(3)
+        if answer == "interrupt":
+            raise KeyboardInterrupt
+        if answer in ("nan", "inf"):
+            return Verdict(Outcome.partly, 0.5, "", {"length": float(answer)})
         if answer == "half":
             return Verdict(Outcome.partly, 0.5, "", {"length": 4})
         is_right = (answer == "yes") == question.reference
@@ -63,6 +69,15 @@ def test_a_judge_that_crashes_is_counted_apart():
     assert failed["score"] is None and failed["note"].startswith("KeyError: ") and "\n" not in failed["note"]
     assert run_exam(Parity(), said("crash")).plain()["score"] is None
     assert run_exam(Parity(), said("yes", "x")).plain()["outcomes"]["judge_failed"] == 0, "control"
+
+
+@pytest.mark.parametrize("answer", ["exit", "nan", "inf"])
+def test_a_judge_that_exits_or_finds_no_number_has_failed(answer):
+    found = run_exam(Parity(), said("yes", answer)).plain()
+    assert (found["outcomes"]["judge_failed"], found["score"], found["figures"]) == (5, 1, {"length": 3})
+    with pytest.raises(KeyboardInterrupt):
+        run_exam(Parity(), said("interrupt"))
+    json.dumps(found, allow_nan=False)
 
 
 def test_what_cannot_be_asked_is_counted_apart(tmp_path):
@@ -177,3 +192,13 @@ def test_suites_are_compared_with_stored_results(tmp_path):
             last_results(str(tmp_path / place), "smoke")
     with pytest.raises(ConfigError, match="has other examinations"):
         compare_suites({"exams": {}}, better)
+
+
+def test_other_questions_are_noticed_before_they_are_asked():
+    suite, other = (SuiteConfig("own", {"a": ExamConfig(f"{__name__}:Parity", {"number": n})}) for n in (4, 5))
+    line = run_suite(suite, said("no"))
+    check_comparable(line, make_suite(suite))
+    with pytest.raises(ConfigError, match="against: a: asks other questions"):
+        check_comparable(line, make_suite(other))
+    with pytest.raises(ConfigError, match="has other examinations"):
+        check_comparable(line, {"b": Parity(4)})

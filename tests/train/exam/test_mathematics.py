@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from fractions import Fraction
 
 import pytest
 
 from train.exam import answers_text, mathematics
-from train.exam.answers_text import Claim, RootsAnswer, UnreadableAnswer, read_number, read_roots, read_system
+from train.exam.answers_text import Claim, RootsAnswer, Scanner, UnreadableAnswer, read_number, read_roots, read_system
 from train.exam.base import Outcome, Question
 from train.exam.linear import LinearExpression, LinearSystem, signed_sum
 from train.exam.mathematics import LinearSystems, Quadratics, WordProblems, solution_text
@@ -287,7 +288,19 @@ def test_word_problems_are_judged_by_their_number():
 
 
 @pytest.mark.parametrize(
-    "text", ["(" * 4000, "x = " * 1000, "x=1+" * 1000, "(1," * 1300, "1+" * 2000, "\\frac{" * 600, "A(" + "," * 3990]
+    "text",
+    [
+        "(" * 4000,
+        "t(" * 1500,
+        "1(" * 2000,
+        "(t+" * 1300,
+        "x = " * 1000,
+        "x=1+" * 1000,
+        "(1," * 1300,
+        "1+" * 2000,
+        "\\frac{" * 600,
+        "A(" + "," * 3990,
+    ],
 )
 def test_a_hostile_answer_is_read_quickly(text):
     for read in (lambda: read_system(text, ("x", "y", "z")), lambda: read_roots(text), lambda: read_number(text)):
@@ -295,3 +308,19 @@ def test_a_hostile_answer_is_read_quickly(text):
             read()
         except UnreadableAnswer as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("text", ["t(" * 300, "1(" * 300, "x = " + "(t+" * 200, "(" * 300 + "1" + ")" * 300])
+def test_deep_parentheses_are_read_in_a_few_passes(text, monkeypatch):
+    """Control: without the nesting that is found first, each is read from all its places, to the deepest allowed."""
+    counts = {}
+    for name in ("nesting", "none"):
+        calls, read = [], Scanner._factor
+        with monkeypatch.context() as patch:
+            patch.setattr(Scanner, "_factor", lambda *given: calls.append(given) or read(*given))  # noqa: B023
+            if name == "none":
+                patch.setattr(Scanner, "_nesting", lambda self: dict.fromkeys(range(len(self.tokens)), 1))
+            with contextlib.suppress(UnreadableAnswer):
+                Scanner(text, ("x", "y")).tuples()
+        counts[name] = len(calls)
+    assert counts["nesting"] <= 3 * len(text) < 4 * len(text) < counts["none"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,6 +127,17 @@ def test_files_are_searched_up_to_a_limit(tmp_path):
         search_files({"e": TEXTS}, str(tmp_path / "nothing"), 100)
 
 
+def test_sources_without_weight_are_not_searched(monkeypatch):
+    """`late` has a weight in the second phase alone, `never` in none."""
+    phases = [SimpleNamespace(weights=None), SimpleNamespace(weights={"late": 1.0, "never": 0.0})]
+    monkeypatch.setattr(streams, "phases", lambda config: phases)
+    monkeypatch.setattr(streams, "source_weights", lambda config, corpus: {"usual": 0.5, "late": 0.0, "never": 0.0})
+    corpus: Any = SimpleNamespace(sources=["usual", "late", "never"])
+    assert streams.trained_sources(None, corpus) == ["usual", "late"]  # type: ignore[arg-type]
+    del phases[1]
+    assert streams.trained_sources(None, corpus) == ["usual"], "control"  # type: ignore[arg-type]
+
+
 def test_solved_examples_are_not_looked_for():
     """What questions share is no sign that one of them is known: instructions and solved examples are left out."""
     exams = make_suite(read_suites(["smoke"])["smoke"])
@@ -133,7 +146,36 @@ def test_solved_examples_are_not_looked_for():
         for question in exam.questions():
             own = texts[label][question.id][0]
             assert own in question.prompt and len(own) < len(question.prompt) / 1.3, label
-            assert question.prompt.endswith(f"{own}\nAnswer:")
+            choices = "\nA. " in question.prompt
+            assert question.prompt.endswith(f"{own}\nAnswer:") or (choices and f"{own}\nA. " in question.prompt)
+
+
+def test_choices_make_no_short_question_long(tmp_path):
+    """A question of 6 words with choices of 24 in all cannot be found, so it is not clean. A choice of 13 words can be
+    found. Control: a long question is clean.
+    """
+    short, choices = "What is the capital of Italy?", [f"the city number {name} of it" for name in ("ab", "cd", "ef")]
+    rows = {"short": (short, choices), "long": (QUESTION, choices), "choice": (short, [OTHER, "another"])}
+    lines = [{"id": key, "question": one[0], "choices": one[1], "answer": 0} for key, one in rows.items()]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    texts = texts_of_exam(MultipleChoice(str(tmp_path / "q.jsonl")))
+    for content, found, too_short in (("no", [], ["short", "choice"]), (OTHER, ["choice"], ["short"])):
+        (tmp_path / "text.txt").write_text(content)
+        overlap = search_files({"e": texts}, str(tmp_path / "text.txt"), 10**6)["e"]
+        beside = overlap.beside(dict.fromkeys(rows, 1.0))
+        assert (overlap.found, overlap.too_short, beside["clean"]) == (found, too_short, 1)
+    lettered = ["\n".join([short, *(f"A. {one}" for one in choices)])]
+    assert not QuestionSearch({"short": lettered}).too_short_Q[0], "control: with its choices it would seem long"
+
+
+@pytest.mark.parametrize("content", ["", " \n", '{"x": 1}'])
+def test_files_without_text_are_refused(tmp_path, content):
+    path = tmp_path / ("a.jsonl" if content.startswith("{") else "a.txt")
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"corpus=.*has no text in which to look for questions"):
+        search_for_model({"e": TEXTS}, tmp_path, str(path), 10**6)
+    path.write_text('{"x": "a"}' if content.startswith("{") else "a")
+    assert search_for_model({"e": TEXTS}, tmp_path, str(path), 10**6)[0]["e"].found == [], "control"
 
 
 def test_samples_of_tasks_are_looked_for_by_their_documents(tmp_path):
@@ -145,6 +187,9 @@ def test_samples_of_tasks_are_looked_for_by_their_documents(tmp_path):
     found = search_samples({"task": logged}, tmp_path, str(tmp_path / "texts"), 10**6)["task"]
     assert (found["found"], found["clean"], found["ids_found"]) == (1, 1, ["0"])
     assert found["score_found"] == {"acc,none": 1.0} and found["score_clean"] == {"acc,none": 0.0}
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"a": "text"}) + "\n{broken\n")
+    broken = search_samples({"task": logged}, tmp_path, str(tmp_path / "bad.jsonl"), 10**6)["task"]
+    assert broken["status"] == "not looked for" and "cannot be read" in broken["why"], "the scores are not lost"
     nothing = search_samples({"task": logged}, tmp_path, None, 10**6)["task"]
     assert nothing["status"] == "not looked for" and "corpus=FILES" in nothing["why"]
 

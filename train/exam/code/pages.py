@@ -1,6 +1,7 @@
 """The examination of HTML pages: six programs, judged by what happens in a browser.
 
-The questions are short: with the tokenizer of the smoke run (1,024 tokens) each fits a context of 256 tokens.
+With the tokenizer of the smoke run (1,024 tokens) each question fits a context of 256 tokens. An answer may have
+`LONGEST_PAGE` tokens, and needs a context that is as much longer.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from train.exam.code.widgets import (
     judge_todo,
 )
 
+LONGEST_PAGE = 2048
+"""Tokens of an answer."""
 PAGE_PROMPT = """{task}
 One file, no network.
 
@@ -89,7 +92,7 @@ class Pages:
                 task.name,
                 PAGE_PROMPT.format(task=task.text),
                 task.name,
-                max_tokens=2048,
+                max_tokens=LONGEST_PAGE,
                 stops=("\n```",),
                 own_text=task.text,
             )

@@ -11,7 +11,7 @@ SNAKE = """Write a web page with a snake game.
 - The snake starts in the middle with 3 cells and moves right, a cell each 100 ms. Arrow keys turn it.
 - Eating adds a cell, and 1 to the element #score (at first 0). New food is put in a random empty cell.
 - At a wall or itself it stops, and the element #state says Game over."""
-"""Short, so that it fits a context of 256 tokens. The judge takes any green and red."""
+"""Short: with the tokenizer of the smoke run, the question has some 220 tokens. The judge takes any green and red."""
 
 CELLS, PIXELS = 20, 20
 SLOWEST_MS, LOOK_MS = 400, 20
