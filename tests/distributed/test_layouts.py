@@ -34,9 +34,9 @@ QUICK = {
     "ep-etp-gathered": (4, ParallelConfig(ep=2, etp=2, dispatch=DispatchMethod.all_gather), 2),
     "pp-zbv": (2, ParallelConfig(pp=2, schedule=PipelineSchedule.zbv), 2),
     "pp-ep": (4, ParallelConfig(pp=2, ep=2), 2),
-    "pp-tied": (3, ParallelConfig(pp=3), 1),
 }
 SLOW = {
+    "pp-tied": (3, ParallelConfig(pp=3), 1),
     "all-axes-recomputed": (8, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full), 2),
     "pp-tp-zero-bubble": (4, ParallelConfig(pp=2, tp=2, schedule=PipelineSchedule.interleaved_zero_bubble), 2),
     "pp-fsdp": (4, ParallelConfig(pp=2), 2),

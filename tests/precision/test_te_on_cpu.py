@@ -281,7 +281,7 @@ def test_training_equals_the_emulation(recompute, tmp_path, small_corpus, emulat
     assert_same_bits(figures(tmp_path, "te", small_corpus, f"parallel.recompute={recompute}"), emulated_run)
 
 
-@pytest.mark.parametrize("layout", ["parallel.ep=2", "parallel.dp_shard=2"])
+@pytest.mark.parametrize("layout", [pytest.param("parallel.ep=2", marks=pytest.mark.slow), "parallel.dp_shard=2"])
 def test_two_ranks(layout, tmp_path, small_corpus, ranks):
     found = ranks(2, figures, tmp_path, "te", small_corpus, layout)
     wanted = ranks(2, figures, tmp_path, "reference", small_corpus, layout, "precision.backend=emulated")

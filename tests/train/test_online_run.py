@@ -132,6 +132,7 @@ def test_a_lost_window_is_noticed(small_corpus, whole, tmp_path):
     assert stepped(run, 7)["windows"] != whole["windows"][3:]
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_same_sequences(small_corpus, tmp_path, ranks):
     words = overrides(small_corpus)
     one = ranks(1, undisturbed, tmp_path, "one", words)[0]

@@ -109,6 +109,7 @@ def resumed(root: Path, name: str, given: list[str], stops: list[int]) -> dict[s
     return weights(run)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_equal_to_the_bit(ranks, root):
     given = [*overrides(root), "training.micro_batch_size=2", "training.contrastive.loss=siglip"]
     straight = ranks(2, resumed, root, "straight", given, [3])[0]

@@ -170,7 +170,7 @@ def test_the_command_divides_tasks_over_two_ranks(folder, command, tmp_path):
         done = command(*words, f"out={tmp_path / f'{len(printed)}.json'}", *ranks)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
-    assert printed[0] == printed[1] and printed[0].count("multiple_choice") == 1
+    assert printed[0] == printed[1] and printed[0].count("|multiple_choice") == 1
     one, two = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
     largest, others = differences(answers(two), answers(one))
     assert largest < 1e-5 and others == 0

@@ -142,6 +142,7 @@ def made_up(out: Path, optimum: Callable[[int], float], *overrides: str, tokens:
                 (path / "summary.json").write_text(json.dumps({"heldout_loss": loss}))
 
 
+@pytest.mark.slow
 def test_exponents_of_runs_without_a_base(tmp_path, capsys):
     made_up(tmp_path, lambda steps: -6 - 0.4 * math.log2(steps / 8))
     assert fit(FitConfig([str(tmp_path)]), tmp_path) == 0
