@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from launch.cli import main
+from tests.support.tiny import TINY
 from train.checkpoint.init_from import open_model
 
 COMMON: dict[str, Any] = {
@@ -174,3 +176,10 @@ def save_llava(folder: Path, positions: int) -> Path:
 
 FOREIGN = {"gpt2": save_gpt2, "llava": save_llava}
 """Architectures that are not ours."""
+
+
+def train_and_export(root: Path, *words: str) -> None:
+    """Train a short run without selection biases in `root/run`, and export it to `root/exported`."""
+    line = ["train", *TINY, *words, "model.balance.bias_rate=0", f"run.root={root}", "run.name=run"]
+    assert main([*line, "training.steps=30", "optimizer.lr=0.01", "training.seq_len=64"]) == 0
+    assert main(["export", str(root / "run"), str(root / "exported")]) == 0

@@ -10,6 +10,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+_SIZES = "tile_size: 8, patch_size: 2"
+TINY_PICTURES = [
+    "+model.vision={hidden_size: 16, num_layers: 2, num_heads: 2, mlp_hidden_size: 64, adapter_hidden_size: 16, "
+    f"image_token_id: 5, {_SIZES}}}",
+    f"+data.images={{tiles: {{{_SIZES}, max_tiles: 4}}}}",
+    "+data.sources.scenes={kind: 'data.images.generated.sources:Scenes', options: {number: 60}}",
+]
+"""Overrides that add an encoder and scenes to a tiny run."""
+
 
 def png(number: int, width: int, height: int) -> bytes:
     values = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from launch.cli import main
 from parallel.comm.world import connect
-from tests.support.tiny import TINY
+from tests.support.hf_models import train_and_export
 from train.eval.lm_eval import run_tasks
 
 TASK = """task: {name}
@@ -55,9 +54,7 @@ WORDS = [
 def folder(tmp_path_factory, small_corpus) -> Path:
     """Return a folder with a short `run` without selection biases, its export `exported`, and `tasks`."""
     root = tmp_path_factory.mktemp("harness")
-    line = ["train", *TINY, *small_corpus, "model.balance.bias_rate=0", f"run.root={root}", "run.name=run"]
-    assert main([*line, "training.steps=30", "optimizer.lr=0.01", "training.seq_len=64"]) == 0
-    assert main(["export", str(root / "run"), str(root / "exported")]) == 0
+    train_and_export(root, *small_corpus)
     (root / "tasks").mkdir()
     docs = []
     for i in range(7):

@@ -20,20 +20,11 @@ from PIL import Image
 
 from data.images.canvas import TileConfig
 from data.images.tiles import GREYS, tiles
-from launch.cli import main
 from parallel.comm.world import connect
-from tests.support.mixed import png
-from tests.support.tiny import TINY
+from tests.support.hf_models import train_and_export
+from tests.support.mixed import TINY_PICTURES, png
 from train.eval.lm_eval import run_tasks
 
-SIZES = "tile_size: 8, patch_size: 2"
-VISION = [
-    "+model.vision={hidden_size: 16, num_layers: 2, num_heads: 2, mlp_hidden_size: 64, adapter_hidden_size: 16, "
-    f"image_token_id: 5, {SIZES}}}",
-    f"+data.images={{tiles: {{{SIZES}, max_tiles: 4}}}}",
-    "+data.sources.scenes={kind: 'data.images.generated.sources:Scenes', options: {number: 60}}",
-    "~data.sources.text",
-]
 CHOICES, NEW_TOKENS = [" 1", " 2", " red"], 5
 TASK = """task: {name}
 dataset_path: parquet
@@ -54,9 +45,7 @@ def folder(tmp_path_factory) -> Path:
 
     root = tmp_path_factory.mktemp("pictures")
     data = ["data=files", "data.tokenizer.vocab_size=300", "data.held_out=0.2", f"data.cache={root / 'cache'}"]
-    line = ["train", *TINY, *VISION, *data, "model.balance.bias_rate=0", f"run.root={root}", "run.name=run"]
-    assert main([*line, "training.steps=30", "optimizer.lr=0.01", "training.seq_len=64"]) == 0
-    assert main(["export", str(root / "run"), str(root / "exported")]) == 0
+    train_and_export(root, *TINY_PICTURES, "~data.sources.text", *data)
     pictures = [[png(3 * i + j, (16, 8)[(i + j) % 2], 8) for i in range(len(QUESTIONS))] for j in range(2)]
     columns = {"question": QUESTIONS, "first": pictures[0], "second": pictures[1]}
     features = {"question": datasets.Value("string"), "first": datasets.Image(), "second": datasets.Image()}

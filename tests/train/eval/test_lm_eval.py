@@ -18,6 +18,7 @@ from core.errors import ConfigError
 from launch.cli import main
 from model.attention.plan import ForwardContext
 from parallel.comm.world import World
+from tests.support.hf_models import train_and_export
 from tests.support.tiny import TINY
 from train.eval.lm_eval import HarnessModel, _generation, open_scoring_model
 
@@ -38,9 +39,7 @@ def offline() -> Iterator[None]:
 def trained(tmp_path_factory, small_corpus) -> Path:
     """Train a short run without selection biases, export it, and import the export again."""
     root = tmp_path_factory.mktemp("harness")
-    line = ["train", *TINY, *small_corpus, "model.balance.bias_rate=0", f"run.root={root}", "run.name=run"]
-    assert main([*line, "training.steps=30", "optimizer.lr=0.01", "training.seq_len=64"]) == 0
-    assert main(["export", str(root / "run"), str(root / "exported")]) == 0
+    train_and_export(root, *small_corpus)
     assert main(["import", str(root / "exported"), str(root / "imported")]) == 0
     return root
 

@@ -21,20 +21,13 @@ from data.images.tiles import GREYS, tiles
 from launch.cli import main
 from model.vision.encoder import VisionEncoder
 from parallel.comm.world import World
-from tests.support.mixed import png
+from tests.support.mixed import TINY_PICTURES, png
 from tests.support.tiny import TINY
 from train.eval.generate import CachedModel
 from train.eval.lm_eval import HarnessModel, open_scoring_model
 from train.eval.multimodal import place_tiles, question
 
 ALONE = World(0, 1, torch.device("cpu"))
-SIZES = "tile_size: 8, patch_size: 2"
-VISION = [
-    "+model.vision={hidden_size: 16, num_layers: 2, num_heads: 2, mlp_hidden_size: 64, adapter_hidden_size: 16, "
-    f"image_token_id: 5, {SIZES}}}",
-    f"+data.images={{tiles: {{{SIZES}, max_tiles: 4}}}}",
-    "+data.sources.scenes={kind: 'data.images.generated.sources:Scenes', options: {number: 60}}",
-]
 CHOICE = """task: {name}
 dataset_path: parquet
 dataset_kwargs: {{data_files: {{test: {path}}}}}
@@ -69,7 +62,7 @@ def run(tmp_path_factory) -> Iterator[Path]:
         patch.setenv("HF_DATASETS_OFFLINE", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("HF_DATASETS_CACHE", str(root / "datasets"))
-        assert main(["train", *TINY, *VISION, *words, "training.steps=30", "optimizer.lr=0.01"]) == 0
+        assert main(["train", *TINY, *TINY_PICTURES, *words, "training.steps=30", "optimizer.lr=0.01"]) == 0
         yield root / "run"
 
 
