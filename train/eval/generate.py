@@ -211,6 +211,18 @@ def continue_batch(
         raise error
 
 
+def until(stops: Sequence[str], decode: Callable[[list[int]], str]) -> Callable[[list[int]], bool]:
+    """Return a function that says whether the text of some tokens has none of the stop strings."""
+
+    def goes_on(found: list[int]) -> bool:
+        if not stops:
+            return True
+        text = decode(found)
+        return not any(stop in text for stop in stops)
+
+    return goes_on
+
+
 def before_stops(text: str, stops: Sequence[str]) -> str:
     """Return the text before the first of the stop strings in it."""
     return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]

@@ -23,7 +23,7 @@ from core.files import check_target, local_path, write_text
 from parallel.comm.world import World
 from precision.config import Backend
 from train.eval.config import GenerateConfig
-from train.eval.generate import Continuation, before_stops
+from train.eval.generate import Continuation, before_stops, until
 from train.eval.multimodal import TokenizedQuestion, question
 from train.eval.open_model import open_scoring_model
 from train.eval.scoring_model import ScoringModel, TokenWindow
@@ -122,7 +122,7 @@ class HarnessModel(TemplateLM):
         return [before_stops(text, _stops(request.args[1])) for text, request in zip(texts, requests, strict=True)]
 
     def _continuation(self, prompt: str, options: dict[str, Any], media: dict[str, Any] | None = None) -> Continuation:
-        stops, config = _stops(options), _generation(options)
+        config = _generation(options)
         limit = config.tokens
         asked = None if media is None else self._question(prompt, media.get("visual"))
         pixels = None if asked is None else asked.pixels_N3SS
@@ -132,14 +132,7 @@ class HarnessModel(TemplateLM):
             ids = [self.prefix_token_id, *asked.ids, *self.model.tokenizer.encode([asked.last])[0]]
             self._check_length(len(ids), 1)
             config = replace(config, tokens=min(limit, self.model.context - len(ids)))
-
-        def goes_on(found: list[int]) -> bool:
-            if not stops:
-                return True
-            text = self.model.tokenizer.decode(found)
-            return not any(stop in text for stop in stops)
-
-        return Continuation(ids, config, goes_on, pixels)
+        return Continuation(ids, config, until(_stops(options), self.model.tokenizer.decode), pixels)
 
 
 _WITHOUT_EFFECT: dict[str, tuple[float, ...]] = {

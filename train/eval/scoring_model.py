@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -165,8 +166,9 @@ class ScoringModel:
         """
         self._agree([one.prompt for one in asked])
         size = batch_size if isinstance(self._continuer(), CachedModel) else 1
-        for has_pictures in (False, True):  # a rank without a batch of pictures runs the encoder all the same
-            some = list(batches([one for one in asked if (one.pixels_N3SS is not None) is has_pictures], size))
+        rounds = groupby(batches(asked, size), key=lambda batch: batch[0].pixels_N3SS is not None)
+        for has_pictures, group in rounds:  # a rank without a batch of pictures runs the encoder all the same
+            some = list(group)
             for batch, found in zip(some, self.shares.map(some, partial(self._continued, has_pictures)), strict=True):
                 for one, tokens in zip(batch, found, strict=True):
                     one.found = tokens

@@ -12,7 +12,7 @@ from data.images.decode import BadImage
 from data.images.media import ImageDescription
 from parallel.comm.world import World
 from train.eval.config import GenerateConfig
-from train.eval.generate import Continuation, before_stops
+from train.eval.generate import Continuation, before_stops, until
 from train.eval.multimodal import question as tokenized
 from train.eval.scoring_model import PictureModel, ScoringModel, TextTokenizer
 from train.exam.base import CutAnswer, NotAsked, Question
@@ -104,10 +104,7 @@ def continuation(model: Asked, asked: Question) -> Continuation | str | NotAsked
     def encode(text: str) -> Sequence[int]:
         return model.tokenizer.encode([text])[0]
 
-    def goes_on(found: list[int]) -> bool:
-        text = model.tokenizer.decode(found)
-        return not any(stop in text for stop in asked.stops)
-
+    goes_on = until(asked.stops, model.tokenizer.decode)
     if not is_unicode(asked.prompt):
         return NotAsked("its prompt has half of a surrogate pair, which is no character")
     if asked.pictures and model.images is None:
