@@ -197,6 +197,7 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
     from core.files import append_json_line, check_target, local_path, write_json
     from train.eval.open_model import open_scoring_model
     from train.exam.ask import greedy_answers, run_on_main
+    from train.exam.base import Exam
     from train.exam.registry import make_suite
     from train.exam.results import check_comparable, compare_suites, last_results
     from train.exam.run import nothing_asked, run_suite, summary
@@ -209,18 +210,19 @@ def _run_suite(config: EvaluateConfig, suite: SuiteConfig, is_run: bool, world: 
             check_target("out", config.out, ".json")
         if is_run:
             check_target("run", str(path / EVALUATIONS), Path(EVALUATIONS).suffix)
-        exams = make_suite(suite)
+        exams.update(make_suite(suite))
         texts = {label: texts_of_exam(exam) for label, exam in exams.items()}
         other = None if config.against is None else last_results(config.against, suite.name)
         if other is not None:
             check_comparable(other, exams)
         return other, search_for_model(texts, path, config.corpus, config.search_tokens)
 
-    path = Path(config.run).expanduser()
+    path, exams = Path(config.run).expanduser(), dict[str, Exam]()  # the examinations of rank 0
     other, overlaps = world.from_main(check)
     model = open_scoring_model(path, world, config.backend)
     line: dict[str, Any] = {"model": model.fingerprint, "step": model.step, "decoding": "greedy"}
-    line |= run_on_main(world, greedy_answers(model, config.micro_batch_size or 8), partial(run_suite, suite))
+    examine = partial(run_suite, suite, exams=exams)
+    line |= run_on_main(world, greedy_answers(model, config.micro_batch_size or 8), examine)
     if (reason := nothing_asked(line)) is not None:
         raise ConfigError("suite", suite.name, f"nothing of it can be asked; {reason}")
     if not world.is_main:

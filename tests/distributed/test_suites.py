@@ -12,19 +12,19 @@ import torch
 
 from tests.support.tiny import trainer, whole
 from tests.train.callbacks.test_suites import suite
-from train.callbacks import suites
+from train.overlap import search
 from train.run_directory import read_lines
 
 
 def trained(root: Path, name: str, words: list[str]) -> tuple[dict[str, torch.Tensor], int]:
     """Train; return the weights, and the number of blocks of the corpus that this rank has searched."""
     run, read = trainer(root, name, words), []
-    honest = suites.block_texts
-    suites.block_texts = lambda *block: read.append(block) or honest(*block)
+    honest = search.block_texts
+    search.block_texts = lambda *block: read.append(block) or honest(*block)
     try:
         assert run.fit() == 0
     finally:
-        suites.block_texts = honest
+        search.block_texts = honest
     specs = run.engine.placed.specs
     return {key: whole(value, specs.get(key)) for key, value in run.engine.placed.model.state_dict().items()}, len(read)
 

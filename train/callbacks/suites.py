@@ -15,14 +15,13 @@ import torch
 from core.errors import ConfigError, LeviathanError, UnreadableFileError, one_line
 from data.corpus import Corpus
 from data.images.media import ImageDescription
-from parallel.comm.shares import Shares
 from parallel.fsdp import release
 from parallel.parallelize import ParallelModel
 from train.callbacks.base import Callback, TrainingRun
 from train.callbacks.logging import LoggingCallback
 from train.config import EvaluationConfig, Phase, TrainConfig, phases
 from train.eval.generate import CachedModel, Continuation
-from train.eval.scoring_model import NO_ENCODER, ScoringModel, TextTokenizer
+from train.eval.scoring_model import NO_ENCODER, ScoringModel, TextTokenizer, over_ranks
 from train.exam.ask import Asked, continuation, greedy_answers, run_on_main
 from train.exam.base import Exam, NotAsked, Question, fingerprint
 from train.exam.config import SuiteConfig
@@ -30,7 +29,7 @@ from train.exam.registry import make_suite, read_suites
 from train.exam.results import asked_before, scores_of
 from train.exam.run import Ask, run_suite
 from train.metrics import StepMetrics, append_or_log
-from train.overlap.corpus import block_texts, blocks, trained_sources
+from train.overlap.corpus import blocks, trained_sources
 from train.overlap.search import Overlap, SearchCache, Searches, put_beside, sizes, texts_of_exam
 from train.run_directory import unreadable
 
@@ -186,10 +185,7 @@ class SuiteCallback(Callback):
         phase = trainer.phase(max(0, trainer.step - 1))
         images = None if trainer.config.model.vision is None else trainer.corpus.images
         given = _no_logits, trainer.corpus.tokenizer, phase.seq_len, ("training",), lambda: images
-        model: ScoringModel = ModelInTraining(placed.model, *given)
-        if world.size > 1:
-            shares = Shares(world, placed.meshes.dp.size, placed.meshes.dp.rank, in_step=True)
-            model = ScoringModel(placed.model, *given, shares=shares, placed=placed)
+        model = over_ranks(ModelInTraining(placed.model, *given), placed, world)
         return greedy_answers(model, _batch_size(model, phase, questions))(questions)
 
     def _keep(self, name: str, line: dict[str, Any]) -> None:
@@ -219,9 +215,7 @@ class SuiteCallback(Callback):
         if searches.needed:
             trainer.log(f"looking for the questions of {', '.join(self._names)} in the training corpus")
             try:
-                for source, start in chosen[world.rank :: world.size]:
-                    for text in block_texts(corpus, source, start):
-                        searches.add(text)
+                searches.read(corpus, chosen[world.rank :: world.size])
             except (LeviathanError, OSError, ValueError) as error:
                 failure = one_line(error)
         found_Q = torch.from_numpy(searches.found_Q).to(trainer.world.device, torch.int32)

@@ -100,6 +100,12 @@ class Searches(QuestionSearch):
         """Whether a string of a question has enough words to be found."""
         return bool(len(self._sorted_N))
 
+    def read(self, corpus: Corpus, chosen: Sequence[tuple[str, int]]) -> None:
+        """Look for the questions in blocks of a corpus, which are not read if none can be found."""
+        for source, start in chosen if self.needed else ():
+            for text in block_texts(corpus, source, start):
+                self.add(text)
+
     def overlaps(self, found_Q: NDArray[np.bool_], searched: int, total: int | None) -> dict[str, Overlap]:
         """Return the result of each examination, from `found_Q` of all ranks."""
         results = {label: Overlap([], [], searched, total) for label, _ in self._ids}
@@ -116,10 +122,7 @@ def search_corpus(
 ) -> dict[str, Overlap]:
     """Look for the questions in the training documents of a corpus, in `limit` tokens of it at most."""
     searches, chosen = Searches(exams), blocks(corpus, sources, limit)
-    if searches.needed:
-        for source, start in chosen:
-            for text in block_texts(corpus, source, start):
-                searches.add(text)
+    searches.read(corpus, chosen)
     return searches.overlaps(searches.found_Q, *sizes(corpus, sources, chosen, searches))
 
 

@@ -14,7 +14,6 @@ import torch
 from core.errors import ConfigError
 from launch.cli import main
 from tests.support.tiny import TINY, config, saved, trainer
-from train.callbacks import suites
 from train.callbacks.suites import Suite, SuiteCallback, check_questions, make_suites
 from train.config import check
 from train.corpus import get_corpus
@@ -23,6 +22,7 @@ from train.exam.base import Outcome, Question, Verdict
 from train.exam.config import SuiteConfig
 from train.exam.registry import read_suites
 from train.exam.results import asked_before
+from train.overlap import search
 from train.run_directory import read_lines
 
 PLANTED = "the model reads a line and writes another def return if else while for"
@@ -117,7 +117,7 @@ def test_the_questions_are_looked_for_in_the_training_corpus(tmp_path, small_cor
     assert lines[1]["exams"]["echo"]["contamination"] == beside
     assert "1 of 2 questions in training text, score on these 1.000" in (tmp_path / "run/log.txt").read_text()
     read = []
-    monkeypatch.setattr(suites, "block_texts", lambda *block: read.append(block) or [])
+    monkeypatch.setattr(search, "block_texts", lambda *block: read.append(block) or [])
     more = [*words[:-2], "training.steps=2", "evaluation.suites_every=1", "+phases=[{name: more, steps: 1}]"]
     assert trainer(tmp_path, "run", more).fit() == 0 and not read, "the run's directory has the result"
     assert asked(tmp_path / "run") == [1, 2, 3], "a run that resumes does not ask again, but at its next steps"
