@@ -35,7 +35,7 @@ class ContrastiveTowers(nn.Module):
     that they have in a `Transformer`, so that its decoder can be trained on the same encoder later.
 
     `log_scale` and `bias`, of one element each, turn cosines into logits: exp(log_scale) * cosine + bias. The arguments
-    are their initial values; without one there is no bias. Raises `ConfigError` for a model without an encoder or with
+    are their initial values; `bias=None` adds none. Raises `ConfigError` for a model without an encoder or with
     MoE layers, whose balancing sums would be counted twice by `backward_in_parts`.
     """
 
