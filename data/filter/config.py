@@ -284,7 +284,17 @@ def _decisive(scorer: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "members": [_decisive(member) for member in kept["members"]]}
 
 
-_OF_TEXT = ("dataset", "text_key", "prompt_key", "response_key", "messages_key", "id_key", "domain_key", "template")
+_OF_TEXT = (
+    "dataset",
+    "text_key",
+    "prompt_key",
+    "response_key",
+    "messages_key",
+    "id_key",
+    "domain_key",
+    "label_key",
+    "template",
+)
 """Settings of an input that documents with pictures do not have."""
 
 
@@ -314,6 +324,8 @@ class InputConfig:
     """Column with the id; null: the id is file and line."""
     domain_key: str | None = None
     """Column with the domain; null: all records are of one domain."""
+    label_key: str | None = None
+    """Column with a number where a record is labelled (higher: harder), null or absent elsewhere; null: no labels."""
     template: str = "{prompt}\n\n{response}"
     """How prompt and response are joined to one text."""
     images: ImagesConfig | None = None

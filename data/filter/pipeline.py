@@ -43,6 +43,8 @@ _SHOWN = 200
 """Characters to show of a malformed record, or of the reason why a record has no score."""
 PICTURES, THUMBNAILS = "pictures", "thumbnails"
 """Columns of the shards whose records have pictures."""
+LABEL = "label"
+"""Column of the shards in which a record is labelled, null where one is not."""
 _OF_PICTURES = tuple(one.name for one in fields(RecordPicture) if one.name != "thumbnail")
 UNREADABLE = "unreadable"
 """Domain of malformed records. A domain of the input may have the same name."""
@@ -202,9 +204,17 @@ class Filter:
         table = self.records.read(shard, names)
         columns = [table[name].to_pylist() for name in names]
         return [
-            replace(Record(*values), pictures=pictures)
-            for *values, pictures in zip(*columns, self.pictures(shard), strict=True)
+            replace(Record(*values), pictures=pictures, label=None if np.isnan(label) else label)
+            for *values, pictures, label in zip(
+                *columns, self.pictures(shard), self.labels(shard).tolist(), strict=True
+            )
         ]
+
+    def labels(self, shard: str) -> NDArray[np.float64]:
+        """Return the input's label of each record of a shard, NaN where a record has none."""
+        if not self.records.has_column(shard, LABEL):
+            return np.full(self.records.shards[shard], np.nan)
+        return np.asarray(self.records.read(shard, [LABEL])[LABEL].to_numpy(zero_copy_only=False), np.float64)
 
     def pictures(self, shard: str) -> list[tuple[RecordPicture, ...]]:
         """Return the pictures of each record of a shard, without thumbnails."""
@@ -525,6 +535,8 @@ def _records_table(rows: Sequence[Record | MalformedRecord]) -> Any:
             [{name: getattr(picture, name) for name in _OF_PICTURES} for picture in record.pictures] for record in whole
         ]
         columns[THUMBNAILS] = [[p.thumbnail for p in record.pictures if p.thumbnail is not None] for record in whole]
+    if any(record.label is not None for record in whole):
+        columns[LABEL] = [record.label for record in whole]
     return _table(
         **{name: [getattr(record, name) for record in whole] for name in names},
         raw=[row.raw.encode() if isinstance(row.raw, str) else row.raw for row in rows],

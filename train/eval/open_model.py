@@ -64,11 +64,14 @@ def open_foreign(path: Path, world: World) -> ScoringModel:
         raise ConfigError("launch.kind", None, "transformers computes this model, in one process: remove it")
     if (path / _ADAPTER).exists():  # it names a base model, which may be anywhere
         raise ConfigError("run", str(path), "is an adapter: merge it into its base model, and save the whole model")
+    config = read_json(path / "config.json")
     if find_spec("transformers") is not None:
+        from transformers import CONFIG_MAPPING
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    config = read_json(path / "config.json")
+        if (kind := config.get("model_type")) not in CONFIG_MAPPING:  # transformers would warn before it refuses
+            raise ConfigError("run", str(path), f"transformers cannot open it: it knows no model_type {kind!r}")
     has_encoder = "vision_config" in config and any((path / name).exists() for name in _PROCESSORS)
     try:
         if not has_encoder:

@@ -31,7 +31,16 @@ from data.filter.config import InputConfig, under
 from data.filter.input.records import Record
 
 ASSISTANT = "assistant"
-RECORD_KEYS = ("text_key", "prompt_key", "response_key", "messages_key", "id_key", "domain_key", "template")
+RECORD_KEYS = (
+    "text_key",
+    "prompt_key",
+    "response_key",
+    "messages_key",
+    "id_key",
+    "domain_key",
+    "label_key",
+    "template",
+)
 """Settings of an input that decide what a record is."""
 _SHOWN = 200
 """Maximum length in characters of the reason why a record is malformed, which may quote the record."""
@@ -81,7 +90,7 @@ def input_parts(config: InputConfig) -> list[RecordPart]:
 
 def clean_records(path: str, config: InputConfig) -> list[Record]:
     """Read reference text: files with the columns of `config`, or plain text. Raises `ConfigError` for other files."""
-    config = replace(config, input=path, dataset=None, id_key=None, domain_key=None)
+    config = replace(config, input=path, dataset=None, id_key=None, domain_key=None, label_key=None)
     found: list[Record] = []
     try:
         for part in input_parts(config):
@@ -119,7 +128,17 @@ def _record(config: InputConfig, row: Any, place: str, line: str | None) -> Reco
         "".join((name, domain, text)).encode()
     except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, which UTF-8 cannot encode
         raise ValueError("holds half of a surrogate pair, which is not text") from None
-    return Record(name, domain, place, text, answer_start, _line(row, place) if line is None else line)
+    raw = _line(row, place) if line is None else line
+    return Record(name, domain, place, text, answer_start, raw, label=_label(config, row))
+
+
+def _label(config: InputConfig, row: dict[str, Any]) -> float | None:
+    if config.label_key is None or row.get(config.label_key) is None:
+        return None
+    label = float(_get(row, config.label_key, int, float))
+    if not math.isfinite(label):
+        raise ValueError(f"{config.label_key!r} is {label}, not a finite number")
+    return label
 
 
 def _text(config: InputConfig, row: dict[str, Any]) -> tuple[str, int | None]:
@@ -223,7 +242,8 @@ class RecordPart:
 
     @property
     def keys(self) -> dict[str, str | None]:
-        return {key: getattr(self.config, key) for key in RECORD_KEYS}
+        keys = {key: getattr(self.config, key) for key in RECORD_KEYS}
+        return {key: value for key, value in keys.items() if key != "label_key" or value is not None}
 
     def records(self) -> Iterator[Record | MalformedRecord]:
         rows: Iterator[tuple[int, Any]]

@@ -41,6 +41,8 @@ class Record:
     raw: str | None = None
     """The input's line of JSON, which `kept.jsonl` repeats; None: `kept.jsonl` has {"text": ...} instead."""
     pictures: tuple[RecordPicture, ...] = ()
+    label: float | None = None
+    """Difficulty or quality by the input's own labels (`label_key`), on any scale; None: the record has none."""
 
     @property
     def prompt(self) -> str:
