@@ -13,7 +13,7 @@ SWEEP = ["train", "run.name=s", "optimizer.lr=1e-3,2e-3,3e-3"]
 TWO_RANKS = ["launch=torchrun", "launch.processes=2"]
 
 
-@pytest.fixture(params=["inline", "torchrun"])
+@pytest.fixture(params=["inline", pytest.param("torchrun", marks=pytest.mark.slow)])
 def sweep(request, monkeypatch, tmp_path):
     """Return `sweep(outcomes)`: its runs end with these codes or errors. It returns its code and the runs begun."""
 
