@@ -268,7 +268,7 @@ def _packing_lines(config: DataConfig, corpus: Corpus) -> Iterator[str]:
             for key, count in counts.items():
                 if key.startswith("dropped_"):
                     what = key.removeprefix("dropped_").replace("_", " ")
-                    yield f"data.sources.{name}: {count:,} of its documents are left out as no pair ({what})"
+                    yield f"data.sources.{name}: {count:,} of its documents are no pairs and were dropped ({what})"
 
 
 def _cache_key(config: DataConfig, fingerprints: Sequence[str]) -> str:

@@ -138,7 +138,7 @@ def test_documents_that_are_no_pairs_are_left_out_and_counted(finished):
         assert len(stream) == 48 * stream.num_sequences(48) + 1
     prepare(finished.config.data, said.append)
     for reason in NO_PAIRS:
-        assert f"data.sources.text: 1 of its documents are left out as no pair ({reason})" in said
+        assert f"data.sources.text: 1 of its documents are no pairs and were dropped ({reason})" in said
 
 
 def test_a_caption_is_what_is_left_of_a_pair(finished):
