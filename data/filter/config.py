@@ -29,6 +29,10 @@ def under(key: str) -> Iterator[None]:
         raise error.under(key) from None
 
 
+RUBRICS = ("difficulty", "quality")
+"""Rubrics of the judge that are in `score/rubrics`."""
+
+
 class KeepUnit(Enum):
     """The unit of the fraction `keep`. The choice matters most if scores correlate with length."""
 
@@ -54,7 +58,7 @@ class ScorerKind(Enum):
     ifd = "ifd"
     """Instruction-following difficulty: loss of the answer given its prompt, divided by its loss without the prompt."""
     judge = "judge"
-    """Difficulty as graded by a model behind an OpenAI-compatible endpoint."""
+    """Difficulty of a prompt or quality of a text, as graded by a model behind an OpenAI-compatible endpoint."""
     pass_rate = "pass_rate"
     """One minus the pass rate: the fraction of sampled answers that a verifier rejects."""
     ensemble = "ensemble"
@@ -118,6 +122,12 @@ class ScorerConfig:
     """For judge and pass_rate: base URL of the endpoint, with `/v1`."""
     judge: str | None = None
     """Name of the model at the endpoint."""
+    rubric: str = RUBRICS[0]
+    """For judge: `difficulty` of a prompt, `quality` of a text, or a text file with a rubric for grades from 1 to 5, and
+    `{prompt}` or `{text}` in it, where a record's prompt or all of it goes.
+    """
+    answers: str | None = None
+    """Folder where the endpoint's answers are stored; null: `~/.cache/leviathan/answers`."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable with the endpoint's key."""
     concurrency: int = 8
@@ -149,8 +159,24 @@ class ScorerConfig:
             found |= member.import_paths(f"{key}.members[{place}]")
         return found
 
+    def rubric_files(self) -> list[str]:
+        """Return the rubrics that are files, of this scorer and its members."""
+        own = [] if self.rubric in RUBRICS else [self.rubric]
+        return own + [file for member in self.members for file in member.rubric_files()]
 
-_CONNECTION = ("url", "key_variable", "concurrency", "timeout_s", "retries")
+    def check_documents(self) -> None:
+        """Raise `ConfigError` if the scorer or a member grades or answers prompts, which plain documents do not have."""
+        if self.kind is ScorerKind.judge and self.rubric == "difficulty":
+            reason = "asks how hard a prompt is, and the input has none: set prompt_key and response_key, or messages_key"
+            raise ConfigError("rubric", self.rubric, f"{reason}; for plain documents", ["quality"])
+        if self.kind is ScorerKind.pass_rate:
+            raise ConfigError("kind", self.kind, "needs prompts: set prompt_key and response_key, or messages_key")
+        for place, member in enumerate(self.members):
+            with under(f"members[{place}]"):
+                member.check_documents()
+
+
+_CONNECTION = ("url", "key_variable", "concurrency", "timeout_s", "retries", "answers")
 """Settings on which no score depends."""
 _HASHED_AS = {"seq_len": "context", "batch_size": "batch"}
 
@@ -279,8 +305,9 @@ def without_defaults(rules: dict[str, Any]) -> dict[str, Any]:
 
 def _decisive(scorer: dict[str, Any]) -> dict[str, Any]:
     kept = {_HASHED_AS.get(key, key): value for key, value in scorer.items() if key not in _CONNECTION}
-    if not kept["options"]:
-        del kept["options"]
+    for key in ("options", "rubric"):
+        if kept[key] == getattr(ScorerConfig(), key):
+            del kept[key]
     return {**kept, "members": [_decisive(member) for member in kept["members"]]}
 
 

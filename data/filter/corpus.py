@@ -145,6 +145,7 @@ def filter_sources(
     directory = cache / "filter" / key[:32]
     with _under_filter():
         with under("scorer"):
+            rules.scorer.check_documents()
             scorer = make_scorer(rules.scorer, models, cache / "answers", rules.seed)
         job = FilterJob(
             parts=parts,
@@ -170,6 +171,7 @@ def rules_fingerprint(rules: FilterRules) -> str:
     no model is opened just to check the cache.
     """
     files = [*rules.contamination.sets.values(), *([rules.select.clean] if rules.select.clean else [])]
+    files += rules.scorer.rubric_files()
     return sha256_text(str(FORMAT), json.dumps(decisive_settings(rules)), *map(file_digest, files))
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from data.filter.config import FilterRules, KeepUnit, OnError, decisive_settings
 from data.filter.input.readers import InputPart, MalformedRecord, json_keys
 from data.filter.input.records import Reason, Record, RecordPicture
 from data.filter.score.factory import Models, check_models
-from data.filter.score.scorer import CompositeScorer, RemoteScorer, Scorer
+from data.filter.score.scorer import CompositeScorer, CostlyScorer, RemoteScorer, Scorer
 from data.filter.screen.contamination import EvaluationSets
 from data.filter.screen.duplicates import PLACES, Copy, Signatures, find_duplicates, signatures
 from data.filter.screen.gates import Gates
@@ -398,7 +398,11 @@ class Filter:
             return
         if self.job.models is not None:
             check_models(self.job.models, self.rules.scorer, self.passed, self.job.report)
-        self.job.scorer.fit(self.passed)
+        scorer = self.job.scorer
+        if self.workers.rank == 0 and isinstance(scorer, CostlyScorer):
+            if cost := scorer.cost(lambda: chain(self.passed(), self.job.clean)):
+                self.job.report(cost)
+        scorer.fit(self.passed)
         self._is_fitted = True
 
     # -- decide

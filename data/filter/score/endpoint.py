@@ -1,6 +1,6 @@
 """A client for a model behind an OpenAI-compatible endpoint.
 
-Three kinds of failure are distinguished: an unusable answer to one request (`UnusableAnswer`), no answer at the moment
+Three kinds of failure are distinguished: a rejected request (`UnusableAnswer`), no chat completion at the moment
 (retried, then `RetriesExhausted`), and a wrong configuration (`LeviathanError`, which no retry would fix).
 """
 
@@ -24,7 +24,10 @@ from core.files import sha256_text
 LONGEST_BACKOFF_S = 60.0
 LONGEST_RETRY_AFTER_S = 600.0
 LARGEST_ANSWER_BYTES = 4 << 20
+NO_COMPLETION = "not a chat completion"
 _EXCERPT = 200
+_RETRIED = (408, 425, 429)
+"""Statuses below 500 after which a request may be repeated: timeout, too early, too many requests."""
 
 
 class UnusableAnswer(OneLineError):
@@ -35,10 +38,14 @@ class RetriesExhausted(Exception):
     """No answer after all retries."""
 
 
+class _Fault(Exception):
+    """No answer to one attempt, because of the server or the network."""
+
+
 class Endpoint:
     """Request chat completions. `url` is the base URL, with `/v1`. The environment variable `key_variable` has the API
     key; if it is not set, requests carry no key, as local servers expect. No message and no file contains the key. A
-    request without a complete answer after `timeout_s` fails. A failed request is repeated up to `retries` times, after
+    request without a chat completion after `timeout_s` fails. A failed request is repeated up to `retries` times, after
     1 s, 2 s, 4 s and so on, with jitter, or after the server's `Retry-After`.
 
     Thread-safe. `concurrency` is the maximum number of connections.
@@ -83,10 +90,13 @@ class Endpoint:
             wait_s = None
             try:
                 response, answer = self._post(body)
-                if not (response.status_code == 429 or response.status_code >= 500):
+                if not (response.status_code in _RETRIED or response.status_code >= 500):
+                    content = self._content(response.status_code, answer)
                     self.trouble = ""
-                    return self._content(response.status_code, answer)
+                    return content
                 failure, wait_s = f"HTTP {response.status_code}", _retry_after_s(response)
+            except _Fault as error:
+                failure = str(error)
             except httpx.TimeoutException:
                 failure = f"no complete answer in {self.timeout_s:g} s"
             except httpx.HTTPError as error:
@@ -106,7 +116,7 @@ class Endpoint:
             for chunk in response.iter_bytes():
                 answer += chunk
                 if len(answer) > LARGEST_ANSWER_BYTES:
-                    raise UnusableAnswer(f"answer larger than {LARGEST_ANSWER_BYTES >> 20} MiB")
+                    raise _Fault(f"answer larger than {LARGEST_ANSWER_BYTES >> 20} MiB")
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("deadline")
         return response, bytes(answer)
@@ -124,11 +134,9 @@ class Endpoint:
             raise UnusableAnswer(f"HTTP {status}: {excerpt}")
         try:
             content = json.loads(answer)["choices"][0]["message"]["content"]
+            return str.encode(content, errors="replace").decode()  # lone surrogates cannot be stored
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-            raise UnusableAnswer(f"not a chat completion: {excerpt or 'empty'}") from None
-        if not isinstance(content, str):
-            raise UnusableAnswer("a message without text")
-        return content
+            raise _Fault(f"{NO_COMPLETION}: {excerpt or 'empty'}") from None
 
     def _backoff_s(self, body: bytes, attempt: int) -> float:
         """Return an exponential wait in seconds, times a factor from 0.5 to 1, which is a hash of the request. So waits

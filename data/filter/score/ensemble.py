@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from core.files import sha256_text
 from data.filter.input.records import Record
 from data.filter.score.baselines import LengthScorer, RandomScorer
-from data.filter.score.scorer import Direction, RemoteScorer, Scorer, sample_key
+from data.filter.score.scorer import CostlyScorer, Direction, RemoteScorer, Scorer, sample_key
 
 _SAMPLE = 4096
 """Number n of records among which a record is ranked. With 95% confidence all ranks are accurate to 2.2 percentage
@@ -29,7 +29,7 @@ class EnsembleScorer(Scorer):
     with the lowest hashes). A record is ranked among the scores of the sample only, so its rank does not depend on
     the records scored with it. NaN if a member has no finite score.
 
-    A high score means hard if it does for every member, else learnable. Each member also scores the sample, which is
+    A high score means hard if it does for every member, else learnable if it does for one, else quality. Each member also scores the sample, which is
     the additional cost. The scores of the members and of the controls (length and random) are stored too, so that the
     audit can compare them. If a remote member answers only in a later run, the answer is ranked against the sample as
     scored in that run.
@@ -40,8 +40,9 @@ class EnsembleScorer(Scorer):
     def __init__(self, members: Sequence[Scorer], sample: int = _SAMPLE) -> None:
         self.members, self.sample = tuple(members), sample
         self.measures = "mean rank in [0, 1] under " + "; ".join(f"{one.name} ({one.measures})" for one in members)
-        hard = all(member.direction is Direction.hard for member in members)
-        self.direction = Direction.hard if hard else Direction.learnable
+        directions = {member.direction for member in members}
+        order = (Direction.learnable, Direction.quality, Direction.hard)
+        self.direction = next(one for one in order if one in directions)
         self.fingerprint = sha256_text("ensemble", "1", str(sample), *(member.fingerprint for member in members))
         count = Counter(member.name for member in members)
         self._members = {
@@ -61,6 +62,10 @@ class EnsembleScorer(Scorer):
         """Why a remote member has no score for a record, by record id."""
         remote = {name: member.reasons for name, member in self._members.items() if isinstance(member, RemoteScorer)}
         return {record: f"{name}: {why}" for name, reasons in remote.items() for record, why in reasons.items()}
+
+    def cost(self, records: Callable[[], Iterable[Record]]) -> str:
+        costs = [member.cost(records) for member in self.members if isinstance(member, CostlyScorer)]
+        return "; ".join(filter(None, costs))
 
     def fit(self, records: Callable[[], Iterable[Record]]) -> None:
         for member in self.members:

@@ -42,9 +42,10 @@ class PassRateScorer(EndpointScorer):
         self.fingerprint = sha256_text("pass_rate", self.model, str(self.samples), config.verifier or "", code)
 
     def requests(self, record: Record) -> dict[str, Request]:
+        size = len(record.answer.encode())
         return {
             sha256_text("answer", self.model, record.prompt, str(seed)): Request(
-                record.prompt, str, options={"temperature": 1, "seed": seed}
+                record.prompt, str, size, options={"temperature": 1, "seed": seed}
             )
             for seed in range(self.samples if record.prompt.strip() else 0)
         }

@@ -22,6 +22,8 @@ class Direction(Enum):
     hard = "hard"
     learnable = "learnable"
     """Learnable and not yet learnt; such text is often easier than the rest."""
+    quality = "quality"
+    """Better by a judge's rubric, from which more can be learnt; it may be easy."""
 
 
 class Scorer(Protocol):
@@ -54,6 +56,15 @@ class RemoteScorer(Protocol):
     @property
     def reasons(self) -> Mapping[str, str]:
         """Why a record has no score, by record id."""
+        ...
+
+
+@runtime_checkable
+class CostlyScorer(Protocol):
+    """A scorer whose cost is said before it starts."""
+
+    def cost(self, records: Callable[[], Iterable[Record]]) -> str:
+        """Describe in one line what scoring these records costs. Empty if it costs nothing."""
         ...
 
 

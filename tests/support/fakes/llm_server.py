@@ -17,8 +17,8 @@ def completion(content: Any) -> Reply:
     return 200, {}, json.dumps({"choices": [{"message": {"content": content}}]}).encode()
 
 
-def graded(difficulty: int) -> Reply:
-    return completion(json.dumps({"difficulty": difficulty}))
+def graded(grade: int) -> Reply:
+    return completion(json.dumps({"grade": grade}))
 
 
 class Server:
@@ -56,7 +56,7 @@ class Server:
 
     def _handler(server) -> type[BaseHTTPRequestHandler]:
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+            protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
