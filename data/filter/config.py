@@ -167,7 +167,9 @@ class ScorerConfig:
     def check_documents(self) -> None:
         """Raise `ConfigError` if the scorer or a member grades or answers prompts, which plain documents do not have."""
         if self.kind is ScorerKind.judge and self.rubric == "difficulty":
-            reason = "asks how hard a prompt is, and the input has none: set prompt_key and response_key, or messages_key"
+            reason = (
+                "asks how hard a prompt is, and the input has none: set prompt_key and response_key, or messages_key"
+            )
             raise ConfigError("rubric", self.rubric, f"{reason}; for plain documents", ["quality"])
         if self.kind is ScorerKind.pass_rate:
             raise ConfigError("kind", self.kind, "needs prompts: set prompt_key and response_key, or messages_key")

@@ -14,6 +14,10 @@ ALIKE = 0.7
 UNSCORED = 0.01
 OFF_TARGET = 0.01
 _NAMED = 5  # domains that one warning names
+_LABELS = {
+    "learnable": {Reason.hard: "learnable", Reason.easy: "less learnable"},
+    "quality": {Reason.hard: "better", Reason.easy: "worse"},
+}
 _ENOUGH = 50  # records in the sample below which a correlation with length is not reported
 
 
@@ -27,8 +31,13 @@ def summary(audit: dict[str, Any]) -> str:
     """Return one line: how many records are kept, and why the others are dropped."""
     whole, kept = (audit["totals"][name]["documents"] for name in ("in", "kept"))
     dropped = {Reason[name]: size["documents"] for name, size in audit["reasons"].items() if not Reason[name].kept}
-    why = ", ".join(f"{count:,} {reason.label}" for reason, count in dropped.items() if count)
+    why = ", ".join(f"{count:,} {reason_label(audit, reason)}" for reason, count in dropped.items() if count)
     return f"kept {kept:,} of {_records(whole)}" + (f"; dropped {why}" if why else "")
+
+
+def reason_label(audit: dict[str, Any], reason: Reason) -> str:
+    """Return a reason's name as shown to people, which says what the scorer measures: "hard" is not what is good."""
+    return _LABELS.get(audit["scorer"]["direction"], {}).get(reason, reason.name.replace("_", " "))
 
 
 def text_only(audit: dict[str, Any]) -> str | None:

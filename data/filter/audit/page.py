@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from core.html import data_url, page
-from data.filter.audit.findings import named, text_only
+from data.filter.audit.findings import named, reason_label, text_only
 from data.filter.audit.plots import thresholds
 from data.filter.input.records import Reason
 
@@ -22,6 +22,7 @@ _SHARES = ("share_before", "share_after")
 _MEANING = {
     "hard": "A high score means hard; low scores are dropped.",
     "learnable": "A high score means learnable and not yet learnt; low scores are dropped.",
+    "quality": "A high score means better text, which may be easy; low scores are dropped.",
 }
 
 
@@ -49,6 +50,7 @@ def audit_page(
         ],
         total=whole,
         reasons=reasons,
+        label=partial(reason_label, audit),
         largest_reason=max((share or 0 for *_, share in reasons), default=0) or 1,
         unit=audit["rules"]["unit"],
         domains=[(name, domains[name], thresholds(audit, name)) for name in by_size[:_ROWS]],

@@ -47,7 +47,7 @@ def lying(body: dict[str, Any], turn: int) -> Reply:
 
 def command(server: Any, source: Path, out: Path, *more: str) -> int:
     judge = ["scorer.kind=judge", f"scorer.url={server.url}", "scorer.judge=grader", "scorer.retries=0"]
-    return main(["filter", f"input={source}", f"out={out}", "unit=documents", *judge, *more])
+    return main(["filter", f"input={source}", f"out={out}", "unit=documents", *judge, "scorer.rubric=quality", *more])
 
 
 def test_only_unanswered_records_are_asked_again(server, source, tmp_path, capsys, request):
@@ -83,7 +83,7 @@ def test_only_unanswered_records_are_asked_again(server, source, tmp_path, capsy
     server.requests.clear()
     assert command(server, source, out) == 0
     assert not server.requests and "scored" not in capsys.readouterr().out.splitlines()[-1]
-    assert command(server, source, tmp_path / "whole") == 0
+    assert command(server, source, tmp_path / "whole") == 0 and not server.requests, "another out asks nobody"
     assert outputs(out) == outputs(tmp_path / "whole"), "as if the server had been healthy from the start"
 
 
@@ -93,21 +93,28 @@ def test_another_way_to_the_same_judge_changes_nothing(server, source, tmp_path,
     assert command(server, source, tmp_path / "out") == 0
     server.requests.clear()
     url = server.url.replace("127.0.0.1", "localhost")
-    ways = ["scorer.concurrency=2", "scorer.timeout_s=9", "scorer.retries=3", "scorer.key_variable=K"]
+    answers = f"scorer.answers={tmp_path}/none"  # the scores are stored too
+    ways = ["scorer.concurrency=2", "scorer.timeout_s=9", "scorer.retries=3", "scorer.key_variable=K", answers]
     assert command(server, source, tmp_path / "out", f"scorer.url={url}", *ways) == 0
     assert not server.requests
     assert command(server, source, tmp_path / "out", "scorer.judge=another") == 2
     member = ScorerConfig(ScorerKind.judge, url=server.url, judge="grader")
     rules = [
         FilterRules(scorer=ScorerConfig(ScorerKind.ensemble, members=[one, ScorerConfig()]))
-        for one in (member, replace(member, url=url), replace(member, judge="another"))
+        for one in (
+            member,
+            replace(member, url=url, answers="a"),
+            replace(member, judge="b"),
+            replace(member, rubric="c"),
+        )
     ]
-    assert decisive_settings(rules[0]) == decisive_settings(rules[1]) != decisive_settings(rules[2])
+    same, connection, *others = map(decisive_settings, rules)
+    assert same == connection and same not in others and others[0] != others[1]
 
 
 def test_several_workers_ask_again_together(server, source, tmp_path):
     def judge() -> JudgeScorer:
-        config = ScorerConfig(ScorerKind.judge, url=server.url, judge="grader", retries=0)
+        config = ScorerConfig(ScorerKind.judge, url=server.url, judge="grader", retries=0, rubric="quality")
         return JudgeScorer(config, tmp_path / "answers")
 
     server.reply = lying
@@ -122,7 +129,7 @@ def test_several_workers_ask_again_together(server, source, tmp_path):
 
 def test_members_of_an_ensemble_are_asked_again(server, source, tmp_path, no_page):
     server.reply = lying
-    judge = f"{{kind: judge, url: '{server.url}', judge: grader, retries: 0}}"
+    judge = f"{{kind: judge, url: '{server.url}', judge: grader, retries: 0, rubric: quality}}"
     members = f"scorer.members=[{judge}, {{kind: length}}]"
     words = [f"input={source}", f"out={tmp_path / 'out'}", "scorer.kind=ensemble", members]
     assert main(["filter", *words]) == 0
@@ -152,12 +159,13 @@ def test_a_verifier_may_say_anything(server, source, tmp_path, monkeypatch, no_p
 
 def test_answers_that_cannot_be_stored_are_one_line(server, source, tmp_path, capsys):
     """The error must be raised on all processes, since the others would wait forever."""
-    out = tmp_path / "out"
-    (out / "stages").mkdir(parents=True)
-    (out / "stages" / "answers").write_text("")
-    assert command(server, source, out) == 1
+    (tmp_path / "answers").write_text("")
+    assert command(server, source, tmp_path / "out", f"scorer.answers={tmp_path}/answers") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.match("leviathan: error: cannot write .*answers .File exists.: a file is where a folder must be", line)
+    wanted = (
+        r"leviathan: error: cannot write .*answers/judge-grader-\w+.jsonl .File exists.: a file is where a folder must"
+    )
+    assert re.match(wanted, line)
 
 
 def by_number(sign: int = 1) -> FixedScorer:
