@@ -123,8 +123,8 @@ class ScorerConfig:
     judge: str | None = None
     """Name of the model at the endpoint."""
     rubric: str = RUBRICS[0]
-    """For judge: `difficulty` of a prompt, `quality` of a text, or a text file with a rubric for grades from 1 to 5, and
-    `{prompt}` or `{text}` in it, where a record's prompt or all of it goes.
+    """For judge: `difficulty` of a prompt, `quality` of a text, or a file with your rubric for grades from 1 to 5, which
+    has `{prompt}` or `{text}` where a record's prompt or all of its text goes.
     """
     answers: str | None = None
     """Folder where the endpoint's answers are stored; null: `~/.cache/leviathan/answers`."""
@@ -165,14 +165,12 @@ class ScorerConfig:
         return own + [file for member in self.members for file in member.rubric_files()]
 
     def check_documents(self) -> None:
-        """Raise `ConfigError` if the scorer or a member grades or answers prompts, which plain documents do not have."""
+        """Raise `ConfigError` if the scorer or a member requires prompts, which plain documents do not have."""
+        need = "requires prompts: set prompt_key and response_key, or messages_key"
         if self.kind is ScorerKind.judge and self.rubric == "difficulty":
-            reason = (
-                "asks how hard a prompt is, and the input has none: set prompt_key and response_key, or messages_key"
-            )
-            raise ConfigError("rubric", self.rubric, f"{reason}; for plain documents", ["quality"])
+            raise ConfigError("rubric", self.rubric, f"{need}; for plain documents", ["quality"])
         if self.kind is ScorerKind.pass_rate:
-            raise ConfigError("kind", self.kind, "needs prompts: set prompt_key and response_key, or messages_key")
+            raise ConfigError("kind", self.kind, need)
         for place, member in enumerate(self.members):
             with under(f"members[{place}]"):
                 member.check_documents()

@@ -108,10 +108,8 @@ class Filter:
         self._decide()
 
     def _check_names(self) -> None:
-        for key, names in (
-            ("select.domains", self.rules.select.domains),
-            ("select.protect", self.rules.select.protect),
-        ):
+        rules = self.rules.select
+        for key, names in (("select.domains", rules.domains), ("select.protect", rules.protect)):
             for name in names:
                 if name not in self.domains:
                     raise ConfigError(key, name, "no record is of this domain", self.domains[:8])
@@ -400,8 +398,7 @@ class Filter:
             check_models(self.job.models, self.rules.scorer, self.passed, self.job.report)
         scorer = self.job.scorer
         if self.workers.rank == 0 and isinstance(scorer, CostlyScorer):
-            if cost := scorer.cost(lambda: chain(self.passed(), self.job.clean)):
-                self.job.report(cost)
+            self.job.report(scorer.cost(lambda: chain(self.passed(), self.job.clean)))
         scorer.fit(self.passed)
         self._is_fitted = True
 
@@ -553,12 +550,8 @@ def picture_type() -> Any:
     """Return the type of `PICTURES`: a list of structs."""
     import pyarrow
 
-    types = {
-        "name": pyarrow.string(),
-        "sha256": pyarrow.string(),
-        "hash": pyarrow.uint64(),
-        "colours": pyarrow.binary(),
-    }
+    text = pyarrow.string()
+    types = {"name": text, "sha256": text, "hash": pyarrow.uint64(), "colours": pyarrow.binary()}
     return pyarrow.list_(pyarrow.struct([(name, types.get(name, pyarrow.int64())) for name in _OF_PICTURES]))
 
 

@@ -23,7 +23,7 @@ class AnswerCache:
     """Answers by key, as lines of JSON in one file. Any number of processes share it, also those of other commands.
 
     A process claims a request by a lock on one byte of the file, which the kernel releases when the process ends. A
-    line that a kill or a full disk truncated is skipped. Only the places of answers are in memory (0.25 GB per million).
+    line that a kill or a full disk truncated is skipped. Only the places of answers are in memory, 0.25 GB per million.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,8 +37,8 @@ class AnswerCache:
     def _opened(self) -> tuple[IO[bytes], Any]:
         if self._files is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            writer = open(self.path, "ab", buffering=0)  # noqa: SIM115 - both stay open as long as this object
-            self._files = open(self.path, "rb"), writer
+            writer = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as this object
+            self._files = open(self.path, "rb"), writer  # noqa: SIM115
         return self._files
 
     def refresh(self) -> None:

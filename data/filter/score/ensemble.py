@@ -29,10 +29,10 @@ class EnsembleScorer(Scorer):
     with the lowest hashes). A record is ranked among the scores of the sample only, so its rank does not depend on
     the records scored with it. NaN if a member has no finite score.
 
-    A high score means hard if it does for every member, else learnable if it does for one, else quality. Each member also scores the sample, which is
-    the additional cost. The scores of the members and of the controls (length and random) are stored too, so that the
-    audit can compare them. If a remote member answers only in a later run, the answer is ranked against the sample as
-    scored in that run.
+    A high score means hard if it does for every member, else learnable if it does for one, else quality. Each member
+    also scores the sample, which is the additional cost. The scores of the members and of the controls (length and
+    random) are stored too, so that the audit can compare them. If a remote member answers only in a later run, the
+    answer is ranked against the sample as scored in that run.
     """
 
     name = "ensemble"
@@ -65,7 +65,7 @@ class EnsembleScorer(Scorer):
 
     def cost(self, records: Callable[[], Iterable[Record]]) -> str:
         costs = [member.cost(records) for member in self.members if isinstance(member, CostlyScorer)]
-        return "; ".join(filter(None, costs))
+        return "; ".join(costs) or "no requests"
 
     def fit(self, records: Callable[[], Iterable[Record]]) -> None:
         for member in self.members:

@@ -30,8 +30,8 @@ class Models:
 
 def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: int = 0) -> Scorer:
     """Return the scorer of `config.kind`. `models` opens models (None: kinds that need a model are rejected), `cache`
-    is the directory for answers of endpoints unless `config.answers` names one, and `seed` is for the random scorer. The key of a `ConfigError` is
-    relative to `scorer`.
+    is the folder for answers of endpoints where `config.answers` names none, and `seed` is for the random scorer. The
+    key of a `ConfigError` is relative to `scorer`.
 
     Classes are imported here, so that an n-gram scorer does not wait for the import of an HTTP client.
     """

@@ -226,7 +226,7 @@ def test_only_failures_in_a_row_stop_the_run(server, judge):
     assert np.isnan(scorer.score(numbered(18))).tolist() == [False, True] * 9
     assert scorer.reasons == {f"id-question number {n};": "HTTP 500, 2 attempts" for n in range(1, 18, 2)}
     server.reply = lambda body, turn: (500, {}, b"") if 4 <= number_of(body) < 9 else graded(2)
-    with pytest.raises(LeviathanError, match="does not answer .*; 4 answers are stored, and the same command"):
+    with pytest.raises(LeviathanError, match=r"does not answer .*; 4 answers are stored, and the same command"):
         judge("b", retries=0, concurrency=1).score(numbered(18))
 
 
