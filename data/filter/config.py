@@ -123,8 +123,8 @@ class ScorerConfig:
     judge: str | None = None
     """Name of the model at the endpoint."""
     rubric: str = RUBRICS[0]
-    """For judge: `difficulty` of a prompt, `quality` of a text, or a file with your rubric for grades from 1 to 5, which
-    has `{prompt}` or `{text}` where a record's prompt or all of its text goes.
+    """For judge: `difficulty` of a prompt, `quality` of a text, or a file with your rubric for grades from 1 to 5, with
+    `{prompt}` or `{text}` where a record's prompt or all of its text goes.
     """
     answers: str | None = None
     """Folder where the endpoint's answers are stored; null: `~/.cache/leviathan/answers`."""

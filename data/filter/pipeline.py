@@ -398,7 +398,9 @@ class Filter:
             check_models(self.job.models, self.rules.scorer, self.passed, self.job.report)
         scorer = self.job.scorer
         if self.workers.rank == 0 and isinstance(scorer, CostlyScorer):
-            self.job.report(scorer.cost(lambda: chain(self.passed(), self.job.clean)))
+            cost = scorer.cost(lambda: chain(self.passed(), self.job.clean))
+            if cost:
+                self.job.report(cost)
         scorer.fit(self.passed)
         self._is_fitted = True
 

@@ -65,7 +65,7 @@ class EnsembleScorer(Scorer):
 
     def cost(self, records: Callable[[], Iterable[Record]]) -> str:
         costs = [member.cost(records) for member in self.members if isinstance(member, CostlyScorer)]
-        return "; ".join(costs) or "no requests"
+        return "; ".join(filter(None, costs))
 
     def fit(self, records: Callable[[], Iterable[Record]]) -> None:
         for member in self.members:

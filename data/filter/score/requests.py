@@ -189,18 +189,18 @@ class EndpointScorer(Scorer):
 
     def cost(self, records: Callable[[], Iterable[Record]]) -> str:
         """Describe in one line what scoring these records costs: requests and tokens, and the answers in the cache."""
-        stored = sent = received = 0
+        keys, stored, sent, received = set[str](), 0, 0, 0
         for record in records():
-            requests = self.requests(record)
-            ours = {key: one for key, one in requests.items() if key not in self.endpoint.missing}
-            found = self.endpoint.cached(ours)
-            stored += len(found)
-            sent += sum(len(one.content.encode()) for key, one in ours.items() if key not in found)
-            received += sum(one.answer_bytes for key, one in ours.items() if key not in found)
+            requests = {key: one for key, one in self.requests(record).items() if key not in keys}
+            keys.update(requests)
+            missing = requests.keys() - self.endpoint.cached(requests).keys()
+            stored += len(requests) - len(missing)
+            sent += sum(len(requests[key].content.encode()) for key in missing)
+            received += sum(requests[key].answer_bytes for key in missing)
         tokens = f"about {sent // BYTES_PER_TOKEN:,} tokens in and {received // BYTES_PER_TOKEN:,} out"
-        estimate = f"{tokens} (estimated: {BYTES_PER_TOKEN} bytes each)"
         have = f"{stored:,} answers are in {self.endpoint.cache.path.parent}"
-        return f"{len(self.endpoint.missing):,} requests to {self.model}, {estimate}; {have}"
+        estimate = f"{tokens} (estimated: {BYTES_PER_TOKEN} bytes each)"
+        return f"{len(keys) - stored:,} requests to {self.model}, {estimate}; {have}"
 
     def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
         requests = [self.requests(record) for record in records]

@@ -64,7 +64,7 @@ class CostlyScorer(Protocol):
     """A scorer whose cost is said before it starts."""
 
     def cost(self, records: Callable[[], Iterable[Record]]) -> str:
-        """Describe in one line what scoring these records costs."""
+        """Describe in one line what scoring these records costs; "" if nothing."""
         ...
 
 
