@@ -37,11 +37,13 @@ FAULTS = {  # of the server
 
 class FlakyServer:
     """Answers a share of the requests with a valid grade, which depends on the text, and the others with `LIES` and
-    `FAULTS`. After `lives` requests it dies: it drops all connections, listens no more, and comes back after `down_s`.
+    `FAULTS`, at most `patience` in a row for one text. After `lives` requests it dies: it drops all connections, listens no more, and comes back after `down_s`.
     """
 
-    def __init__(self, valid: float = 0.6, lives: int = 10**9, down_s: float = 0.1, late_s: float = 0.0) -> None:
-        self.valid, self.lives, self.down_s, self.late_s = valid, lives, down_s, late_s
+    def __init__(
+        self, valid: float = 0.6, lives: int = 10**9, down_s: float = 0.1, late_s: float = 0.0, patience: int = 10**9
+    ) -> None:
+        self.valid, self.lives, self.down_s, self.late_s, self.patience = valid, lives, down_s, late_s, patience
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         """By text: requests, and valid answers that were sent as a whole and in time."""
@@ -83,6 +85,7 @@ class FlakyServer:
             if sum(self.asked.values()) % self.lives == 0:
                 threading.Thread(target=self.die, daemon=True).start()
             kind = self._chance.choices(["valid", "late", "lie", "fault"], self._weights())[0]
+            kind = "valid" if self.asked[text] > self.patience else kind
             slow_s = self._chance.uniform(0, 0.02)
             lie, fault = self._chance.choice(list(LIES)), self._chance.choice(list(FAULTS))
         time.sleep(self.late_s if kind == "late" else slow_s)

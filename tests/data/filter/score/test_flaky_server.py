@@ -44,7 +44,7 @@ def flaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FlakyServer
 
 
 def hurried(seconds: float) -> None:
-    time.sleep(seconds / 50)
+    time.sleep(seconds / 20)
 
 
 def judge(server: Any, folder: Path, **settings: Any) -> JudgeScorer:
@@ -62,7 +62,7 @@ def wanted(records: list[Record]) -> list[int]:
 
 def test_a_flaky_server_gives_every_label_once(flaky, tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint, "LARGEST_ANSWER_BYTES", 1 << 20)
-    server, records = flaky(valid=0.5, lives=60, late_s=0.4), questions(40)
+    server, records = flaky(valid=0.4, lives=60, down_s=0.05, late_s=0.4, patience=2), questions(40)
     first = judge(server, tmp_path, timeout_s=0.3)
     assert first.score(records).tolist() == wanted(records), first.reasons
     assert server.repeated == [] and server.deaths > 0 and sum(server.asked.values()) > 60
