@@ -31,6 +31,7 @@ def under(key: str) -> Iterator[None]:
 
 RUBRICS = ("difficulty", "quality")
 """Rubrics of the judge that are in `score/rubrics`."""
+ANSWERS = "~/.cache/leviathan/answers"
 
 
 class KeepUnit(Enum):
@@ -126,8 +127,8 @@ class ScorerConfig:
     """For judge: `difficulty` of a prompt, `quality` of a text, or a file with your rubric for grades from 1 to 5, with
     `{prompt}` or `{text}` where a record's prompt or all of its text goes.
     """
-    answers: str | None = None
-    """Folder where the endpoint's answers are stored; null: `~/.cache/leviathan/answers`."""
+    answers: str = ANSWERS
+    """For judge and pass_rate: the folder where all commands look for answers, and store them."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable with the endpoint's key."""
     concurrency: int = 8
@@ -152,32 +153,34 @@ class ScorerConfig:
         if self.kind is ScorerKind.ensemble and len(self.members) < 2:
             raise ConfigError("members", None, "an ensemble needs two scorers or more")
 
+    def parts(self, key: str) -> Iterator[tuple[str, ScorerConfig]]:
+        """Yield this scorer and its members, with their configuration keys."""
+        yield key, self
+        for place, member in enumerate(self.members):
+            yield from member.parts(f"{key}.members[{place}]")
+
     def import_paths(self, key: str) -> dict[str, object]:
         """Return, by configuration key, the kinds and verifiers of this scorer and its members."""
-        found: dict[str, object] = {f"{key}.kind": self.kind, f"{key}.verifier": self.verifier}
-        for place, member in enumerate(self.members):
-            found |= member.import_paths(f"{key}.members[{place}]")
-        return found
+        parts = list(self.parts(key))
+        return {f"{k}.kind": one.kind for k, one in parts} | {f"{k}.verifier": one.verifier for k, one in parts}
 
     def rubric_files(self) -> list[str]:
-        """Return the rubrics that are files, of this scorer and its members."""
-        own = [] if self.rubric in RUBRICS else [self.rubric]
-        return own + [file for member in self.members for file in member.rubric_files()]
+        return [one.rubric for _, one in self.parts("") if one.rubric not in RUBRICS]
 
-    def check_documents(self) -> None:
+    def check_documents(self, key: str) -> None:
         """Raise `ConfigError` if the scorer or a member requires prompts, which plain documents do not have."""
         need = "requires prompts: set prompt_key and response_key, or messages_key"
-        if self.kind is ScorerKind.judge and self.rubric == "difficulty":
-            raise ConfigError("rubric", self.rubric, f"{need}; for plain documents", ["quality"])
-        if self.kind is ScorerKind.pass_rate:
-            raise ConfigError("kind", self.kind, need)
-        for place, member in enumerate(self.members):
-            with under(f"members[{place}]"):
-                member.check_documents()
+        for place, one in self.parts(key):
+            if one.kind is ScorerKind.judge and one.rubric == "difficulty":
+                raise ConfigError(f"{place}.rubric", one.rubric, f"{need}; for plain documents", ["quality"])
+            if one.kind is ScorerKind.pass_rate:
+                raise ConfigError(f"{place}.kind", one.kind, need)
 
 
 _CONNECTION = ("url", "key_variable", "concurrency", "timeout_s", "retries", "answers")
 """Settings on which no score depends."""
+_NEW = {"rubric": RUBRICS[0], "answers": ANSWERS}
+"""Settings that older versions did not have, with their defaults."""
 _HASHED_AS = {"seq_len": "context", "batch_size": "batch"}
 
 
@@ -300,15 +303,19 @@ def without_defaults(rules: dict[str, Any]) -> dict[str, Any]:
     duplicates = dict(rules["duplicates"])
     if duplicates["pictures"] == DuplicateConfig().pictures:
         del duplicates["pictures"]
-    return {**rules, "duplicates": duplicates}
+    return {**rules, "duplicates": duplicates, "scorer": _without_new(rules["scorer"])}
+
+
+def _without_new(scorer: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in scorer.items() if key not in _NEW or value != _NEW[key]}
+    return {**kept, "members": [_without_new(member) for member in kept["members"]]}
 
 
 def _decisive(scorer: dict[str, Any]) -> dict[str, Any]:
     kept = {_HASHED_AS.get(key, key): value for key, value in scorer.items() if key not in _CONNECTION}
-    for key in ("options", "rubric"):
-        if kept[key] == getattr(ScorerConfig(), key):
-            del kept[key]
-    return {**kept, "members": [_decisive(member) for member in kept["members"]]}
+    if not kept["options"]:
+        del kept["options"]
+    return _without_new({**kept, "members": [_decisive(member) for member in kept["members"]]})
 
 
 _OF_TEXT = (

@@ -144,8 +144,8 @@ def filter_sources(
     key = sha256_text(rules_fingerprint(rules), tokenizer.fingerprint, *map(str, contents))
     directory = cache / "filter" / key[:32]
     with _under_filter():
+        rules.scorer.check_documents("scorer")
         with under("scorer"):
-            rules.scorer.check_documents()
             scorer = make_scorer(rules.scorer, models, cache / "answers", rules.seed)
         job = FilterJob(
             parts=parts,

@@ -13,7 +13,7 @@ from typing import Any
 from core.config import differences, plain
 from core.errors import ConfigError, check_numbers
 from core.overrides import quoted
-from data.filter.config import FilterRules, InputConfig, OnError, under
+from data.filter.config import FilterRules, InputConfig, OnError
 
 _OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
 _BARE_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/.~][\w./~-]*", re.IGNORECASE)
@@ -85,8 +85,7 @@ class FilterConfig(FilterRules, InputConfig):
             check_rules(self)
             self.lines()
         if self.explain is None and self.step is None and not (self.prompt_key or self.messages_key):
-            with under("scorer"):
-                self.scorer.check_documents()
+            self.scorer.check_documents("scorer")
         if self.run is not None and self.explain is None and self.step is None:
             raise ConfigError("run", self.run, "requires the id of a record to explain", ["explain=ID"])
         if self.step is not None and (self.run is None or self.explain is not None):

@@ -42,7 +42,6 @@ from parallel.comm.world import connect
 from train.eval.contamination import MODELS
 
 STAGES = "stages"
-ANSWERS = "~/.cache/leviathan/answers"
 
 
 def run_filter(config: FilterConfig, out: Path) -> int:
@@ -60,7 +59,7 @@ def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
     job = FilterJob(
         parts=input_parts(config) if config.images is None else document_parts(config),
         rules=config.rules(),
-        scorer=_scorer(config),
+        scorer=_scorer(config, out),
         directory=out / STAGES,
         workers=workers,
         report=print if workers.rank == 0 else lambda line: None,
@@ -95,7 +94,7 @@ def run_stream(config: FilterConfig, out: Path) -> int:
 
     clean = clean_records(config.select.clean, config.lines()) if config.select.clean else ()
     count_tokens = _count_tokens(_tokenizer(config))
-    done = LineFilter(config.lines(), config.rules(), _scorer(config), count_tokens, clean, check)
+    done = LineFilter(config.lines(), config.rules(), _scorer(config, out), count_tokens, clean, check)
     done.run(sys.stdin.buffer, out)
     counts = done.counts()
     rate = "nothing was scored" if counts["rate"] is None else f"{counts['rate']:.2%} of the {counts['unit']} scored"
@@ -105,9 +104,9 @@ def run_stream(config: FilterConfig, out: Path) -> int:
     return 0
 
 
-def _scorer(config: FilterConfig) -> Scorer:
+def _scorer(config: FilterConfig, out: Path) -> Scorer:
     with under("scorer"):
-        return make_scorer(config.scorer, MODELS, Path(ANSWERS).expanduser(), config.seed)
+        return make_scorer(config.scorer, MODELS, out / STAGES / "answers", config.seed)
 
 
 def _count_tokens(tokenizer: Tokenizer | None) -> Callable[[Sequence[str]], Sequence[int]] | None:

@@ -4,7 +4,6 @@ files of examinations.
 
 from __future__ import annotations
 
-from pathlib import Path
 from unittest.mock import Mock
 
 import httpx
@@ -58,7 +57,7 @@ def test_any_retry_after_is_a_wait_or_ignored(content):
     assert found is None or 0 <= found <= LONGEST_RETRY_AFTER_S
 
 
-JUDGE = JudgeScorer(ScorerConfig(kind=ScorerKind.judge, url=URL, judge="m", retries=0), Path("none"))
+JUDGE = JudgeScorer(ScorerConfig(kind=ScorerKind.judge, url=URL, judge="m", retries=0))
 JUDGE.endpoint.endpoint.complete = lambda *_, **__: '{"grade": 4}'
 
 
@@ -86,7 +85,7 @@ PASS_RATE = ScorerConfig(kind=ScorerKind.pass_rate, url=URL, judge="m", verifier
 
 @pytest.fixture(scope="module")
 def pass_rate(place):
-    return PassRateScorer(PASS_RATE, place / "none")
+    return PassRateScorer(PASS_RATE)
 
 
 def verify(record: Record, answer: str) -> object:

@@ -30,8 +30,8 @@ class Models:
 
 def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: int = 0) -> Scorer:
     """Return the scorer of `config.kind`. `models` opens models (None: kinds that need a model are rejected), `cache`
-    is the folder for answers of endpoints where `config.answers` names none, and `seed` is for the random scorer. The
-    key of a `ConfigError` is relative to `scorer`.
+    is a path in the folder for what a scorer stores, and `seed` is for the random scorer. The key of a `ConfigError` is
+    relative to `scorer`.
 
     Classes are imported here, so that an n-gram scorer does not wait for the import of an HTTP client.
     """
@@ -55,7 +55,7 @@ def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: 
         case ScorerKind.length:
             arguments = []
         case _:
-            arguments = config, cache
+            arguments = [config]
     scorer: Scorer = construct(f"data.filter.score.{traits.path}", "kind", *arguments)
     return scorer
 

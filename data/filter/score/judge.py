@@ -30,9 +30,9 @@ class JudgeScorer(EndpointScorer):
 
     name = "judge"
 
-    def __init__(self, config: ScorerConfig, cache: Path, pause: Callable[[float], object] | None = None) -> None:
+    def __init__(self, config: ScorerConfig, pause: Callable[[float], object] | None = None) -> None:
         """Raises `ConfigError` for a rubric that cannot be read or has no place for the record."""
-        super().__init__(config, cache, pause)
+        super().__init__(config, pause)
         self.rubric = rubric_text(config.rubric)
         self.of_prompt = "{prompt}" in self.rubric
         is_difficulty, what = config.rubric == "difficulty", "prompt" if self.of_prompt else "text"

@@ -33,10 +33,10 @@ class PassRateScorer(EndpointScorer):
     name = "pass_rate"
     direction = Direction.hard
 
-    def __init__(self, config: ScorerConfig, cache: Path, pause: Callable[[float], object] | None = None) -> None:
+    def __init__(self, config: ScorerConfig, pause: Callable[[float], object] | None = None) -> None:
         """Raises `ConfigError` if `verifier` cannot be imported."""
         self.verifier, code = load_verifier(config.verifier or "")
-        super().__init__(config, cache, pause)
+        super().__init__(config, pause)
         self.samples = config.samples
         self.measures = f"fraction of {self.samples} answers that {config.verifier} rejects"
         self.fingerprint = sha256_text("pass_rate", self.model, str(self.samples), config.verifier or "", code)

@@ -166,18 +166,19 @@ class EndpointScorer(Scorer):
     """Base of scorers that send requests for each record. A score is NaN if an answer is missing or unusable; `reasons`
     then has the reason by record id. Failures are not cached: the next filter run repeats the failed requests.
 
-    Answers are stored in `config.answers` (else in `cache`), in one file for each kind of scorer and model.
+    Answers are stored in `config.answers`, in one file for each kind of scorer and model.
     """
 
-    def __init__(self, config: ScorerConfig, cache: Path, pause: Callable[[float], object] | None = None) -> None:
+    def __init__(self, config: ScorerConfig, pause: Callable[[float], object] | None = None) -> None:
         """`pause` replaces the wait before a retry, in tests. Raises `ConfigError` for an invalid URL."""
         assert config.url and config.judge  # ScorerConfig checks it
         self.model, self.reasons = config.judge, dict[str, str]()
         limits = (config.timeout_s, config.retries, config.concurrency)
         endpoint = Endpoint(config.url, config.judge, config.key_variable, *limits, pause=pause)
-        folder = cache if config.answers is None else Path(config.answers).expanduser()
         file = f"{self.name}-{re.sub('[^A-Za-z0-9.-]', '_', self.model)[:80]}-{sha256_text(self.model)[:8]}.jsonl"
-        self.endpoint = CachedEndpoint(endpoint, AnswerCache(folder / file), config.concurrency)
+        self.endpoint = CachedEndpoint(
+            endpoint, AnswerCache(Path(config.answers).expanduser() / file), config.concurrency
+        )
 
     def requests(self, record: Record) -> dict[str, Request]:
         """Return the requests for a record by cache key."""

@@ -114,8 +114,7 @@ def test_another_way_to_the_same_judge_changes_nothing(server, source, tmp_path,
 
 def test_several_workers_ask_again_together(server, source, tmp_path):
     def judge() -> JudgeScorer:
-        config = ScorerConfig(ScorerKind.judge, url=server.url, judge="grader", retries=0, rubric="quality")
-        return JudgeScorer(config, tmp_path / "answers")
+        return JudgeScorer(ScorerConfig(ScorerKind.judge, url=server.url, judge="grader", retries=0, rubric="quality"))
 
     server.reply = lying
     filtered(source, tmp_path / "out", judge())

@@ -48,8 +48,8 @@ def hurried(seconds: float) -> None:
 
 
 def judge(server: Any, folder: Path, **settings: Any) -> JudgeScorer:
-    config = ScorerConfig(ScorerKind.judge, **{"url": server.url, "judge": "grader", "timeout_s": 10.0, **settings})
-    return JudgeScorer(config, folder, hurried)
+    settings = {"url": server.url, "judge": "grader", "timeout_s": 10.0, "answers": str(folder), **settings}
+    return JudgeScorer(ScorerConfig(ScorerKind.judge, **settings), hurried)
 
 
 def questions(count: int) -> list[Record]:
@@ -168,8 +168,8 @@ def test_the_cost_is_known_before_the_first_request(server, tmp_path, monkeypatc
         f"6 requests to grader, about {tokens:,} tokens in and 18 out (estimated: 4 bytes each); "
         f"4 answers are in {tmp_path}"
     )
-    settings = {"url": server.url, "judge": "m", "verifier": "sure:check", "samples": 3}
-    sampled = PassRateScorer(ScorerConfig(ScorerKind.pass_rate, **settings), tmp_path)
+    settings = {"url": server.url, "judge": "m", "verifier": "sure:check", "samples": 3, "answers": str(tmp_path)}
+    sampled = PassRateScorer(ScorerConfig(ScorerKind.pass_rate, **settings))
     assert sampled.cost(lambda: records).startswith("30 requests to m, about ")
     ensemble = EnsembleScorer([judge(server, tmp_path), sampled])
     assert ensemble.cost(lambda: records).startswith("6 requests to grader, ") and "; 0 requests" in ensemble.cost(list)

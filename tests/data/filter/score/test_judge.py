@@ -31,7 +31,7 @@ def judge(server, tmp_path):
     def made(folder: str = "", pauses: Pauses | None = None, real_pauses: bool = False, **more: Any) -> JudgeScorer:
         settings = {"url": server.url, "judge": "grader", "key_variable": "JUDGE_KEY", "timeout_s": 10.0, **more}
         pause = None if real_pauses else Pauses() if pauses is None else pauses
-        return JudgeScorer(ScorerConfig(ScorerKind.judge, **settings), tmp_path / folder, pause)
+        return JudgeScorer(ScorerConfig(ScorerKind.judge, answers=str(tmp_path / folder), **settings), pause)
 
     return made
 

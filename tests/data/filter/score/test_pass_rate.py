@@ -39,7 +39,7 @@ def scorer(server, tmp_path, monkeypatch):
     def made(verifier: str = "is_right", samples: int = 4) -> PassRateScorer:
         settings = {"url": server.url, "judge": "m", "verifier": f"own_verifiers:{verifier}", "samples": samples}
         config = ScorerConfig(ScorerKind.pass_rate, retries=1, timeout_s=10, **settings)
-        return PassRateScorer(config, tmp_path / "cache", Pauses())
+        return PassRateScorer(config, Pauses())
 
     return made
 
