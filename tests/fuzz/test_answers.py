@@ -17,7 +17,7 @@ from core.errors import ConfigError, LeviathanError
 from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
 from data.filter.score.answers import AnswerCache
-from data.filter.score.endpoint import LONGEST_RETRY_AFTER_S, Endpoint, UnusableAnswer, _Fault, _retry_after_s
+from data.filter.score.endpoint import LONGEST_RETRY_AFTER_S, Endpoint, UnusableAnswer, _retry_after_s
 from data.filter.score.judge import JudgeScorer, parse_grade
 from data.filter.score.pass_rate import PassRateScorer
 from tests.fuzz.mutations import assert_reads_or_refuses, files, hostile, json_bytes, json_files
@@ -46,7 +46,7 @@ def test_any_response_is_text_or_unusable(content, status):
     assert found is None or isinstance(found, str)
 
 
-ANSWERED = (UnusableAnswer, LeviathanError, _Fault)
+ANSWERED = (UnusableAnswer, LeviathanError, httpx.DecodingError)
 DATES = [b"120", b"1.5", b"Fri, 31 Dec 1999 23:59:59 GMT", b"31 Dec 99999 23:59:59 -9999"]
 
 
@@ -64,9 +64,9 @@ JUDGE.endpoint.endpoint.complete = lambda *_, **__: '{"grade": 4}'
 KEY = next(iter(JUDGE.requests(RECORD)))
 
 
-@given(json_files({"key": KEY, "answer": 3}))
+@given(json_files({"key": KEY, "answer": '{"grade": 3}'}))
 @example(json_bytes({"key": KEY, "answer": {}}))
-@example(json_bytes({"key": KEY, "answer": 9}))
+@example(json_bytes({"key": KEY, "answer": '{"grade": 9}'}))
 @example(b"[" * 100_000)
 def test_any_cached_answer_is_a_score_or_asked_again(place, content):
     path = place / "answers.jsonl"

@@ -34,12 +34,8 @@ class UnusableAnswer(OneLineError):
     """No score can be read from an answer. The message is a short reason."""
 
 
-class RetriesExhausted(Exception):
+class RetriesExhausted(UnusableAnswer):
     """No answer after all retries."""
-
-
-class _Fault(Exception):
-    """No answer to one attempt, because of the server or the network."""
 
 
 class Endpoint:
@@ -48,7 +44,7 @@ class Endpoint:
     request without a chat completion after `timeout_s` fails. A failed request is repeated up to `retries` times, after
     1 s, 2 s, 4 s and so on, with jitter, or after the server's `Retry-After`.
 
-    Thread-safe. `concurrency` is the maximum number of connections.
+    Thread-safe. Each thread has a connection.
     """
 
     def __init__(
@@ -58,13 +54,13 @@ class Endpoint:
         key_variable: str,
         timeout_s: float = 60.0,
         retries: int = 5,
-        concurrency: int = 8,
         pause: Callable[[float], object] | None = None,
     ) -> None:
         self.model, self.key_variable = model, key_variable
         self.timeout_s, self.retries = timeout_s, retries
         self.stopped = threading.Event()
         """Once set, no request is repeated and all waits for a retry end."""
+        self.reached, self.first_failure = False, ""
         self.trouble = ""
         """Why the last request failed, for a line of progress; empty if it did not."""
         self._pause = self.stopped.wait if pause is None else pause
@@ -73,13 +69,13 @@ class Endpoint:
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError("key_variable", key_variable, "holds a key with characters that a header cannot carry")
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        self._client = httpx.Client(headers=headers, timeout=timeout_s, limits=limits)
+        self._client = httpx.Client(headers=headers, timeout=timeout_s, limits=httpx.Limits())
 
     def complete(self, content: str, **options: Any) -> str:
         """Return the model's answer to one user message. `options`, such as `temperature`, are added to the request.
 
-        Raises `UnusableAnswer`, `RetriesExhausted`, or `LeviathanError` if the key or the model is rejected.
+        Raises `UnusableAnswer` if the request is rejected, `RetriesExhausted`, or `LeviathanError` if the key or the
+        model is. If the endpoint never answered, no further request is sent.
         """
         messages = [{"role": "user", "content": content}]
         body = json.dumps({"model": self.model, "messages": messages, **options}).encode()
@@ -92,19 +88,22 @@ class Endpoint:
                 response, answer = self._post(body)
                 if not (response.status_code in _RETRIED or response.status_code >= 500):
                     content = self._content(response.status_code, answer)
-                    self.trouble = ""
+                    self.trouble, self.reached = "", True
                     return content
                 failure, wait_s = f"HTTP {response.status_code}", _retry_after_s(response)
-            except _Fault as error:
-                failure = str(error)
             except httpx.TimeoutException:
                 failure = f"no complete answer in {self.timeout_s:g} s"
             except httpx.HTTPError as error:
                 failure = self._redacted(str(error) or type(error).__name__)
             if attempt < self.retries:
-                wait_s = self._backoff_s(body, attempt) if wait_s is None else wait_s
+                if wait_s is None:  # the jitter is a hash, so that it differs between requests and not between runs
+                    jitter = int(sha256_text(body.hex(), str(attempt))[:8], 16) / 2**32
+                    wait_s = min(2.0**attempt, LONGEST_BACKOFF_S) * (0.5 + jitter / 2)
                 self.trouble = f"; {failure}, tried again after {wait_s:.0f} s"
                 self._pause(wait_s)
+        self.first_failure = self.first_failure or f"{failure}, {self.retries + 1} attempts"
+        if not self.reached:
+            self.stopped.set()  # other requests would fail too
         raise RetriesExhausted(f"{failure}, {self.retries + 1} attempts")
 
     def _post(self, body: bytes) -> tuple[httpx.Response, bytes]:
@@ -116,7 +115,7 @@ class Endpoint:
             for chunk in response.iter_bytes():
                 answer += chunk
                 if len(answer) > LARGEST_ANSWER_BYTES:
-                    raise _Fault(f"answer larger than {LARGEST_ANSWER_BYTES >> 20} MiB")
+                    raise httpx.DecodingError(f"answer larger than {LARGEST_ANSWER_BYTES >> 20} MiB")
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("deadline")
         return response, bytes(answer)
@@ -136,14 +135,7 @@ class Endpoint:
             content = json.loads(answer)["choices"][0]["message"]["content"]
             return str.encode(content, errors="replace").decode()  # lone surrogates cannot be stored
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-            raise _Fault(f"{NO_COMPLETION}: {excerpt or 'empty'}") from None
-
-    def _backoff_s(self, body: bytes, attempt: int) -> float:
-        """Return an exponential wait in seconds, times a factor from 0.5 to 1, which is a hash of the request. So waits
-        differ between requests, but not between runs.
-        """
-        jitter = int(sha256_text(body.hex(), str(attempt))[:8], 16) / 2**32
-        return min(2.0**attempt, LONGEST_BACKOFF_S) * (0.5 + jitter / 2)
+            raise httpx.DecodingError(f"{NO_COMPLETION}: {excerpt or 'empty'}") from None
 
     def _redacted(self, text: str) -> str:
         """Remove the key from a message, since servers may echo the request."""

@@ -47,7 +47,7 @@ class JudgeScorer(EndpointScorer):
         content = self.rubric.replace("{prompt}" if self.of_prompt else "{text}", shown) + _FORM
         options = {"temperature": 0, "response_format": {"type": "json_object"}}
         key = sha256_text("judge", self.model, content)
-        return {key: Request(content, parse_grade, len('{"grade": 3}'), _FORM, options, is_grade)}
+        return {key: Request(content, parse_grade, len('{"grade": 3}'), _FORM, options)}
 
     def score_from(self, record: Record, answers: Sequence[Any]) -> float:
         if not answers:
@@ -75,10 +75,6 @@ def shortened(text: str, limit: int = SHOWN_CHARACTERS) -> str:
     return text[:begin] + _CUT.format(count=len(text) - limit) + text[len(text) - end :]
 
 
-def is_grade(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= 5  # True is an int to Python
-
-
 def parse_grade(answer: str) -> int:
     """Return N from an answer that is exactly `{"grade": N}`, with an integer N from 1 to 5. Raises `UnusableAnswer`
     for any other answer: prose, strings, fractions and several objects are not interpreted.
@@ -89,6 +85,7 @@ def parse_grade(answer: str) -> int:
         raise UnusableAnswer(f"not JSON: {answer[:80]!r}") from None
     if not isinstance(pairs, tuple) or [name for name, _ in pairs] != ["grade"]:
         raise UnusableAnswer(f'not {{"grade": N}}: {answer[:80]!r}')
-    if not is_grade(value := pairs[0][1]):
+    value = pairs[0][1]
+    if type(value) is not int or not 1 <= value <= 5:  # True is an int to Python
         raise UnusableAnswer(f"not an integer from 1 to 5: {answer[:80]!r}")
-    return int(value)
+    return value

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,22 +34,26 @@ CLAIMED_S = 0.1
 """Seconds between two looks for an answer that another process has requested."""
 BYTES_PER_TOKEN = 4
 """For the estimate of costs. English text has four to five."""
+_FIXES = {
+    "HTTP": "look at its log; for a limit of its rate, raise scorer.retries or",
+    NO_COMPLETION: "check that scorer.url is a chat endpoint (usually ends in /v1); if it is overloaded,",
+    "": "start the server or correct scorer.url; if it is slow, raise scorer.timeout_s or",
+}
+"""What to do, by the start of the first failure."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """`parse` turns an answer's text into the cached value (a number or a string) or raises `UnusableAnswer`. In that
-    case a request with a `reminder` is repeated up to `REMINDERS` times, with the reminder appended. `options` are
-    added to the request. `answer_bytes`: the expected length of an answer, for the estimate of costs.
+    """`parse` returns what an answer's text means, or raises `UnusableAnswer`: then the request is repeated up to
+    `REMINDERS` times, with the reminder appended. `options` are added to the request. `answer_bytes` is the expected
+    length of an answer, for the estimate of costs.
     """
 
     content: str
     parse: Callable[[str], Any]
     answer_bytes: int
-    reminder: str | None = None
+    reminder: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    is_valid: Callable[[Any], bool] = lambda value: isinstance(value, str)
-    """Whether a value can be cached: others are in a damaged cache, and are not used."""
 
 
 class CachedEndpoint:
@@ -59,16 +64,19 @@ class CachedEndpoint:
         self.missing: set[str] = set()
         """Keys of the requests whose answers were not stored when they were first needed."""
         self._began = 0.0
-        self._answered = self._unusable = self._failed = 0
-        self._reached = False
-        self._first_failure: RetriesExhausted | None = None
+        self._failed = 0
+        self._first: list[bool] = []
+        """Whether each of the first answers was unusable."""
 
     def cached(self, requests: Mapping[str, Request]) -> dict[str, Any]:
-        """Return the answers that are stored, by request key. The keys of the others are added to `missing`."""
+        """Return the stored answers that can be parsed, by request key. Add the keys of the others to `missing`."""
         self.cache.refresh()
-        values = {key: self.cache.get(key) for key in requests}
-        found = {key: value for key, value in values.items() if value is not None and requests[key].is_valid(value)}
-        self.missing.update(key for key in requests if key not in found)
+        found = {}
+        for key, request in requests.items():
+            with suppress(UnusableAnswer):
+                if (text := self.cache.get(key)) is not None:
+                    found[key] = request.parse(text)
+        self.missing.update(requests.keys() - found.keys())
         return found
 
     def answers(self, requests: Mapping[str, Request]) -> dict[str, Any]:
@@ -91,8 +99,7 @@ class CachedEndpoint:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
-        failed = {key: UnusableAnswer(str(one)) for key, one in found.items() if isinstance(one, RetriesExhausted)}
-        return found | failed
+        return found
 
     def progress(self) -> str:
         """Describe how many answers have arrived, from any process, and the time left at this rate."""
@@ -104,62 +111,51 @@ class CachedEndpoint:
         return f"{self.endpoint.shown}: {whole - left:,} of {whole:,} answers{speed}{self.endpoint.trouble}"
 
     def _request(self, key: str, request: Request) -> Any:
-        """Return the answer once it is in the cache, or an `UnusableAnswer` or `RetriesExhausted` as a value."""
+        """Return the answer once it is in the cache, or an `UnusableAnswer` as a value."""
         while not self.endpoint.stopped.is_set():
             with self.cache.claim(key) as claimed:
-                if (found := self.cached({key: request})) or claimed:
-                    return found[key] if found else self._send(key, request)
+                if found := self.cached({key: request}):
+                    return found[key]
+                try:
+                    if claimed:
+                        return self._send(key, request)
+                except UnusableAnswer as error:
+                    return error
             self.endpoint.stopped.wait(CLAIMED_S)  # another process waits for the answer, or has just failed
         return RetriesExhausted("stopped")
 
     def _send(self, key: str, request: Request) -> Any:
-        reminded = [] if request.reminder is None else [f"{request.content}\n\n{request.reminder}"] * REMINDERS
-        failure: Exception | None = None
-        for content in (request.content, *reminded):
-            try:
-                text = self.endpoint.complete(content, **request.options)
-                self._reached = True
-            except UnusableAnswer as error:
-                return error
-            except RetriesExhausted as error:
-                self._first_failure = self._first_failure or error
-                if not self._reached:
-                    self.endpoint.stopped.set()  # the endpoint never answered: other requests would fail too
-                return error
+        content, reminders = request.content, REMINDERS
+        while True:
+            text = self.endpoint.complete(content, **request.options)
             try:
                 answer = request.parse(text)
-            except UnusableAnswer as error:
-                failure = error
+            except UnusableAnswer:
+                if not reminders:
+                    raise
             else:
-                self.cache.add(key, answer)
+                self.cache.add(key, text)
                 return answer
-        return failure
+            content, reminders = f"{request.content}\n\n{request.reminder}", reminders - 1
 
     def _check_endpoint(self, answer: Any) -> None:
         """Raise `LeviathanError` if the endpoint does not answer, or most of its first answers are unusable."""
-        if isinstance(answer, RetriesExhausted):
-            self._failed += 1
-            if not self._reached or self._failed >= FAILURES_IN_A_ROW:
-                failure = str(self._first_failure)
-                fix = "start the server or correct scorer.url; if it is slow, raise scorer.timeout_s or lower"
-                if failure.startswith("HTTP"):
-                    fix = "look at its log; for a limit of its rate, raise scorer.retries or lower"
-                elif failure.startswith(NO_COMPLETION):
-                    fix = "check that scorer.url is a chat endpoint (usually ends in /v1); if it is overloaded, lower"
-                raise self._error(f"does not answer ({failure}): {fix} scorer.concurrency")
-            return
-        self._failed = 0
-        if self._answered < FIRST_ANSWERS:
-            self._answered += 1
-            self._unusable += isinstance(answer, UnusableAnswer)
-            if self._unusable > FIRST_ANSWERS // 2:
-                counts = f"gave {self._unusable} unusable answers of the first {self._answered} ({answer})"
-                raise self._error(f"{counts}: check that scorer.judge is a model that can follow the format")
-
-    def _error(self, problem: str) -> LeviathanError:
-        stored = sum(key in self.cache for key in self.missing)
-        again = f"; {stored:,} answers are stored, and the same command requests the others" if stored else ""
-        return LeviathanError(f"{self.endpoint.shown} {problem}{again}")
+        self._failed = self._failed + 1 if isinstance(answer, RetriesExhausted) else 0
+        problem, why = "", self.endpoint.first_failure
+        if self._failed >= (FAILURES_IN_A_ROW if self.endpoint.reached else 1):
+            fix = next(fix for begin, fix in _FIXES.items() if why.startswith(begin))
+            problem = f"does not answer ({why}): {fix} lower scorer.concurrency"
+        elif not self._failed and len(self._first) < FIRST_ANSWERS:
+            self._first.append(isinstance(answer, UnusableAnswer))
+            if (bad := sum(self._first)) > FIRST_ANSWERS // 2:
+                problem = (
+                    f"gave {bad} unusable answers of the first {len(self._first)} ({answer}): check that scorer.judge"
+                )
+                problem += " is a model that can follow the format"
+        if problem:
+            stored = sum(key in self.cache for key in self.missing)
+            again = f"; {stored:,} answers are stored, and the same command requests the others" if stored else ""
+            raise LeviathanError(f"{self.endpoint.shown} {problem}{again}")
 
 
 class EndpointScorer(Scorer):
@@ -173,12 +169,10 @@ class EndpointScorer(Scorer):
         """`pause` replaces the wait before a retry, in tests. Raises `ConfigError` for an invalid URL."""
         assert config.url and config.judge  # ScorerConfig checks it
         self.model, self.reasons = config.judge, dict[str, str]()
-        limits = (config.timeout_s, config.retries, config.concurrency)
-        endpoint = Endpoint(config.url, config.judge, config.key_variable, *limits, pause=pause)
+        endpoint = Endpoint(config.url, config.judge, config.key_variable, config.timeout_s, config.retries, pause)
         file = f"{self.name}-{re.sub('[^A-Za-z0-9.-]', '_', self.model)[:80]}-{sha256_text(self.model)[:8]}.jsonl"
-        self.endpoint = CachedEndpoint(
-            endpoint, AnswerCache(Path(config.answers).expanduser() / file), config.concurrency
-        )
+        cache = AnswerCache(Path(config.answers).expanduser() / file)
+        self.endpoint = CachedEndpoint(endpoint, cache, config.concurrency)
 
     def requests(self, record: Record) -> dict[str, Request]:
         """Return the requests for a record by cache key."""

@@ -20,6 +20,7 @@ from data.filter.input.readers import clean_records
 from data.filter.pipeline import Filter
 from data.filter.score.judge import JudgeScorer
 from launch.cli import main
+from launch.filter.config import FilterConfig
 from tests.data.filter.test_pipeline import in_threads
 from tests.support.fakes.llm_server import Reply, completion, graded
 from tests.support.filtering import FixedScorer, filtered, job, kept, outputs, prose, rows_in, write_lines
@@ -54,6 +55,13 @@ def test_only_unanswered_records_are_asked_again(server, source, tmp_path, capsy
     out = tmp_path / "out"
     server.reply = lying
     assert command(server, source, out) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (cost,) = [place for place, line in enumerate(lines) if line.startswith("50 requests to grader, about ")]
+    (first, *_) = [place for place, line in enumerate(lines) if line.startswith("scored")]
+    assert cost < first and lines[cost].endswith(f"; 0 answers are in {tmp_path}/home/.cache/leviathan/answers")
+    assert any(line.startswith("kept ") and " worse, " in line for line in lines), (
+        "a document of low quality is not easy"
+    )
     rows = rows_in(out)
     lost = {place for place, row in enumerate(rows) if row["reason"] == "unscored"}
     assert lost == LOST == {place for place, row in enumerate(rows) if row["why"] is not None}
@@ -64,7 +72,9 @@ def test_only_unanswered_records_are_asked_again(server, source, tmp_path, capsy
     examples = json.loads((out / "audit.json").read_text())["examples"]
     assert {row["why"] for row in examples["unscored"]} == {"not JSON: 'I would say 4'"}
     assert not any("why" in row for reason, rows in examples.items() if reason != "unscored" for row in rows)
-    assert "no score: <bdi>not JSON: &#39;I would say 4&#39;" in (out / "audit.html").read_text()
+    page = (out / "audit.html").read_text()
+    assert "no score: <bdi>not JSON: &#39;I would say 4&#39;" in page and "<b>worse</b>" in page
+    assert "A high score means better text" in page and "<b>easy</b>" not in page and "<b>hard</b>" not in page
 
     request.getfixturevalue("no_page")
     before = outputs(out)
@@ -140,6 +150,25 @@ def test_members_of_an_ensemble_are_asked_again(server, source, tmp_path, no_pag
     rows = rows_in(tmp_path / "out")
     assert [row["score:judge"] for row in rows] == [1 + place % 5 for place in range(50)]
     assert np.isfinite([row["score"] for row in rows]).all() and not any(row["why"] for row in rows)
+
+
+def test_a_judge_that_gives_one_grade_is_reported(server, source, tmp_path, capsys, no_page):
+    assert command(server, source, tmp_path / "out") == 0
+    assert "warning: All scores are equal, so the selection is random" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("member", [False, True])
+@pytest.mark.parametrize("kind", ["judge", "pass_rate"])
+def test_prompts_are_required_before_the_first_request(kind, member):
+    scorer = ScorerConfig(ScorerKind[kind], url="http://localhost:1/v1", judge="m", verifier="v:f")
+    if member:
+        scorer = ScorerConfig(ScorerKind.ensemble, members=[ScorerConfig(), scorer])
+    key = r"scorer\.members\[1\]" if member else "scorer"
+    with pytest.raises(ConfigError, match=rf"^{key}\.\w+=\w+: requires prompts: set prompt_key"):
+        FilterConfig(input="in.jsonl", scorer=scorer)
+    FilterConfig(input="in.jsonl", prompt_key="q", response_key="a", scorer=scorer)
+    if kind == "judge" and not member:
+        FilterConfig(input="in.jsonl", scorer=replace(scorer, rubric="quality"))
 
 
 def test_a_verifier_may_say_anything(server, source, tmp_path, monkeypatch, no_page):

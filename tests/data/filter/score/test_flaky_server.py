@@ -87,6 +87,7 @@ def test_other_rubrics_and_models_have_other_answers(server, tmp_path):
     assert len(server.requests) == 12
     assert len({(body["model"], body["messages"][0]["content"]) for body in server.requests}) == 12
     assert len(list(tmp_path.glob("judge-*.jsonl"))) == 3, "one file for each model"
+    assert len({key for scorer in scorers for key in scorer.requests(records[0])}) == 4, "keys differ in any file"
 
 
 @contextmanager
