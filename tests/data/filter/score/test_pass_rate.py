@@ -66,6 +66,9 @@ def test_the_score_is_the_rejected_share(server, scorer):
     assert len(server.requests) == 12, "another verifier costs no request"
     assert scorer(samples=5).score(TASKS[1:2]).tolist() == [3 / 5]
     assert len(server.requests) == 13, "only the fifth sample is new"
+    first, other = scorer(), scorer()
+    other.model = "other"
+    assert not first.requests(TASKS[0]).keys() & other.requests(TASKS[0]).keys()
 
 
 def test_without_a_verdict_there_is_no_score_but_a_reason(server, scorer):
