@@ -12,8 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from email.utils import mktime_tz, parsedate_tz
 from typing import Any
 
 import httpx
@@ -62,7 +61,7 @@ class Endpoint:
         """Once set, no request is repeated and all waits for a retry end."""
         self.reached, self.first_failure = False, ""
         self.trouble = ""
-        """Why the last request failed, for a line of progress; empty if it did not."""
+        """Why the last request failed, for a line of progress; empty if it succeeded."""
         self._pause = self.stopped.wait if pause is None else pause
         self._address, self.shown = _address(url)
         self._key = os.environ.get(key_variable, "").strip()
@@ -158,11 +157,7 @@ def _retry_after_s(response: httpx.Response) -> float | None:
     """Return the seconds in `Retry-After`, a number or a date (RFC 9110, 10.2.3); None if it cannot be read."""
     text = response.headers.get("Retry-After", "").strip()
     try:
-        if text[:1].isdigit():
-            seconds = float(text)
-        else:
-            date = parsedate_to_datetime(text)
-            seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError, OverflowError):
+        seconds = float(text) if text[:1].isdigit() else mktime_tz(parsedate_tz(text)) - time.time()  # type: ignore
+    except (ValueError, TypeError, OverflowError):  # TypeError: no date
         return None
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S) if math.isfinite(seconds) else None

@@ -43,12 +43,9 @@ class PassRateScorer(EndpointScorer):
 
     def requests(self, record: Record) -> dict[str, Request]:
         size = len(record.answer.encode())
-        return {
-            sha256_text("answer", self.model, record.prompt, str(seed)): Request(
-                record.prompt, str, size, options={"temperature": 1, "seed": seed}
-            )
-            for seed in range(self.samples if record.prompt.strip() else 0)
-        }
+        seeds = range(self.samples if record.prompt.strip() else 0)
+        requests = [Request(record.prompt, str, size, options={"temperature": 1, "seed": seed}) for seed in seeds]
+        return {sha256_text("answer", self.model, record.prompt, str(seed)): requests[seed] for seed in seeds}
 
     def score_from(self, record: Record, answers: Sequence[Any]) -> float:
         if not answers:

@@ -149,9 +149,9 @@ class CachedEndpoint:
             self._first.append(isinstance(answer, UnusableAnswer))
             if (bad := sum(self._first)) > FIRST_ANSWERS // 2:
                 problem = (
-                    f"gave {bad} unusable answers of the first {len(self._first)} ({answer}): check that scorer.judge"
+                    f"gave {bad} unusable answers of the first {len(self._first)} ({answer}): check scorer.url, and"
                 )
-                problem += " is a model that can follow the format"
+                problem += " that scorer.judge is a model that can follow the format"
         if problem:
             stored = sum(key in self.cache for key in self.missing)
             again = f"; {stored:,} answers are stored, and the same command requests the others" if stored else ""
@@ -192,10 +192,9 @@ class EndpointScorer(Scorer):
             stored += len(requests) - len(missing)
             sent += sum(len(requests[key].content.encode()) for key in missing)
             received += sum(requests[key].answer_bytes for key in missing)
-        tokens = f"about {sent // BYTES_PER_TOKEN:,} tokens in and {received // BYTES_PER_TOKEN:,} out"
-        have = f"{stored:,} answers are in {self.endpoint.cache.path.parent}"
-        estimate = f"{tokens} (estimated: {BYTES_PER_TOKEN} bytes each)"
-        return f"{len(keys) - stored:,} requests to {self.model}, {estimate}; {have}"
+        tokens = f"about {sent // BYTES_PER_TOKEN:,} tokens in and {received // BYTES_PER_TOKEN:,} out (estimated:"
+        have = f"{BYTES_PER_TOKEN} bytes each); {stored:,} answers are in {self.endpoint.cache.path.parent}"
+        return f"{len(keys) - stored:,} requests to {self.model}, {tokens} {have}"
 
     def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
         requests = [self.requests(record) for record in records]
