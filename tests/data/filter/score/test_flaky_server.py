@@ -129,6 +129,17 @@ with AnswerCache(Path({str(tmp_path / "a.jsonl")!r})).claim({key!r}) as mine:
         assert mine and not twice
 
 
+def test_a_line_that_is_being_written_is_read_later(tmp_path):
+    path, key = tmp_path / "a.jsonl", "f" * 64
+    cache, line = AnswerCache(path), json.dumps({"key": key, "answer": "4"}) + "\n"
+    for part in (line[:30], line[30:]):
+        assert key not in cache and cache.get(key) is None
+        with path.open("a") as file:
+            file.write(part)
+        cache.refresh()
+    assert cache.get(key) == "4"
+
+
 def test_damaged_answers_are_requested_again(server, tmp_path):
     records = questions(5)
     judge(server, tmp_path).score(records)
