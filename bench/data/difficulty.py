@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from bench.data.problems import Problem, make_problems, read_problems, records
-from bench.data.separation import Separation, length_buckets, separation
 from core.config import build
 from core.plotting import COLOURS, figure, png
 from data.config import DataConfig, Section
-from data.filter.audit.tally import spearman
+from data.filter.audit.separation import Estimate, auc, length_buckets, spearman
 from data.filter.input.records import Record
 from data.filter.score.baselines import LengthScorer, RandomScorer
 from data.filter.score.ensemble import EnsembleScorer
@@ -38,8 +37,8 @@ length, the length of the prompt is a strong hint at the number of steps.
 """
 SECTION_BYTES = 2_000_000
 
-Found = dict[str, dict[str, Separation]]
-"""Separation of each scorer, by the length that defines buckets: of the answer (as in the filter), record or both."""
+Found = dict[str, dict[str, Estimate]]
+"""Each scorer's AUC, by the length that defines buckets: of the answer (as in the filter), of the record, or both."""
 
 
 def scorers() -> dict[str, Scorer]:
@@ -68,16 +67,13 @@ def measure(problems: Sequence[Problem]) -> Found:
             scores[WITH_PROMPT] = by_record
     answer, record = (length_buckets(lengths.astype(np.int64), BUCKETS) for lengths in (by_answer, by_record))
     bases = {"the answer": answer, "prompt and answer": record, "both at once": answer * BUCKETS + record}
-    return {
-        basis: {name: separation(values, labels, buckets) for name, values in scores.items()}
-        for basis, buckets in bases.items()
-    }
+    return {basis: auc(scores, labels, buckets) for basis, buckets in bases.items()}
 
 
 def holds(found: Found) -> bool:
     """Return whether the default scorer beats chance and both controls, at the lower ends of the 95% intervals."""
     return all(
-        part[DEFAULT].low > 0.5 and all(part[DEFAULT].margin_over(part[control]) > 0 for control in CONTROLS)
+        part[DEFAULT].low > 0.5 and all(part[DEFAULT].minus(part[control]).low > 0 for control in CONTROLS)
         for part in found.values()
     )
 
@@ -88,7 +84,7 @@ def margins(found: dict[str, Found]) -> str:
     lines = [f"| ahead of, in buckets by the length of | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
     for basis in first:
         for control in (*CONTROLS, WITH_PROMPT):
-            bounds = [part[basis][DEFAULT].margin_over(part[basis][control]) for part in found.values()]
+            bounds = [part[basis][DEFAULT].minus(part[basis][control]).low for part in found.values()]
             lines.append(f"| {control}, {basis} | {' | '.join(f'{bound:+.3f}' for bound in bounds)} |")
     return "\n".join(lines)
 
@@ -100,7 +96,7 @@ def table(found: dict[str, Found]) -> str:
         lines.append("|---" * (len(found) + 1) + "|")
         for scorer in next(iter(found.values()))[basis]:
             cells = [part[basis][scorer] for part in found.values()]
-            figures = " | ".join(f"{cell.area:.3f} ({cell.low:.3f} to {cell.high:.3f})" for cell in cells)
+            figures = " | ".join(f"{cell.value:.3f} ({cell.low:.3f} to {cell.high:.3f})" for cell in cells)
             lines.append(f"| {scorer} | {figures} |")
     return "\n".join(lines)
 
@@ -114,8 +110,8 @@ def draw(found: dict[str, Found], path: Path) -> None:
             names = list(first[basis])
             for index, (name, part) in enumerate(found.items()):
                 cells = [part[basis][scorer] for scorer in names]
-                areas = np.array([cell.area for cell in cells])
-                ends = np.array([[cell.area - cell.low, cell.high - cell.area] for cell in cells]).T
+                areas = np.array([cell.value for cell in cells])
+                ends = np.array([[cell.value - cell.low, cell.high - cell.value] for cell in cells]).T
                 places = np.arange(len(names)) + 0.22 * (index - (len(found) - 1) / 2)
                 axes.errorbar(areas, places, xerr=ends, fmt="o", markersize=4, color=COLOURS[index], label=name)
             axes.axvline(0.5, color="black", linewidth=0.8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
@@ -42,6 +42,18 @@ class OnError(Enum):
     keep = "keep"
     drop = "drop"
     fail = "fail"
+
+
+class BucketRule(Enum):
+    """Whether records of a domain compete in buckets of similar length."""
+
+    length = "length"
+    domain = "domain"
+    """No length buckets: all records of a domain compete with each other."""
+    auto = "auto"
+    """For prompts with a learned score: no length buckets in domains whose labels say that longer answers are harder
+    (the lower bound of the AUC of the length exceeds 0.55).
+    """
 
 
 class ScorerKind(Enum):
@@ -225,6 +237,10 @@ class SelectConfig:
     """Path of clean reference text, whose scores set the limit above which a record is noise; null: no limit."""
     noise_quantile: float = 0.99
     """The limit is this quantile of the scores of `clean`."""
+    buckets: BucketRule = BucketRule.length
+    """Whether `length_buckets` are used."""
+    require_auc: float | None = None
+    """Refuse to select unless the lower bound of the AUC of the score against labels is at least this; null: warn."""
 
     def __post_init__(self) -> None:
         for name, share in self.domains.items():
@@ -237,6 +253,8 @@ class SelectConfig:
         check_numbers(self, not_negative=("floor",))
         if not 1 <= self.length_buckets <= 64:
             raise ConfigError("length_buckets", self.length_buckets, "must lie in [1, 64]", [1, 8])
+        if self.require_auc is not None and not 0.5 <= self.require_auc < 1:
+            raise ConfigError("require_auc", self.require_auc, "must lie in [0.5, 1)", [0.55, 0.6])
 
 
 @dataclass(frozen=True)
@@ -261,20 +279,26 @@ class FilterRules:
 
 
 def decisive_settings(rules: FilterRules) -> dict[str, Any]:
-    """Return the settings that decide what is kept, as plain values: all rules except `_CONNECTION` of the scorers.
+    """Return the settings that decide what is kept, as plain values: all rules except `_CONNECTION` of the scorers
+    and `select.require_auc`.
 
     The order of training samples depends on their hash, so a renamed key keeps its old name here (`_HASHED_AS`), and a
     new one is omitted where it has its default.
     """
+    rules = replace(rules, select=replace(rules.select, require_auc=None))
     return {**without_defaults(plain(rules)), "scorer": _decisive(plain(rules.scorer))}
 
 
 def without_defaults(rules: dict[str, Any]) -> dict[str, Any]:
     """Return plain rules without the keys that older versions did not have, where they have their defaults."""
-    duplicates = dict(rules["duplicates"])
-    if duplicates["pictures"] == DuplicateConfig().pictures:
-        del duplicates["pictures"]
-    return {**rules, "duplicates": duplicates}
+    new: dict[str, dict[str, Any]] = {
+        "duplicates": {"pictures": DuplicateConfig().pictures},
+        "select": {"buckets": BucketRule.length.value, "require_auc": None},
+    }
+    return rules | {
+        group: {key: value for key, value in rules[group].items() if key not in old or value != old[key]}
+        for group, old in new.items()
+    }
 
 
 def _decisive(scorer: dict[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from core.errors import ConfigError
 from core.files import remove_tree, sha256_file, sha256_text
 from data.files import find_files
+from data.filter.audit.proof import LABEL, Proof, by_length, check_auc
 from data.filter.audit.statistics import OTHER
-from data.filter.config import FilterRules, KeepUnit, OnError, decisive_settings
+from data.filter.config import BucketRule, FilterRules, KeepUnit, OnError, decisive_settings
 from data.filter.input.readers import InputPart, MalformedRecord, json_keys
 from data.filter.input.records import Reason, Record, RecordPicture
 from data.filter.score.factory import Models, check_models
@@ -43,8 +44,6 @@ _SHOWN = 200
 """Characters to show of a malformed record, or of the reason why a record has no score."""
 PICTURES, THUMBNAILS = "pictures", "thumbnails"
 """Columns of the shards whose records have pictures."""
-LABEL = "label"
-"""Column of the shards in which a record is labelled, null where one is not."""
 _OF_PICTURES = tuple(one.name for one in fields(RecordPicture) if one.name != "thumbnail")
 UNREADABLE = "unreadable"
 """Domain of malformed records. A domain of the input may have the same name."""
@@ -108,6 +107,8 @@ class Filter:
         self._decide()
 
     def _check_names(self) -> None:
+        if self.rules.select.require_auc is not None and self.label_source is None:
+            check_auc(None, self.rules.select.require_auc)
         for key, names in (
             ("select.domains", self.rules.select.domains),
             ("select.protect", self.rules.select.protect),
@@ -215,6 +216,31 @@ class Filter:
         if not self.records.has_column(shard, LABEL):
             return np.full(self.records.shards[shard], np.nan)
         return np.asarray(self.records.read(shard, [LABEL])[LABEL].to_numpy(zero_copy_only=False), np.float64)
+
+    @cached_property
+    def label_source(self) -> str | None:
+        """Where the labels are from against which scores are held: "input" if it has any, else "scorer" if that keeps
+        those of its grader, or None.
+        """
+        if any(self.records.has_column(shard, LABEL) for shard in self.records.shards):
+            return "input"
+        return "scorer" if OTHER + LABEL in self._score_columns else None
+
+    def known_labels(self, shard: str) -> NDArray[np.float64]:
+        """Return the label of each record of a shard from `label_source`, NaN where a record has none."""
+        if self.label_source != "scorer":
+            return self.labels(shard)
+        return np.asarray(self.scored.read(shard, [OTHER + LABEL])[OTHER + LABEL].to_numpy())
+
+    @cached_property
+    def proof(self) -> dict[str, Any] | None:
+        """How well the scores agree with the labels (`Proof.figures`); None if no record has a label."""
+        proof = Proof(self.job.scorer, self.label_source or "")
+        for shard in self.records.shards if self.label_source else ():
+            if np.isfinite(labels := self.known_labels(shard)).any():
+                screened = self.screened.read(shard, ["exact", "bytes", "scored_bytes", "tie"])
+                proof.add(labels, self.records.read(shard, ["domain"]), screened, self.scored.read(shard))
+        return proof.figures()
 
     def pictures(self, shard: str) -> list[tuple[RecordPicture, ...]]:
         """Return the pictures of each record of a shard, without thumbnails."""
@@ -435,9 +461,9 @@ class Filter:
     def _decide(self) -> None:
         with barrier(self.workers):
             self.decided.check_key()
-        noise = self._noise()
+        noise, by_length = self._noise(), self._by_length()
         with barrier(self.workers):
-            content = self._hash_of_scores(noise)
+            content = self._hash_of_scores(noise, by_length)
         self.decided.open(self.workers, content)
         if self.decided.is_complete:
             return
@@ -446,7 +472,7 @@ class Filter:
         def scores() -> Iterator[ShardScores]:
             return (self._shard_scores(shard)[0] for shard in shards)
 
-        decision = select(scores, self.domains, self.rules, noise, self.workers.sum)
+        decision = select(scores, self.domains, self.rules, noise, self.workers.sum, by_length)
 
         def decide(shard: str) -> Any:
             scores, places = self._shard_scores(shard)
@@ -464,9 +490,31 @@ class Filter:
                 self.decided.write_json(THRESHOLDS, decision.thresholds)
         self.decided.make(self.records.shards, self.workers, decide)
 
-    def _hash_of_scores(self, noise: float | None) -> str:
-        """Hash the scores. They are not part of the stage's key, but decisions depend on them."""
+    def _by_length(self) -> NDArray[np.int64]:
+        """Return, for each domain, whether its records compete in length buckets. Raises `ConfigError` if labels do not
+        prove the score as `select.require_auc` demands; the scores are then set aside for a rerun.
+        """
+        select, found = self.rules.select, np.zeros(len(self.domains), np.int64)
+        with barrier(self.workers):
+            if self.workers.rank == 0:
+                try:
+                    if select.require_auc is not None:
+                        check_auc(self.proof, select.require_auc)
+                except ConfigError:
+                    if not self.decided.has_manifest:
+                        self.scored.set_aside()
+                    raise
+                proof = self.proof if select.buckets is BucketRule.auto else None
+                found[:] = [by_length(select.buckets, self.job.scorer.name, proof, name) for name in self.domains]
+        return self.workers.sum(found)
+
+    def _hash_of_scores(self, noise: float | None, by_length: NDArray[np.int64]) -> str:
+        """Hash what is not part of the stage's key, although decisions depend on it: scores, and domains without length
+        buckets.
+        """
         digest = hashlib.sha256(repr(noise).encode())
+        if not by_length.all():
+            digest.update(by_length.tobytes())
         for _, table in self.scored.tables(["score"]):
             digest.update(table["score"].to_numpy().tobytes())
         return digest.hexdigest()

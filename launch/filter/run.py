@@ -13,7 +13,7 @@ from core.exit_codes import CRASHED, has_agent
 from core.files import write_json
 from core.process import ending_with_parent
 from data.config import TokenizerConfig, TokenizerKind
-from data.filter.audit.findings import summary, text_only
+from data.filter.audit.findings import conclusion, summary, text_only
 from data.filter.audit.outputs import (
     AUDIT_PAGE,
     KEPT,
@@ -83,6 +83,8 @@ def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
                 print(note)
             for warning in audit["warnings"]:
                 print(f"warning: {warning['text']}")
+            for line in conclusion(audit):
+                print(line)
             print(f"audit: {out / AUDIT_PAGE}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from data.filter.audit.proof import apart, sentence, shortcoming, verdict
 from data.filter.input.records import Reason
 
 SHIFT = 1.5
@@ -13,13 +14,14 @@ ALIKE = 0.7
 """Rank correlation of score and length above which a scorer mostly measures length."""
 UNSCORED = 0.01
 OFF_TARGET = 0.01
+_UNGRADED = ("random", "length", "judge", "pass_rate")  # nothing to prove: controls, and graders themselves
 _NAMED = 5  # domains that one warning names
 _ENOUGH = 50  # records in the sample below which a correlation with length is not reported
 
 
 def warnings(audit: dict[str, Any]) -> list[dict[str, str]]:
     """Return warnings sorted by severity, each with `kind` (the check, for programs) and `text` (for people)."""
-    checks = (malformed, unscored, constant_scores, off_target, length, mix, one_document)
+    checks = (malformed, unscored, constant_scores, not_proven, labels, off_target, length, mix, one_document)
     return [{"kind": check.__name__, "text": text} for check in checks for text in check(audit)]
 
 
@@ -29,6 +31,23 @@ def summary(audit: dict[str, Any]) -> str:
     dropped = {Reason[name]: size["documents"] for name, size in audit["reasons"].items() if not Reason[name].kept}
     why = ", ".join(f"{count:,} {reason.label}" for reason, count in dropped.items() if count)
     return f"kept {kept:,} of {_records(whole)}" + (f"; dropped {why}" if why else "")
+
+
+def conclusion(audit: dict[str, Any]) -> Iterator[str]:
+    """Yield the command's last lines on labels: the figures if they prove the score (else they are a warning), and kept
+    fractions. Without labels, say that nothing is proven, but only of prompts and not of graders.
+    """
+    if (proof := audit["proof"]) is None:
+        name, lengths = audit["scorer"]["name"], (audit["length"], audit["whole_length"])
+        if name not in _UNGRADED and any(lengths[1][key] != lengths[0][key] for key in lengths[1]):
+            yield f"Nothing shows that {name} tells hard from easy: give labels (label_key=) or try scorer.kind=learned"
+        return
+    if verdict(proof) == "proven":
+        yield f"The score tells {apart(proof)}: {sentence(proof)}."
+    if kept := proof["kept"]:
+        shares = ", ".join("-" if one["kept"] is None else f"{100 * one['kept']:.0f}" for one in kept)
+        what = "levels" if all(one["from"] == one["to"] for one in kept) else "the fifths of labels from"
+        yield f"kept {shares}% of {what} {kept[0]['from']:g} to {kept[-1]['to']:g}"
 
 
 def text_only(audit: dict[str, Any]) -> str | None:
@@ -62,6 +81,26 @@ def constant_scores(audit: dict[str, Any]) -> Iterator[str]:
     found = [name for name, domain in audit["domains"].items() if domain["constant"] and domain["scored"] > 1]
     if found:
         yield f"All scores are equal, so the selection is random, in {_list(map(named, found))}."
+
+
+def not_proven(audit: dict[str, Any]) -> Iterator[str]:
+    if audit["proof"] is not None and (why := shortcoming(audit["proof"])) is not None:
+        yield why
+
+
+def labels(audit: dict[str, Any]) -> Iterator[str]:
+    """Warn of labels that prove little."""
+    if (proof := audit["proof"]) is None:
+        return
+    found, competing = proof["labels"], [name for name, one in audit["domains"].items() if one["competed"]["documents"]]
+    if found["distinct"] == 1:
+        yield f"All {found['records']:,} labels are equal, so no scorer can be held against them."
+    if missing := [named(name) for name in competing if name not in proof["domains"]]:
+        yield f"No record is labelled in {_list(missing)}: how good the score is there is unknown."
+    if found["contradictory"]:
+        yield f"{_records(found['contradictory'])} with equal texts have different labels."
+    if _alike(found["length"]):
+        yield f"Labels follow the length of the answer (rank correlation {found['length']:+.2f})."
 
 
 def off_target(audit: dict[str, Any]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from core.errors import DataError
 from core.files import write_bytes, write_json, write_text
 from data.filter.audit.page import audit_page
 from data.filter.audit.plots import draw
+from data.filter.audit.proof import LABEL
 from data.filter.audit.statistics import OTHER, Audit
 from data.filter.input.documents import DocumentsPart
 from data.filter.input.records import Record, RecordPicture
@@ -58,7 +59,7 @@ def audit_of(done: Filter, what: str) -> dict[str, Any]:
     """Compute the statistics. Raises `DataError` if the numbers of records read and of records decided differ."""
     thresholds = done.decided.read_json(THRESHOLDS)
     documents = sum(done.records.shards.values())
-    audit = Audit(done.rules, done.job.scorer, thresholds, what, documents, done.tokens)
+    audit = Audit(done.rules, done.job.scorer, thresholds, what, documents, done.tokens, done.proof)
     for shard, table in _tables(done):
         audit.add(shard, table.rename_columns({"length": "bytes"}))
     return audit.finish(done.text, done.thumbnails if done.has_pictures else None)
@@ -68,7 +69,7 @@ def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
     """Yield the name of each shard and its table, with the columns id, source, domain, score, length (bytes of text),
     scored_bytes (bytes of the answer, or of a whole plain document), tokens, tie, kept, reason, bucket, detail, why
     (reason for a missing score), "score:NAME" for every member and control of an ensemble, and, if records have
-    pictures, `PICTURES`.
+    them, `LABEL` and `PICTURES`.
     """
     import pyarrow
 
@@ -83,6 +84,8 @@ def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
             scored.select(["detail", *extra]),
         )
         columns = {name: table[name] for table in parts for name in table.column_names}
+        if done.label_source:
+            columns[LABEL] = done.known_labels(shard)
         if done.has_pictures:
             columns[PICTURES] = _shown_pictures(done, shard)
         if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:

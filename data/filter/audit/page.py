@@ -35,7 +35,12 @@ def audit_page(
     reasons = [(reason, size, share) for reason, size, share in reasons if size["documents"]]
     by_size = sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))
     captions = {"scores": "Scores of the records that passed the gates", "length": "Score against length"}
+    captions["proof"] = "Scores against labels, and the kept fraction by label"
     captions |= {f"scores_{place}": named(name) for place, name in enumerate(audit["scores"]["domains"])}
+
+    def shown(name: str) -> tuple[str, bool, str, str]:
+        return captions[name], name in ("scores", "length", "proof"), data_url(light[name]), data_url(dark[name])
+
     template, style = _template()
     body = template.render(
         audit=audit,
@@ -54,10 +59,9 @@ def audit_page(
         domains=[(name, domains[name], thresholds(audit, name)) for name in by_size[:_ROWS]],
         more_domains=len(domains) - _ROWS,
         largest_domain=max((one[key] or 0 for one in domains.values() for key in _SHARES), default=0) or 1,
-        pictures=[
-            (captions[name], name in ("scores", "length"), data_url(light[name]), data_url(dark[name]))
-            for name in sorted(light, key=lambda name: name == "length")
-        ],
+        pictures=[shown(name) for name in sorted(light, key=lambda name: name == "length") if name != "proof"],
+        proof=audit["proof"],
+        proof_picture=shown("proof") if "proof" in light else None,
         random=audit["random"],
         groups=_groups(audit["random"], by_size),
         samples=[(name, sides) for name, sides in audit["samples"].items() if any(sides.values())],

@@ -23,7 +23,7 @@ _WIDE_INCHES, _NARROW_INCHES = (9.6, 3.4), (5.6, 2.7)
 
 def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
     """Return PNG files by name: `scores` (histogram of all records), `scores_N` (histogram of the N-th shown domain,
-    only with several domains) and `length` (score against length).
+    only with several domains), `length` (score against length) and `proof` (score against labels).
     """
     ink, scores = (_DARK if dark else _LIGHT), audit["scores"]
     edges, domains = scores["edges"], scores["domains"]
@@ -38,6 +38,8 @@ def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
     if audit["length"]["picture"]:
         drawing = partial(_score_by_length, audit["length"]["picture"])
         pictures["length"] = picture(_WIDE_INCHES, drawing, ink, panels=2)
+    if audit["proof"] and (audit["proof"]["scorers"] or audit["proof"]["kept"]):
+        pictures["proof"] = picture(_WIDE_INCHES, partial(_against_labels, audit["proof"]), ink, panels=2)
     return pictures
 
 
@@ -78,6 +80,39 @@ def _histogram(histogram: dict[str, Any], edges: list[float], limits: list[float
     axes.set_xlabel(textwrap.fill(label, 110), parse_math=False)
     axes.set_ylabel("documents")
     axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1.01), borderaxespad=0.2)
+
+
+def _against_labels(proof: dict[str, Any], panels: Any) -> None:
+    """Draw the AUC of each scorer with its interval, and the kept fraction by label."""
+    from matplotlib.ticker import PercentFormatter
+
+    areas, kept = panels
+    ink, found = areas.xaxis.label.get_color(), proof["scorers"]
+    for place, one in enumerate(found):
+        ends = [[one["auc"] - one["low"]], [one["high"] - one["auc"]]]
+        colour = KEPT if place == 0 else DROPPED
+        areas.errorbar([one["auc"]], [place], xerr=ends, fmt="o", markersize=6 - 2 * (place > 0), color=colour)
+    areas.axvline(0.5, color=ink, linewidth=0.8, linestyle="--")
+    areas.set_yticks(range(len(found)), [_ascii(one["name"]) for one in found])
+    for label in areas.get_yticklabels():
+        label.set_parse_math(False)
+    areas.invert_yaxis()
+    areas.set_xlabel("AUC inside domain and length buckets")
+    shares = [one["kept"] or 0 for one in proof["kept"]]
+    kept.bar(range(len(shares)), shares, color=KEPT)
+    names = [f"{one['from']:g}" + (f" to {one['to']:g}" if one["to"] > one["from"] else "") for one in proof["kept"]]
+    kept.set_xticks(
+        range(len(shares)), [f"{name}\n({one['documents']:,})" for name, one in zip(names, proof["kept"], strict=True)]
+    )
+    kept.set_ylim(0, 1)
+    kept.yaxis.set_major_formatter(PercentFormatter(1))
+    kept.set_xlabel("label (records)")
+    kept.set_ylabel("fraction kept")
+
+
+def _ascii(name: str) -> str:
+    """Return a scorer's name in letters that every font has."""
+    return textwrap.shorten(name.encode("ascii", "replace").decode(), 40)
 
 
 def _score_by_length(figures: dict[str, Any], panels: Any) -> None:

@@ -20,7 +20,10 @@ import numpy as np
 from core.config import plain
 from core.errors import DataError
 from data.filter.audit.findings import warnings
+from data.filter.audit.proof import LABEL, by_length
+from data.filter.audit.separation import rank_correlation, spearman
 from data.filter.audit.tally import (
+    OTHER,
     Floats,
     Integers,
     Tally,
@@ -30,7 +33,6 @@ from data.filter.audit.tally import (
     key_of,
     quantile,
     rounded,
-    spearman,
     value_of,
 )
 from data.filter.config import FilterRules
@@ -40,8 +42,6 @@ from data.filter.score.scorer import Scorer
 FORMAT = 2
 SHOWN_DOMAINS = 12
 """Number of domains with their own histogram and samples: those with the most tokens."""
-OTHER = "score:"
-"""Prefix of the columns with the scores of an ensemble's members and controls."""
 COMPETED = (Reason.hard, Reason.revived, Reason.protected, Reason.easy, Reason.noise, Reason.unscored)
 """Reasons of records that passed the screen; `keep` is a fraction of these records."""
 
@@ -49,6 +49,7 @@ _SAMPLE, _SIDE, _EXAMPLES, _CHARACTERS = 50_000, 10, 5, 300
 _THUMBNAILS = 240
 """Number of small pictures in an audit, of a few kilobytes each."""
 _BINS, _LENGTH_BINS, _SCORE_BINS = 40, 28, 24
+_LEVELS = 10  # distinct labels up to which each has its own kept fraction
 _FEW = 30  # records in a length bucket below which a correlation is meaningless
 _OUTER = 0.0005  # fraction of scores at either end that lies beyond the axes of the plots
 _AT_RANDOM = (("tie", "ascending"), ("id", "ascending"), ("source", "ascending"))
@@ -77,16 +78,19 @@ class Audit:
         input: str,
         documents: int,
         tokens: int,
+        proof: Row | None = None,
     ) -> None:
         """`thresholds`: from `Thresholds.thresholds`. `input`: name of the input, for people. `documents`, `tokens`:
-        the numbers read from the input, with which the counts must agree.
+        the numbers read from the input, with which the counts must agree. `proof`: from `Proof.figures`.
         """
+        self.proof = proof
         self.rules, self.scorer, self.thresholds, self.input = rules, scorer, thresholds, input
         self._read = {"documents": documents, "tokens": tokens}
         spread = {"longest": "max", "least": "min", "most": "max", "scored": "sum"}
         self._counts = Tally(["domain", "reason"], _SIZES | spread)
         self._scores = Tally(["domain", "kept", "score_key"], {"documents": "sum"})
         self._lengths = Tally(["length_key", "kept"], _SIZES)
+        self._labels = Tally(["label_key", "kept"], _SIZES)
         self._sample: Any = None
         self._edges: Any = None
         self._examples: Any = None
@@ -107,6 +111,7 @@ class Audit:
         self._examples = _joined(self._examples, table, ["reason"], _AT_RANDOM, _EXAMPLES)
         competed = _with_reason(table, COMPETED)
         self._lengths.add(competed)
+        self._labels.add(competed.filter(compute.is_valid(competed["label_key"])))
         scored = competed.filter(compute.is_valid(competed["score"]))
         self._scores.add(scored)
         self._sample = _joined(self._sample, scored, [], _AT_RANDOM, _SAMPLE)
@@ -148,6 +153,15 @@ class Audit:
             "length": _length_figures(sample, "scored_bytes") | {"picture": _score_by_length(sample)},
             "whole_length": _length_figures(sample, "bytes"),
             "agreement": _agreement(sample, self.scorer.name),
+            "buckets": {
+                "rule": self.rules.select.buckets.name,
+                "without_length": [
+                    name
+                    for name in domains
+                    if not by_length(self.rules.select.buckets, self.scorer.name, self.proof, name)
+                ],
+            },
+            "proof": self.proof and self.proof | {"kept": _kept_by_label(self._labels.table())},
             "random": self._against_random(domains, competed, kept),
             "thresholds": self.thresholds,
             "rules": plain(self.rules),
@@ -246,13 +260,15 @@ def _prepared(shard: str, table: Any) -> Any:
     others = [name for name in table.column_names if name.startswith(OTHER)]
     types = {name: pyarrow.type_for_alias(kind) for name, kind in _COLUMNS.items()}
     why = {"why": pyarrow.string()} if "why" in table.column_names else {}  # why there is no score
-    fields = types | {name: pyarrow.float64() for name in others} | why
+    label = {LABEL: pyarrow.float64()} if LABEL in table.column_names else {}
+    fields = types | {name: pyarrow.float64() for name in others} | why | label
     table = table.select(list(fields)).cast(pyarrow.schema(list(fields.items())))
     columns = {name: table[name] for name in fields}
     for name in ("id", "domain", "source"):  # may be null for an unreadable record
         columns[name] = compute.fill_null(columns[name], "")
-    for name in ("score", *others):
-        values = columns[name].to_numpy()
+    columns[LABEL] = table[LABEL] if LABEL in table.column_names else pyarrow.nulls(len(table), pyarrow.float64())
+    for name in ("score", LABEL, *others):
+        values = columns[name].to_numpy(zero_copy_only=False)
         columns[name] = pyarrow.array(values, mask=~np.isfinite(values))
     score = table["score"].to_numpy()
     scored = np.isfinite(score)
@@ -262,12 +278,19 @@ def _prepared(shard: str, table: Any) -> Any:
         "least": columns["score"],
         "most": columns["score"],
         "longest": columns["tokens"],
-        "score_key": pyarrow.array(key_of(np.where(scored, score, 0.0)), mask=~scored),
+        "score_key": _keys(columns["score"]),
+        "label_key": _keys(columns[LABEL]),
         "length_key": key_of(table["scored_bytes"].to_numpy().astype(np.float64)),
         "shard": pyarrow.array([shard] * len(table), pyarrow.string()),
         "row": np.arange(len(table)),
     }
     return pyarrow.table(columns | derived)
+
+
+def _keys(values: Any) -> Any:
+    import pyarrow
+
+    return pyarrow.array(key_of(values.fill_null(0.0).to_numpy()), mask=values.is_null().to_numpy(zero_copy_only=False))
 
 
 def _joined(before: Any, table: Any, groups: list[str], order: Any, count: int) -> Any:
@@ -357,45 +380,55 @@ def _mean_scores(table: Any) -> dict[str, float | None]:
     return {"random": mean(np.ones(len(kept), bool)), "kept": mean(kept)}
 
 
-def _length_quarters(table: Any, unit: str) -> list[dict[str, Any]]:
+def _length_quarters(table: Any, unit: str) -> list[Row]:
     """Divide the competing documents into quarters by length in scored bytes. Return the kept fraction of each."""
+    found = _kept_by(value_of(table["length_key"].to_numpy()), table, unit, 4)
+    return [{"from_bytes": int(one.pop("from")), "to_bytes": int(one.pop("to")), **one} for one in found]
+
+
+def _kept_by_label(table: Any) -> list[Row]:
+    """Return the kept fraction of the records with each label, or of each fifth by label with more than `_LEVELS`."""
+    label = value_of(table["label_key"].to_numpy())
+    return _kept_by(label, table, "documents", 5 if len(np.unique(label)) > _LEVELS else None)
+
+
+def _kept_by(values: Floats, table: Any, unit: str, parts: int | None) -> list[Row]:
+    """Divide documents into equal parts by their ascending `values`, or by distinct value. Return the kept fraction of
+    each part.
+    """
     if not len(table):
         return []
-    length, documents = value_of(table["length_key"].to_numpy()), table["documents"].to_numpy()
-    kept, sizes = np.asarray(table["kept"]), table[unit].to_numpy()
-    quarter = np.searchsorted([quantile(length, documents, share) for share in (0.25, 0.5, 0.75)], length, "left")
+    documents, kept, sizes = table["documents"].to_numpy(), np.asarray(table["kept"]), table[unit].to_numpy()
+    if parts is None:
+        part = np.unique(values, return_inverse=True)[1]
+    else:
+        part = np.searchsorted([quantile(values, documents, n / parts) for n in range(1, parts)], values, "left")
     return [
         {
-            "from_bytes": int(length[mask].min()),
-            "to_bytes": int(length[mask].max()),
+            "from": float(values[mask].min()),
+            "to": float(values[mask].max()),
             "documents": int(documents[mask].sum()),
             "kept": _share(int(sizes[mask & kept].sum()), int(sizes[mask].sum())),
         }
-        for mask in (quarter == place for place in range(4))
-        if mask.any()
+        for mask in (part == place for place in np.unique(part))
     ]
 
 
 def _length_figures(sample: Any, column: str) -> dict[str, Any]:
     """Compute the rank correlation of score and length in the sample, overall and inside the length buckets."""
-    score, length = sample["score"].to_numpy(), sample[column].to_numpy().astype(np.float64)
-    domain, bucket = np.asarray(sample["domain"]).astype(str), sample["bucket"].to_numpy()
+    score, length, bucket = (sample[name].to_numpy().astype(np.float64) for name in ("score", column, "bucket"))
+    names, domain = np.unique(np.asarray(sample["domain"]).astype(str), return_inverse=True)
+    _, place, count = np.unique([domain, bucket], axis=1, return_inverse=True, return_counts=True)
+    enough = (bucket >= 0) & (count[place] >= _FEW)
 
-    def figures(mine: Any, inside: list[tuple[float | None, int]]) -> dict[str, Any]:
-        found = [(value, weight) for value, weight in inside if value is not None]
-        weights = sum(weight for _, weight in found)
-        mean = sum(value * weight for value, weight in found) / weights if weights else None
+    def figures(mine: Any) -> dict[str, Any]:
+        inside = mine & enough
+        found = rank_correlation({"": score[inside]}, length[inside], place[inside], 0)[""].value
         overall = rounded(spearman(score[mine], length[mine]))
-        return {"records": int(mine.sum()), "overall": overall, "inside_buckets": rounded(mean)}
+        return {"records": int(mine.sum()), "overall": overall, "inside_buckets": rounded(found)}
 
-    domains, all_inside = {}, []
-    for name in np.unique(domain):
-        mine = domain == name
-        masks = [mine & (bucket == place) for place in np.unique(bucket[mine]) if place >= 0]
-        inside = [(spearman(score[mask], length[mask]), int(mask.sum())) for mask in masks if mask.sum() >= _FEW]
-        domains[str(name)] = figures(mine, inside)
-        all_inside += inside
-    return figures(np.ones(len(score), bool), all_inside) | {"domains": domains}
+    domains = {str(name): figures(domain == number) for number, name in enumerate(names)}
+    return figures(np.ones(len(score), bool)) | {"domains": domains}
 
 
 def _score_by_length(sample: Any) -> dict[str, Any] | None:
@@ -428,7 +461,8 @@ def _agreement(sample: Any, name: str) -> list[dict[str, Any]]:
     if not len(sample):
         return []
     scores = {name: sample["score"].to_numpy()}
-    scores |= {c.removeprefix(OTHER): sample[c].to_numpy() for c in sorted(sample.column_names) if c.startswith(OTHER)}
+    others = (c for c in sorted(sample.column_names) if c.startswith(OTHER) and c != OTHER + LABEL)
+    scores |= {c.removeprefix(OTHER): sample[c].to_numpy() for c in others}
     found = []
     for first, second in itertools.combinations(scores, 2):
         both = np.isfinite(scores[first]) & np.isfinite(scores[second])

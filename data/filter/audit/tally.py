@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+OTHER = "score:"
+"""Prefix of the columns with the scores of an ensemble's members and controls."""
 _FRACTION_BITS = 15
 """Bits kept of a number's mantissa: a relative precision of 3e-5, and exact integers up to 65,536."""
 _SHIFT = 23 - _FRACTION_BITS
@@ -91,21 +93,6 @@ def counts(values: Floats, weights: Integers, edges: Floats) -> Integers:
 def bin_of(values: Floats, edges: Floats) -> Integers:
     """Return the bin of each value; the outermost bins are unbounded."""
     return np.clip(np.searchsorted(edges, values, "right") - 1, 0, len(edges) - 2)
-
-
-def spearman(first: Floats, second: Floats) -> float | None:
-    """Compute the rank correlation, with ties at their mean rank (Spearman 1904); None if either is constant."""
-    if len(first) < 2:
-        return None
-    a, b = (_centred_ranks(values) for values in (first, second))
-    scale = float(np.sqrt(np.sum(a * a) * np.sum(b * b)))
-    return float(np.sum(a * b)) / scale if scale else None
-
-
-def _centred_ranks(values: Floats) -> Floats:
-    _, place, times = np.unique(values, return_inverse=True, return_counts=True)
-    mean_rank = np.cumsum(times) - (times - 1) / 2
-    return mean_rank[place] - (len(values) + 1) / 2
 
 
 def rounded(value: float | None) -> float | None:

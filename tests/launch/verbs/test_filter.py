@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from core.config import load
-from data.filter.audit.tally import spearman
+from data.filter.audit.separation import spearman
 from launch.cli import main
 from launch.filter.config import FilterConfig, command_of
 from tests.support.filtering import outputs, prose, rows_in, write_lines

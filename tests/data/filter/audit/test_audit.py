@@ -18,8 +18,9 @@ from core.errors import DataError
 from core.html import page
 from data.filter.audit.outputs import write_audit
 from data.filter.audit.plots import draw
+from data.filter.audit.separation import spearman
 from data.filter.audit.statistics import Audit
-from data.filter.audit.tally import counts, key_of, quantile, spearman, value_of
+from data.filter.audit.tally import counts, key_of, quantile, value_of
 from data.filter.config import FilterRules, KeepUnit, SelectConfig
 from data.filter.input.records import Reason
 from data.filter.score.baselines import LengthScorer
