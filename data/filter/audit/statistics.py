@@ -3,8 +3,9 @@
 `Audit` takes the shards of the selection one by one, in any order. The same decisions give the same statistics, byte
 for byte. Counts by reason and by domain must add up to the documents and tokens that were read.
 
-Counts of documents, tokens and bytes are exact. Histograms, means and quantiles use scores with a relative precision of
-3e-5. Correlations and the plot of score against length use a random sample of 50,000 records.
+Counts of documents, tokens and bytes by reason and domain are exact. Histograms, means, quantiles, correlations and the
+kept fractions by length are those of a random sample of 50,000 records that competed, and kept fractions by label those
+of as many with labels.
 """
 
 from __future__ import annotations
@@ -22,19 +23,7 @@ from core.errors import DataError
 from data.filter.audit.findings import warnings
 from data.filter.audit.proof import LABEL, by_length
 from data.filter.audit.separation import rank_correlation, spearman
-from data.filter.audit.tally import (
-    OTHER,
-    Floats,
-    Integers,
-    Tally,
-    bin_of,
-    counts,
-    first_of_each,
-    key_of,
-    quantile,
-    rounded,
-    value_of,
-)
+from data.filter.audit.tally import OTHER, Floats, Tally, first_of_each, rounded
 from data.filter.config import FilterRules
 from data.filter.input.records import Reason
 from data.filter.score.scorer import Scorer
@@ -88,17 +77,14 @@ class Audit:
         self._read = {"documents": documents, "tokens": tokens}
         spread = {"longest": "max", "least": "min", "most": "max", "scored": "sum"}
         self._counts = Tally(["domain", "reason"], _SIZES | spread)
-        self._scores = Tally(["domain", "kept", "score_key"], {"documents": "sum"})
-        self._lengths = Tally(["length_key", "kept"], _SIZES)
-        self._labels = Tally(["label_key", "kept"], _SIZES)
         self._sample: Any = None
+        self._labelled: Any = None
         self._edges: Any = None
         self._examples: Any = None
         self._pictures: Counter[str] = Counter()
 
     def add(self, shard: str, table: Any) -> None:
         """Add one shard of the selection, a `pyarrow.Table`. Raises `DataError` if the shard is inconsistent."""
-        from pyarrow import compute
 
         pairs = zip(table["reason"].to_pylist(), table["kept"].to_pylist(), strict=True)
         for reason, kept in sorted(set(pairs), key=str):
@@ -110,12 +96,10 @@ class Audit:
         self._counts.add(table)
         self._examples = _joined(self._examples, table, ["reason"], _AT_RANDOM, _EXAMPLES)
         competed = _with_reason(table, COMPETED)
-        self._lengths.add(competed)
-        self._labels.add(competed.filter(compute.is_valid(competed["label_key"])))
-        scored = competed.filter(compute.is_valid(competed["score"]))
-        self._scores.add(scored)
-        self._sample = _joined(self._sample, scored, [], _AT_RANDOM, _SAMPLE)
-        by_score = _with_reason(scored, (Reason.hard, Reason.easy))
+        labelled = competed.filter(competed[LABEL].is_valid())
+        self._sample = _joined(self._sample, competed, [], _AT_RANDOM, _SAMPLE)
+        self._labelled = _joined(self._labelled, labelled, [], _AT_RANDOM, _SAMPLE)
+        by_score = _with_reason(competed.filter(competed["score"].is_valid()), (Reason.hard, Reason.easy))
         # closest to the threshold first: the lowest of the kept scores, the highest of the dropped
         inward = np.where(np.asarray(by_score["kept"]), 1.0, -1.0) * np.asarray(by_score["score"])
         groups, order = ["domain", "bucket", "kept"], (("inward", "ascending"), *_AT_RANDOM)
@@ -139,7 +123,7 @@ class Audit:
         total, competed, kept = totals["in"], totals["competed"], totals["kept"]
         domains = {name: self._domain(found, total, kept) for name, found in _grouped(rows, "domain").items()}
         shown = sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))[:SHOWN_DOMAINS]
-        sample = self._sample
+        sample = self._sample.filter(self._sample["score"].is_valid())
         audit: dict[str, Any] = {
             "format": FORMAT,
             "input": self.input,
@@ -149,7 +133,7 @@ class Audit:
             "warnings": [],
             "reasons": _by_reason(rows),
             "domains": domains,
-            "scores": _histograms(self._scores.table(), shown),
+            "scores": _histograms(sample, shown),
             "length": _length_figures(sample, "scored_bytes") | {"picture": _score_by_length(sample)},
             "whole_length": _length_figures(sample, "bytes"),
             "agreement": _agreement(sample, self.scorer.name),
@@ -161,7 +145,7 @@ class Audit:
                     if not by_length(self.rules.select.buckets, self.scorer.name, self.proof, name)
                 ],
             },
-            "proof": self.proof and self.proof | {"kept": _kept_by_label(self._labels.table())},
+            "proof": self.proof and self.proof | {"kept": _kept_by_label(self._labelled)},
             "random": self._against_random(domains, competed, kept),
             "thresholds": self.thresholds,
             "rules": plain(self.rules),
@@ -199,6 +183,8 @@ class Audit:
 
     def _against_random(self, domains: dict[str, Any], competed: dict[str, int], kept: dict[str, int]) -> Row:
         """Return the kept fraction of each domain and quarter by length. Random dropping would keep `rate` of each."""
+        from pyarrow import compute
+
         unit = self.rules.unit.name
         return {
             "unit": unit,
@@ -208,8 +194,11 @@ class Audit:
                 for name, found in domains.items()
                 if found["competed"]["documents"]
             },
-            "lengths": _length_quarters(self._lengths.table(), unit),
-            "mean_score": _mean_scores(self._scores.table()),
+            "lengths": _length_quarters(self._sample, unit),
+            "mean_score": {
+                "random": rounded(compute.mean(self._sample["score"]).as_py()),
+                "kept": rounded(compute.mean(self._sample.filter(self._sample["kept"])["score"]).as_py()),
+            },
         }
 
     def _records(self, shown: list[str], text_of: TextOf, thumbnails_of: ThumbnailsOf | None) -> dict[str, Any]:
@@ -270,27 +259,16 @@ def _prepared(shard: str, table: Any) -> Any:
     for name in ("score", LABEL, *others):
         values = columns[name].to_numpy(zero_copy_only=False)
         columns[name] = pyarrow.array(values, mask=~np.isfinite(values))
-    score = table["score"].to_numpy()
-    scored = np.isfinite(score)
     derived = {
         "documents": np.ones(len(table), np.int64),
-        "scored": scored.astype(np.int64),
+        "scored": columns["score"].is_valid().cast("int64"),
         "least": columns["score"],
         "most": columns["score"],
         "longest": columns["tokens"],
-        "score_key": _keys(columns["score"]),
-        "label_key": _keys(columns[LABEL]),
-        "length_key": key_of(table["scored_bytes"].to_numpy().astype(np.float64)),
         "shard": pyarrow.array([shard] * len(table), pyarrow.string()),
         "row": np.arange(len(table)),
     }
     return pyarrow.table(columns | derived)
-
-
-def _keys(values: Any) -> Any:
-    import pyarrow
-
-    return pyarrow.array(key_of(values.fill_null(0.0).to_numpy()), mask=values.is_null().to_numpy(zero_copy_only=False))
 
 
 def _joined(before: Any, table: Any, groups: list[str], order: Any, count: int) -> Any:
@@ -333,81 +311,66 @@ def _share(part: int, whole: int) -> float | None:
     return rounded(part / whole) if whole else None
 
 
-def _histograms(table: Any, shown: list[str]) -> dict[str, Any]:
+def _histograms(sample: Any, shown: list[str]) -> dict[str, Any]:
     """Count documents and kept documents by score, overall and for the shown domains, with common bin edges."""
-    if not len(table):
+    if not len(sample):
         return {"edges": [], "overall": None, "domains": {}}
-    domain, (kept, values, documents) = np.asarray(table["domain"]), _of_scores(table)
-    order = np.argsort(values)
-    edges = _score_edges(values[order], documents[order], _BINS)
+    score, domain, kept = (np.asarray(sample[name]) for name in ("score", "domain", "kept"))
+    edges = _score_edges(score, _BINS)
 
     def histogram(mine: Any) -> dict[str, Any]:
-        both, ranked = mine & kept, order[mine[order]]
-        return {
-            "documents": counts(values[mine], documents[mine], edges).tolist(),
-            "kept": counts(values[both], documents[both], edges).tolist(),
-            "median": rounded(quantile(values[ranked], documents[ranked], 0.5)),
-        }
+        documents, stay = (np.histogram(_within(score[rows], edges), edges)[0].tolist() for rows in (mine, mine & kept))
+        return {"documents": documents, "kept": stay, "median": rounded(_quantile(score[mine], 0.5))}
 
     return {
         "edges": [rounded(float(edge)) for edge in edges],
-        "overall": histogram(np.ones(len(values), bool)),
+        "overall": histogram(np.ones(len(score), bool)),
         "domains": {name: histogram(domain == name) for name in shown if (domain == name).any()},
     }
 
 
-def _of_scores(table: Any) -> tuple[Any, Floats, Integers]:
-    """Return, for each row of the tally of scores, whether it was kept, its score and its number of documents."""
-    return np.asarray(table["kept"]), value_of(table["score_key"].to_numpy()), table["documents"].to_numpy()
+def _quantile(values: Floats, share: Any) -> Any:
+    return np.quantile(values, share, method="inverted_cdf")
 
 
-def _score_edges(values: Floats, weights: Integers, bins: int) -> Floats:
-    low, high = quantile(values, weights, _OUTER), quantile(values, weights, 1 - _OUTER)
+def _within(values: Floats, edges: Floats) -> Floats:
+    """Move values beyond the edges to the outermost bins."""
+    return np.clip(values, edges[0], edges[-1])
+
+
+def _score_edges(values: Floats, bins: int) -> Floats:
+    low, high = _quantile(values, [_OUTER, 1 - _OUTER])
     if high <= low:
         margin = max(0.5, abs(low) * 0.01)
         low, high = low - margin, high + margin
     return np.linspace(low, high, bins + 1)
 
 
-def _mean_scores(table: Any) -> dict[str, float | None]:
-    """Return the mean score of the records that competed (random dropping preserves it) and of those that were kept."""
-    kept, values, documents = _of_scores(table)
-
-    def mean(mask: Any) -> float | None:
-        weights = documents[mask].sum()
-        return rounded(float((values[mask] * documents[mask]).sum() / weights)) if weights else None
-
-    return {"random": mean(np.ones(len(kept), bool)), "kept": mean(kept)}
+def _length_quarters(sample: Any, unit: str) -> list[Row]:
+    """Divide the records into quarters by length in scored bytes. Return the kept fraction of each."""
+    length = sample["scored_bytes"].to_numpy()
+    part = np.searchsorted(_quantile(length, [0.25, 0.5, 0.75]), length, "left") if len(length) else length
+    found = _kept_by(part, length, sample, unit)
+    return [{"from_bytes": one.pop("from"), "to_bytes": one.pop("to"), **one} for one in found]
 
 
-def _length_quarters(table: Any, unit: str) -> list[Row]:
-    """Divide the competing documents into quarters by length in scored bytes. Return the kept fraction of each."""
-    found = _kept_by(value_of(table["length_key"].to_numpy()), table, unit, 4)
-    return [{"from_bytes": int(one.pop("from")), "to_bytes": int(one.pop("to")), **one} for one in found]
-
-
-def _kept_by_label(table: Any) -> list[Row]:
+def _kept_by_label(sample: Any) -> list[Row]:
     """Return the kept fraction of the records with each label, or of each fifth by label with more than `_LEVELS`."""
-    label = value_of(table["label_key"].to_numpy())
-    return _kept_by(label, table, "documents", 5 if len(np.unique(label)) > _LEVELS else None)
+    label = sample[LABEL].to_numpy()
+    part = np.unique(label, return_inverse=True)[1]
+    if part.max(initial=0) >= _LEVELS:
+        part = np.searchsorted(_quantile(label, [0.2, 0.4, 0.6, 0.8]), label, "left")
+    return _kept_by(part, label, sample, "documents")
 
 
-def _kept_by(values: Floats, table: Any, unit: str, parts: int | None) -> list[Row]:
-    """Divide documents into equal parts by their ascending `values`, or by distinct value. Return the kept fraction of
-    each part.
-    """
-    if not len(table):
-        return []
-    documents, kept, sizes = table["documents"].to_numpy(), np.asarray(table["kept"]), table[unit].to_numpy()
-    if parts is None:
-        part = np.unique(values, return_inverse=True)[1]
-    else:
-        part = np.searchsorted([quantile(values, documents, n / parts) for n in range(1, parts)], values, "left")
+def _kept_by(part: Any, values: Any, sample: Any, unit: str) -> list[Row]:
+    """Return the range of `values` and the kept fraction of each part of the sample."""
+    sizes, kept = sample[unit].to_numpy(), np.asarray(sample["kept"])
     return [
         {
-            "from": float(values[mask].min()),
-            "to": float(values[mask].max()),
-            "documents": int(documents[mask].sum()),
+            "from": values[mask].min().item(),
+            "to": values[mask].max().item(),
+            "documents": int(mask.sum()),
             "kept": _share(int(sizes[mask & kept].sum()), int(sizes[mask].sum())),
         }
         for mask in (part == place for place in np.unique(part))
@@ -437,16 +400,14 @@ def _score_by_length(sample: Any) -> dict[str, Any] | None:
     """
     if not len(sample):
         return None
-    score, length = sample["score"].to_numpy(), sample["scored_bytes"].to_numpy().astype(np.float64)
-    score_edges = _score_edges(np.sort(score), np.ones(len(score), np.int64), _SCORE_BINS)
-    size = np.log2(np.maximum(length, 1))
+    score, length = sample["score"].to_numpy(), sample["scored_bytes"].to_numpy()
+    score_edges, size = _score_edges(score, _SCORE_BINS), np.log2(np.maximum(length, 1))
     low, high = np.floor(size.min()), np.ceil(size.max())
     size_edges = np.linspace(low, max(high, low + 1), _LENGTH_BINS + 1)
-    cells = bin_of(score, score_edges) * _LENGTH_BINS + bin_of(size, size_edges)
+    score = _within(score, score_edges)
 
     def grid(mask: Any) -> Any:
-        found = np.bincount(cells[mask], minlength=_SCORE_BINS * _LENGTH_BINS)
-        return found.reshape(_SCORE_BINS, _LENGTH_BINS).tolist()
+        return np.histogram2d(score[mask], size[mask], [score_edges, size_edges])[0].astype(int).tolist()
 
     return {
         "score_edges": [rounded(float(edge)) for edge in score_edges],

@@ -12,14 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 OTHER = "score:"
 """Prefix of the columns with the scores of an ensemble's members and controls."""
-_FRACTION_BITS = 15
-"""Bits kept of a number's mantissa: a relative precision of 3e-5, and exact integers up to 65,536."""
-_SHIFT = 23 - _FRACTION_BITS
 
 
 class Tally:
@@ -63,36 +59,6 @@ def first_of_each(table: Any, groups: Sequence[str], order: Sequence[tuple[str, 
         begins[1:] |= np.asarray(compute.not_equal(column.slice(1), column.slice(0, rows - 1)))
     place = np.arange(rows)
     return table.filter(pyarrow.array(place - np.maximum.accumulate(np.where(begins, place, 0)) < count))
-
-
-def key_of(values: Floats) -> Integers:
-    """Quantise numbers to integer keys that sort in the same order. NaN is not allowed."""
-    largest = np.finfo(np.float32).max
-    bits = np.clip(values + 0.0, -largest, largest).astype(np.float32).view(np.int32).astype(np.int64)
-    size = (bits & 0x7FFFFFFF) >> _SHIFT
-    return np.where(bits < 0, -size, size)
-
-
-def value_of(keys: Integers) -> Floats:
-    """Return, for each key, the number of smallest magnitude that has this key."""
-    size = (np.abs(keys) << _SHIFT).astype(np.int32).view(np.float32).astype(np.float64)
-    return np.where(keys < 0, -size, size)
-
-
-def quantile(values: Floats, weights: Integers, share: float) -> float:
-    """Return the smallest of the sorted `values` whose cumulative weight reaches a fraction `share` of the total."""
-    reached = np.searchsorted(np.cumsum(weights), share * weights.sum(), "left")
-    return float(values[min(int(reached), len(values) - 1)])
-
-
-def counts(values: Floats, weights: Integers, edges: Floats) -> Integers:
-    """Return a histogram of integer weights. Values beyond the edges count in the outermost bins."""
-    return np.bincount(bin_of(values, edges), weights, len(edges) - 1).astype(np.int64)
-
-
-def bin_of(values: Floats, edges: Floats) -> Integers:
-    """Return the bin of each value; the outermost bins are unbounded."""
-    return np.clip(np.searchsorted(edges, values, "right") - 1, 0, len(edges) - 2)
 
 
 def rounded(value: float | None) -> float | None:
