@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from core.errors import ConfigError
 from core.files import remove_tree, sha256_file, sha256_text
 from data.files import find_files
-from data.filter.audit.proof import LABEL, Proof, by_length, check_auc
+from data.filter.audit.proof import by_length, check_auc, prove
 from data.filter.audit.statistics import OTHER
-from data.filter.config import BucketRule, FilterRules, KeepUnit, OnError, decisive_settings
+from data.filter.config import FilterRules, KeepUnit, OnError, decisive_settings
 from data.filter.input.readers import InputPart, MalformedRecord, json_keys
 from data.filter.input.records import Reason, Record, RecordPicture
 from data.filter.score.factory import Models, check_models
@@ -44,6 +44,8 @@ _SHOWN = 200
 """Characters to show of a malformed record, or of the reason why a record has no score."""
 PICTURES, THUMBNAILS = "pictures", "thumbnails"
 """Columns of the shards whose records have pictures."""
+LABEL = "label"
+"""Column of the shards in which a record is labelled, null where one is not."""
 _OF_PICTURES = tuple(one.name for one in fields(RecordPicture) if one.name != "thumbnail")
 UNREADABLE = "unreadable"
 """Domain of malformed records. A domain of the input may have the same name."""
@@ -97,6 +99,8 @@ class Filter:
     def run(self) -> None:
         """Run all stages, skipping shards that exist."""
         with barrier(self.workers):  # reject invalid rules before reading the input, which may take hours
+            if OTHER + LABEL not in self._score_columns and not any("label_key" in one.keys for one in self.job.parts):
+                check_auc(self.rules.select, lambda: None)
             gates = Gates(self.rules.gates)
             sets = EvaluationSets(self.rules.contamination)
         self._ingest()
@@ -107,12 +111,8 @@ class Filter:
         self._decide()
 
     def _check_names(self) -> None:
-        if self.rules.select.require_auc is not None and self.label_source is None:
-            check_auc(None, self.rules.select.require_auc)
-        for key, names in (
-            ("select.domains", self.rules.select.domains),
-            ("select.protect", self.rules.select.protect),
-        ):
+        rules = self.rules.select
+        for key, names in (("select.domains", rules.domains), ("select.protect", rules.protect)):
             for name in names:
                 if name not in self.domains:
                     raise ConfigError(key, name, "no record is of this domain", self.domains[:8])
@@ -219,28 +219,15 @@ class Filter:
 
     @cached_property
     def label_source(self) -> str | None:
-        """Where the labels are from against which scores are held: "input" if it has any, else "scorer" if that keeps
-        those of its grader, or None.
-        """
+        """Whose labels scores are held against: "input", "scorer" (those of its grader, where the input has none)."""
         if any(self.records.has_column(shard, LABEL) for shard in self.records.shards):
             return "input"
         return "scorer" if OTHER + LABEL in self._score_columns else None
 
-    def known_labels(self, shard: str) -> NDArray[np.float64]:
-        """Return the label of each record of a shard from `label_source`, NaN where a record has none."""
-        if self.label_source != "scorer":
-            return self.labels(shard)
-        return np.asarray(self.scored.read(shard, [OTHER + LABEL])[OTHER + LABEL].to_numpy())
-
     @cached_property
     def proof(self) -> dict[str, Any] | None:
-        """How well the scores agree with the labels (`Proof.figures`); None if no record has a label."""
-        proof = Proof(self.job.scorer, self.label_source or "")
-        for shard in self.records.shards if self.label_source else ():
-            if np.isfinite(labels := self.known_labels(shard)).any():
-                screened = self.screened.read(shard, ["exact", "bytes", "scored_bytes", "tie"])
-                proof.add(labels, self.records.read(shard, ["domain"]), screened, self.scored.read(shard))
-        return proof.figures()
+        """How well the scores agree with the labels; None if no record that competes has one."""
+        return prove(self.job.scorer, self.label_source, self.labels, self.records, self.screened, self.scored)
 
     def pictures(self, shard: str) -> list[tuple[RecordPicture, ...]]:
         """Return the pictures of each record of a shard, without thumbnails."""
@@ -494,24 +481,16 @@ class Filter:
         """Return, for each domain, whether its records compete in length buckets. Raises `ConfigError` if labels do not
         prove the score as `select.require_auc` demands; the scores are then set aside for a rerun.
         """
-        select, found = self.rules.select, np.zeros(len(self.domains), np.int64)
+        found = np.zeros(len(self.domains), np.int64)
         with barrier(self.workers):
             if self.workers.rank == 0:
-                try:
-                    if select.require_auc is not None:
-                        check_auc(self.proof, select.require_auc)
-                except ConfigError:
-                    if not self.decided.has_manifest:
-                        self.scored.set_aside()
-                    raise
-                proof = self.proof if select.buckets is BucketRule.auto else None
-                found[:] = [by_length(select.buckets, self.job.scorer.name, proof, name) for name in self.domains]
+                with self.scored.set_aside(unless=self.decided.has_manifest):
+                    check_auc(self.rules.select, lambda: self.proof)
+                found[:] = by_length(self.rules.select, self.job.scorer.name, lambda: self.proof, self.domains)
         return self.workers.sum(found)
 
     def _hash_of_scores(self, noise: float | None, by_length: NDArray[np.int64]) -> str:
-        """Hash what is not part of the stage's key, although decisions depend on it: scores, and domains without length
-        buckets.
-        """
+        """Hash the scores and buckets. They are not part of the stage's key, but decisions depend on them."""
         digest = hashlib.sha256(repr(noise).encode())
         if not by_length.all():
             digest.update(by_length.tobytes())
@@ -597,12 +576,8 @@ def picture_type() -> Any:
     """Return the type of `PICTURES`: a list of structs."""
     import pyarrow
 
-    types = {
-        "name": pyarrow.string(),
-        "sha256": pyarrow.string(),
-        "hash": pyarrow.uint64(),
-        "colours": pyarrow.binary(),
-    }
+    text = pyarrow.string()
+    types = {"name": text, "sha256": text, "hash": pyarrow.uint64(), "colours": pyarrow.binary()}
     return pyarrow.list_(pyarrow.struct([(name, types.get(name, pyarrow.int64())) for name in _OF_PICTURES]))
 
 

@@ -128,10 +128,18 @@ class StageStore:
     def _aside(self) -> Path:
         return self.directory.with_name(f"{self.directory.name}-{self.key[:16]}")
 
-    def set_aside(self) -> None:
-        """Rename the directory, so that a stage with another key can be made. `open` with this key takes it back."""
-        with writing(self._aside):
-            self.directory.rename(self._aside)
+    @contextmanager
+    def set_aside(self, unless: bool) -> Iterator[None]:
+        """After a `ConfigError`, rename the directory, so that a stage with another key can be made. `open` with the
+        same key takes it back.
+        """
+        try:
+            yield
+        except ConfigError:
+            if not unless:
+                with writing(self._aside):
+                    self.directory.rename(self._aside)
+            raise
 
     def check_key(self) -> None:
         """Raise `ConfigError` if the directory holds a stage with another key."""

@@ -14,11 +14,10 @@ from core.errors import DataError
 from core.files import write_bytes, write_json, write_text
 from data.filter.audit.page import audit_page
 from data.filter.audit.plots import draw
-from data.filter.audit.proof import LABEL
 from data.filter.audit.statistics import OTHER, Audit
 from data.filter.input.documents import DocumentsPart
 from data.filter.input.records import Record, RecordPicture
-from data.filter.pipeline import PICTURES, THRESHOLDS, Filter, picture_type
+from data.filter.pipeline import LABEL, PICTURES, THRESHOLDS, Filter, picture_type
 from data.filter.store import writing
 from data.images.parts import ImagePart, Part, PartsDocument, VideoPart
 
@@ -85,7 +84,7 @@ def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
         )
         columns = {name: table[name] for table in parts for name in table.column_names}
         if done.label_source:
-            columns[LABEL] = done.known_labels(shard)
+            columns[LABEL] = done.labels(shard) if done.label_source == "input" else scored[OTHER + LABEL]
         if done.has_pictures:
             columns[PICTURES] = _shown_pictures(done, shard)
         if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:

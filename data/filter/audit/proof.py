@@ -7,107 +7,103 @@ probability that of a hard and an easy record of one domain and similar length t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from core.errors import ConfigError
-from data.filter.audit.separation import Estimate, Numbers, auc, length_buckets, rank_correlation, spearman
-from data.filter.audit.tally import OTHER, first_of_each, rounded
-from data.filter.config import BucketRule
+from data.filter.audit.separation import Buckets, Estimate, Numbers, auc, length_buckets, rank_correlation
+from data.filter.audit.tally import LABEL, OTHER, first_of_each, rounded
+from data.filter.config import BucketRule, SelectConfig
 from data.filter.score.scorer import Direction, Scorer
+from data.filter.store import StageStore
 
-LABEL = "label"
 ANSWER, PROMPT, WHOLE, RANDOM = "length of the answer", "length of the prompt", "length", "random"
-_SAMPLE, _RESAMPLES, _BUCKETS = 10_000, 500, 8
-_FIFTHS = 0.4
+_SAMPLE, _RESAMPLES, _BUCKETS, _FIFTHS = 10_000, 500, 8, 0.4
 _ENOUGH = 20
 """Labelled records per length bucket, and at least in all, for a verdict."""
 _DIFFICULT = 0.55
 """`select.buckets=auto`: length is difficulty in a domain where the lower bound of its AUC exceeds this."""
 _LEARNED = "learned"
 
+ProofOf = Callable[[], dict[str, Any] | None]
+"""Returns the result of `prove` where it is needed, since it takes seconds."""
 
-class Proof:
-    """Take the labelled records shard by shard (`add`), then hold the scorers against a sample of them (`figures`)."""
 
-    def __init__(self, scorer: Scorer, source: str) -> None:
-        """`source`: where the labels are from, "input" or "scorer"."""
-        self.scorer, self.source = scorer, source
-        self._sample: Any = None
-        self._texts: list[Any] = []
-        self._records = 0
+def prove(
+    scorer: Scorer,
+    source: str | None,
+    labels: Callable[[str], Numbers],
+    records: StageStore,
+    screened: StageStore,
+    scored: StageStore,
+) -> dict[str, Any] | None:
+    """Hold the scores against the labels; None if no record that competes has one. `source`: "input", for the `labels`
+    of a shard (NaN for none), "scorer" for those that the scorer has from its grader, or None for no labels.
 
-    def add(self, labels: Numbers, *tables: Any) -> None:
-        """Add the records of a shard: their labels, NaN for no label, and tables with the columns exact (hash of the
-        text), domain, bytes, scored_bytes, tie, score, "score:NAME" of other scorers, and reason, null for a record
-        that competes.
-        """
-        import pyarrow
+    The result is ready for JSON. The first of its `scorers` is the score; there are none without comparable records.
+    `lead` is the AUC of the score minus that of each length.
+    """
+    import pyarrow
 
-        columns = {name: table[name] for table in tables for name in table.column_names}
-        table = pyarrow.table({**columns, LABEL: labels}).filter(pyarrow.array(np.isfinite(labels)))
-        self._texts.append(table.select(["exact", LABEL]))
-        names = ("domain", "bytes", "scored_bytes", "tie", LABEL, "score")
-        others = [name for name in columns if name.startswith(OTHER)]
-        table = table.filter(table["reason"].is_null()).select([*names, *others])
-        self._records += len(table)
-        table = table if self._sample is None else pyarrow.concat_tables([self._sample, table])
-        self._sample = first_of_each(table, [], [("tie", "ascending")], _SAMPLE)
+    texts, sample, count = [], None, 0
+    for shard in records.shards if source else ():
+        scores = scored.read(shard)
+        label = labels(shard) if source == "input" else scores[OTHER + LABEL].to_numpy()
+        names = ["reason", "score", *(name for name in scores.column_names if name.startswith(OTHER))]
+        parts = [scores.select(names), records.read(shard, ["domain"])]
+        parts.append(screened.read(shard, ["exact", "bytes", "scored_bytes", "tie"]))
+        columns = {name: table[name] for table in parts for name in table.column_names}
+        table = pyarrow.table({**columns, LABEL: label}).filter(pyarrow.array(np.isfinite(label)))
+        texts.append(table.select(["exact", LABEL]))
+        table = table.filter(table["reason"].is_null()).drop_columns(["exact", "reason"])
+        count += len(table)
+        table = table if sample is None else pyarrow.concat_tables([sample, table])
+        sample = first_of_each(table, [], [("tie", "ascending")], _SAMPLE)
+    if not count:
+        return None
+    found = {"scorer": scorer.name, "direction": scorer.direction.name, **_held(sample, scorer.name)}
+    found["labels"] |= {"source": source, "records": count, "contradictory": _contradictory(texts)}
+    return found
 
-    def figures(self) -> dict[str, Any] | None:
-        """Return the figures, ready for JSON; None if no record that competes has a label. The first of `scorers` is
-        the score; without comparable records there are none. `lead`: the AUC of the score minus that of each length.
-        """
-        if not self._records:
-            return None
-        sample = self._sample
-        label, length, size = (sample[name].to_numpy().astype(np.float64) for name in (LABEL, "scored_bytes", "bytes"))
-        names, domain = np.unique(np.asarray(sample["domain"]).astype(str), return_inverse=True)
-        rows = [np.flatnonzero(domain == place) for place in range(len(names))]
-        hard, buckets = np.full(len(label), np.nan), np.zeros(len(label), np.int64)
-        for place, mine in enumerate(rows):
-            hard[mine] = halves(label[mine])
-            count = int(np.clip(len(mine) // _ENOUGH, 1, _BUCKETS))
-            buckets[mine] = place * _BUCKETS + length_buckets(length[mine].astype(np.int64), count)
-        prompts = bool((size > length).any())
-        lengths = {ANSWER: length, PROMPT: size - length} if prompts else {WHOLE: length}
-        others = {name.removeprefix(OTHER): sample[name].to_numpy() for name in sample.column_names if OTHER in name}
-        others = {name: found for name, found in others.items() if name not in (LABEL, WHOLE, RANDOM)}
-        controls = lengths | {RANDOM: sample["tie"].to_numpy().astype(np.float64)}
-        score = {self.scorer.name: sample["score"].to_numpy()}
-        scores = score | others | controls | score  # a scorer may have the name of a control
-        used = np.isfinite(hard)
-        return {
-            "scorer": self.scorer.name,
-            "prompts": prompts,
-            "direction": self.scorer.direction.name,
-            "labels": {
-                "source": self.source,
-                "records": self._records,
-                "sample": len(label),
-                "hard": int((hard == 1).sum()),
-                "easy": int((hard == 0).sum()),
-                "distinct": len(np.unique(label)),
-                "contradictory": self._contradictory(),
-                "length": rounded(spearman(label, length) if len(names) == 1 else _inside(length, label, domain)),
-            },
-            "domains": {
-                str(name): {"labels": len(mine), "length": _length_alone(length[mine], hard[mine])}
-                for name, mine in zip(names, rows, strict=True)
-            },
-            **_scorers(scores, lengths, label, hard, buckets, used),
-        }
 
-    def _contradictory(self) -> int:
-        """Return the number of labelled records with the text of another one that has a different label."""
-        import pyarrow
+def _contradictory(texts: list[Any]) -> int:
+    """Return the number of labelled records with the text of another one that has a different label."""
+    import pyarrow
 
-        texts = pyarrow.concat_tables(self._texts).group_by("exact")
-        found = texts.aggregate([(LABEL, "min"), (LABEL, "max"), (LABEL, "count")])
-        differ = found[f"{LABEL}_min"].to_numpy() < found[f"{LABEL}_max"].to_numpy()
-        return int(found[f"{LABEL}_count"].to_numpy()[differ].sum())
+    how = [(LABEL, "min"), (LABEL, "max"), (LABEL, "count")]
+    found = pyarrow.concat_tables(texts).group_by("exact").aggregate(how)
+    least, most, count = (found[f"{name}_{function}"].to_numpy() for name, function in how)
+    return int(count[least < most].sum())
+
+
+def _held(sample: Any, name: str) -> dict[str, Any]:
+    """Hold the score `name`, other scorers and the controls against the labels of a sample."""
+    label, length, size = (sample[one].to_numpy().astype(np.float64) for one in (LABEL, "scored_bytes", "bytes"))
+    names, domain = np.unique(np.asarray(sample["domain"]).astype(str), return_inverse=True)
+    hard, buckets, domains = np.full(len(label), np.nan), np.zeros(len(label), np.int64), {}
+    for place, one in enumerate(names):
+        mine = np.flatnonzero(domain == place)
+        hard[mine] = halves(label[mine])
+        count = int(np.clip(len(mine) // _ENOUGH, 1, _BUCKETS))
+        buckets[mine] = place * _BUCKETS + length_buckets(length[mine].astype(np.int64), count)
+        domains[str(one)] = {"labels": len(mine), "length": _length_alone(length[mine], hard[mine])}
+    prompts = bool((size > length).any())
+    lengths = {ANSWER: length, PROMPT: size - length} if prompts else {WHOLE: length}
+    others = {one.removeprefix(OTHER): sample[one].to_numpy() for one in sample.column_names if one.startswith(OTHER)}
+    others = {one: found for one, found in others.items() if one not in (LABEL, WHOLE, RANDOM)}
+    score = {name: sample["score"].to_numpy()}
+    # a scorer may have the name of a control
+    scores = score | others | lengths | {RANDOM: sample["tie"].to_numpy().astype(np.float64)} | score
+    labels = {
+        "sample": len(label),
+        "hard": int((hard == 1).sum()),
+        "easy": int((hard == 0).sum()),
+        "distinct": len(np.unique(label)),
+        "length": rounded(rank_correlation({"": length}, label, domain, 0)[""].value),
+    }
+    return {"prompts": prompts, "labels": labels, "domains": domains, **_scorers(scores, lengths, label, hard, buckets)}
 
 
 def halves(label: Numbers) -> Numbers:
@@ -120,16 +116,11 @@ def halves(label: Numbers) -> Numbers:
     """
     _, place, count = np.unique(label, return_inverse=True, return_counts=True)
     middle = (np.cumsum(count) - count / 2) / max(len(label), 1)
-    if len(middle) < 2:
-        return np.full(len(label), np.nan)
     found = np.full(len(middle), np.nan)
-    found[(middle < _FIFTHS) | (middle == middle[0])] = 0
-    found[(middle > 1 - _FIFTHS) | (middle == middle[-1])] = 1
+    if len(middle) > 1:
+        found[(middle < _FIFTHS) | (middle == middle[0])] = 0
+        found[(middle > 1 - _FIFTHS) | (middle == middle[-1])] = 1
     return found[place]
-
-
-def _inside(first: Numbers, second: Numbers, buckets: Any) -> float:
-    return rank_correlation({"": first}, second, buckets, 0)[""].value
 
 
 def _length_alone(length: Numbers, hard: Numbers) -> dict[str, Any] | None:
@@ -137,36 +128,50 @@ def _length_alone(length: Numbers, hard: Numbers) -> dict[str, Any] | None:
     used = np.isfinite(hard)
     if used.sum() < 2 * _ENOUGH:
         return None
-    return _shown(auc({"": length[used]}, hard[used], np.zeros(used.sum(), np.int64), _RESAMPLES)[""], "auc")
+    return _shown(auc({"": length[used]}, hard[used], np.zeros(used.sum(), np.int64), _RESAMPLES)[""])
 
 
 def _scorers(
-    scores: Mapping[str, Numbers],
-    lengths: Mapping[str, Numbers],
-    label: Numbers,
-    hard: Numbers,
-    buckets: Any,
-    used: Any,
+    scores: Mapping[str, Numbers], lengths: Mapping[str, Numbers], label: Numbers, hard: Numbers, buckets: Buckets
 ) -> dict[str, Any]:
+    used, name = np.isfinite(hard), next(iter(scores))
     try:
-        areas = auc({n: s[used] for n, s in scores.items()}, hard[used], buckets[used], _RESAMPLES)
+        areas = auc({one: found[used] for one, found in scores.items()}, hard[used], buckets[used], _RESAMPLES)
     except ValueError:
-        return {"buckets": 0, "scorers": [], "lead": []}
+        return {"scorers": [], "lead": []}
     ranks = rank_correlation(scores, label, buckets, _RESAMPLES)
-    score = next(iter(scores))
     return {
-        "buckets": len(np.unique(buckets[used])),
         "scorers": [
-            {"name": name, **_shown(areas[name], "auc"), **_shown(ranks[name], "correlation", "correlation_")}
-            for name in scores
+            {"name": one, **_shown(areas[one]), **_shown(ranks[one], "correlation", "correlation_")} for one in scores
         ],
-        "lead": [{"over": name, **_shown(areas[score].minus(areas[name]), "auc")} for name in lengths],
+        "lead": [{"over": one, **_shown(areas[name].minus(areas[one]))} for one in lengths],
     }
 
 
-def _shown(found: Estimate, name: str, prefix: str = "") -> dict[str, Any]:
+def _shown(found: Estimate, name: str = "auc", prefix: str = "") -> dict[str, Any]:
     numbers = {name: found.value, f"{prefix}low": found.low, f"{prefix}high": found.high}
     return {key: rounded(value) for key, value in numbers.items()}
+
+
+def by_length(select: SelectConfig, scorer: str, proof: ProofOf, domains: list[str]) -> list[bool]:
+    """Return for each domain whether its records compete in length buckets."""
+    auto = select.buckets is BucketRule.auto and scorer == _LEARNED
+    if not auto or (found := proof()) is None or not found["prompts"]:
+        return [select.buckets is not BucketRule.domain] * len(domains)
+    alone = [found["domains"].get(name, {}).get("length") for name in domains]
+    return [one is None or one["low"] <= _DIFFICULT for one in alone]
+
+
+def check_auc(select: SelectConfig, proof: ProofOf) -> None:
+    """Raise `ConfigError` unless the lower bound of the score's AUC is at least `select.require_auc`."""
+    if (bar := select.require_auc) is None:
+        return
+    key, found = "select.require_auc", proof()
+    if found is None:
+        raise ConfigError(key, bar, "no record has a label to hold the score against", ["label_key=", "null"])
+    if verdict(found) == "unknown" or found["scorers"][0]["low"] < bar:
+        reason = f"not reached by the lower bound for {found['scorer']}: {sentence(found)}; {advice(found)}"
+        raise ConfigError(key, bar, f"{reason}, or rerun with a lower bar; what was computed is reused")
 
 
 def verdict(proof: dict[str, Any]) -> str:
@@ -180,22 +185,8 @@ def verdict(proof: dict[str, Any]) -> str:
     return "proven" if all(lead["low"] > 0 for lead in proof["lead"]) else "length"
 
 
-def by_length(rule: BucketRule, scorer: str, proof: dict[str, Any] | None, domain: str) -> bool:
-    """Return whether a domain's records compete in length buckets."""
-    if rule is not BucketRule.auto:
-        return rule is BucketRule.length
-    found = proof["domains"].get(domain, {}).get("length") if proof is not None and proof["prompts"] else None
-    return scorer != _LEARNED or found is None or found["low"] <= _DIFFICULT
-
-
-def check_auc(proof: dict[str, Any] | None, bar: float) -> None:
-    """Raise `ConfigError` unless the lower bound of the score's AUC is at least `bar`."""
-    key = "select.require_auc"
-    if proof is None:
-        raise ConfigError(key, bar, "no record has a label to hold the score against", ["label_key=", "null"])
-    if verdict(proof) == "unknown" or proof["scorers"][0]["low"] < bar:
-        reason = f"not reached by the lower bound for {proof['scorer']}: {sentence(proof)}; {advice(proof)}"
-        raise ConfigError(key, bar, f"{reason}, or rerun with a lower bar; what was computed is reused")
+def apart(proof: dict[str, Any]) -> str:
+    return "hard from easy" if proof["prompts"] else "high labels from low ones"
 
 
 def sentence(proof: dict[str, Any]) -> str:
@@ -211,42 +202,36 @@ def sentence(proof: dict[str, Any]) -> str:
 
 def shortcoming(proof: dict[str, Any]) -> str | None:
     """Return in one line why the score is not proven and what to do; None if it is."""
-    found = verdict(proof)
-    if found == "proven":
-        return None
-    if found == "unknown":
-        return f"It is unknown whether the score tells {apart(proof)} here: {sentence(proof)}; {advice(proof)}."
-    why = ""
-    if found == "length":
-        lead = min(proof["lead"], key=lambda one: one["low"])
-        why = f" better than the {lead['over']} does (lead {_interval(lead, '+.2f')})"
+    match verdict(proof):
+        case "proven":
+            return None
+        case "unknown":
+            return f"It is unknown whether the score tells {apart(proof)} here: {sentence(proof)}; {advice(proof)}."
+        case "length":
+            lead = min(proof["lead"], key=lambda one: one["low"])
+            why = f" better than the {lead['over']} does (lead {_interval(lead, '+.2f')})"
+        case _:
+            why = ""
     return f"The score does not tell {apart(proof)} here{why}: {sentence(proof)}; {advice(proof)}."
 
 
-def apart(proof: dict[str, Any]) -> str:
-    return "hard from easy" if proof["prompts"] else "high labels from low ones"
-
-
 def advice(proof: dict[str, Any]) -> str:
-    """Say what to do about a score that is not proven."""
+    """Say what to do about a score that is not proven, and how many labels would do if the figures stayed: intervals
+    shrink with the square root of their number.
+    """
     if verdict(proof) == "unknown":
         return "a few hundred labels are needed"
-    if proof["scorer"] == _LEARNED:
-        return f"more labels may help (scorer.labels){_needed(proof)}"
-    learnt = f"let scorer.kind=learned learn from labels{_needed(proof)}"
-    is_learnable = proof["direction"] == Direction.learnable.name
-    return f"high scores mean learnable text, which is often easier; {learnt}" if is_learnable else learnt
-
-
-def _needed(proof: dict[str, Any]) -> str:
-    """Say how many labels would suffice if the figures stayed and intervals shrank with their square root."""
+    learn = "more labels may help (scorer.labels)"
+    if proof["scorer"] != _LEARNED:
+        learn = "let scorer.kind=learned learn from labels"
+        if proof["direction"] == Direction.learnable.name:
+            learn = f"high scores mean learnable text, which is often easier; {learn}"
     first, count = proof["scorers"][0], proof["labels"]["records"]
-    gaps = [(first["auc"] - 0.5, first["auc"] - first["low"])]
-    gaps += [(lead["auc"], lead["auc"] - lead["low"]) for lead in proof["lead"]]
-    if min(gap for gap, _ in gaps) <= 0:
-        return ""
-    wanted = count * max(half / gap for gap, half in gaps) ** 2
-    return f"; about {float(f'{wanted:.1g}'):,.0f} labels would show what {count:,} do not" if wanted < 1e6 else ""
+    gaps = [(one["auc"], one["auc"] - one["low"]) for one in proof["lead"]] + [
+        (first["auc"] - 0.5, first["auc"] - first["low"])
+    ]
+    wanted = count * max(half / gap if gap > 0 else np.inf for gap, half in gaps) ** 2
+    return learn if wanted > 1e6 else f"{learn}; about {float(f'{wanted:.1g}'):,.0f} labels would show it"
 
 
 def _interval(found: dict[str, Any], style: str = ".2f") -> str:

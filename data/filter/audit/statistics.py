@@ -21,9 +21,9 @@ import numpy as np
 from core.config import plain
 from core.errors import DataError
 from data.filter.audit.findings import warnings
-from data.filter.audit.proof import LABEL, by_length
+from data.filter.audit.proof import by_length
 from data.filter.audit.separation import rank_correlation, spearman
-from data.filter.audit.tally import OTHER, Floats, Tally, first_of_each, rounded
+from data.filter.audit.tally import LABEL, OTHER, Floats, Tally, first_of_each, rounded
 from data.filter.config import FilterRules
 from data.filter.input.records import Reason
 from data.filter.score.scorer import Scorer
@@ -137,14 +137,7 @@ class Audit:
             "length": _length_figures(sample, "scored_bytes") | {"picture": _score_by_length(sample)},
             "whole_length": _length_figures(sample, "bytes"),
             "agreement": _agreement(sample, self.scorer.name),
-            "buckets": {
-                "rule": self.rules.select.buckets.name,
-                "without_length": [
-                    name
-                    for name in domains
-                    if not by_length(self.rules.select.buckets, self.scorer.name, self.proof, name)
-                ],
-            },
+            "buckets": {"rule": self.rules.select.buckets.name, "without_length": self._without_length(list(domains))},
             "proof": self.proof and self.proof | {"kept": _kept_by_label(self._labelled)},
             "random": self._against_random(domains, competed, kept),
             "thresholds": self.thresholds,
@@ -155,6 +148,10 @@ class Audit:
             audit["pictures"] = {name: self._pictures[name] for name in ("records", "in", "kept")}
         self._check_sums(audit)
         return audit | {"warnings": warnings(audit)}
+
+    def _without_length(self, domains: list[str]) -> list[str]:
+        found = by_length(self.rules.select, self.scorer.name, lambda: self.proof, domains)
+        return [name for name, has_buckets in zip(domains, found, strict=True) if not has_buckets]
 
     def _check_sums(self, audit: dict[str, Any]) -> None:
         sizes = {"reasons": audit["reasons"].values(), "domains": [one["in"] for one in audit["domains"].values()]}

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-OTHER = "score:"
-"""Prefix of the columns with the scores of an ensemble's members and controls."""
+OTHER, LABEL = "score:", "label"
+"""Prefix of the columns with the scores of an ensemble's members and controls; column of labels."""
 
 
 class Tally:
