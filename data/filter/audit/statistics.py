@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from core.errors import DataError
 from data.filter.audit.findings import warnings
 from data.filter.audit.proof import by_length
 from data.filter.audit.separation import rank_correlation, spearman
-from data.filter.audit.tally import LABEL, OTHER, Floats, Tally, first_of_each, rounded
+from data.filter.audit.tally import LABEL, OTHER, Floats, first_of_each, rounded
 from data.filter.config import FilterRules
 from data.filter.input.records import Reason
 from data.filter.score.scorer import Scorer
@@ -35,6 +35,7 @@ COMPETED = (Reason.hard, Reason.revived, Reason.protected, Reason.easy, Reason.n
 """Reasons of records that passed the screen; `keep` is a fraction of these records."""
 
 _SAMPLE, _SIDE, _EXAMPLES, _CHARACTERS = 50_000, 10, 5, 300
+_SHOWN = {"id", "domain", "source", "reason", "detail", "tokens", "score", "threshold", "why", "text", "thumbnails"}
 _THUMBNAILS = 240
 """Number of small pictures in an audit, of a few kilobytes each."""
 _BINS, _LENGTH_BINS, _SCORE_BINS = 40, 28, 24
@@ -42,11 +43,13 @@ _LEVELS = 10  # distinct labels up to which each has its own kept fraction
 _FEW = 30  # records in a length bucket below which a correlation is meaningless
 _OUTER = 0.0005  # fraction of scores at either end that lies beyond the axes of the plots
 _AT_RANDOM = (("tie", "ascending"), ("id", "ascending"), ("source", "ascending"))
-_SIZES = {"documents": "sum", "tokens": "sum", "bytes": "sum"}
+_SIZES = ("documents", "tokens", "bytes")
+_COUNTED = {**dict.fromkeys((*_SIZES, "scored"), "sum"), "longest": "max", "least": "min", "most": "max"}
 _COLUMNS = {
-    **dict.fromkeys(("id", "domain", "source", "reason", "detail"), "string"),
+    **dict.fromkeys(("id", "domain", "source", "reason", "detail", "why"), "string"),
     **dict.fromkeys(("tokens", "bytes", "scored_bytes"), "int64"),
-    **{"score": "float64", "tie": "uint64", "bucket": "int32", "kept": "bool"},
+    **dict.fromkeys(("score", LABEL), "float64"),
+    **{"tie": "uint64", "bucket": "int32", "kept": "bool"},
 }
 
 TextOf = Callable[[str, int], str]
@@ -75,8 +78,7 @@ class Audit:
         self.proof = proof
         self.rules, self.scorer, self.thresholds, self.input = rules, scorer, thresholds, input
         self._read = {"documents": documents, "tokens": tokens}
-        spread = {"longest": "max", "least": "min", "most": "max", "scored": "sum"}
-        self._counts = Tally(["domain", "reason"], _SIZES | spread)
+        self._counts: list[Any] = []
         self._sample: Any = None
         self._labelled: Any = None
         self._edges: Any = None
@@ -85,7 +87,6 @@ class Audit:
 
     def add(self, shard: str, table: Any) -> None:
         """Add one shard of the selection, a `pyarrow.Table`. Raises `DataError` if the shard is inconsistent."""
-
         pairs = zip(table["reason"].to_pylist(), table["kept"].to_pylist(), strict=True)
         for reason, kept in sorted(set(pairs), key=str):
             if reason not in Reason.__members__ or Reason[reason].kept != kept:
@@ -93,17 +94,28 @@ class Audit:
         if "pictures" in table.column_names:
             self._count_pictures(table)
         table = _prepared(shard, table)
-        self._counts.add(table)
+        self._counts.append(_counted([table]))
         self._examples = _joined(self._examples, table, ["reason"], _AT_RANDOM, _EXAMPLES)
         competed = _with_reason(table, COMPETED)
         labelled = competed.filter(competed[LABEL].is_valid())
         self._sample = _joined(self._sample, competed, [], _AT_RANDOM, _SAMPLE)
         self._labelled = _joined(self._labelled, labelled, [], _AT_RANDOM, _SAMPLE)
         by_score = _with_reason(competed.filter(competed["score"].is_valid()), (Reason.hard, Reason.easy))
-        # closest to the threshold first: the lowest of the kept scores, the highest of the dropped
-        inward = np.where(np.asarray(by_score["kept"]), 1.0, -1.0) * np.asarray(by_score["score"])
-        groups, order = ["domain", "bucket", "kept"], (("inward", "ascending"), *_AT_RANDOM)
-        self._edges = _joined(self._edges, by_score.append_column("inward", [inward]), groups, order, _SIDE)
+        by_score = by_score.append_column("threshold", [self._thresholds(by_score)])
+        distance = np.abs(by_score["score"].to_numpy() - by_score["threshold"].to_numpy())
+        by_score = by_score.append_column("distance", [distance])
+        self._edges = _joined(
+            self._edges, by_score, ["domain", "kept"], (("distance", "ascending"), *_AT_RANDOM), _SIDE
+        )
+
+    def _thresholds(self, table: Any) -> Any:
+        """Return the lowest kept score of each record's bucket, NaN for a bucket of which nothing is kept."""
+        found = np.full(len(table), np.nan)
+        domain, bucket = np.asarray(table["domain"]), np.maximum(table["bucket"].to_numpy(), 0)
+        for name, given in self.thresholds.get("domains", {}).items():
+            mine = domain == name
+            found[mine] = np.array([one["score"] for one in given["buckets"]], np.float64)[bucket[mine]]
+        return found
 
     def _count_pictures(self, table: Any) -> None:
         from pyarrow import compute
@@ -118,7 +130,7 @@ class Audit:
 
         `thumbnails_of`: None without pictures.
         """
-        rows = self._counts.table().to_pylist()
+        rows = _counted(self._counts).sort_by([("domain", "ascending"), ("reason", "ascending")]).to_pylist()
         totals = _totals(rows)
         total, competed, kept = totals["in"], totals["competed"], totals["kept"]
         domains = {name: self._domain(found, total, kept) for name, found in _grouped(rows, "domain").items()}
@@ -163,16 +175,13 @@ class Audit:
     def _domain(self, rows: list[Row], total: dict[str, int], kept: dict[str, int]) -> dict[str, Any]:
         name, select = rows[0]["domain"], self.rules.select
         competed = [row for row in rows if Reason[row["reason"]] in COMPETED]
-        least = min((row["least"] for row in competed if row["least"] is not None), default=None)
-        most = max((row["most"] for row in competed if row["most"] is not None), default=None)
+        scores = {row[key] for row in competed for key in ("least", "most")} - {None}
         sizes = _totals(rows)
         return sizes | {
             "target": 1.0 if name in select.protect else select.domains.get(name, self.rules.keep),
             "longest": max((row["longest"] for row in competed), default=0),
             "scored": sum(row["scored"] for row in competed),
-            "least_score": rounded(least),
-            "most_score": rounded(most),
-            "constant": least is not None and least == most,
+            "constant": len(scores) == 1,
             "reasons": {reason: size for reason, size in _by_reason(rows).items() if size["documents"]},
             "share_before": _share(sizes["in"]["tokens"], total["tokens"]),
             "share_after": _share(sizes["kept"]["tokens"], kept["tokens"]),
@@ -202,40 +211,29 @@ class Audit:
         """Return samples on either side of the thresholds, and examples of every reason, with their texts. With
         pictures they have `thumbnails`, JPEGs in base64, at most `_THUMBNAILS` in all: examples first.
         """
-        samples = {name: self._beside_threshold(name) for name in shown}
+        names = {True: "kept", False: "dropped"}
+        edges = _grouped(self._edges.to_pylist(), "domain")
+        sides = {name: _grouped(edges.get(name, []), "kept") for name in shown}
+        samples = {name: {names[side]: found.get(side, []) for side in names} for name, found in sides.items()}
         examples = _grouped(self._examples.to_pylist(), "reason")
         examples = {reason.name: examples[reason.name] for reason in Reason if reason.name in examples}
-        lists = [rows for sides in samples.values() for rows in sides.values()] + list(examples.values())
-        # sorted by shard, so that each shard is read once
-        places = sorted({(row["shard"], row["row"]) for rows in lists for row in rows})
-        texts = {place: _beginning(text_of(*place)) for place in places}
-        pictures: dict[tuple[str, int], list[str]] = {}
-        if thumbnails_of is not None:
-            pictures = _encoded_thumbnails(
-                [(row["shard"], row["row"]) for r in lists[::-1] for row in r], thumbnails_of
-            )
-        for rows in lists:
-            places = [(row["shard"], row["row"]) for row in rows]
-            rows[:] = [_shown(row, texts[place], pictures.get(place)) for row, place in zip(rows, places, strict=True)]
+        rows = [row for found in examples.values() for row in found]
+        rows += [row for found in samples.values() for side in found.values() for row in side]
+        texts, thumbnails = {}, {}
+        for place in sorted({(row["shard"], row["row"]) for row in rows}):  # each shard is read once
+            texts[place] = text_of(*place)
+            thumbnails[place] = None if thumbnails_of is None else thumbnails_of(*place)
+        left = _THUMBNAILS
+        for row in rows:
+            place = row.pop("shard"), row.pop("row")
+            row["text"] = texts[place][:_CHARACTERS].encode("utf-8", "replace").decode()  # may hold lone surrogates
+            if (jpegs := thumbnails[place]) is not None:
+                row["thumbnails"] = [base64.b64encode(jpeg).decode() for jpeg in jpegs[:left]]
+                left -= len(jpegs[:left])
+            row |= {name: rounded(row[name]) for name in ("score", "threshold") if name in row}
+            for name in row.keys() - _SHOWN | ({"why"} if row["why"] is None else set()):
+                del row[name]
         return {"samples": samples, "examples": examples}
-
-    def _beside_threshold(self, domain: str) -> dict[str, list[Row]]:
-        """Return the records of a domain with scores closest to the threshold of their bucket, kept and dropped."""
-        from pyarrow import compute
-
-        rows = self._edges.filter(compute.equal(self._edges["domain"], domain)).to_pylist()
-        given = self.thresholds.get("domains", {}).get(domain, {}).get("buckets", [])
-        for bucket, found in _grouped(rows, "bucket").items():
-            place = max(bucket, 0)
-            threshold = given[place]["score"] if place < len(given) else None
-            if threshold is None:  # unknown: use the lowest kept score
-                threshold = min((row["score"] for row in found if row["kept"]), default=None)
-            for row in found:
-                row["threshold"] = threshold
-                row["distance"] = np.inf if threshold is None else abs(row["score"] - threshold)
-        rows.sort(key=lambda row: (row["distance"], row["tie"], row["id"], row["source"]))
-        sides = {"kept": True, "dropped": False}
-        return {side: [row for row in rows if row["kept"] == kept][:_SIDE] for side, kept in sides.items()}
 
 
 def _prepared(shard: str, table: Any) -> Any:
@@ -243,19 +241,15 @@ def _prepared(shard: str, table: Any) -> Any:
     import pyarrow
     from pyarrow import compute
 
-    others = [name for name in table.column_names if name.startswith(OTHER)]
-    types = {name: pyarrow.type_for_alias(kind) for name, kind in _COLUMNS.items()}
-    why = {"why": pyarrow.string()} if "why" in table.column_names else {}  # why there is no score
-    label = {LABEL: pyarrow.float64()} if LABEL in table.column_names else {}
-    fields = types | {name: pyarrow.float64() for name in others} | why | label
-    table = table.select(list(fields)).cast(pyarrow.schema(list(fields.items())))
-    columns = {name: table[name] for name in fields}
-    for name in ("id", "domain", "source"):  # may be null for an unreadable record
-        columns[name] = compute.fill_null(columns[name], "")
-    columns[LABEL] = table[LABEL] if LABEL in table.column_names else pyarrow.nulls(len(table), pyarrow.float64())
-    for name in ("score", LABEL, *others):
-        values = columns[name].to_numpy(zero_copy_only=False)
-        columns[name] = pyarrow.array(values, mask=~np.isfinite(values))
+    columns = {}
+    others = dict.fromkeys((name for name in table.column_names if name.startswith(OTHER)), "float64")
+    for name, kind in (_COLUMNS | others).items():
+        column = (table[name] if name in table.column_names else pyarrow.nulls(len(table))).cast(kind)
+        if kind == "float64":
+            values = column.to_numpy(zero_copy_only=False)
+            column = pyarrow.array(values, mask=~np.isfinite(values))
+        # may be null for an unreadable record
+        columns[name] = compute.fill_null(column, "") if name in ("id", "domain", "source") else column
     derived = {
         "documents": np.ones(len(table), np.int64),
         "scored": columns["score"].is_valid().cast("int64"),
@@ -266,6 +260,16 @@ def _prepared(shard: str, table: Any) -> Any:
         "row": np.arange(len(table)),
     }
     return pyarrow.table(columns | derived)
+
+
+def _counted(tables: list[Any]) -> Any:
+    """Sum the sizes of records by domain and reason. Tables may hold records or such sums."""
+    import pyarrow
+
+    found = pyarrow.concat_tables(tables, promote_options="default").group_by(["domain", "reason"])
+    return found.aggregate(list(_COUNTED.items())).rename_columns(
+        {f"{name}_{how}": name for name, how in _COUNTED.items()}
+    )
 
 
 def _joined(before: Any, table: Any, groups: list[str], order: Any, count: int) -> Any:
@@ -427,29 +431,3 @@ def _agreement(sample: Any, name: str) -> list[dict[str, Any]]:
         correlation = rounded(spearman(scores[first][both], scores[second][both]))
         found.append({"scorers": [first, second], "records": int(both.sum()), "correlation": correlation})
     return found
-
-
-def _beginning(text: str) -> str:
-    """Return the first characters, with lone surrogates replaced, since these cannot be written to a file."""
-    return text[:_CHARACTERS].encode("utf-8", "replace").decode()
-
-
-def _encoded_thumbnails(
-    places: Sequence[tuple[str, int]], thumbnails_of: ThumbnailsOf
-) -> dict[tuple[str, int], list[str]]:
-    """Return the thumbnails of records in base64, in this order until `_THUMBNAILS` are found."""
-    jpegs = {place: thumbnails_of(*place) for place in sorted(set(places))}  # each shard is read once
-    found: dict[tuple[str, int], list[str]] = {}
-    left = _THUMBNAILS
-    for place in dict.fromkeys(places):
-        found[place] = [base64.b64encode(jpeg).decode() for jpeg in jpegs[place][:left]]
-        left -= len(found[place])
-    return found
-
-
-def _shown(row: Row, text: str, thumbnails: list[str] | None) -> Row:
-    names = ("id", "domain", "source", "reason", "detail", "tokens")
-    numbers = {name: rounded(row[name]) for name in ("score", "threshold") if name in row}
-    why = {} if row.get("why") is None else {"why": row["why"]}
-    pictures = {} if thumbnails is None else {"thumbnails": thumbnails}
-    return {name: row[name] for name in names} | numbers | why | {"text": text} | pictures

@@ -191,12 +191,13 @@ def test_both_lengths_of_pairs_are_checked_in_both_directions(column, sign):
 def test_samples_are_closest_to_the_threshold_and_texts_cut():
     score = np.arange(100.0)
     table = decisions(score, np.where(score >= 60, "hard", "easy"))
-    audit = audited(table.slice(50), table.slice(0, 50), text="x" * 999)
+    given = {"domains": {"web": {"buckets": [{"score": 60.0}]}}}
+    audit = audited(table.slice(50), table.slice(0, 50), text="x" * 999, thresholds=given)
     sides = audit["samples"]["web"]
     assert [row["score"] for row in sides["kept"]] == list(range(60, 70))
     assert [row["score"] for row in sides["dropped"]] == list(range(59, 49, -1))
     assert {row["threshold"] for row in sides["kept"]} == {60} and len(sides["kept"][0]["text"]) == 300
-    given = {"domains": {"web": {"buckets": [{"score": 59.5}]}}}
+    given["domains"]["web"]["buckets"][0]["score"] = 59.5
     assert audited(table, thresholds=given)["samples"]["web"]["dropped"][0]["threshold"] == 59.5
     assert {reason: len(rows) for reason, rows in audit["examples"].items()} == {"hard": 5, "easy": 5}
 
