@@ -100,7 +100,7 @@ def labels(audit: dict[str, Any]) -> Iterator[str]:
     if found["contradictory"]:
         yield f"{_records(found['contradictory'])} with equal texts have different labels."
     if _alike(found["length"]):
-        yield f"Labels follow the length of the answer (rank correlation {found['length']:+.2f})."
+        yield f"Labels follow the length of the scored text (rank correlation {found['length']:+.2f})."
 
 
 def off_target(audit: dict[str, Any]) -> Iterator[str]:

@@ -193,7 +193,7 @@ BAD_LABELS: dict[str, dict[str, Any]] = {
     "are equal": {"labels": np.full(240, 3.0)},
     "No record is labelled in number theory": {"labels": np.where(np.arange(240) % 2 == 0, LABELS, np.nan)},
     "2 records with equal texts have different labels": {"rows": [*rows()[:239], {**rows()[0], "level": 9.0}]},
-    "follow the length of the answer": {"labels": np.array([float(len(answer)) for answer in ANSWERS])},
+    "follow the length of the scored text": {"labels": np.array([float(len(answer)) for answer in ANSWERS])},
 }
 
 
