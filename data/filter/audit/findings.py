@@ -39,7 +39,7 @@ def conclusion(audit: dict[str, Any]) -> Iterator[str]:
     """
     if (proof := audit["proof"]) is None:
         name, lengths = audit["scorer"]["name"], (audit["length"], audit["whole_length"])
-        if name not in _UNGRADED and any(lengths[1][key] != lengths[0][key] for key in lengths[1]):
+        if name not in _UNGRADED and lengths[0] != lengths[1]:
             yield f"Nothing shows that {name} tells hard from easy: give labels (label_key=) or try scorer.kind=learned"
         return
     if verdict(proof) == "proven":
@@ -122,7 +122,7 @@ def length(audit: dict[str, Any]) -> Iterator[str]:
     """Warn if scores correlate with the length of the scored part, or of the whole record if the two lengths differ."""
     scored, whole = audit["length"], audit["whole_length"]
     yield from _length_of("length", scored)
-    if any(whole[key] != scored[key] for key in whole):
+    if whole != scored:
         yield from _length_of("the length of prompt and answer", whole)
 
 
@@ -132,14 +132,13 @@ def _length_of(what: str, length: dict[str, Any]) -> Iterator[str]:
         groups |= {named(name): domain for name, domain in length["domains"].items()}
     overall = {name: group["overall"] for name, group in groups.items() if group["records"] >= _ENOUGH}
     alike = [f"{name} {value:+.2f}" for name, value in overall.items() if _alike(value)]
-    if alike:
-        text = f"Score and {what} are correlated (rank correlation: {_list(alike)})"
-        if inside is None:
-            yield f"{text}; the filter may select by length: raise select.length_buckets."
-        elif _alike(inside):
-            yield f"{text}, even inside the length buckets ({inside:+.2f}): the filter selects by length."
-        else:
-            yield f"{text}; records compete inside length buckets, where it is {inside:+.2f}."
+    text = f"Score and {what} are correlated (rank correlation: {_list(alike)})"
+    if alike and inside is None:
+        yield f"{text}; the filter may select by length: raise select.length_buckets."
+    elif alike and _alike(inside):
+        yield f"{text}, even inside the length buckets ({inside:+.2f}): the filter selects by length."
+    elif alike:
+        yield f"{text}; records compete inside length buckets, where it is {inside:+.2f}."
     elif _alike(inside):
         yield f"Inside the length buckets score and {what} are correlated (rank correlation {inside:+.2f})."
 

@@ -34,12 +34,12 @@ def audit_page(
     reasons = [(Reason[name], size, _ratio(size["tokens"], whole["tokens"])) for name, size in audit["reasons"].items()]
     reasons = [(reason, size, share) for reason, size, share in reasons if size["documents"]]
     by_size = sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))
-    captions = {"scores": "Scores of the records that passed the gates", "length": "Score against length"}
+    captions = {"scores": "Scores of the records that passed the gates", "length": "Kept fraction by length"}
     captions["proof"] = "Scores against labels, and the kept fraction by label"
     captions |= {f"scores_{place}": named(name) for place, name in enumerate(audit["scores"]["domains"])}
 
     def shown(name: str) -> tuple[str, bool, str, str]:
-        return captions[name], name in ("scores", "length", "proof"), data_url(light[name]), data_url(dark[name])
+        return captions[name], name in ("scores", "proof"), data_url(light[name]), data_url(dark[name])
 
     template, style = _template()
     body = template.render(

@@ -13,8 +13,18 @@ from typing import Any
 import numpy as np
 
 from core.errors import ConfigError
-from data.filter.audit.separation import Buckets, Estimate, Numbers, auc, length_buckets, rank_correlation
-from data.filter.audit.tally import LABEL, OTHER, first_of_each, rounded
+from data.filter.audit.separation import (
+    LABEL,
+    OTHER,
+    Buckets,
+    Estimate,
+    Numbers,
+    auc,
+    first_of_each,
+    length_buckets,
+    rank_correlation,
+    rounded,
+)
 from data.filter.config import BucketRule, SelectConfig
 from data.filter.score.scorer import Direction, Scorer
 from data.filter.store import StageStore

@@ -8,8 +8,9 @@ Shapes: N records, n records of a bucket, R resamples; the first row is the samp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 Numbers = NDArray[np.float64]
 Buckets = NDArray[np.int64]
 _WEIGHTS_AT_ONCE = 1 << 20
+
+OTHER, LABEL = "score:", "label"
+"""Prefix of the columns with the scores of an ensemble's members and controls; column of labels."""
 
 
 @dataclass(frozen=True)
@@ -129,3 +133,28 @@ def _below(values: Numbers, weights: Numbers) -> Numbers:
         unknown = total - equal.sum(1, keepdims=True)
         found[:, known] = (np.cumsum(equal, axis=1) - equal / 2 + unknown / 2)[:, place]
     return found
+
+
+def first_of_each(table: Any, groups: Sequence[str], order: Sequence[tuple[str, str]], count: int) -> Any:
+    """Return the first `count` rows of every group. `order`: columns to sort by, each with "ascending" or "descending".
+    The result is sorted by group; without `groups` all rows are one group.
+    """
+    import pyarrow
+    from pyarrow import compute
+
+    rows = table.num_rows
+    table = table.sort_by([*((name, "ascending") for name in groups), *order])
+    if not groups or not rows:
+        return table.slice(0, count)
+    begins = np.zeros(rows, bool)
+    begins[0] = True
+    for name in groups:
+        column = table[name]
+        begins[1:] |= np.asarray(compute.not_equal(column.slice(1), column.slice(0, rows - 1)))
+    place = np.arange(rows)
+    return table.filter(pyarrow.array(place - np.maximum.accumulate(np.where(begins, place, 0)) < count))
+
+
+def rounded(value: float | None) -> float | None:
+    """Round to six significant digits, which do not depend on the order of summation. None for NaN and infinity."""
+    return None if value is None or not np.isfinite(value) else float(f"{value:.6g}")

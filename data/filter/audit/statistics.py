@@ -22,8 +22,7 @@ from core.config import plain
 from core.errors import DataError
 from data.filter.audit.findings import warnings
 from data.filter.audit.proof import by_length
-from data.filter.audit.separation import rank_correlation, spearman
-from data.filter.audit.tally import LABEL, OTHER, Floats, first_of_each, rounded
+from data.filter.audit.separation import LABEL, OTHER, Numbers, first_of_each, rank_correlation, rounded, spearman
 from data.filter.config import FilterRules
 from data.filter.input.records import Reason
 from data.filter.score.scorer import Scorer
@@ -38,7 +37,7 @@ _SAMPLE, _SIDE, _EXAMPLES, _CHARACTERS = 50_000, 10, 5, 300
 _SHOWN = {"id", "domain", "source", "reason", "detail", "tokens", "score", "threshold", "why", "text", "thumbnails"}
 _THUMBNAILS = 240
 """Number of small pictures in an audit, of a few kilobytes each."""
-_BINS, _LENGTH_BINS, _SCORE_BINS = 40, 28, 24
+_BINS = 40
 _LEVELS = 10  # distinct labels up to which each has its own kept fraction
 _FEW = 30  # records in a length bucket below which a correlation is meaningless
 _OUTER = 0.0005  # fraction of scores at either end that lies beyond the axes of the plots
@@ -146,7 +145,7 @@ class Audit:
             "reasons": _by_reason(rows),
             "domains": domains,
             "scores": _histograms(sample, shown),
-            "length": _length_figures(sample, "scored_bytes") | {"picture": _score_by_length(sample)},
+            "length": _length_figures(sample, "scored_bytes"),
             "whole_length": _length_figures(sample, "bytes"),
             "agreement": _agreement(sample, self.scorer.name),
             "buckets": {"rule": self.rules.select.buckets.name, "without_length": self._without_length(list(domains))},
@@ -317,10 +316,11 @@ def _histograms(sample: Any, shown: list[str]) -> dict[str, Any]:
     if not len(sample):
         return {"edges": [], "overall": None, "domains": {}}
     score, domain, kept = (np.asarray(sample[name]) for name in ("score", "domain", "kept"))
-    edges = _score_edges(score, _BINS)
+    edges = _score_edges(score)
+    inner = np.clip(score, edges[0], edges[-1])  # those beyond count in the outermost bins
 
     def histogram(mine: Any) -> dict[str, Any]:
-        documents, stay = (np.histogram(_within(score[rows], edges), edges)[0].tolist() for rows in (mine, mine & kept))
+        documents, stay = (np.histogram(inner[rows], edges)[0].tolist() for rows in (mine, mine & kept))
         return {"documents": documents, "kept": stay, "median": rounded(_quantile(score[mine], 0.5))}
 
     return {
@@ -330,21 +330,16 @@ def _histograms(sample: Any, shown: list[str]) -> dict[str, Any]:
     }
 
 
-def _quantile(values: Floats, share: Any) -> Any:
+def _quantile(values: Numbers, share: Any) -> Any:
     return np.quantile(values, share, method="inverted_cdf")
 
 
-def _within(values: Floats, edges: Floats) -> Floats:
-    """Move values beyond the edges to the outermost bins."""
-    return np.clip(values, edges[0], edges[-1])
-
-
-def _score_edges(values: Floats, bins: int) -> Floats:
+def _score_edges(values: Numbers) -> Numbers:
     low, high = _quantile(values, [_OUTER, 1 - _OUTER])
     if high <= low:
         margin = max(0.5, abs(low) * 0.01)
         low, high = low - margin, high + margin
-    return np.linspace(low, high, bins + 1)
+    return np.linspace(low, high, _BINS + 1)
 
 
 def _length_quarters(sample: Any, unit: str) -> list[Row]:
@@ -393,29 +388,6 @@ def _length_figures(sample: Any, column: str) -> dict[str, Any]:
 
     domains = {str(name): figures(domain == number) for number, name in enumerate(names)}
     return figures(np.ones(len(score), bool)) | {"domains": domains}
-
-
-def _score_by_length(sample: Any) -> dict[str, Any] | None:
-    """Count the records of the sample, and those of them that were kept, in a grid: a row per interval of scores, a
-    column per interval of lengths. The intervals of lengths are equal on a logarithmic scale.
-    """
-    if not len(sample):
-        return None
-    score, length = sample["score"].to_numpy(), sample["scored_bytes"].to_numpy()
-    score_edges, size = _score_edges(score, _SCORE_BINS), np.log2(np.maximum(length, 1))
-    low, high = np.floor(size.min()), np.ceil(size.max())
-    size_edges = np.linspace(low, max(high, low + 1), _LENGTH_BINS + 1)
-    score = _within(score, score_edges)
-
-    def grid(mask: Any) -> Any:
-        return np.histogram2d(score[mask], size[mask], [score_edges, size_edges])[0].astype(int).tolist()
-
-    return {
-        "score_edges": [rounded(float(edge)) for edge in score_edges],
-        "bytes_edges": [rounded(float(2**edge)) for edge in size_edges],
-        "documents": grid(np.ones(len(score), bool)),
-        "kept": grid(np.asarray(sample["kept"])),
-    }
 
 
 def _agreement(sample: Any, name: str) -> list[dict[str, Any]]:
