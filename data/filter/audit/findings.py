@@ -84,8 +84,8 @@ def constant_scores(audit: dict[str, Any]) -> Iterator[str]:
 
 
 def not_proven(audit: dict[str, Any]) -> Iterator[str]:
-    if audit["proof"] is not None and (why := shortcoming(audit["proof"])) is not None:
-        yield why
+    if audit["proof"] is not None:
+        yield from shortcoming(audit["proof"])
 
 
 def labels(audit: dict[str, Any]) -> Iterator[str]:

@@ -30,9 +30,7 @@ _FLUSHED_BYTES = 1 << 26
 
 
 def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> dict[str, Any]:
-    """Write audit.json and audit.html, and return the statistics. `what`: name of the input, for people. `command`: the
-    command that repeats the filter, shown on the page.
-    """
+    """Write audit.json and audit.html, and return the statistics. `what` names the input and `command` repeats it."""
     audit = audit_of(done, what)
     write_audit(audit, directory, command)
     return audit
@@ -56,8 +54,7 @@ def keep_audit(source: Path, directory: Path, *others: str) -> None:
 
 def audit_of(done: Filter, what: str) -> dict[str, Any]:
     """Compute the statistics. Raises `DataError` if the numbers of records read and of records decided differ."""
-    thresholds = done.decided.read_json(THRESHOLDS)
-    documents = sum(done.records.shards.values())
+    thresholds, documents = done.decided.read_json(THRESHOLDS), sum(done.records.shards.values())
     audit = Audit(done.rules, done.job.scorer, thresholds, what, documents, done.tokens, done.proof)
     for shard, table in _tables(done):
         audit.add(shard, table.rename_columns({"length": "bytes"}))
@@ -65,10 +62,9 @@ def audit_of(done: Filter, what: str) -> dict[str, Any]:
 
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
-    """Yield the name of each shard and its table, with the columns id, source, domain, score, length (bytes of text),
-    scored_bytes (bytes of the answer, or of a whole plain document), tokens, tie, kept, reason, bucket, detail, why
-    (reason for a missing score), "score:NAME" for every member and control of an ensemble, and, if records have
-    them, `LABEL` and `PICTURES`.
+    """Yield the name of each shard and its table: id, source, domain, score, length (bytes of text), scored_bytes (of
+    the answer, or of a plain document), tokens, tie, kept, reason, bucket, detail, why (there is no score), "score:NAME"
+    of every other scorer, and, if records have them, `LABEL` and `PICTURES`.
     """
     import pyarrow
 

@@ -34,8 +34,7 @@ def audit_page(
     reasons = [(Reason[name], size, _ratio(size["tokens"], whole["tokens"])) for name, size in audit["reasons"].items()]
     reasons = [(reason, size, share) for reason, size, share in reasons if size["documents"]]
     by_size = sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))
-    captions = {"scores": "Scores of the records that passed the gates", "length": "Kept fraction by length"}
-    captions["proof"] = "Scores against labels, and the kept fraction by label"
+    captions = {"scores": "Scores of the records that passed the gates", "proof": "AUC, and kept fraction by label"}
     captions |= {f"scores_{place}": named(name) for place, name in enumerate(audit["scores"]["domains"])}
 
     def shown(name: str) -> tuple[str, bool, str, str]:
@@ -52,16 +51,13 @@ def audit_page(
             ("tokens dropped by score", competed["tokens"] - kept["tokens"], whole["tokens"]),
             ("tokens dropped before scoring", whole["tokens"] - competed["tokens"], whole["tokens"]),
         ],
-        total=whole,
         reasons=reasons,
         largest_reason=max((share or 0 for *_, share in reasons), default=0) or 1,
         unit=audit["rules"]["unit"],
         domains=[(name, domains[name], thresholds(audit, name)) for name in by_size[:_ROWS]],
         more_domains=len(domains) - _ROWS,
         largest_domain=max((one[key] or 0 for one in domains.values() for key in _SHARES), default=0) or 1,
-        pictures=[shown(name) for name in sorted(light, key=lambda name: name == "length") if name != "proof"],
-        proof=audit["proof"],
-        proof_picture=shown("proof") if "proof" in light else None,
+        pictures={name: shown(name) for name in light},
         random=audit["random"],
         groups=_groups(audit["random"], by_size),
         samples=[(name, sides) for name, sides in audit["samples"].items() if any(sides.values())],
@@ -75,8 +71,8 @@ def audit_page(
 
 def _groups(random: dict[str, Any], by_size: list[str]) -> list[tuple[str, float | None]]:
     """Return a label and the kept fraction for each of the largest domains and each quarter of records by length."""
-    largest = [name for name in by_size if name in random["domains"]][:_ROWS]
-    groups = [(named(name), random["domains"][name]) for name in largest] if len(largest) > 1 else []
+    groups = [(named(name), random["domains"][name]) for name in by_size if name in random["domains"]]
+    groups = groups[:_ROWS] if len(groups) > 1 else []
     return groups + [(f"{q['from_bytes']:,} to {q['to_bytes']:,} scored bytes", q["kept"]) for q in random["lengths"]]
 
 

@@ -1,4 +1,4 @@
-"""Draw the plots of an audit as PNG: histograms of scores, kept fractions by length and label, and AUCs.
+"""Draw the plots of an audit as PNG: histograms of scores, and scores against labels.
 
 The background is transparent, and the colour of text and axes suits a light or a dark page. Kept records are blue and
 dropped records orange (Okabe and Ito's palette: distinct in brightness and with any colour vision). No name from the
@@ -23,7 +23,7 @@ _WIDE_INCHES, _NARROW_INCHES = (9.6, 3.4), (5.6, 2.7)
 
 def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
     """Return PNG files by name: `scores` (histogram of all records), `scores_N` (histogram of the N-th shown domain,
-    only with several domains), `length` (kept fraction by length) and `proof` (scores against labels).
+    only with several domains) and `proof` (scores against labels).
     """
     ink, scores = (_DARK if dark else _LIGHT), audit["scores"]
     edges, domains = scores["edges"], scores["domains"]
@@ -35,9 +35,6 @@ def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
         for place, (name, histogram) in enumerate(domains.items() if len(domains) > 1 else ()):
             drawing = partial(_histogram, histogram, edges, thresholds(audit, name), "score")
             pictures[f"scores_{place}"] = picture(_NARROW_INCHES, drawing, ink)
-    if quarters := audit["random"]["lengths"]:
-        parts = [{**one, "from": one["from_bytes"], "to": one["to_bytes"]} for one in quarters]
-        pictures["length"] = picture(_NARROW_INCHES, partial(_kept, parts, "scored bytes (records)"), ink)
     if audit["proof"]:
         pictures["proof"] = picture(_WIDE_INCHES, partial(_against_labels, audit["proof"]), ink, panels=2)
     return pictures
@@ -82,22 +79,11 @@ def _histogram(histogram: dict[str, Any], edges: list[float], limits: list[float
     axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1.01), borderaxespad=0.2)
 
 
-def _kept(parts: list[dict[str, Any]], label: str, axes: Any) -> None:
-    """Draw the kept fraction of each part."""
-    from matplotlib.ticker import PercentFormatter
-
-    axes.bar(range(len(parts)), [one["kept"] or 0 for one in parts], color=KEPT)
-    names = [f"{one['from']:g}" + (f" to {one['to']:g}" if one["to"] > one["from"] else "") for one in parts]
-    ticks = [f"{name}\n({one['documents']:,})" for name, one in zip(names, parts, strict=True)]
-    axes.set_xticks(range(len(parts)), ticks)
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set(xlabel=label, ylabel="fraction kept")
-
-
 def _against_labels(proof: dict[str, Any], panels: Any) -> None:
     """Draw the AUC of each scorer with its interval, and the kept fraction by label."""
-    areas, kept = panels
+    from matplotlib.ticker import PercentFormatter
+
+    areas, bars = panels
     for place, one in enumerate(proof["scorers"]):
         ends = [[one["auc"] - one["low"]], [one["high"] - one["auc"]]]
         areas.errorbar([one["auc"]], [place], xerr=ends, fmt="o", markersize=5, color=DROPPED if place else KEPT)
@@ -108,4 +94,9 @@ def _against_labels(proof: dict[str, Any], panels: Any) -> None:
         label.set_parse_math(False)
     areas.invert_yaxis()
     areas.set_xlabel("AUC inside domain and length buckets")
-    _kept(proof["kept"], "label (records)", kept)
+    spans = [f"{one['from']:g}" + (f" to {one['to']:g}" if one["to"] > one["from"] else "") for one in proof["kept"]]
+    bars.bar(range(len(spans)), [one["kept"] or 0 for one in proof["kept"]], color=KEPT)
+    ticks = [f"{span}\n({one['documents']:,})" for span, one in zip(spans, proof["kept"], strict=True)]
+    bars.set_xticks(range(len(spans)), ticks)
+    bars.yaxis.set_major_formatter(PercentFormatter(1))
+    bars.set(xlabel="label (records)", ylabel="fraction kept", ylim=(0, 1))

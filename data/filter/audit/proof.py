@@ -7,7 +7,7 @@ probability that of a hard and an easy record of one domain and similar length t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -210,19 +210,17 @@ def sentence(proof: dict[str, Any]) -> str:
     return f"AUC {_interval(first)} and {ranks} inside domain and length buckets of {labels} ({others})"
 
 
-def shortcoming(proof: dict[str, Any]) -> str | None:
-    """Return in one line why the score is not proven and what to do; None if it is."""
-    match verdict(proof):
-        case "proven":
-            return None
-        case "unknown":
-            return f"It is unknown whether the score tells {apart(proof)} here: {sentence(proof)}; {advice(proof)}."
-        case "length":
-            lead = min(proof["lead"], key=lambda one: one["low"])
-            why = f" better than the {lead['over']} does (lead {_interval(lead, '+.2f')})"
-        case _:
-            why = ""
-    return f"The score does not tell {apart(proof)} here{why}: {sentence(proof)}; {advice(proof)}."
+def shortcoming(proof: dict[str, Any]) -> Iterator[str]:
+    """Yield, in one line, why the score is not proven and what to do; nothing if it is."""
+    found, but = verdict(proof), "The score does not tell"
+    if found == "unknown":
+        but = "It is unknown whether the score tells"
+    lead = min(proof["lead"], key=lambda one: one["low"], default=None)
+    than = (
+        f" better than the {lead['over']} does (lead {_interval(lead, '+.2f')})" if found == "length" and lead else ""
+    )
+    if found != "proven":
+        yield f"{but} {apart(proof)} here{than}: {sentence(proof)}; {advice(proof)}."
 
 
 def advice(proof: dict[str, Any]) -> str:

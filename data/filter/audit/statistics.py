@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -43,7 +42,8 @@ _FEW = 30  # records in a length bucket below which a correlation is meaningless
 _OUTER = 0.0005  # fraction of scores at either end that lies beyond the axes of the plots
 _AT_RANDOM = (("tie", "ascending"), ("id", "ascending"), ("source", "ascending"))
 _SIZES = ("documents", "tokens", "bytes")
-_COUNTED = {**dict.fromkeys((*_SIZES, "scored"), "sum"), "longest": "max", "least": "min", "most": "max"}
+_SUMMED = (*_SIZES, "scored", "pictures", "pictured")
+_COUNTED = {**dict.fromkeys(_SUMMED, "sum"), "longest": "max", "least": "min", "most": "max"}
 _COLUMNS = {
     **dict.fromkeys(("id", "domain", "source", "reason", "detail", "why"), "string"),
     **dict.fromkeys(("tokens", "bytes", "scored_bytes"), "int64"),
@@ -82,7 +82,6 @@ class Audit:
         self._labelled: Any = None
         self._edges: Any = None
         self._examples: Any = None
-        self._pictures: Counter[str] = Counter()
 
     def add(self, shard: str, table: Any) -> None:
         """Add one shard of the selection, a `pyarrow.Table`. Raises `DataError` if the shard is inconsistent."""
@@ -90,8 +89,6 @@ class Audit:
         for reason, kept in sorted(set(pairs), key=str):
             if reason not in Reason.__members__ or Reason[reason].kept != kept:
                 raise DataError(f"audit: {shard} has a record with reason={reason} and kept={kept}")
-        if "pictures" in table.column_names:
-            self._count_pictures(table)
         table = _prepared(shard, table)
         self._counts.append(_counted([table]))
         self._examples = _joined(self._examples, table, ["reason"], _AT_RANDOM, _EXAMPLES)
@@ -115,14 +112,6 @@ class Audit:
             mine = domain == name
             found[mine] = np.array([one["score"] for one in given["buckets"]], np.float64)[bucket[mine]]
         return found
-
-    def _count_pictures(self, table: Any) -> None:
-        from pyarrow import compute
-
-        counts = compute.list_value_length(table["pictures"]).to_numpy()
-        self._pictures["records"] += int((counts > 0).sum())
-        self._pictures["in"] += int(counts.sum())
-        self._pictures["kept"] += int(counts[np.asarray(table["kept"])].sum())
 
     def finish(self, text_of: TextOf, thumbnails_of: ThumbnailsOf | None = None) -> dict[str, Any]:
         """Return the statistics, ready for JSON. Raises `DataError` if they do not add up to the input.
@@ -156,7 +145,11 @@ class Audit:
             **self._records(shown, text_of, thumbnails_of),
         }
         if thumbnails_of is not None:
-            audit["pictures"] = {name: self._pictures[name] for name in ("records", "in", "kept")}
+            of_kept = (row["pictures"] for row in rows if Reason[row["reason"]].kept)
+            of_all = {
+                name: sum(row[key] for row in rows) for name, key in (("records", "pictured"), ("in", "pictures"))
+            }
+            audit["pictures"] = of_all | {"kept": sum(of_kept)}
         self._check_sums(audit)
         return audit | {"warnings": warnings(audit)}
 
@@ -249,7 +242,12 @@ def _prepared(shard: str, table: Any) -> Any:
             column = pyarrow.array(values, mask=~np.isfinite(values))
         # may be null for an unreadable record
         columns[name] = compute.fill_null(column, "") if name in ("id", "domain", "source") else column
+    pictures = np.zeros(len(table), np.int64)
+    if "pictures" in table.column_names:
+        pictures = compute.list_value_length(table["pictures"]).to_numpy().astype(np.int64)
     derived = {
+        "pictures": pictures,
+        "pictured": (pictures > 0).astype(np.int64),
         "documents": np.ones(len(table), np.int64),
         "scored": columns["score"].is_valid().cast("int64"),
         "least": columns["score"],

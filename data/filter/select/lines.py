@@ -42,6 +42,8 @@ def check_rules(rules: FilterRules) -> None:
     if rules.select.floor:
         reason = "cannot be applied to a stream, whose number of records is unknown"
         raise ConfigError("select.floor", rules.select.floor, reason, [0])
+    if (bar := rules.select.require_auc) is not None:
+        raise ConfigError("select.require_auc", bar, "cannot be checked on a stream, which has no audit", ["null"])
 
 
 @dataclass

@@ -287,7 +287,7 @@ def test_the_page_has_commands_and_is_self_contained(tmp_path, monkeypatch):
 def test_pictures_have_two_inks():
     audit = audited(halved(60, domain=["web", "code"] * 30))
     light, dark = draw(audit), draw(audit, dark=True)
-    assert list(light) == list(dark) == ["scores", "scores_0", "scores_1", "length"]
+    assert list(light) == list(dark) == ["scores", "scores_0", "scores_1"]
     for name, content in light.items():
         pixels = imread(io.BytesIO(content))
         assert pixels.shape[2] == 4 and pixels[0, 0, 3] == 0, "the background is transparent"
