@@ -21,7 +21,10 @@ _ROWS = 40
 _SHARES = ("share_before", "share_after")
 _MEANING = {
     "hard": "A high score means hard; low scores are dropped.",
+    "improbable": "A high score means improbable to a model, which need not mean hard; low scores are dropped.",
     "learnable": "A high score means learnable and not yet learnt; low scores are dropped.",
+    "control": "The scorer is a control: a high score means nothing; low scores are dropped.",
+    "mixed": "The members of the ensemble mean different things by a high score; low scores are dropped.",
 }
 
 

@@ -26,7 +26,7 @@ class LossScorer(Scorer):
     """
 
     name = "loss"
-    direction = Direction.hard
+    direction = Direction.improbable
 
     def __init__(self, losses: TokenLosses, fingerprint: str, window: int | None = None) -> None:
         self.losses, self.window = losses, window
@@ -93,7 +93,7 @@ class DifficultyOfFollowing(Scorer):
 
     name = "ifd"
     measures = "loss of the answer given its prompt over its loss alone (a ratio; above 1 the prompt does not help)"
-    direction = Direction.hard
+    direction = Direction.improbable
 
     def __init__(self, losses: TokenLosses, fingerprint: str) -> None:
         self.losses = losses

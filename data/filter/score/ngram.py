@@ -50,7 +50,7 @@ class NgramScorer(Scorer):
     cannot rank such answers by difficulty (docs/filter_difficulty.png).
     """
 
-    direction = Direction.hard
+    direction = Direction.improbable
 
     def __init__(self, order: int = 5, window: int | None = None, sample_bytes: int = _SAMPLE_BYTES) -> None:
         if not 1 <= order <= MAX_ORDER:

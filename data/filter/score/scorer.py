@@ -20,8 +20,15 @@ class Direction(Enum):
     """The meaning of a high score."""
 
     hard = "hard"
+    """Hard according to labels, a judge or a verifier."""
+    improbable = "improbable"
+    """Not what a model expects. Alone this is no sign of difficulty (docs/filter.md)."""
     learnable = "learnable"
     """Learnable and not yet learnt; such text is often easier than the rest."""
+    control = "control"
+    """Nothing: the scorer is a control."""
+    mixed = "mixed"
+    """An ensemble whose members disagree on the meaning."""
 
 
 class Scorer(Protocol):

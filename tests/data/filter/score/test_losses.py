@@ -62,7 +62,7 @@ def test_excess_is_per_byte_and_learnable():
     better = table({("", "abcd"): [1, 1, 1, 1], ("", "öö"): [2]})
     scorer = ExcessScorer(mine, "m", better, "b")
     assert scorer.score([record("abcd"), record("öö")]).tolist() == [0.5, 0.5]
-    assert scorer.direction is Direction.learnable and LossScorer(mine, "m").direction is Direction.hard
+    assert scorer.direction is Direction.learnable and LossScorer(mine, "m").direction is Direction.improbable
     assert scorer.fingerprint != ExcessScorer(better, "b", mine, "m").fingerprint, "the order of the two models matters"
 
 
