@@ -45,14 +45,16 @@ class OnError(Enum):
 
 
 class ScorerKind(Enum):
+    auto = "auto"
+    """`learned` for the prompts of `leviathan filter`, which needs labels; `ngram` for all other text."""
     ngram = "ngram"
-    """Loss under a byte n-gram model, fitted to the half of the data without the record. Needs no pretrained model."""
+    """Improbable: loss under a byte n-gram model that is fitted to the half of the data without the record."""
     loss = "loss"
-    """Mean loss of a reference model."""
+    """Improbable: mean loss of a reference model."""
     excess = "excess"
     """Loss of a model minus that of a better one. Favours text that can be learnt over text that is merely hard."""
     ifd = "ifd"
-    """Instruction-following difficulty: loss of the answer given its prompt, divided by its loss without the prompt."""
+    """How little the prompt helps: loss of the answer given its prompt, divided by its loss without the prompt."""
     judge = "judge"
     """Difficulty as graded by a model behind an OpenAI-compatible endpoint."""
     pass_rate = "pass_rate"
@@ -80,10 +82,12 @@ class ScorerTraits:
     """Whether the scorer must see all records before it scores the first."""
 
 
+_NGRAM = ScorerTraits("ngram:NgramScorer", takes_window=True, reads_all_first=True)
 _TRAITS = {
-    ScorerKind.ngram: ScorerTraits("ngram:NgramScorer", takes_window=True, reads_all_first=True),
+    ScorerKind.auto: _NGRAM,
+    ScorerKind.ngram: _NGRAM,
     ScorerKind.loss: ScorerTraits("losses:LossScorer", ("model",), takes_window=True),
-    ScorerKind.excess: ScorerTraits("losses:ExcessScorer", ("model", "reference"), takes_window=True),
+    ScorerKind.excess: ScorerTraits("losses:ExcessScorer", ("model", "reference")),
     ScorerKind.ifd: ScorerTraits("losses:DifficultyOfFollowing", ("model",)),
     ScorerKind.judge: ScorerTraits("judge:JudgeScorer", ("url", "judge")),
     ScorerKind.pass_rate: ScorerTraits("pass_rate:PassRateScorer", ("url", "judge", "verifier")),

@@ -6,16 +6,17 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
 from core.config import differences, plain
 from core.errors import ConfigError, check_numbers
 from core.overrides import quoted
-from data.filter.config import FilterRules, InputConfig, OnError
+from data.filter.config import FilterRules, InputConfig, OnError, ScorerConfig, ScorerKind
 
 _OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
+_SOURCES_OF_LABELS = ("label_key=COLUMN", "+scorer.labeler={kind:judge,url:URL,judge:MODEL}", "scorer.kind=ngram")
 _BARE_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/.~][\w./~-]*", re.IGNORECASE)
 _INPUT_KEYS = tuple(one.name for one in fields(InputConfig))
 
@@ -45,8 +46,12 @@ class FilterAction(Enum):
     """Filter JSON lines from standard input as they arrive."""
 
 
+_UNNAMED = ScorerConfig(ScorerKind.auto)
+
+
 @dataclass(frozen=True)
 class FilterConfig(FilterRules, InputConfig):
+    scorer: ScorerConfig = _UNNAMED
     out: str = "filtered"
     """Output directory. If it exists, its filter run is resumed."""
     tokenizer: str | None = None
@@ -82,7 +87,7 @@ class FilterConfig(FilterRules, InputConfig):
             self._refuse(keys, "which reads JSON lines from standard input", ["< FILE"])
             from data.filter.select.lines import check_rules
 
-            check_rules(self)
+            check_rules(self.rules())
             self.lines()
         if self.run is not None and self.explain is None and self.step is None:
             raise ConfigError("run", self.run, "requires the id of a record to explain", ["explain=ID"])
@@ -90,6 +95,8 @@ class FilterConfig(FilterRules, InputConfig):
             reason = "lists the pictures of a step of a run: name the run, and no record to explain"
             raise ConfigError("step", self.step, reason, ["run=RUN"])
         check_numbers(self, positive=("processes",), not_negative=("step",))
+        if self.explain is None and self.step is None:
+            self.rules()
 
     def _refuse(self, keys: Sequence[str], why: str, instead: Sequence[str]) -> None:
         """Raise `ConfigError` for the first of these keys that is set, since the action ignores it."""
@@ -102,7 +109,21 @@ class FilterConfig(FilterRules, InputConfig):
         return InputConfig(**{**{key: getattr(self, key) for key in _INPUT_KEYS}, "input": "-"})
 
     def rules(self) -> FilterRules:
-        return FilterRules(**{one.name: getattr(self, one.name) for one in fields(FilterRules)})
+        return FilterRules(
+            **{one.name: getattr(self, one.name) for one in fields(FilterRules)} | {"scorer": self._named()}
+        )
+
+    def _named(self) -> ScorerConfig:
+        """Return the scorer with its kind. Raises `ConfigError` for prompts if nothing says how to score them."""
+        if self.scorer.kind is not ScorerKind.auto:
+            return self.scorer
+        if not (self.prompt_key or self.messages_key):
+            return replace(self.scorer, kind=ScorerKind.ngram)
+        if not (self.label_key or self.scorer.labeler or self.scorer.model):
+            reason = "no scorer tells hard prompts from easy without labels (docs/filter.md): name a column with labels"
+            reason += " of some records, let a judge label a sample, or choose a scorer"
+            raise ConfigError("scorer.kind", ScorerKind.auto, reason, _SOURCES_OF_LABELS)
+        return replace(self.scorer, kind=ScorerKind.learned)
 
 
 def command_of(config: FilterConfig) -> str:

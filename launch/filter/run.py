@@ -90,7 +90,7 @@ def run_stream(config: FilterConfig, out: Path) -> int:
     """Filter standard input until it ends, then print the counts."""
 
     def check(records: Sequence[Record]) -> None:
-        check_models(MODELS, config.scorer, lambda: records, print)
+        check_models(MODELS, config.rules().scorer, lambda: records, print)
 
     clean = clean_records(config.select.clean, config.lines()) if config.select.clean else ()
     count_tokens = _count_tokens(_tokenizer(config))
@@ -106,7 +106,7 @@ def run_stream(config: FilterConfig, out: Path) -> int:
 
 def _scorer(config: FilterConfig, out: Path) -> Scorer:
     with under("scorer"):
-        return make_scorer(config.scorer, MODELS, out / STAGES / "answers", config.seed)
+        return make_scorer(config.rules().scorer, MODELS, out / STAGES / "answers", config.seed)
 
 
 def _count_tokens(tokenizer: Tokenizer | None) -> Callable[[Sequence[str]], Sequence[int]] | None:

@@ -42,11 +42,11 @@ def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: 
         raise ConfigError("window", config.window, f"has no effect on {config.kind.name}", ["null"])
     arguments: Sequence[object]
     match config.kind:
-        case ScorerKind.ngram:
+        case ScorerKind.ngram | ScorerKind.auto:
             arguments = config.order, config.window
-        case ScorerKind.loss | ScorerKind.excess:
+        case ScorerKind.loss:
             arguments = *_opened(traits.needs, config, models), config.window
-        case ScorerKind.ifd:
+        case ScorerKind.excess | ScorerKind.ifd:
             arguments = _opened(traits.needs, config, models)
         case ScorerKind.ensemble:
             arguments = [_members(config, models, cache, seed)]

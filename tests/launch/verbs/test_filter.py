@@ -25,7 +25,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(pairs: Path, out: Path) -> list[str]:
-    return [f"input={pairs}", "prompt_key=question", "response_key=answer", "keep=0.5", f"out={out}"]
+    keys = ["prompt_key=question", "response_key=answer"]
+    return [f"input={pairs}", *keys, "scorer.kind=ngram", "keep=0.5", f"out={out}"]
 
 
 @pytest.fixture(scope="module")
