@@ -59,6 +59,8 @@ class ScorerKind(Enum):
     """Difficulty as graded by a model behind an OpenAI-compatible endpoint."""
     pass_rate = "pass_rate"
     """One minus the pass rate: the fraction of sampled answers that a verifier rejects."""
+    learned = "learned"
+    """Difficulty as a linear model predicts it, learned from labels of the input (`label_key`) or of a `labeler`."""
     ensemble = "ensemble"
     """Mean of a record's ranks under several scorers."""
     random = "random"
@@ -91,6 +93,7 @@ _TRAITS = {
     ScorerKind.ifd: ScorerTraits("losses:DifficultyOfFollowing", ("model",)),
     ScorerKind.judge: ScorerTraits("judge:JudgeScorer", ("url", "judge")),
     ScorerKind.pass_rate: ScorerTraits("pass_rate:PassRateScorer", ("url", "judge", "verifier")),
+    ScorerKind.learned: ScorerTraits("learned:LearnedScorer", reads_all_first=True),
     ScorerKind.ensemble: ScorerTraits("ensemble:EnsembleScorer", reads_all_first=True),
     ScorerKind.random: ScorerTraits("baselines:RandomScorer"),
     ScorerKind.length: ScorerTraits("baselines:LengthScorer"),
@@ -109,7 +112,9 @@ class ScorerConfig:
     order: int = 5
     """For ngram: length of the n-grams in bytes."""
     model: str | None = None
-    """For loss, ifd and excess: the directory of a run, or a Hugging Face folder or name."""
+    """For loss, ifd and excess: the directory of a run, or a Hugging Face folder or name. For learned: the output
+    directory of a filter whose learned scorer is used as it is.
+    """
     reference: str | None = None
     """For excess: the better model."""
     seq_len: int = 1024
@@ -118,6 +123,10 @@ class ScorerConfig:
     """For loss, excess and ifd: number of windows per forward pass. Raise it until memory is full."""
     members: list[ScorerConfig] = field(default_factory=list)
     """Scorers of an ensemble."""
+    labels: int = 500
+    """For learned: number of records to learn from, drawn at random in each domain. At most 5,000."""
+    labeler: ScorerConfig | None = None
+    """For learned: the scorer that grades the sample, such as judge; null: labels are those of `label_key`."""
     url: str | None = None
     """For judge and pass_rate: base URL of the endpoint, with `/v1`."""
     judge: str | None = None
@@ -136,7 +145,7 @@ class ScorerConfig:
     """For pass_rate: "module:function" of (record, answer) -> bool."""
 
     def __post_init__(self) -> None:
-        positive = ("window", "order", "seq_len", "batch_size", "concurrency", "timeout_s", "samples")
+        positive = ("window", "order", "seq_len", "batch_size", "concurrency", "timeout_s", "samples", "labels")
         check_numbers(self, positive, not_negative=("retries",))
         check_options(self.kind, self.options)
         if isinstance(self.kind, ScorerKind):
@@ -145,17 +154,36 @@ class ScorerConfig:
                     raise ConfigError(key, None, f"the scorer {self.kind.name} needs it")
         if self.kind is ScorerKind.ensemble and len(self.members) < 2:
             raise ConfigError("members", None, "an ensemble needs two scorers or more")
+        if self.labels > 5000:
+            raise ConfigError("labels", self.labels, "must be at most 5,000: learning takes cubic time", [500, 5000])
+        if self.labeler is not None:
+            self._check_labeler(self.labeler)
+
+    def _check_labeler(self, labeler: ScorerConfig) -> None:
+        if self.kind is not ScorerKind.learned or self.model:
+            reason = "has no effect on a stored scorer" if self.model else "has an effect on the scorer learned only"
+            raise ConfigError("labeler", None, reason, ["null"])
+        if labeler.reads_all_first:
+            raise ConfigError("labeler.kind", labeler.kind, "cannot grade a sample alone", ["judge", "pass_rate"])
+
+    @property
+    def reads_all_first(self) -> bool:
+        """Whether the scorer must see all records before it scores the first."""
+        is_stored = self.kind is ScorerKind.learned and self.model is not None
+        return isinstance(self.kind, ScorerKind) and self.kind.traits.reads_all_first and not is_stored
 
     def import_paths(self, key: str) -> dict[str, object]:
         """Return, by configuration key, the kinds and verifiers of this scorer and its members."""
         found: dict[str, object] = {f"{key}.kind": self.kind, f"{key}.verifier": self.verifier}
         for place, member in enumerate(self.members):
             found |= member.import_paths(f"{key}.members[{place}]")
-        return found
+        return found | (self.labeler.import_paths(f"{key}.labeler") if self.labeler is not None else {})
 
 
 _CONNECTION = ("url", "key_variable", "concurrency", "timeout_s", "retries")
 """Settings on which no score depends."""
+_NEW = {"labels": 500, "labeler": None}
+"""Settings that older versions did not have, with their defaults."""
 _HASHED_AS = {"seq_len": "context", "batch_size": "batch"}
 
 
@@ -278,14 +306,21 @@ def without_defaults(rules: dict[str, Any]) -> dict[str, Any]:
     duplicates = dict(rules["duplicates"])
     if duplicates["pictures"] == DuplicateConfig().pictures:
         del duplicates["pictures"]
-    return {**rules, "duplicates": duplicates}
+    return {**rules, "duplicates": duplicates, "scorer": _without_new(rules["scorer"])}
+
+
+def _without_new(scorer: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in scorer.items() if key not in _NEW or value != _NEW[key]}
+    return {**kept, "members": [_without_new(member) for member in kept["members"]]}
 
 
 def _decisive(scorer: dict[str, Any]) -> dict[str, Any]:
     kept = {_HASHED_AS.get(key, key): value for key, value in scorer.items() if key not in _CONNECTION}
     if not kept["options"]:
         del kept["options"]
-    return {**kept, "members": [_decisive(member) for member in kept["members"]]}
+    if kept.get("labeler"):
+        kept["labeler"] = _decisive(kept["labeler"])
+    return _without_new({**kept, "members": [_decisive(member) for member in kept["members"]]})
 
 
 _OF_TEXT = (

@@ -26,7 +26,7 @@ from data.filter.config import FilterRules, KeepUnit, OnError, decisive_settings
 from data.filter.input.readers import InputPart, MalformedRecord, json_keys
 from data.filter.input.records import Reason, Record, RecordPicture
 from data.filter.score.factory import Models, check_models
-from data.filter.score.scorer import CompositeScorer, RemoteScorer, Scorer
+from data.filter.score.scorer import CompositeScorer, RemoteScorer, Scorer, StoredScorer
 from data.filter.screen.contamination import EvaluationSets
 from data.filter.screen.duplicates import PLACES, Copy, Signatures, find_duplicates, signatures
 from data.filter.screen.gates import Gates
@@ -331,11 +331,29 @@ class Filter:
         return pyarrow.concat_tables([table for _, table in self.records.tables(["id"])])["id"]
 
     def passed(self) -> Iterator[Record]:
-        """Yield the records to be scored, in order."""
+        """Yield the records to be scored, in order. The label is the mean of those of the record and its copies."""
+        index = 0
         for shard in self.records.shards:
             for record, reason in zip(self.rows(shard), self.reasons(shard), strict=True):
                 if reason is None:
-                    yield record
+                    labels = self._labels_of_copied.get(index)
+                    yield record if labels is None else replace(record, label=float(np.mean(labels)))
+                index += 1
+
+    @cached_property
+    def _labels_of_copied(self) -> dict[int, list[float]]:
+        """For each record with labelled exact duplicates, by its index over all records, its labels and theirs."""
+        found: dict[int, list[float]] = {}
+        labels = [self.labels(shard) for shard in self.records.shards]
+        every = np.concatenate(labels)
+        for mine, copies in zip(labels, self.duplicates.values(), strict=True):
+            for row in np.flatnonzero(np.isfinite(mine)).tolist():
+                if (copy := copies[row]) is not None and copy.reason is Reason.duplicate:
+                    own = [float(every[copy.of])] if np.isfinite(every[copy.of]) else []
+                    found.setdefault(copy.of, own).append(float(mine[row]))
+        if disputed := sum(min(one) != max(one) for one in found.values()):
+            self.job.report(f"warning: {disputed:,} texts have contradictory labels; the mean of them counts")
+        return found
 
     # -- score
 
@@ -344,6 +362,9 @@ class Filter:
         with barrier(self.workers):
             unanswered = [shard for shard in self.records.shards if self._is_unanswered(shard)]
         if unanswered or not self.scored.is_complete:
+            with barrier(self.workers):  # the others read what the first one stored
+                if self.workers.rank == 0 or not isinstance(self.job.scorer, StoredScorer):
+                    self._fit()
             with barrier(self.workers):
                 self._fit()
 
@@ -398,7 +419,10 @@ class Filter:
             return
         if self.job.models is not None:
             check_models(self.job.models, self.rules.scorer, self.passed, self.job.report)
-        self.job.scorer.fit(self.passed)
+        scorer = self.job.scorer
+        if isinstance(scorer, StoredScorer):
+            scorer.report = self.job.report
+        scorer.fit(self.passed)
         self._is_fitted = True
 
     # -- decide

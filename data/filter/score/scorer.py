@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -76,6 +77,14 @@ class CompositeScorer(Protocol):
     def score_all(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
         """Return the result of `score`, and the scores of each of the other scorers by name."""
         ...
+
+
+@runtime_checkable
+class StoredScorer(Protocol):
+    """A scorer whose `fit` stores what it learned, so that one process fits it and the others read that."""
+
+    directory: Path
+    report: Callable[[str], None]
 
 
 TokenLosses = Callable[[Sequence[tuple[str, str]]], list[NDArray[np.float32]]]

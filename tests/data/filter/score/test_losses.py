@@ -90,6 +90,8 @@ def test_the_factory_builds_every_kind(kind, tmp_path):
         "judge": "j",
         "verifier": "operator:eq",
     }
+    if kind is ScorerKind.learned:
+        del needed["model"]  # which would be a stored scorer
     members = [ScorerConfig(ScorerKind.random), ScorerConfig()]
     config = ScorerConfig(kind, seq_len=7, members=members, **needed)
     scorer = make_scorer(config, Models(open_model, Mock()), tmp_path)
