@@ -160,7 +160,7 @@ class ScorerConfig:
             self._check_labeler(self.labeler)
 
     def _check_labeler(self, labeler: ScorerConfig) -> None:
-        if self.kind is not ScorerKind.learned or self.model:
+        if self.kind not in (ScorerKind.learned, ScorerKind.auto) or self.model:
             reason = "has no effect on a stored scorer" if self.model else "has an effect on the scorer learned only"
             raise ConfigError("labeler", None, reason, ["null"])
         if labeler.reads_all_first:

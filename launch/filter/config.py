@@ -16,7 +16,7 @@ from core.overrides import quoted
 from data.filter.config import FilterRules, InputConfig, OnError, ScorerConfig, ScorerKind
 
 _OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
-_SOURCES_OF_LABELS = ("label_key=COLUMN", "+scorer.labeler={kind:judge,url:URL,judge:MODEL}", "scorer.kind=ngram")
+_SOURCES_OF_LABELS = ("label_key=COLUMN", "scorer.labeler={kind:judge,url:URL,judge:MODEL}", "scorer.kind=ngram")
 _BARE_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/.~][\w./~-]*", re.IGNORECASE)
 _INPUT_KEYS = tuple(one.name for one in fields(InputConfig))
 
