@@ -66,4 +66,4 @@ def test_labels_teach_and_permuted_labels_do_not(order, tmp_path):
     scorer = LearnedScorer(ScorerConfig(ScorerKind.learned), tmp_path)
     scorer.fit(lambda: data)
     found = area(problems, scorer.score(data), np.arange(len(problems)) >= count)
-    assert found > FLOORS["mathematics"] if order == "true" else abs(found - 0.5) < 0.12
+    assert (found > FLOORS["mathematics"]) == (order == "true")
