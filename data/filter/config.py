@@ -19,6 +19,9 @@ FARTHEST = 11
 bands.
 """
 
+LEAST_LABELS, MOST_LABELS = 30, 5000
+"""Numbers of labels to learn from. Fewer teach nothing, and the time to learn grows with their cube."""
+
 
 @contextmanager
 def under(key: str) -> Iterator[None]:
@@ -124,7 +127,7 @@ class ScorerConfig:
     members: list[ScorerConfig] = field(default_factory=list)
     """Scorers of an ensemble."""
     labels: int = 500
-    """For learned: number of records to learn from, drawn at random in each domain. At most 5,000."""
+    """For learned: number of records to learn from, drawn at random in each domain; from 30 to 5,000."""
     labeler: ScorerConfig | None = None
     """For learned: the scorer that grades the sample, such as judge; null: labels are those of `label_key`."""
     url: str | None = None
@@ -145,7 +148,7 @@ class ScorerConfig:
     """For pass_rate: "module:function" of (record, answer) -> bool."""
 
     def __post_init__(self) -> None:
-        positive = ("window", "order", "seq_len", "batch_size", "concurrency", "timeout_s", "samples", "labels")
+        positive = ("window", "order", "seq_len", "batch_size", "concurrency", "timeout_s", "samples")
         check_numbers(self, positive, not_negative=("retries",))
         check_options(self.kind, self.options)
         if isinstance(self.kind, ScorerKind):
@@ -154,8 +157,8 @@ class ScorerConfig:
                     raise ConfigError(key, None, f"the scorer {self.kind.name} needs it")
         if self.kind is ScorerKind.ensemble and len(self.members) < 2:
             raise ConfigError("members", None, "an ensemble needs two scorers or more")
-        if self.labels > 5000:
-            raise ConfigError("labels", self.labels, "must be at most 5,000: learning takes cubic time", [500, 5000])
+        if not LEAST_LABELS <= self.labels <= MOST_LABELS:
+            raise ConfigError("labels", self.labels, f"must lie in [{LEAST_LABELS}, {MOST_LABELS}]", [500])
         if self.labeler is not None:
             self._check_labeler(self.labeler)
 

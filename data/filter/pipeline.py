@@ -23,6 +23,7 @@ from core.files import remove_tree, sha256_file, sha256_text
 from data.files import find_files
 from data.filter.audit.statistics import OTHER
 from data.filter.config import FilterRules, KeepUnit, OnError, decisive_settings
+from data.filter.input.labels import check_labelled, merged_labels
 from data.filter.input.readers import InputPart, MalformedRecord, json_keys
 from data.filter.input.records import Reason, Record, RecordPicture
 from data.filter.score.factory import Models, check_models
@@ -108,6 +109,8 @@ class Filter:
         self._decide()
 
     def _check_names(self) -> None:
+        first = self.records.read(next(iter(self.records.shards)), ["raw"])["raw"][0].as_py()
+        check_labelled(self.job.parts[0].keys.get("label_key"), list(map(self.labels, self.records.shards)), first)
         for key, names in (
             ("select.domains", self.rules.select.domains),
             ("select.protect", self.rules.select.protect),
@@ -170,7 +173,7 @@ class Filter:
         reason = f"none of {sum(shards.values()):,} records can be read; {source}: {problem}{has}"
         settings = self.job.parts[0].keys
         advice = ["text_key=", "prompt_key= with response_key=", "messages_key="] if "text_key" in settings else []
-        for key in ("id_key", "domain_key"):
+        for key in ("id_key", "domain_key", "label_key"):
             value = settings.get(key)
             if value is not None and problem.startswith((f"no {value!r};", f"{value!r} is ")):
                 advice = [f"{key}="]
@@ -336,22 +339,14 @@ class Filter:
         for shard in self.records.shards:
             for record, reason in zip(self.rows(shard), self.reasons(shard), strict=True):
                 if reason is None:
-                    labels = self._labels_of_copied.get(index)
-                    yield record if labels is None else replace(record, label=float(np.mean(labels)))
+                    label = self._labels_of_copied.get(index)
+                    yield record if label is None else replace(record, label=label)
                 index += 1
 
     @cached_property
-    def _labels_of_copied(self) -> dict[int, list[float]]:
-        """For each record with labelled exact duplicates, by its index over all records, its labels and theirs."""
-        found: dict[int, list[float]] = {}
-        labels = [self.labels(shard) for shard in self.records.shards]
-        every = np.concatenate(labels)
-        for mine, copies in zip(labels, self.duplicates.values(), strict=True):
-            for row in np.flatnonzero(np.isfinite(mine)).tolist():
-                if (copy := copies[row]) is not None and copy.reason is Reason.duplicate:
-                    own = [float(every[copy.of])] if np.isfinite(every[copy.of]) else []
-                    found.setdefault(copy.of, own).append(float(mine[row]))
-        if disputed := sum(min(one) != max(one) for one in found.values()):
+    def _labels_of_copied(self) -> dict[int, float]:
+        found, disputed = merged_labels(list(map(self.labels, self.records.shards)), list(self.duplicates.values()))
+        if disputed:
             self.job.report(f"warning: {disputed:,} texts have contradictory labels; the mean of them counts")
         return found
 

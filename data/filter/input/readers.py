@@ -44,7 +44,7 @@ RECORD_KEYS = (
 """Settings of an input that decide what a record is."""
 _SHOWN = 200
 """Maximum length in characters of the reason why a record is malformed, which may quote the record."""
-_SHOWN_KEYS = 10
+_SHOWN_KEYS, _SHOWN_VALUE = 10, 40
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ def _record(config: InputConfig, row: Any, place: str, line: str | None) -> Reco
 def _label(config: InputConfig, row: dict[str, Any]) -> float | None:
     if config.label_key is None or row.get(config.label_key) is None:
         return None
-    label = float(_get(row, config.label_key, int, float))
-    if not math.isfinite(label):
-        raise ValueError(f"{config.label_key!r} is {label}, not a finite number")
-    return label
+    label = row[config.label_key]
+    if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
+        raise ValueError(f"{config.label_key!r} is {str(label)[:_SHOWN_VALUE]!r}, not a finite number")
+    return float(label)
 
 
 def _text(config: InputConfig, row: dict[str, Any]) -> tuple[str, int | None]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from core.errors import ConfigError, DataError
 from core.files import sha256_text
+from data.filter.config import LEAST_LABELS as LEAST
 from data.filter.config import ScorerConfig
 from data.filter.input.records import Record
 from data.filter.score.features import VERSION
@@ -29,8 +30,6 @@ from data.filter.score.scorer import Direction, Scorer, sample_key
 
 LABEL = "label"
 """Name under which the grades of the labeler are stored."""
-LEAST = 30
-"""Smallest number of labels to learn from."""
 CORPUS = 1 << 16
 """Records, those with the lowest hashes, to which the weights of words are fitted."""
 REFERENCE = 1024
@@ -69,7 +68,8 @@ class LearnedScorer(Scorer):
     def __init__(self, config: ScorerConfig, directory: Path, labeler: Scorer | None = None) -> None:
         self.wanted, self.labeler, self.report = config.labels, labeler, print
         self.model: LinearModel | None = None
-        self._is_checked = config.model is None
+        self._is_stored = config.model is not None
+        self._is_checked = not self._is_stored
         self._grades: dict[int, float] = {}
         if config.model is not None:
             self.model = load(stored_in(Path(config.model).expanduser()))
@@ -98,7 +98,7 @@ class LearnedScorer(Scorer):
         return self.score(records), {name: np.array(grades, np.float64) for name in self.others}
 
     def fit(self, records: Callable[[], Iterable[Record]]) -> None:
-        if self._is_checked is False:
+        if self._is_stored:
             if sample := list(itertools.islice(records(), REFERENCE)):
                 self._check_coverage(sample)
             return
@@ -148,21 +148,24 @@ class LearnedScorer(Scorer):
         labelled, records = survey.labelled.total(), survey.counts.total()
         if self.labeler is not None:
             if records < LEAST:
-                raise ConfigError("labels", self.wanted, f"cannot be learned from {records} records; needs {LEAST}")
+                reason = f"needs {LEAST} records to learn from, and there are {records}"
+                raise ConfigError("scorer.kind", "learned", reason)
             return
         advice = ["label_key=COLUMN", "+scorer.labeler={kind: judge, url: URL, judge: MODEL}", "scorer.model=DIR"]
         if not labelled:
-            reason = f"the scorer learned needs labels, and none of {records:,} records has one"
-            raise ConfigError("label_key", None, reason, advice)
+            raise ConfigError(
+                "scorer.kind", "learned", f"needs labels, and none of {records:,} records has one", advice
+            )
         if labelled < LEAST:
-            reason = f"{labelled} records are labelled; the scorer learned needs {LEAST} or more"
-            raise ConfigError("label_key", None, reason, advice[1:])
+            reason = f"needs {LEAST} labels or more, and {labelled} records have one"
+            raise ConfigError("scorer.kind", "learned", reason, advice[1:])
 
     def _labelled(
         self, records: Callable[[], Iterable[Record]], survey: _Survey
     ) -> tuple[list[Record], NDArray[np.float64]]:
         """Return labelled records of different identities, and their labels; copies have the mean of theirs."""
-        quotas = quotas_of({domain: len(keys) for domain, keys in survey.candidates.items()}, survey, self.wanted)
+        counts = survey.labelled if self.labeler is None else survey.counts
+        quotas = quotas_of({domain: len(keys) for domain, keys in survey.candidates.items()}, counts, self.wanted)
         spare = TRIES if self.labeler is not None else 1.0
         keys = {domain: survey.candidates[domain][: int(np.ceil(quota * spare))] for domain, quota in quotas.items()}
         wanted = set(itertools.chain.from_iterable(keys.values()))
@@ -291,9 +294,8 @@ def stored_in(path: Path) -> Path:
     return found[0] if found else path
 
 
-def quotas_of(available: dict[str, int], survey: _Survey, wanted: int) -> dict[str, int]:
-    """Return how many labels to take from each domain: half of them equally, the rest in proportion to its records."""
-    counts = survey.labelled if survey.labelled.total() and survey.counts is not None else survey.counts
+def quotas_of(available: dict[str, int], counts: Counter[str], wanted: int) -> dict[str, int]:
+    """Return how many labels to take from each domain: half of them equally, the rest in proportion to `counts`."""
     weights = {domain: max(counts[domain], 1) for domain in available}
     total, equal = sum(weights.values()), wanted // (2 * max(len(available), 1))
     quotas = {domain: min(available[domain], equal) for domain in available}

@@ -174,7 +174,7 @@ class LinearModel:
         return total - self.offsets_M[models_N]
 
     @property
-    def arrays(self) -> dict[str, NDArray[Any]]:
+    def arrays(self) -> dict[str, Any]:
         owners = (self.weighting, self)
         return {
             name: np.ascontiguousarray(getattr(next(one for one in owners if hasattr(one, name)), name), kind)
