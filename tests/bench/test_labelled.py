@@ -53,7 +53,7 @@ def nested(code: str) -> bool:
     )
 
 
-def test_reference_solutions_run_and_have_the_structure_of_their_grade():
+def test_solutions_run_and_have_the_structure_of_their_grade():
     tasks = make_tasks(360, 0)
     for task in tasks:
         names, code = {one.__name__: one for one in LIBRARY}, code_of(task)
