@@ -29,13 +29,6 @@ from tests.data.filter.threads import on_threads
 from tests.support.filtering import FixedScorer, filtered, job, outputs, write_lines, write_outputs
 
 
-@pytest.fixture(autouse=True)
-def one_weight(request, monkeypatch):
-    """Search over the penalty alone, which is four times as fast, except in the slow tests."""
-    if not request.node.get_closest_marker("slow"):
-        monkeypatch.setattr(linear, "_SCALES", (1.0,))
-
-
 @cache
 def problems(seed: int, count: int = 400) -> tuple[Record, ...]:
     found = make_problems(count, seed)
