@@ -225,7 +225,7 @@ def test_labels_are_drawn_from_each_domain():
     assert quotas_of(dict(counts), counts, 20_000) == dict(counts), "all, where there are fewer"
 
 
-def test_features_tell_words_apart_and_do_not_depend_on_the_batch():
+def test_features_tell_words_apart_and_ignore_the_batch():
     texts = [
         "The cat sat.",
         "the CAT sat.",
