@@ -121,7 +121,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--set", type=Path, help="a labelled set: JSON lines with prompt, response and label")
     parser.add_argument("--count", type=int, default=COUNT, help="problems per kind and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--small-models", action="store_true", help="train small models too (2 minutes per set)")
+    parser.add_argument(
+        "--small-models", action="store_true", help="train small models too (a minute of CPU time per set)"
+    )
     parser.add_argument("--picture", type=Path, help=f"file for the plot (docs/{PICTURE.name}; with --set, none)")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
