@@ -1,6 +1,6 @@
-"""Run the study, or go on with it: `python -m bench.study [--seeds 5] [--quick] [--out FOLDER]`.
+"""Run or resume the study: `python -m bench.study [--seeds 5] [--quick] [--report] [--out FOLDER]`.
 
-Runs are in the order of seeds, so that the tables are complete for the seeds that are done. Each run is stored as a line
+Runs are in the order of seeds, so that the table is complete for the seeds that are done. Each run is stored as a line
 of `runs.jsonl` when it ends, and a stored run is not repeated.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bench.study.arms import EXAM_EACH, Cell, check_fair, draw, training_problems
+from bench.study.report import write_report
 from bench.study.tasks import FAMILIES, MAX_STEPS
 from bench.study.training import SIZES, answered, train_model
 
@@ -77,12 +78,16 @@ def study(grid: Sequence[Cell], seeds: int, out: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.study", description="Study what filtering is worth.")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--quick", action="store_true", help="two tiny cells, to try the study itself")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--report", action="store_true", help="train nothing: write the table of the stored runs")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of runs and table")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    study(QUICK if chosen.quick else GRID, chosen.seeds, chosen.out)
+    grid = QUICK if chosen.quick else GRID
+    if not chosen.report:
+        study(grid, chosen.seeds, chosen.out)
+    print(write_report(done(chosen.out / RUNS), grid, chosen.out))
     return 0
 
 

@@ -1,8 +1,8 @@
 """Choose what each arm trains on. All arms of a cell train on equally many tokens.
 
-A cell is a mix, the number of problems to train on and the number of epochs. Its pool holds twice as many problems as
-half an epoch needs, so that an arm that keeps half of the pool goes through it `epochs` times. `everything` goes through
-the whole pool half as often. With one epoch it would be another random half, and is left out.
+A cell is a mix, the number of problems to train on and the number of epochs. Its pool is so large that an arm that
+keeps half of it goes through that half `epochs` times. `everything` goes through the whole pool half as often. With one
+epoch it would be another random half, and is omitted.
 """
 
 from __future__ import annotations

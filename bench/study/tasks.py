@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 from bench.data.problems import MAX_STEPS, Problem
 
@@ -24,8 +25,8 @@ DIFFICULTIES = ((1, 2), (3, 4), (5, 6), (7, 8))
 def draw_problem(chance: random.Random, family: str, steps: int) -> Problem:
     """Return a problem of a family. Its label is `steps`, of which the operations have exactly so many.
 
-    `sum`: `3 +4 +0 ...`; adding 0 or `MODULUS` is idle. `program`: additions to the variables x and y, where the question is
-    for x. `rewriting`: rule `ab` replaces the letter a by b, and is idle if the letter is another.
+    `sum`: `3 +4 +0 ...`; adding 0 or `MODULUS` is idle. `program`: additions to the variables x and y, of which x is
+    asked for. `rewriting`: rule `ab` replaces the letter a by b, and is idle if the letter is another.
     """
     counted = [True] * steps + [False] * (MAX_STEPS - steps)
     chance.shuffle(counted)
@@ -61,11 +62,11 @@ def solve(family: str, prompt: str) -> str:
 def count_steps(family: str, prompt: str) -> int:
     """Return the number of operations that change the state."""
     states = states_of(family, prompt)
-    return sum(one != other for one, other in zip(states, states[1:], strict=False))
+    return sum(one != other for one, other in pairwise(states))
 
 
 def _after(family: str, state: str, operation: str) -> str:
-    kind, operand = operation
+    kind, operand = operation[0], operation[1]
     if family == "rewriting":
         return operand if kind == state else state
     return state if kind == "y" else str((int(state) + int(operand)) % MODULUS)
