@@ -169,7 +169,7 @@ class LearnedScorer(Scorer):
                 reason = f"needs {LEAST} records to learn from, and there are {records}"
                 raise ConfigError("scorer.kind", "learned", reason)
             return
-        advice = ["label_key=COLUMN", "+scorer.labeler={kind: judge, url: URL, judge: MODEL}", "scorer.model=DIR"]
+        advice = ["label_key=COLUMN", "scorer.labeler={kind: judge, url: URL, judge: MODEL}", "scorer.model=DIR"]
         if not labelled:
             raise ConfigError(
                 "scorer.kind", "learned", f"needs labels, and none of {records:,} records has one", advice

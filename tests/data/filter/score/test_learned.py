@@ -16,7 +16,8 @@ import pytest
 
 from bench.data.problems import make_problems
 from bench.data.separation import length_buckets, separation
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, DataError, LeviathanError
+from core.files import sha256_text
 from data.filter.config import FilterRules, ScorerConfig, ScorerKind, decisive_settings, without_defaults
 from data.filter.input.records import Record
 from data.filter.pipeline import Filter
@@ -253,6 +254,41 @@ def test_features_tell_words_apart_and_do_not_depend_on_the_batch():
     assert len(row(7)) == 3 and {c for c, _ in row(7)} & {c for c, _ in row(8)}, "two characters and their pair"
 
 
+# -- planted bugs
+
+
+def own_model(model: linear.LinearModel, records: Any) -> np.ndarray:
+    return np.full(len(records), linear.FOLDS)
+
+
+def by_id(record: Record) -> int:
+    return int(sha256_text(record.id)[:16], 16)
+
+
+def unscaled(records: Any) -> Any:
+    found = features_of(records)
+    return replace(found, figures_NF=np.roll(found.figures_NF, 1, axis=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("owner", "name", "bug", "check"),
+    [
+        (linear.LinearModel, "models_of", own_model, test_no_record_is_scored_by_a_model_that_learned_from_it),
+        (linear, "identity", by_id, test_no_record_is_scored_by_a_model_that_learned_from_it),
+        (linear.LinearModel, "models_of", own_model, test_a_label_changes_only_the_scores_of_other_folds),
+        (linear, "features_of", unscaled, test_a_stored_scorer_scores_the_same_to_the_bit),
+        (linear, "_targets", lambda labels, domains: labels - labels.mean(), test_labels_of_any_scale_are_learned),
+        (learned, "FAR", 0.0, test_text_of_another_kind_is_reported),
+    ],
+)
+def test_planted_bugs_are_noticed(tmp_path, monkeypatch, owner, name, bug, check):
+    monkeypatch.setattr(owner, name, bug)
+    more = ("skewed",) if check is test_labels_of_any_scale_are_learned else ()
+    with pytest.raises(AssertionError):
+        check(tmp_path, *more)
+
+
 # -- graders
 
 
@@ -314,8 +350,6 @@ def test_the_cost_of_a_judge_is_said_before_it_is_asked(tmp_path, server):
     replies = iter(range(1000))
     server.reply = lambda body, turn: graded(1 + len(str(body)) % 5) if next(replies) < 25 else (503, {}, b"")
     reports: list[str] = []
-    from core.errors import LeviathanError
-
     with pytest.raises(LeviathanError, match="does not answer"):
         fitted(records, tmp_path, made(), reports, labels=40)
     assert (
