@@ -209,7 +209,9 @@ def test_contradictory_labels_are_counted_and_averaged(tmp_path):
     )
 
 
-@pytest.mark.parametrize("scale", ["binary", "skewed", "tiny"])
+@pytest.mark.parametrize(
+    "scale", ["skewed", *(pytest.param(one, marks=pytest.mark.slow) for one in ("binary", "tiny"))]
+)
 def test_labels_of_any_scale_are_learned(tmp_path, scale):
     records = problems(4, 240)
     change = {"binary": lambda y: y > 4, "skewed": lambda y: np.exp(3 * y), "tiny": lambda y: y * 1e-9 - 5}[scale]
@@ -226,7 +228,7 @@ def test_labels_are_drawn_from_each_domain():
     assert quotas_of(dict(counts), counts, 20_000) == dict(counts), "all, where there are fewer"
 
 
-def test_features_tell_words_apart_and_do_not_depend_on_the_batch():
+def test_features_of_a_text_do_not_depend_on_its_batch():
     texts = [
         "The cat sat.",
         "the CAT sat.",
@@ -381,7 +383,8 @@ def write_problems(path: Path, count: int = 100, **more: Any) -> Path:
 KEYS = {"prompt_key": "q", "response_key": "a", "domain_key": "kind"}
 
 
-def test_the_filter_is_the_same_on_any_number_of_processes(tmp_path, small_shards):
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_filter_is_the_same_on_any_number_of_processes(tmp_path, small_shards, count):
     """One process learns, and the others read what it stored. A second run reads it too."""
     source = write_problems(tmp_path / "in.jsonl")
 
@@ -397,9 +400,8 @@ def test_the_filter_is_the_same_on_any_number_of_processes(tmp_path, small_shard
             write_outputs(done, out)
 
     run(tmp_path / "1", OneWorker())
-    for count in (2, 4):
-        on_threads(count, lambda worker, count=count: run(tmp_path / str(count), worker))
-        assert outputs(tmp_path / str(count)) == outputs(tmp_path / "1")
+    on_threads(count, lambda worker: run(tmp_path / str(count), worker))
+    assert outputs(tmp_path / str(count)) == outputs(tmp_path / "1")
 
 
 def test_labels_of_copies_count_for_the_record_that_is_kept(tmp_path):
