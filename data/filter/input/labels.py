@@ -18,7 +18,7 @@ def check_labelled(key: str | None, labels: Sequence[NDArray[np.float64]], raw: 
     if key is not None and not any(np.isfinite(one).any() for one in labels):
         keys = ", ".join(map(repr, json_keys(raw)))
         reason = f"no record has a number under it; the keys of the first record are {keys}"
-        raise ConfigError("label_key", key, reason, ["null: no labels"])
+        raise ConfigError("label_key", key, reason, ["null"])
 
 
 def merged_labels(

@@ -110,12 +110,30 @@ class LearnedScorer(Scorer):
                 return
         self._check_labels(survey)
         _check_installed()
-        chosen, labels = self._labelled(records, survey)
-        self._check_learnable(chosen, labels)
-        corpus = set(survey.corpus)
-        weighting = Weighting.fitted(_batches(one for one in records() if sample_key(one) in corpus))
+        quotas, keys = self._quotas(survey)
+        wanted, corpus = set(itertools.chain.from_iterable(keys.values())), set(survey.corpus)
         reference = set(survey.corpus[:REFERENCE])
-        scaled_on = [one for one in records() if sample_key(one) in reference]
+        found: dict[int, list[Record]] = defaultdict(list)
+        scaled_on: list[Record] = []
+
+        def of_corpus() -> Iterator[Record]:
+            for record in records():
+                key = sample_key(record)
+                if key in wanted:
+                    found[key].append(record)
+                if key in reference:
+                    scaled_on.append(record)
+                if key in corpus:
+                    yield record
+
+        weighting = Weighting.fitted(_batches(of_corpus()))
+        if self.labeler is None:
+            chosen, labels = self._labelled(found)
+        else:
+            chosen, labels = self._graded(
+                {name: [found[key][0] for key in mine] for name, mine in keys.items()}, quotas
+            )
+        self._check_learnable(chosen, labels)
         model = learn(weighting, chosen, labels, scaled_on, {})
         model.facts.update(self._facts(model, chosen, labels, scaled_on, survey))
         model.save(self.directory)
@@ -151,7 +169,7 @@ class LearnedScorer(Scorer):
                 reason = f"needs {LEAST} records to learn from, and there are {records}"
                 raise ConfigError("scorer.kind", "learned", reason)
             return
-        advice = ["label_key=COLUMN", "+scorer.labeler={kind: judge, url: URL, judge: MODEL}", "scorer.model=DIR"]
+        advice = ["label_key=COLUMN", "scorer.labeler={kind: judge, url: URL, judge: MODEL}", "scorer.model=DIR"]
         if not labelled:
             raise ConfigError(
                 "scorer.kind", "learned", f"needs labels, and none of {records:,} records has one", advice
@@ -160,21 +178,15 @@ class LearnedScorer(Scorer):
             reason = f"needs {LEAST} labels or more, and {labelled} records have one"
             raise ConfigError("scorer.kind", "learned", reason, advice[1:])
 
-    def _labelled(
-        self, records: Callable[[], Iterable[Record]], survey: _Survey
-    ) -> tuple[list[Record], NDArray[np.float64]]:
-        """Return labelled records of different identities, and their labels; copies have the mean of theirs."""
+    def _quotas(self, survey: _Survey) -> tuple[dict[str, int], dict[str, list[int]]]:
+        """Return how many labels to take from each domain, and the keys of the records that may have them, in order."""
         counts = survey.labelled if self.labeler is None else survey.counts
         quotas = quotas_of({domain: len(keys) for domain, keys in survey.candidates.items()}, counts, self.wanted)
-        spare = TRIES if self.labeler is not None else 1.0
-        keys = {domain: survey.candidates[domain][: int(np.ceil(quota * spare))] for domain, quota in quotas.items()}
-        wanted = set(itertools.chain.from_iterable(keys.values()))
-        found: dict[int, list[Record]] = defaultdict(list)
-        for record in records():
-            if (key := sample_key(record)) in wanted:
-                found[key].append(record)
-        if self.labeler is not None:
-            return self._graded({name: [found[key][0] for key in mine] for name, mine in keys.items()}, quotas)
+        spare = 1.0 if self.labeler is None else TRIES
+        return quotas, {name: survey.candidates[name][: int(np.ceil(quotas[name] * spare))] for name in quotas}
+
+    def _labelled(self, found: dict[int, list[Record]]) -> tuple[list[Record], NDArray[np.float64]]:
+        """Return records of different identities, and their labels; copies have the mean of theirs."""
         labels: dict[int, list[float]] = defaultdict(list)
         first: dict[int, Record] = {}
         for record in itertools.chain.from_iterable(found[key] for key in sorted(found)):

@@ -40,8 +40,8 @@ _BATCH = 64
 _LIMIT = 4.0
 """Standard deviations from the mean at which a figure is cut."""
 _PENALTIES = np.logspace(-3, 3, 13)
-_SCALES = (0.1, 0.3, 1.0, 3.0)
-"""Weight of all figures together, compared with the n-grams of a prompt."""
+_LINEAR, _SQUARED = 0.4, 0.1
+"""Weights of all figures together and of their squares, if that of the n-grams of a prompt is 1."""
 _TYPES = {
     "idf_C": np.float32,
     "familiar_C": np.bool_,
@@ -123,10 +123,11 @@ class Weighting:
         sides = 2 * rows + (columns >> BITS)
         norms = np.sqrt(np.bincount(sides, values * values, 2 * len(records)))
         scaled = np.clip((figures - self.figures_2K[0]) / self.figures_2K[1], -_LIMIT, _LIMIT)
-        curved = np.clip(scaled * scaled - 1, -_LIMIT, _LIMIT) / 2
+        squared = np.clip(scaled * scaled - 1, -_LIMIT, _LIMIT) / 2
+        both = np.concatenate([np.sqrt(_LINEAR) * scaled, np.sqrt(_SQUARED) * squared], axis=1)
         seen = np.bincount(rows, counts * self.familiar_C[columns], len(records))
         shares = seen / np.maximum(np.bincount(rows, counts, len(records)), 1)
-        return Vectors(rows, columns, values / norms[sides], np.concatenate([scaled, curved], axis=1), shares)
+        return Vectors(rows, columns, values / norms[sides], both / np.sqrt(figures.shape[1]), shares)
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def learn(
     """Fit the models to labelled records of different identities. `reference`: records on which models are scaled.
 
     Only the order of labels counts: they are replaced by their ranks, less the mean rank of their domain. The penalty
-    and the weight of the figures are those with the least leave-one-out error among the labels of a model.
+    is that with the least leave-one-out error among the labels from which a model learns.
     """
     from threadpoolctl import threadpool_limits
 
@@ -304,14 +305,8 @@ def _ridge(matrix: Any, figures: Floats, targets: Floats) -> tuple[Floats, Float
     from sklearn.linear_model import RidgeCV
 
     used = np.unique(matrix.indices)
-    best, size = None, 0.0
-    for scale in _SCALES:
-        factor = np.sqrt(scale / figures.shape[1])
-        both = sparse.hstack([matrix[:, used], sparse.csr_matrix(figures * factor)]).tocsr()
-        model = RidgeCV(_PENALTIES, fit_intercept=False).fit(both, targets)
-        if best is None or model.best_score_ > best.best_score_:
-            best, size = model, factor
-    assert best is not None
+    both = sparse.hstack([matrix[:, used], sparse.csr_matrix(figures)]).tocsr()
+    found = RidgeCV(_PENALTIES, fit_intercept=False).fit(both, targets).coef_
     weights = np.zeros(COLUMNS)
-    weights[used] = best.coef_[: len(used)]
-    return weights, best.coef_[len(used) :] * size
+    weights[used] = found[: len(used)]
+    return weights, found[len(used) :]

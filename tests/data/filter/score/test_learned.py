@@ -16,7 +16,8 @@ import pytest
 
 from bench.data.problems import make_problems
 from bench.data.separation import length_buckets, separation
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, DataError, LeviathanError
+from core.files import sha256_text
 from data.filter.config import FilterRules, ScorerConfig, ScorerKind, decisive_settings, without_defaults
 from data.filter.input.records import Record
 from data.filter.pipeline import Filter
@@ -27,13 +28,6 @@ from data.filter.score.learned import LearnedScorer, quotas_of
 from data.filter.store import OneWorker
 from tests.data.filter.threads import on_threads
 from tests.support.filtering import FixedScorer, filtered, job, outputs, write_lines, write_outputs
-
-
-@pytest.fixture(autouse=True)
-def one_weight(request, monkeypatch):
-    """Search over the penalty alone, which is four times as fast, except in the slow tests."""
-    if not request.node.get_closest_marker("slow"):
-        monkeypatch.setattr(linear, "_SCALES", (1.0,))
 
 
 @cache
@@ -215,7 +209,9 @@ def test_contradictory_labels_are_counted_and_averaged(tmp_path):
     )
 
 
-@pytest.mark.parametrize("scale", ["binary", "skewed", "tiny"])
+@pytest.mark.parametrize(
+    "scale", ["skewed", *(pytest.param(one, marks=pytest.mark.slow) for one in ("binary", "tiny"))]
+)
 def test_labels_of_any_scale_are_learned(tmp_path, scale):
     records = problems(4, 240)
     change = {"binary": lambda y: y > 4, "skewed": lambda y: np.exp(3 * y), "tiny": lambda y: y * 1e-9 - 5}[scale]
@@ -232,7 +228,7 @@ def test_labels_are_drawn_from_each_domain():
     assert quotas_of(dict(counts), counts, 20_000) == dict(counts), "all, where there are fewer"
 
 
-def test_features_tell_words_apart_and_do_not_depend_on_the_batch():
+def test_features_of_a_text_do_not_depend_on_its_batch():
     texts = [
         "The cat sat.",
         "the CAT sat.",
@@ -258,6 +254,41 @@ def test_features_tell_words_apart_and_do_not_depend_on_the_batch():
         assert (whole.figures_NF[number] == alone.figures_NF[0]).all()
     assert row(0) == row(1) != row(2) and row(3) == row(4) != row(5) and row(6) == [] and row(9) != row(10)
     assert len(row(7)) == 3 and {c for c, _ in row(7)} & {c for c, _ in row(8)}, "two characters and their pair"
+
+
+# -- planted bugs
+
+
+def own_model(model: linear.LinearModel, records: Any) -> np.ndarray:
+    return np.full(len(records), linear.FOLDS)
+
+
+def by_id(record: Record) -> int:
+    return int(sha256_text(record.id)[:16], 16)
+
+
+def unscaled(records: Any) -> Any:
+    found = features_of(records)
+    return replace(found, figures_NF=np.roll(found.figures_NF, 1, axis=0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("owner", "name", "bug", "check"),
+    [
+        (linear.LinearModel, "models_of", own_model, test_no_record_is_scored_by_a_model_that_learned_from_it),
+        (linear, "identity", by_id, test_no_record_is_scored_by_a_model_that_learned_from_it),
+        (linear.LinearModel, "models_of", own_model, test_a_label_changes_only_the_scores_of_other_folds),
+        (linear, "features_of", unscaled, test_a_stored_scorer_scores_the_same_to_the_bit),
+        (linear, "_targets", lambda labels, domains: labels - labels.mean(), test_labels_of_any_scale_are_learned),
+        (learned, "FAR", 0.0, test_text_of_another_kind_is_reported),
+    ],
+)
+def test_planted_bugs_are_noticed(tmp_path, monkeypatch, owner, name, bug, check):
+    monkeypatch.setattr(owner, name, bug)
+    more = ("skewed",) if check is test_labels_of_any_scale_are_learned else ()
+    with pytest.raises(AssertionError):
+        check(tmp_path, *more)
 
 
 # -- graders
@@ -321,8 +352,6 @@ def test_the_cost_of_a_judge_is_said_before_it_is_asked(tmp_path, server):
     replies = iter(range(1000))
     server.reply = lambda body, turn: graded(1 + len(str(body)) % 5) if next(replies) < 25 else (503, {}, b"")
     reports: list[str] = []
-    from core.errors import LeviathanError
-
     with pytest.raises(LeviathanError, match="does not answer"):
         fitted(records, tmp_path, made(), reports, labels=40)
     assert (
@@ -354,7 +383,8 @@ def write_problems(path: Path, count: int = 100, **more: Any) -> Path:
 KEYS = {"prompt_key": "q", "response_key": "a", "domain_key": "kind"}
 
 
-def test_the_filter_is_the_same_on_any_number_of_processes(tmp_path, small_shards):
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_filter_is_the_same_on_any_number_of_processes(tmp_path, small_shards, count):
     """One process learns, and the others read what it stored. A second run reads it too."""
     source = write_problems(tmp_path / "in.jsonl")
 
@@ -370,9 +400,8 @@ def test_the_filter_is_the_same_on_any_number_of_processes(tmp_path, small_shard
             write_outputs(done, out)
 
     run(tmp_path / "1", OneWorker())
-    for count in (2, 4):
-        on_threads(count, lambda worker, count=count: run(tmp_path / str(count), worker))
-        assert outputs(tmp_path / str(count)) == outputs(tmp_path / "1")
+    on_threads(count, lambda worker: run(tmp_path / str(count), worker))
+    assert outputs(tmp_path / str(count)) == outputs(tmp_path / "1")
 
 
 def test_labels_of_copies_count_for_the_record_that_is_kept(tmp_path):
