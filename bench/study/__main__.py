@@ -1,4 +1,4 @@
-"""Run or resume the study: `python -m bench.study [--seeds 5] [--quick] [--report] [--out FOLDER]`.
+"""Run or resume the study: `python -m bench.study [--seeds 5] [--large | --quick] [--report] [--out FOLDER]`.
 
 Runs are in the order of seeds, so that the table is complete for the seeds that are done. Each run is stored as a line
 of `runs.jsonl` when it ends, and a stored run is not repeated.
@@ -24,6 +24,7 @@ from bench.study.training import SIZES, answered, train_model
 RUNS = "runs.jsonl"
 MIXES = (0.3, 0.5, 0.8)
 GRID = tuple(Cell(easy, trained, epochs) for easy in MIXES for trained, epochs in ((1920, 1), (3840, 1), (3840, 8)))
+LARGE = tuple(Cell(easy, 1920, 1, "5M") for easy in (0.3, 0.8))
 QUICK = (Cell(0.5, 96, 1), Cell(0.5, 192, 2))
 
 
@@ -80,11 +81,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.study", description="Study what filtering is worth.")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--quick", action="store_true", help="two tiny cells, to try the study itself")
+    parser.add_argument("--large", action="store_true", help="models of 5 million parameters, two mixes, two arms")
     parser.add_argument("--report", action="store_true", help="train nothing: write the table of the stored runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of runs and table")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    grid = QUICK if chosen.quick else GRID
+    grid = QUICK if chosen.quick else LARGE if chosen.large else GRID
     if not chosen.report:
         study(grid, chosen.seeds, chosen.out)
     print(write_report(done(chosen.out / RUNS), grid, chosen.out))

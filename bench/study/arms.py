@@ -46,6 +46,8 @@ class Cell:
 
     @property
     def arms(self) -> tuple[str, ...]:
+        if self.size != "1M":
+            return RANDOM, HARD
         if self.epochs > 1:
             return RANDOM, HARD, EVERYTHING
         return (RANDOM, HARD, LEARNED) if self.trained < 3000 else (RANDOM, HARD, JUDGE, LEARNED)

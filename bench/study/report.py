@@ -75,15 +75,15 @@ def interval(values_SG: NDArray[np.float64]) -> list[tuple[float, float]]:
 
 def table(found: Iterable[Mapping[str, Any]]) -> str:
     """Return a Markdown table: accuracies of the random half in percent, and differences from it in points."""
-    heads = ["easy", "trained on", "epochs", "arm", *GROUPS]
+    heads = ["size", "easy", "trained on", "epochs", "arm", *GROUPS]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for one in found:
-        first = f"| {one['easy']:.0%} | {one['trained']:,} | {one['epochs']} |"
+        first = f"| {one['size']} | {one['easy']:.0%} | {one['trained']:,} | {one['epochs']} |"
         cells = [f"{100 * value:.1f}" for value in one["accuracy"][RANDOM]]
         lines.append(f"{first} {RANDOM} | {' | '.join(cells)} |")
         for arm, row in one["interval"].items():
             cells = [f"{100 * mean:+.1f} ± {100 * width:.1f}" for mean, width in row]
-            lines.append(f"| | | | {arm} | {' | '.join(cells)} |")
+            lines.append(f"| | | | | {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -137,4 +137,4 @@ def _draw(panel: Any, one: dict[str, Any]) -> None:
     panel.set_xticks(range(len(GROUPS)), [name.replace(" ", "\n", 1) for name in GROUPS], fontsize=8)
     panel.set_ylim(-105, 105)
     often = "one epoch" if one["epochs"] == 1 else f"half: {one['epochs']} epochs"
-    panel.set_title(f"{one['easy']:.0%} easy, {one['trained']:,} problems, {often}", fontsize=9)
+    panel.set_title(f"{one['size']}, {one['easy']:.0%} easy, {one['trained']:,} problems, {often}", fontsize=9)
