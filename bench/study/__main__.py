@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="two tiny cells, to try the study itself")
     parser.add_argument("--large", action="store_true", help="models of 5 million parameters, two mixes, two arms")
     parser.add_argument("--report", action="store_true", help="train nothing: write the table of the stored runs")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of runs and table")
+    parser.add_argument("--out", type=Path, default=Path("study"), help="folder of runs and table")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     grid = QUICK if chosen.quick else LARGE if chosen.large else GRID
