@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
-from core.files import remove_tree, sha256_file, sha256_text
+from core.files import sha256_file, sha256_text
 from data.files import find_files
 from data.filter.audit.statistics import OTHER
 from data.filter.config import FilterRules, KeepUnit, OnError, decisive_settings
-from data.filter.input.readers import InputPart, MalformedRecord, json_keys
+from data.filter.input.ingest import Ingest, scan, shard_prefix
+from data.filter.input.readers import InputPart
 from data.filter.input.records import Reason, Record, RecordPicture
+from data.filter.runs import SORTED, DiskArrays
 from data.filter.score.factory import Models, check_models
 from data.filter.score.scorer import CompositeScorer, RemoteScorer, Scorer
 from data.filter.screen.contamination import EvaluationSets
-from data.filter.screen.duplicates import PLACES, Copy, Signatures, find_duplicates, signatures
+from data.filter.screen.duplicates import PLACES, DuplicateSearch, Signatures, signatures
 from data.filter.screen.gates import Gates
 from data.filter.screen.pictures import PictureSignatures, find_picture_duplicates
 from data.filter.select.selection import REASONS, ShardScores, noise_threshold, select
 from data.filter.store import StageStore, Workers, barrier, local_items
+from data.filter.tables import LABEL, PICTURES, THUMBNAILS, make_table
 from data.images.phash import COLOUR_BYTES
 from data.sampling import key_of
 
@@ -41,13 +43,7 @@ SHARD_RECORDS = 4096
 DECISIONS, THRESHOLDS = "decisions", "thresholds.json"
 _SHOWN = 200
 """Characters to show of a malformed record, or of the reason why a record has no score."""
-PICTURES, THUMBNAILS = "pictures", "thumbnails"
-"""Columns of the shards whose records have pictures."""
-LABEL = "label"
-"""Column of the shards in which a record is labelled, null where one is not."""
-_OF_PICTURES = tuple(one.name for one in fields(RecordPicture) if one.name != "thumbnail")
-UNREADABLE = "unreadable"
-"""Domain of malformed records. A domain of the input may have the same name."""
+_REASON_NAMES = np.array([reason.name for reason in REASONS], object)
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,8 @@ class Filter:
         self.job, self.rules, self.workers = job, job.rules, job.workers
         self._is_fitted = False
         self._thumbnails: tuple[str, Any] = ("", None)
-        rules, parts = decisive_settings(job.rules), [part.fingerprint for part in job.parts]
+        self._parts = scan(job.parts, job.workers)
+        rules, parts = decisive_settings(job.rules), [one.fingerprint for one in self._parts]
         screen = {key: rules[key] for key in ("gates", "duplicates", "contamination", "on_error", "seed")}
         sets = [file_digest(path) for path in rules["contamination"]["sets"].values()]
         self._clean = sha256_text(*(record.content for record in job.clean))
@@ -94,16 +91,19 @@ class Filter:
             before = sha256_text(before, json.dumps(made_of), fingerprint)
             stages.append(StageStore(job.directory / name, before, made_of))
         self.records, self.screened, self.scored, self.decided = stages
+        self.duplicates = StageStore(job.directory / "duplicates", self.screened.key, self.screened.made_of)
 
     def run(self) -> None:
         """Run all stages, skipping shards that exist."""
         with barrier(self.workers):  # reject invalid rules before reading the input, which may take hours
             gates = Gates(self.rules.gates)
             sets = EvaluationSets(self.rules.contamination)
-        self._ingest()
+        fail = self.rules.on_error is OnError.fail
+        Ingest(self.records, self._parts, self.workers, SHARD_RECORDS, fail).run(self.job.report)
         with barrier(self.workers):
             self._check_names()
         self._screen(gates, sets)
+        self._find_duplicates()
         self._score()
         self._decide()
 
@@ -116,87 +116,11 @@ class Filter:
                 if name not in self.domains:
                     raise ConfigError(key, name, "no record is of this domain", self.domains[:8])
 
-    # -- ingest
-
-    def _ingest(self) -> None:
-        stage = self.records
-        stage.open(self.workers)
-        if stage.is_complete:
-            return
-        shards: dict[str, int] = {}
-        try:
-            with barrier(self.workers):
-                for number, part in local_items(list(enumerate(self.job.parts)), self.workers):
-                    self._ingest_part(number, part)
-            with barrier(self.workers):
-                for number in range(len(self.job.parts)):
-                    shards |= stage.read_json(_part_name(number), {str: int})
-                self._check_readable(shards)
-                self._check_unique_ids(shards)
-        except ConfigError:
-            if self.workers.rank == 0:  # otherwise a rerun with a corrected key would be rejected as a changed input
-                remove_tree(stage.directory)
-            raise
-        stage.close(shards, self.workers)
-        files = "1 part" if len(self.job.parts) == 1 else f"{len(self.job.parts)} parts"
-        self.job.report(f"read {sum(shards.values()):,} records of {files}")
-
-    def _ingest_part(self, number: int, part: InputPart) -> None:
-        stage, part_name = self.records, _part_name(number)
-        if (stage.directory / part_name).exists() and all(map(stage.has, stage.read_json(part_name, {str: int}))):
-            return
-        shards: dict[str, int] = {}
-        records = part.records()
-        while batch := list(islice(records, SHARD_RECORDS)):
-            if self.rules.on_error is OnError.fail:
-                for record in batch:
-                    if isinstance(record, MalformedRecord):
-                        raise record.error
-            name = f"{_shard_prefix(number)}{len(shards):06d}"
-            stage.write(name, _records_table(batch))
-            shards[name] = len(batch)
-        stage.write_json(part_name, shards)
-
-    def _check_readable(self, shards: dict[str, int]) -> None:
-        """Raise `ConfigError` if every record is malformed, because the keys or the input must then be wrong."""
-        if not shards:
-            raise ConfigError("input", None, f"{', '.join(part.name for part in self.job.parts)} holds no record")
-        if any(self.records.read(shard, ["problem"])["problem"].null_count for shard in shards):
-            return
-        table = self.records.read(next(iter(shards)), ["source", "problem", "raw"])
-        source, problem, raw = (table[name][0].as_py() for name in ("source", "problem", "raw"))
-        keys = ", ".join(map(repr, json_keys(raw)))
-        has = "" if problem.endswith(keys) else f"; its keys are {keys}"
-        reason = f"none of {sum(shards.values()):,} records can be read; {source}: {problem}{has}"
-        settings = self.job.parts[0].keys
-        advice = ["text_key=", "prompt_key= with response_key=", "messages_key="] if "text_key" in settings else []
-        for key in ("id_key", "domain_key"):
-            value = settings.get(key)
-            if value is not None and problem.startswith((f"no {value!r};", f"{value!r} is ")):
-                advice = [f"{key}="]
-        raise ConfigError("input", None, reason, advice)
-
-    def _check_unique_ids(self, shards: dict[str, int]) -> None:
-        """Raise `ConfigError` if two records have the same id: `explain` needs unique ids. Compares 64-bit hashes."""
-        if self.workers.rank:
-            return
-        seen: set[int] = set()
-        for name, source in self._ids_and_sources(shards):
-            if (key := key_of(name)) in seen:
-                first = next(other for other_name, other in self._ids_and_sources(shards) if other_name == name)
-                reason = f"two records are called {name!r}: {first} and {source}"
-                advice = "make the ids unique, or omit id_key: then the id is file and line"
-                raise ConfigError("id_key", None, f"{reason}; {advice}")
-            seen.add(key)
-
-    def _ids_and_sources(self, shards: dict[str, int]) -> Iterator[tuple[str, str]]:
-        for shard in shards:
-            table = self.records.read(shard, ["id", "source"])
-            yield from zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True)
+    # -- records
 
     def shards_of(self, number: int) -> list[str]:
         """Return the shards of a part of the job, in order."""
-        return [shard for shard in self.records.shards if shard.startswith(_shard_prefix(number))]
+        return [shard for shard in self.records.shards if shard.startswith(shard_prefix(number))]
 
     def rows(self, shard: str) -> list[Record]:
         """Return the records of a shard; malformed ones have no text."""
@@ -261,7 +185,7 @@ class Filter:
             counts = np.asarray(self.job.count_tokens(texts) if self.job.count_tokens else sizes, np.int64)
             counts += [sum(picture.tokens for picture in record.pictures) for record in records]
             self.job.report(f"screened {shard}: {sum(map(bool, reasons)):,} of {len(records):,} dropped")
-            return _table(
+            return make_table(
                 reason=reasons,
                 detail=[detail for _, detail in screened],
                 tokens=counts,
@@ -285,18 +209,39 @@ class Filter:
         pairs = zip(problems.to_pylist(), raw, strict=True)
         return [problem and (f"{problem}: {_printable(begin)}" if begin else problem) for problem, begin in pairs]
 
-    @cached_property
-    def duplicates(self) -> dict[str, list[Copy | None]]:
-        """For each record of each shard, the earlier record that it duplicates, or None. The same on every process."""
-        rules, shards = self.rules.duplicates, self.screened.shards
-        found: list[list[Copy | None]] = [[None] * rows for rows in shards.values()]
-        if rules.exact or rules.near is not None:  # else do not load the signatures
-            found = find_duplicates([_signatures(table) for _, table in self.screened.tables()], rules)
-        if rules.pictures is not None and self.has_pictures:
-            pictures = find_picture_duplicates([self._picture_signatures(shard) for shard in shards], rules.pictures)
-            # pictures first: a document with the same text has the same pictures, and the one kept is named
-            found = [[p or t for p, t in zip(*both, strict=True)] for both in zip(pictures, found, strict=True)]
-        return dict(zip(shards, found, strict=True))
+    def _find_duplicates(self) -> None:
+        """Store for each record the id of the earlier record that it duplicates and the reason, or nulls."""
+        stage, rules, shards = self.duplicates, self.rules.duplicates, self.screened.shards
+        stage.open(self.workers)
+        disk = DiskArrays(stage.directory / SORTED, shards, self.workers)
+        if not stage.is_complete:
+            search = DuplicateSearch(disk, rules, lambda shard: _signatures(self.screened.read(shard)))
+            search.run()
+            disk.make_texts("names", lambda shard: self.records.read(shard, ["id"])["id"].to_pylist())
+            disk.make("pictures", 1, lambda _: self._picture_copies())
+
+            def copies(shard: str) -> Any:
+                start, rows = disk.first[shard], shards[shard]
+                of, is_exact = search.copies(shard, rows)
+                reasons = np.where(is_exact, Reason.duplicate.name, Reason.near_duplicate.name).astype(object)
+                # pictures last: a document with the same text has the same pictures, and the one kept is named
+                places, originals, reason = disk.between("pictures", start, start + rows - 1).view(np.int64)
+                of[places - start], reasons[places - start] = originals, _REASON_NAMES[reason]
+                reasons[of < 0] = None
+                names = iter(disk.texts("names", of[of >= 0].tolist()))
+                return make_table(reason=reasons.tolist(), of=[None if one is None else next(names) for one in reasons])
+
+            stage.make(shards, self.workers, copies)
+        disk.remove()
+
+    def _picture_copies(self) -> NDArray[np.uint64]:
+        """Return (record, earlier record, code of the reason) for each document with repeated pictures, [3, E]."""
+        distance, found = self.rules.duplicates.pictures, []
+        if distance is not None and self.has_pictures:
+            shards = [self._picture_signatures(shard) for shard in self.screened.shards]
+            found = [one for copies in find_picture_duplicates(shards, distance) for one in copies]
+        rows = [(row, one.of, REASONS.index(one.reason)) for row, one in enumerate(found) if one is not None]
+        return np.array(rows, np.uint64).reshape(-1, 3).T
 
     def _picture_signatures(self, shard: str) -> PictureSignatures:
         """Return the signatures of the pictures of the records that passed the gates."""
@@ -312,23 +257,17 @@ class Filter:
 
     def reasons(self, shard: str) -> list[str | None]:
         """Return the reason of each record that is decided before scoring, such as a duplicate; None: to be scored."""
-        reasons: list[str | None] = self.screened.read(shard, ["reason"])["reason"].to_pylist()
-        copies = [copy.reason.name if copy else None for copy in self.duplicates[shard]]
-        return [reason or copy for reason, copy in zip(reasons, copies, strict=True)]
+        return self._first_of("reason", shard, "reason")
 
     def details(self, shard: str) -> list[str | None]:
         """Return the detail of each reason; see `Reason.describe`."""
-        details: list[str | None] = self.screened.read(shard, ["detail"])["detail"].to_pylist()
-        copies = self.duplicates[shard]
-        originals = np.array([copy.of for copy in copies if copy is not None], np.int64)
-        names = iter(self._ids.take(originals).to_pylist())
-        return [detail if copy is None else next(names) for detail, copy in zip(details, copies, strict=True)]
+        return self._first_of("detail", shard, "of")
 
-    @cached_property
-    def _ids(self) -> Any:
-        import pyarrow
-
-        return pyarrow.concat_tables([table for _, table in self.records.tables(["id"])])["id"]
+    def _first_of(self, column: str, shard: str, of_duplicates: str) -> list[str | None]:
+        """Return what the screen found, or else what the search for duplicates found."""
+        pairs = ((self.screened, column), (self.duplicates, of_duplicates))
+        columns = [stage.read(shard, [name])[name].to_pylist() for stage, name in pairs]
+        return [other if one is None else one for one, other in zip(*columns, strict=True)]
 
     def passed(self) -> Iterator[Record]:
         """Yield the records to be scored, in order."""
@@ -379,7 +318,7 @@ class Filter:
             why = None if np.isfinite(columns["score"][place]) else reasons.get(records[place].id)
             columns["why"][place] = None if why is None else _one_line(why)
         self.job.report(f"scored {shard}: {len(places):,} records")
-        return _table(**columns)
+        return make_table(**columns)
 
     @property
     def _score_columns(self) -> list[str]:
@@ -457,7 +396,7 @@ class Filter:
             # buckets are numbered within a domain, groups across all domains
             first = np.searchsorted(decision.domain_of_group, np.arange(len(decision.domains)))
             bucket[places] = decision.group(scores) - first[scores.domain]
-            return _table(reason=reasons.tolist(), kept=kept, bucket=bucket)
+            return make_table(reason=reasons.tolist(), kept=kept, bucket=bucket)
 
         with barrier(self.workers):
             if self.workers.rank == 0:
@@ -479,16 +418,8 @@ class Filter:
         with barrier(self.workers):
             if self.workers.rank == 0 and not self.scored.has(name):
                 self._fit()
-                self.scored.write(name, _table(score=self.job.scorer.score(self.job.clean)))
+                self.scored.write(name, make_table(score=self.job.scorer.score(self.job.clean)))
         return noise_threshold(self.scored.read(name)["score"].to_numpy(), self.rules.select.noise_quantile)
-
-
-def _part_name(number: int) -> str:
-    return f"part-{number:05d}.json"
-
-
-def _shard_prefix(number: int) -> str:
-    return f"{number:05d}-"
 
 
 def file_digest(path: str) -> str:
@@ -513,58 +444,13 @@ def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> tuple[Reaso
 
 
 def _signatures(table: Any) -> Signatures:
-    """Read the signatures of a shard. Dropped records get a unique exact hash, so that no record duplicates them."""
-    out = table["reason"].is_valid().to_numpy()
-    exact = np.frombuffer(b"".join(table["exact"].to_pylist()), np.uint64).reshape(len(table), -1).copy()
-    near = np.frombuffer(b"".join(table["near"].to_pylist()), np.uint32).reshape(len(table), -1)
-    exact[out, 0], exact[out, 1] = np.flatnonzero(out), np.iinfo(np.uint64).max
-    return Signatures(exact, near, table["near_possible"].to_numpy() & ~out)
+    """Read the signatures of a shard."""
+    exact, near = (b"".join(table[name].to_pylist()) for name in ("exact", "near"))
+    exact_N2 = np.frombuffer(exact, np.uint64).reshape(-1, 2)
+    near_NP = np.frombuffer(near, np.uint32).reshape(-1, PLACES)
+    return Signatures(exact_N2, near_NP, table["near_possible"].to_numpy(), table["reason"].is_null().to_numpy())
 
 
 def _one_line(text: str) -> str:
     """Shorten a server's or verifier's message to one line of valid UTF-8."""
     return " ".join(text.split())[:_SHOWN].encode("utf-8", "replace").decode()
-
-
-def _records_table(rows: Sequence[Record | MalformedRecord]) -> Any:
-    whole = [Record(r.id, UNREADABLE, r.source, "") if isinstance(r, MalformedRecord) else r for r in rows]
-    names = ("id", "domain", "source", "text", "answer_start")
-    columns: dict[str, Any] = {}
-    if any(record.pictures for record in whole):
-        columns[PICTURES] = [
-            [{name: getattr(picture, name) for name in _OF_PICTURES} for picture in record.pictures] for record in whole
-        ]
-        columns[THUMBNAILS] = [[p.thumbnail for p in record.pictures if p.thumbnail is not None] for record in whole]
-    if any(record.label is not None for record in whole):
-        columns[LABEL] = [record.label for record in whole]
-    return _table(
-        **{name: [getattr(record, name) for record in whole] for name in names},
-        raw=[row.raw.encode() if isinstance(row.raw, str) else row.raw for row in rows],
-        problem=[row.reason if isinstance(row, MalformedRecord) else None for row in rows],
-        **columns,
-    )
-
-
-def picture_type() -> Any:
-    """Return the type of `PICTURES`: a list of structs."""
-    import pyarrow
-
-    types = {
-        "name": pyarrow.string(),
-        "sha256": pyarrow.string(),
-        "hash": pyarrow.uint64(),
-        "colours": pyarrow.binary(),
-    }
-    return pyarrow.list_(pyarrow.struct([(name, types.get(name, pyarrow.int64())) for name in _OF_PICTURES]))
-
-
-def _table(**columns: Any) -> Any:
-    """Make a table. Columns that are all null keep their type, so that all shards have the same schema."""
-    import pyarrow
-
-    strings = ("id", "domain", "source", "text", "problem", "reason", "detail", "why")
-    types = dict.fromkeys(strings, pyarrow.string())
-    types |= {"answer_start": pyarrow.int32(), "raw": pyarrow.binary()}
-    types |= {"exact": pyarrow.binary(16), "near": pyarrow.binary(4 * PLACES)}
-    types |= {PICTURES: picture_type(), THUMBNAILS: pyarrow.list_(pyarrow.binary())}
-    return pyarrow.table({name: pyarrow.array(values, types.get(name)) for name, values in columns.items()})

@@ -17,8 +17,9 @@ from data.filter.audit.plots import draw
 from data.filter.audit.statistics import OTHER, Audit
 from data.filter.input.documents import DocumentsPart
 from data.filter.input.records import Record, RecordPicture
-from data.filter.pipeline import PICTURES, THRESHOLDS, Filter, picture_type
+from data.filter.pipeline import THRESHOLDS, Filter
 from data.filter.store import writing
+from data.filter.tables import PICTURES, picture_type
 from data.images.parts import ImagePart, Part, PartsDocument, VideoPart
 
 SCORES, KEPT, AUDIT_JSON, AUDIT_PAGE = "scores.parquet", "kept.jsonl", "audit.json", "audit.html"
