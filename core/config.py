@@ -377,14 +377,17 @@ def _joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _same_name(name: str, schema: Any, path: str = "") -> list[str]:
-    """Return the keys below `schema` that end in `name`, or that are `name` without their dots and underscores."""
-    found = []
-    for one in dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ():
+def _same_name(name: str, schema: Any, path: str = "", above: tuple[Any, ...] = ()) -> list[str]:
+    """Return the keys below `schema` that end in `name`, or that are `name` without their dots and underscores.
+
+    A component may contain another of its kind (`above`: those on the way); its keys are not repeated.
+    """
+    found: list[str] = []
+    for one in dataclasses.fields(schema) if dataclasses.is_dataclass(schema) and schema not in above else ():
         key = _joined(path, one.name)
         if name == one.name or name == re.sub(r"[._]", "", key):
             found.append(key)
-        found += _same_name(name, _kind_at(typing.cast(type, schema), one.name), key)
+        found += _same_name(name, _kind_at(typing.cast(type, schema), one.name), key, (*above, schema))
     return found
 
 

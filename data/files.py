@@ -88,19 +88,33 @@ def skipped_files(pattern: str) -> list[str]:
     return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+def json_lines(
+    path: Path, start: int = 0, stop: int | None = None, number: int = 1
+) -> Iterator[tuple[int, int, bytes]]:
     """Yield for each line that is not blank its number (from 1), the offset of its first byte in the uncompressed file,
     and its bytes, without the line end and the file's byte order mark.
+
+    Of a file that is not compressed, only the lines that begin from byte `start` on and before `stop` can be read.
+    `number`: that of a line which begins at `start`, or 1 plus the line ends before it.
     """
     import pyarrow
 
-    offset, codec = 0, _CODECS.get(path.suffix)
+    offset, codec = start, _CODECS.get(path.suffix)
     with reading(), path.open("rb") as raw:
         file: Any = io.BufferedReader(pyarrow.input_stream(raw, codec)) if codec else raw
-        for number, line in enumerate(iter(partial(file.readline, MOST_BYTES + 1), b""), start=1):
+        if start:
+            file.seek(start - 1)
+            while (cut := file.readline(MOST_BYTES)) and not cut.endswith(b"\n"):  # it began before `start`
+                offset += len(cut)
+            offset += len(cut) - 1
+            number += offset > start
+        lines = iter(partial(file.readline, MOST_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=number):  # noqa: B020
+            if stop is not None and offset >= stop:
+                return
             if len(line) > MOST_BYTES:
                 raise UnreadableFile(f"line {number} has more than {MOST_BYTES >> 20} MiB: split its text")
-            mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+            mark = len(codecs.BOM_UTF8) if offset == 0 and line.startswith(codecs.BOM_UTF8) else 0
             if line[mark:].strip():
                 yield number, offset + mark, line[mark:].rstrip(b"\r\n")
             offset += len(line)
@@ -143,6 +157,22 @@ def read_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, Any]]:
                 yield 0, {"text": read_document(path).decode(errors=errors)}
         case None:
             raise UnreadableFile("unknown suffix")
+
+
+def read_rows_from(path: Path, start: int, number: int) -> Iterator[tuple[int, Any]]:
+    """Yield what `read_rows` does, from a byte of plain JSON lines or a row group of a table on; see `json_lines`."""
+    if path.suffix != ".parquet":
+        yield from ((place, content) for place, _, content in json_lines(path, start, None, number))
+        return
+    with open_parquet(path) as table:
+        batches = table.iter_batches(_BATCH_ROWS, row_groups=range(start, table.num_row_groups))
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=number)
+
+
+def row_group_sizes(path: Path) -> list[int]:
+    """Return the number of rows of each group of a table."""
+    with open_parquet(path) as table:
+        return [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
 
 
 def stream_dataset(name: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,7 @@ LONG = (
     "data",
     "evaluation",
     "extending",
+    "filter",
     "fp8",
     "huggingface",
     "long_context",

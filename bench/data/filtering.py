@@ -20,10 +20,12 @@ from bench.trainer_step import make_trainer
 from data.filter.config import DuplicateConfig, GateConfig
 from data.filter.corpus import SourcePart
 from data.filter.input.records import Record
+from data.filter.runs import DiskArrays
 from data.filter.score.losses import LossScorer
 from data.filter.score.ngram import NgramScorer
-from data.filter.screen.duplicates import find_duplicates, signatures
+from data.filter.screen.duplicates import DuplicateSearch, signatures
 from data.filter.screen.gates import Gates
+from data.filter.store import OneWorker
 from data.sources import make_source
 from model.attention.plan import ForwardContext
 from train.eval.scoring_model import ScoringModel
@@ -85,7 +87,11 @@ def _ngram(records: list[Record]) -> None:
 
 
 def _duplicates(records: list[Record]) -> None:
-    find_duplicates([signatures([record.text for record in records])], DuplicateConfig())
+    with tempfile.TemporaryDirectory() as folder:
+        disk = DiskArrays(Path(folder), {"0": len(records)}, OneWorker())
+        search = DuplicateSearch(disk, DuplicateConfig(), lambda _: signatures([record.text for record in records]))
+        search.run()
+        search.copies("0", len(records))
 
 
 def _by_model(trainer: Trainer) -> LossScorer:

@@ -135,7 +135,7 @@ def make_problems(count: int, seed: int) -> list[Problem]:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """Read JSON lines with `prompt`, `response`, a number `label` (higher is harder) and optionally `family`. Raises
+    """Read JSON lines with `prompt`, `response`, a number `label` (higher is harder) and optionally `domain`. Raises
     `DataError` with the number of a malformed line.
     """
     problems = []
@@ -145,7 +145,7 @@ def read_problems(path: Path) -> list[Problem]:
         try:
             row = json.loads(line)
             label = float(row["label"])
-            problems.append(Problem(str(row["prompt"]), str(row["response"]), label, str(row.get("family", "given"))))
+            problems.append(Problem(str(row["prompt"]), str(row["response"]), label, str(row.get("domain", "given"))))
         except (ValueError, TypeError, KeyError) as error:
             reason = f"needs prompt, response and a number as label ({type(error).__name__}: {error})"
             raise DataError(f"{path}:{number} {reason}") from None

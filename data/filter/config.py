@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
@@ -19,6 +19,9 @@ FARTHEST = 11
 bands.
 """
 
+LEAST_LABELS, MOST_LABELS = 30, 5000
+"""Numbers of labels to learn from. Fewer teach nothing, and the time to learn grows with their cube."""
+
 
 @contextmanager
 def under(key: str) -> Iterator[None]:
@@ -27,6 +30,11 @@ def under(key: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise error.under(key) from None
+
+
+RUBRICS = ("difficulty", "quality")
+"""Rubrics of the judge that are in `score/rubrics`."""
+ANSWERS = "~/.cache/leviathan/answers"
 
 
 class KeepUnit(Enum):
@@ -44,19 +52,35 @@ class OnError(Enum):
     fail = "fail"
 
 
+class BucketRule(Enum):
+    """Whether records of a domain compete in buckets of similar length."""
+
+    length = "length"
+    domain = "domain"
+    """No length buckets: all records of a domain compete with each other."""
+    auto = "auto"
+    """For prompts with a learned score: no length buckets in domains whose labels say that longer answers are harder
+    (the lower bound of the AUC of the length exceeds 0.55).
+    """
+
+
 class ScorerKind(Enum):
+    auto = "auto"
+    """`learned` for the prompts of `leviathan filter`, which needs labels; `ngram` for all other text."""
     ngram = "ngram"
-    """Loss under a byte n-gram model, fitted to the half of the data without the record. Needs no pretrained model."""
+    """Improbable: loss under a byte n-gram model that is fitted to the half of the data without the record."""
     loss = "loss"
-    """Mean loss of a reference model."""
+    """Improbable: mean loss of a reference model."""
     excess = "excess"
     """Loss of a model minus that of a better one. Favours text that can be learnt over text that is merely hard."""
     ifd = "ifd"
-    """Instruction-following difficulty: loss of the answer given its prompt, divided by its loss without the prompt."""
+    """How little the prompt helps: loss of the answer given its prompt, divided by its loss without the prompt."""
     judge = "judge"
-    """Difficulty as graded by a model behind an OpenAI-compatible endpoint."""
+    """Difficulty of a prompt or quality of a text, as graded by a model behind an OpenAI-compatible endpoint."""
     pass_rate = "pass_rate"
     """One minus the pass rate: the fraction of sampled answers that a verifier rejects."""
+    learned = "learned"
+    """Difficulty as a linear model predicts it, learned from labels of the input (`label_key`) or of a `labeler`."""
     ensemble = "ensemble"
     """Mean of a record's ranks under several scorers."""
     random = "random"
@@ -80,13 +104,16 @@ class ScorerTraits:
     """Whether the scorer must see all records before it scores the first."""
 
 
+_NGRAM = ScorerTraits("ngram:NgramScorer", takes_window=True, reads_all_first=True)
 _TRAITS = {
-    ScorerKind.ngram: ScorerTraits("ngram:NgramScorer", takes_window=True, reads_all_first=True),
+    ScorerKind.auto: _NGRAM,
+    ScorerKind.ngram: _NGRAM,
     ScorerKind.loss: ScorerTraits("losses:LossScorer", ("model",), takes_window=True),
-    ScorerKind.excess: ScorerTraits("losses:ExcessScorer", ("model", "reference"), takes_window=True),
+    ScorerKind.excess: ScorerTraits("losses:ExcessScorer", ("model", "reference")),
     ScorerKind.ifd: ScorerTraits("losses:DifficultyOfFollowing", ("model",)),
     ScorerKind.judge: ScorerTraits("judge:JudgeScorer", ("url", "judge")),
     ScorerKind.pass_rate: ScorerTraits("pass_rate:PassRateScorer", ("url", "judge", "verifier")),
+    ScorerKind.learned: ScorerTraits("learned:LearnedScorer", reads_all_first=True),
     ScorerKind.ensemble: ScorerTraits("ensemble:EnsembleScorer", reads_all_first=True),
     ScorerKind.random: ScorerTraits("baselines:RandomScorer"),
     ScorerKind.length: ScorerTraits("baselines:LengthScorer"),
@@ -105,7 +132,9 @@ class ScorerConfig:
     order: int = 5
     """For ngram: length of the n-grams in bytes."""
     model: str | None = None
-    """For loss, ifd and excess: the directory of a run, or a Hugging Face folder or name."""
+    """For loss, ifd and excess: the directory of a run, or a Hugging Face folder or name. For learned: the output
+    directory of a filter whose learned scorer is used as it is.
+    """
     reference: str | None = None
     """For excess: the better model."""
     seq_len: int = 1024
@@ -114,10 +143,20 @@ class ScorerConfig:
     """For loss, excess and ifd: number of windows per forward pass. Raise it until memory is full."""
     members: list[ScorerConfig] = field(default_factory=list)
     """Scorers of an ensemble."""
+    labels: int = 500
+    """For learned: number of records to learn from, drawn at random in each domain; from 30 to 5,000."""
+    labeler: ScorerConfig | None = None
+    """For learned: the scorer that grades the sample, such as judge; null: labels are those of `label_key`."""
     url: str | None = None
     """For judge and pass_rate: base URL of the endpoint, with `/v1`."""
     judge: str | None = None
     """Name of the model at the endpoint."""
+    rubric: str = RUBRICS[0]
+    """For judge: `difficulty` of a prompt, `quality` of a text, or a file with your rubric for grades from 1 to 5, with
+    `{prompt}` or `{text}` where a record's prompt or all of its text goes.
+    """
+    answers: str = ANSWERS
+    """For judge and pass_rate: the folder where all commands look for answers, and store them."""
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable with the endpoint's key."""
     concurrency: int = 8
@@ -141,17 +180,54 @@ class ScorerConfig:
                     raise ConfigError(key, None, f"the scorer {self.kind.name} needs it")
         if self.kind is ScorerKind.ensemble and len(self.members) < 2:
             raise ConfigError("members", None, "an ensemble needs two scorers or more")
+        if not LEAST_LABELS <= self.labels <= MOST_LABELS:
+            raise ConfigError("labels", self.labels, f"must lie in [{LEAST_LABELS}, {MOST_LABELS}]", [500])
+        if self.labeler is not None:
+            self._check_labeler(self.labeler)
+
+    def _check_labeler(self, labeler: ScorerConfig) -> None:
+        if self.kind not in (ScorerKind.learned, ScorerKind.auto) or self.model:
+            reason = "has no effect on a stored scorer" if self.model else "has an effect on the scorer learned only"
+            raise ConfigError("labeler", None, reason, ["null"])
+        if labeler.reads_all_first:
+            raise ConfigError("labeler.kind", labeler.kind, "cannot grade a sample alone", ["judge", "pass_rate"])
+
+    @property
+    def reads_all_first(self) -> bool:
+        """Whether the scorer must see all records before it scores the first."""
+        is_stored = self.kind is ScorerKind.learned and self.model is not None
+        return isinstance(self.kind, ScorerKind) and self.kind.traits.reads_all_first and not is_stored
+
+    def parts(self, key: str) -> Iterator[tuple[str, ScorerConfig]]:
+        """Yield this scorer, its members and its labeler, with their configuration keys."""
+        yield key, self
+        if self.labeler is not None:
+            yield from self.labeler.parts(f"{key}.labeler")
+        for place, member in enumerate(self.members):
+            yield from member.parts(f"{key}.members[{place}]")
 
     def import_paths(self, key: str) -> dict[str, object]:
         """Return, by configuration key, the kinds and verifiers of this scorer and its members."""
-        found: dict[str, object] = {f"{key}.kind": self.kind, f"{key}.verifier": self.verifier}
-        for place, member in enumerate(self.members):
-            found |= member.import_paths(f"{key}.members[{place}]")
-        return found
+        parts = list(self.parts(key))
+        return {f"{k}.kind": one.kind for k, one in parts} | {f"{k}.verifier": one.verifier for k, one in parts}
+
+    def rubric_files(self) -> list[str]:
+        return [one.rubric for _, one in self.parts("") if one.rubric not in RUBRICS]
+
+    def check_documents(self, key: str) -> None:
+        """Raise `ConfigError` if the scorer or a member requires prompts, which plain documents do not have."""
+        need = "requires prompts: set prompt_key and response_key, or messages_key"
+        for place, one in self.parts(key):
+            if one.kind is ScorerKind.judge and one.rubric == "difficulty":
+                raise ConfigError(f"{place}.rubric", one.rubric, f"{need}; for plain documents", ["quality"])
+            if one.kind is ScorerKind.pass_rate:
+                raise ConfigError(f"{place}.kind", one.kind, need)
 
 
-_CONNECTION = ("url", "key_variable", "concurrency", "timeout_s", "retries")
+_CONNECTION = ("url", "key_variable", "concurrency", "timeout_s", "retries", "answers")
 """Settings on which no score depends."""
+_NEW = {"labels": 500, "labeler": None, "rubric": RUBRICS[0], "answers": ANSWERS}
+"""Settings that older versions did not have, with their defaults."""
 _HASHED_AS = {"seq_len": "context", "batch_size": "batch"}
 
 
@@ -225,6 +301,10 @@ class SelectConfig:
     """Path of clean reference text, whose scores set the limit above which a record is noise; null: no limit."""
     noise_quantile: float = 0.99
     """The limit is this quantile of the scores of `clean`."""
+    buckets: BucketRule = BucketRule.length
+    """Whether `length_buckets` are used."""
+    require_auc: float | None = None
+    """Refuse to select unless the lower bound of the AUC of the score against labels is at least this; null: warn."""
 
     def __post_init__(self) -> None:
         for name, share in self.domains.items():
@@ -237,6 +317,8 @@ class SelectConfig:
         check_numbers(self, not_negative=("floor",))
         if not 1 <= self.length_buckets <= 64:
             raise ConfigError("length_buckets", self.length_buckets, "must lie in [1, 64]", [1, 8])
+        if self.require_auc is not None and not 0.5 <= self.require_auc < 1:
+            raise ConfigError("require_auc", self.require_auc, "must lie in [0.5, 1)", [0.55, 0.6])
 
 
 @dataclass(frozen=True)
@@ -261,27 +343,41 @@ class FilterRules:
 
 
 def decisive_settings(rules: FilterRules) -> dict[str, Any]:
-    """Return the settings that decide what is kept, as plain values: all rules except `_CONNECTION` of the scorers.
+    """Return the settings that decide what is kept, as plain values: all rules except `_CONNECTION` of the scorers
+    and `select.require_auc`.
 
     The order of training samples depends on their hash, so a renamed key keeps its old name here (`_HASHED_AS`), and a
     new one is omitted where it has its default.
     """
+    rules = replace(rules, select=replace(rules.select, require_auc=None))
     return {**without_defaults(plain(rules)), "scorer": _decisive(plain(rules.scorer))}
 
 
 def without_defaults(rules: dict[str, Any]) -> dict[str, Any]:
     """Return plain rules without the keys that older versions did not have, where they have their defaults."""
-    duplicates = dict(rules["duplicates"])
-    if duplicates["pictures"] == DuplicateConfig().pictures:
-        del duplicates["pictures"]
-    return {**rules, "duplicates": duplicates}
+    new: dict[str, dict[str, Any]] = {
+        "duplicates": {"pictures": DuplicateConfig().pictures},
+        "select": {"buckets": BucketRule.length.value, "require_auc": None},
+    }
+    groups = {
+        group: {key: value for key, value in rules[group].items() if key not in old or value != old[key]}
+        for group, old in new.items()
+    }
+    return {**rules, **groups, "scorer": _without_new(rules["scorer"])}
+
+
+def _without_new(scorer: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in scorer.items() if key not in _NEW or value != _NEW[key]}
+    return {**kept, "members": [_without_new(member) for member in kept["members"]]}
 
 
 def _decisive(scorer: dict[str, Any]) -> dict[str, Any]:
     kept = {_HASHED_AS.get(key, key): value for key, value in scorer.items() if key not in _CONNECTION}
     if not kept["options"]:
         del kept["options"]
-    return {**kept, "members": [_decisive(member) for member in kept["members"]]}
+    if kept.get("labeler"):
+        kept["labeler"] = _decisive(kept["labeler"])
+    return _without_new({**kept, "members": [_decisive(member) for member in kept["members"]]})
 
 
 _OF_TEXT = (

@@ -144,6 +144,7 @@ def filter_sources(
     key = sha256_text(rules_fingerprint(rules), tokenizer.fingerprint, *map(str, contents))
     directory = cache / "filter" / key[:32]
     with _under_filter():
+        rules.scorer.check_documents("scorer")
         with under("scorer"):
             scorer = make_scorer(rules.scorer, models, cache / "answers", rules.seed)
         job = FilterJob(
@@ -170,6 +171,7 @@ def rules_fingerprint(rules: FilterRules) -> str:
     no model is opened just to check the cache.
     """
     files = [*rules.contamination.sets.values(), *([rules.select.clean] if rules.select.clean else [])]
+    files += rules.scorer.rubric_files()
     return sha256_text(str(FORMAT), json.dumps(decisive_settings(rules)), *map(file_digest, files))
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
-from core.files import remove_tree, sha256_file, sha256_text
+from core.files import sha256_file, sha256_text
 from data.files import find_files
+from data.filter.audit.proof import by_length, check_auc, prove
 from data.filter.audit.statistics import OTHER
 from data.filter.config import FilterRules, KeepUnit, OnError, decisive_settings
-from data.filter.input.readers import InputPart, MalformedRecord, json_keys
+from data.filter.input.ingest import Ingest, scan, shard_prefix
+from data.filter.input.readers import InputPart
 from data.filter.input.records import Reason, Record, RecordPicture
+from data.filter.runs import SORTED, DiskArrays
 from data.filter.score.factory import Models, check_models
-from data.filter.score.scorer import CompositeScorer, RemoteScorer, Scorer
+from data.filter.score.scorer import CompositeScorer, CostlyScorer, RemoteScorer, Scorer, StoredScorer
 from data.filter.screen.contamination import EvaluationSets
-from data.filter.screen.duplicates import PLACES, Copy, Signatures, find_duplicates, signatures
+from data.filter.screen.duplicates import PLACES, DuplicateSearch, Signatures, signatures
 from data.filter.screen.gates import Gates
 from data.filter.screen.pictures import PictureSignatures, find_picture_duplicates
 from data.filter.select.selection import REASONS, ShardScores, noise_threshold, select
 from data.filter.store import StageStore, Workers, barrier, local_items
+from data.filter.tables import LABEL, PICTURES, THUMBNAILS, make_table
 from data.images.phash import COLOUR_BYTES
 from data.sampling import key_of
 
@@ -41,13 +45,7 @@ SHARD_RECORDS = 4096
 DECISIONS, THRESHOLDS = "decisions", "thresholds.json"
 _SHOWN = 200
 """Characters to show of a malformed record, or of the reason why a record has no score."""
-PICTURES, THUMBNAILS = "pictures", "thumbnails"
-"""Columns of the shards whose records have pictures."""
-LABEL = "label"
-"""Column of the shards in which a record is labelled, null where one is not."""
-_OF_PICTURES = tuple(one.name for one in fields(RecordPicture) if one.name != "thumbnail")
-UNREADABLE = "unreadable"
-"""Domain of malformed records. A domain of the input may have the same name."""
+_REASON_NAMES = np.array([reason.name for reason in REASONS], object)
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,8 @@ class Filter:
         self.job, self.rules, self.workers = job, job.rules, job.workers
         self._is_fitted = False
         self._thumbnails: tuple[str, Any] = ("", None)
-        rules, parts = decisive_settings(job.rules), [part.fingerprint for part in job.parts]
+        self._parts = scan(job.parts, job.workers)
+        rules, parts = decisive_settings(job.rules), [one.fingerprint for one in self._parts]
         screen = {key: rules[key] for key in ("gates", "duplicates", "contamination", "on_error", "seed")}
         sets = [file_digest(path) for path in rules["contamination"]["sets"].values()]
         self._clean = sha256_text(*(record.content for record in job.clean))
@@ -94,109 +93,36 @@ class Filter:
             before = sha256_text(before, json.dumps(made_of), fingerprint)
             stages.append(StageStore(job.directory / name, before, made_of))
         self.records, self.screened, self.scored, self.decided = stages
+        self.duplicates = StageStore(job.directory / "duplicates", self.screened.key, self.screened.made_of)
 
     def run(self) -> None:
         """Run all stages, skipping shards that exist."""
         with barrier(self.workers):  # reject invalid rules before reading the input, which may take hours
+            if OTHER + LABEL not in self._score_columns and not any("label_key" in one.keys for one in self.job.parts):
+                check_auc(self.rules.select, lambda: None)
             gates = Gates(self.rules.gates)
             sets = EvaluationSets(self.rules.contamination)
-        self._ingest()
+        fail = self.rules.on_error is OnError.fail
+        Ingest(self.records, self._parts, self.workers, SHARD_RECORDS, fail).run(self.job.report)
         with barrier(self.workers):
             self._check_names()
         self._screen(gates, sets)
+        self._find_duplicates()
         self._score()
         self._decide()
 
     def _check_names(self) -> None:
-        for key, names in (
-            ("select.domains", self.rules.select.domains),
-            ("select.protect", self.rules.select.protect),
-        ):
+        rules = self.rules.select
+        for key, names in (("select.domains", rules.domains), ("select.protect", rules.protect)):
             for name in names:
                 if name not in self.domains:
                     raise ConfigError(key, name, "no record is of this domain", self.domains[:8])
 
-    # -- ingest
-
-    def _ingest(self) -> None:
-        stage = self.records
-        stage.open(self.workers)
-        if stage.is_complete:
-            return
-        shards: dict[str, int] = {}
-        try:
-            with barrier(self.workers):
-                for number, part in local_items(list(enumerate(self.job.parts)), self.workers):
-                    self._ingest_part(number, part)
-            with barrier(self.workers):
-                for number in range(len(self.job.parts)):
-                    shards |= stage.read_json(_part_name(number), {str: int})
-                self._check_readable(shards)
-                self._check_unique_ids(shards)
-        except ConfigError:
-            if self.workers.rank == 0:  # otherwise a rerun with a corrected key would be rejected as a changed input
-                remove_tree(stage.directory)
-            raise
-        stage.close(shards, self.workers)
-        files = "1 part" if len(self.job.parts) == 1 else f"{len(self.job.parts)} parts"
-        self.job.report(f"read {sum(shards.values()):,} records of {files}")
-
-    def _ingest_part(self, number: int, part: InputPart) -> None:
-        stage, part_name = self.records, _part_name(number)
-        if (stage.directory / part_name).exists() and all(map(stage.has, stage.read_json(part_name, {str: int}))):
-            return
-        shards: dict[str, int] = {}
-        records = part.records()
-        while batch := list(islice(records, SHARD_RECORDS)):
-            if self.rules.on_error is OnError.fail:
-                for record in batch:
-                    if isinstance(record, MalformedRecord):
-                        raise record.error
-            name = f"{_shard_prefix(number)}{len(shards):06d}"
-            stage.write(name, _records_table(batch))
-            shards[name] = len(batch)
-        stage.write_json(part_name, shards)
-
-    def _check_readable(self, shards: dict[str, int]) -> None:
-        """Raise `ConfigError` if every record is malformed, because the keys or the input must then be wrong."""
-        if not shards:
-            raise ConfigError("input", None, f"{', '.join(part.name for part in self.job.parts)} holds no record")
-        if any(self.records.read(shard, ["problem"])["problem"].null_count for shard in shards):
-            return
-        table = self.records.read(next(iter(shards)), ["source", "problem", "raw"])
-        source, problem, raw = (table[name][0].as_py() for name in ("source", "problem", "raw"))
-        keys = ", ".join(map(repr, json_keys(raw)))
-        has = "" if problem.endswith(keys) else f"; its keys are {keys}"
-        reason = f"none of {sum(shards.values()):,} records can be read; {source}: {problem}{has}"
-        settings = self.job.parts[0].keys
-        advice = ["text_key=", "prompt_key= with response_key=", "messages_key="] if "text_key" in settings else []
-        for key in ("id_key", "domain_key"):
-            value = settings.get(key)
-            if value is not None and problem.startswith((f"no {value!r};", f"{value!r} is ")):
-                advice = [f"{key}="]
-        raise ConfigError("input", None, reason, advice)
-
-    def _check_unique_ids(self, shards: dict[str, int]) -> None:
-        """Raise `ConfigError` if two records have the same id: `explain` needs unique ids. Compares 64-bit hashes."""
-        if self.workers.rank:
-            return
-        seen: set[int] = set()
-        for name, source in self._ids_and_sources(shards):
-            if (key := key_of(name)) in seen:
-                first = next(other for other_name, other in self._ids_and_sources(shards) if other_name == name)
-                reason = f"two records are called {name!r}: {first} and {source}"
-                advice = "make the ids unique, or omit id_key: then the id is file and line"
-                raise ConfigError("id_key", None, f"{reason}; {advice}")
-            seen.add(key)
-
-    def _ids_and_sources(self, shards: dict[str, int]) -> Iterator[tuple[str, str]]:
-        for shard in shards:
-            table = self.records.read(shard, ["id", "source"])
-            yield from zip(table["id"].to_pylist(), table["source"].to_pylist(), strict=True)
+    # -- records
 
     def shards_of(self, number: int) -> list[str]:
         """Return the shards of a part of the job, in order."""
-        return [shard for shard in self.records.shards if shard.startswith(_shard_prefix(number))]
+        return [shard for shard in self.records.shards if shard.startswith(shard_prefix(number))]
 
     def rows(self, shard: str) -> list[Record]:
         """Return the records of a shard; malformed ones have no text."""
@@ -215,6 +141,18 @@ class Filter:
         if not self.records.has_column(shard, LABEL):
             return np.full(self.records.shards[shard], np.nan)
         return np.asarray(self.records.read(shard, [LABEL])[LABEL].to_numpy(zero_copy_only=False), np.float64)
+
+    @cached_property
+    def label_source(self) -> str | None:
+        """Whose labels scores are held against: "input", "scorer" (those of its grader, where the input has none)."""
+        if any(self.records.has_column(shard, LABEL) for shard in self.records.shards):
+            return "input"
+        return "scorer" if OTHER + LABEL in self._score_columns else None
+
+    @cached_property
+    def proof(self) -> dict[str, Any] | None:
+        """How well the scores agree with the labels; None if no record that competes has one."""
+        return prove(self.job.scorer, self.label_source, self.labels, self.records, self.screened, self.scored)
 
     def pictures(self, shard: str) -> list[tuple[RecordPicture, ...]]:
         """Return the pictures of each record of a shard, without thumbnails."""
@@ -261,7 +199,7 @@ class Filter:
             counts = np.asarray(self.job.count_tokens(texts) if self.job.count_tokens else sizes, np.int64)
             counts += [sum(picture.tokens for picture in record.pictures) for record in records]
             self.job.report(f"screened {shard}: {sum(map(bool, reasons)):,} of {len(records):,} dropped")
-            return _table(
+            return make_table(
                 reason=reasons,
                 detail=[detail for _, detail in screened],
                 tokens=counts,
@@ -285,18 +223,39 @@ class Filter:
         pairs = zip(problems.to_pylist(), raw, strict=True)
         return [problem and (f"{problem}: {_printable(begin)}" if begin else problem) for problem, begin in pairs]
 
-    @cached_property
-    def duplicates(self) -> dict[str, list[Copy | None]]:
-        """For each record of each shard, the earlier record that it duplicates, or None. The same on every process."""
-        rules, shards = self.rules.duplicates, self.screened.shards
-        found: list[list[Copy | None]] = [[None] * rows for rows in shards.values()]
-        if rules.exact or rules.near is not None:  # else do not load the signatures
-            found = find_duplicates([_signatures(table) for _, table in self.screened.tables()], rules)
-        if rules.pictures is not None and self.has_pictures:
-            pictures = find_picture_duplicates([self._picture_signatures(shard) for shard in shards], rules.pictures)
-            # pictures first: a document with the same text has the same pictures, and the one kept is named
-            found = [[p or t for p, t in zip(*both, strict=True)] for both in zip(pictures, found, strict=True)]
-        return dict(zip(shards, found, strict=True))
+    def _find_duplicates(self) -> None:
+        """Store for each record the id of the earlier record that it duplicates and the reason, or nulls."""
+        stage, rules, shards = self.duplicates, self.rules.duplicates, self.screened.shards
+        stage.open(self.workers)
+        disk = DiskArrays(stage.directory / SORTED, shards, self.workers)
+        if not stage.is_complete:
+            search = DuplicateSearch(disk, rules, lambda shard: _signatures(self.screened.read(shard)))
+            search.run()
+            disk.make_texts("names", lambda shard: self.records.read(shard, ["id"])["id"].to_pylist())
+            disk.make("pictures", 1, lambda _: self._picture_copies())
+
+            def copies(shard: str) -> Any:
+                start, rows = disk.first[shard], shards[shard]
+                of, is_exact = search.copies(shard, rows)
+                reasons = np.where(is_exact, Reason.duplicate.name, Reason.near_duplicate.name).astype(object)
+                # pictures last: a document with the same text has the same pictures, and the one kept is named
+                places, originals, reason = disk.between("pictures", start, start + rows - 1).view(np.int64)
+                of[places - start], reasons[places - start] = originals, _REASON_NAMES[reason]
+                reasons[of < 0] = None
+                names = iter(disk.texts("names", of[of >= 0].tolist()))
+                return make_table(reason=reasons.tolist(), of=[None if one is None else next(names) for one in reasons])
+
+            stage.make(shards, self.workers, copies)
+        disk.remove()
+
+    def _picture_copies(self) -> NDArray[np.uint64]:
+        """Return (record, earlier record, code of the reason) for each document with repeated pictures, [3, E]."""
+        distance, found = self.rules.duplicates.pictures, []
+        if distance is not None and self.has_pictures:
+            shards = [self._picture_signatures(shard) for shard in self.screened.shards]
+            found = [one for copies in find_picture_duplicates(shards, distance) for one in copies]
+        rows = [(row, one.of, REASONS.index(one.reason)) for row, one in enumerate(found) if one is not None]
+        return np.array(rows, np.uint64).reshape(-1, 3).T
 
     def _picture_signatures(self, shard: str) -> PictureSignatures:
         """Return the signatures of the pictures of the records that passed the gates."""
@@ -312,30 +271,40 @@ class Filter:
 
     def reasons(self, shard: str) -> list[str | None]:
         """Return the reason of each record that is decided before scoring, such as a duplicate; None: to be scored."""
-        reasons: list[str | None] = self.screened.read(shard, ["reason"])["reason"].to_pylist()
-        copies = [copy.reason.name if copy else None for copy in self.duplicates[shard]]
-        return [reason or copy for reason, copy in zip(reasons, copies, strict=True)]
+        return self._first_of("reason", shard, "reason")
 
     def details(self, shard: str) -> list[str | None]:
         """Return the detail of each reason; see `Reason.describe`."""
-        details: list[str | None] = self.screened.read(shard, ["detail"])["detail"].to_pylist()
-        copies = self.duplicates[shard]
-        originals = np.array([copy.of for copy in copies if copy is not None], np.int64)
-        names = iter(self._ids.take(originals).to_pylist())
-        return [detail if copy is None else next(names) for detail, copy in zip(details, copies, strict=True)]
+        return self._first_of("detail", shard, "of")
 
-    @cached_property
-    def _ids(self) -> Any:
-        import pyarrow
-
-        return pyarrow.concat_tables([table for _, table in self.records.tables(["id"])])["id"]
+    def _first_of(self, column: str, shard: str, of_duplicates: str) -> list[str | None]:
+        """Return what the screen found, or else what the search for duplicates found."""
+        pairs = ((self.screened, column), (self.duplicates, of_duplicates))
+        columns = [stage.read(shard, [name])[name].to_pylist() for stage, name in pairs]
+        return [other if one is None else one for one, other in zip(*columns, strict=True)]
 
     def passed(self) -> Iterator[Record]:
-        """Yield the records to be scored, in order."""
+        """Yield the records to be scored, in order. The label is the mean of those of the record and its copies."""
         for shard in self.records.shards:
             for record, reason in zip(self.rows(shard), self.reasons(shard), strict=True):
                 if reason is None:
-                    yield record
+                    label = self._labels_of_copied.get(record.id)
+                    yield record if label is None else replace(record, label=label)
+
+    @cached_property
+    def _labels_of_copied(self) -> dict[str, float]:
+        """Mean labels of the texts of which exact duplicates are labelled, by the id of the first record."""
+        found: dict[str, list[float]] = {}
+        for shard, copies in self.duplicates.tables(["of", "reason"]):
+            known = np.isfinite(self.labels(shard))
+            for row in np.flatnonzero(known & (copies["reason"].to_numpy() == Reason.duplicate.name)).tolist():
+                found.setdefault(copies["of"][row].as_py(), []).append(float(self.labels(shard)[row]))
+        for record in (one for shard in self.records.shards if found for one in self.rows(shard)):
+            if record.label is not None and record.id in found:
+                found[record.id].append(record.label)
+        if disputed := sum(min(values) != max(values) for values in found.values()):
+            self.job.report(f"warning: {disputed:,} texts have contradictory labels; the mean of them counts")
+        return {name: float(np.mean(values)) for name, values in found.items()}
 
     # -- score
 
@@ -344,6 +313,9 @@ class Filter:
         with barrier(self.workers):
             unanswered = [shard for shard in self.records.shards if self._is_unanswered(shard)]
         if unanswered or not self.scored.is_complete:
+            with barrier(self.workers):  # the others read what the first one stored
+                if self.workers.rank == 0 or not isinstance(self.job.scorer, StoredScorer):
+                    self._fit()
             with barrier(self.workers):
                 self._fit()
 
@@ -379,7 +351,7 @@ class Filter:
             why = None if np.isfinite(columns["score"][place]) else reasons.get(records[place].id)
             columns["why"][place] = None if why is None else _one_line(why)
         self.job.report(f"scored {shard}: {len(places):,} records")
-        return _table(**columns)
+        return make_table(**columns)
 
     @property
     def _score_columns(self) -> list[str]:
@@ -398,7 +370,14 @@ class Filter:
             return
         if self.job.models is not None:
             check_models(self.job.models, self.rules.scorer, self.passed, self.job.report)
-        self.job.scorer.fit(self.passed)
+        scorer = self.job.scorer
+        if isinstance(scorer, StoredScorer):
+            scorer.report = self.job.report
+        if self.workers.rank == 0 and isinstance(scorer, CostlyScorer):
+            cost = scorer.cost(lambda: chain(self.passed(), self.job.clean))
+            if cost:
+                self.job.report(cost)
+        scorer.fit(self.passed)
         self._is_fitted = True
 
     # -- decide
@@ -435,9 +414,9 @@ class Filter:
     def _decide(self) -> None:
         with barrier(self.workers):
             self.decided.check_key()
-        noise = self._noise()
+        noise, by_length = self._noise(), self._by_length()
         with barrier(self.workers):
-            content = self._hash_of_scores(noise)
+            content = self._hash_of_scores(noise, by_length)
         self.decided.open(self.workers, content)
         if self.decided.is_complete:
             return
@@ -446,7 +425,7 @@ class Filter:
         def scores() -> Iterator[ShardScores]:
             return (self._shard_scores(shard)[0] for shard in shards)
 
-        decision = select(scores, self.domains, self.rules, noise, self.workers.sum)
+        decision = select(scores, self.domains, self.rules, noise, self.workers.sum, by_length)
 
         def decide(shard: str) -> Any:
             scores, places = self._shard_scores(shard)
@@ -457,16 +436,30 @@ class Filter:
             # buckets are numbered within a domain, groups across all domains
             first = np.searchsorted(decision.domain_of_group, np.arange(len(decision.domains)))
             bucket[places] = decision.group(scores) - first[scores.domain]
-            return _table(reason=reasons.tolist(), kept=kept, bucket=bucket)
+            return make_table(reason=reasons.tolist(), kept=kept, bucket=bucket)
 
         with barrier(self.workers):
             if self.workers.rank == 0:
                 self.decided.write_json(THRESHOLDS, decision.thresholds)
         self.decided.make(self.records.shards, self.workers, decide)
 
-    def _hash_of_scores(self, noise: float | None) -> str:
-        """Hash the scores. They are not part of the stage's key, but decisions depend on them."""
+    def _by_length(self) -> NDArray[np.int64]:
+        """Return, for each domain, whether its records compete in length buckets. Raises `ConfigError` if labels do not
+        prove the score as `select.require_auc` demands; the scores are then set aside for a rerun.
+        """
+        found = np.zeros(len(self.domains), np.int64)
+        with barrier(self.workers):
+            if self.workers.rank == 0:
+                with self.scored.set_aside(unless=self.decided.has_manifest):
+                    check_auc(self.rules.select, lambda: self.proof)
+                found[:] = by_length(self.rules.select, self.job.scorer.name, lambda: self.proof, self.domains)
+        return self.workers.sum(found)
+
+    def _hash_of_scores(self, noise: float | None, by_length: NDArray[np.int64]) -> str:
+        """Hash the scores and buckets. They are not part of the stage's key, but decisions depend on them."""
         digest = hashlib.sha256(repr(noise).encode())
+        if not by_length.all():
+            digest.update(by_length.tobytes())
         for _, table in self.scored.tables(["score"]):
             digest.update(table["score"].to_numpy().tobytes())
         return digest.hexdigest()
@@ -479,16 +472,8 @@ class Filter:
         with barrier(self.workers):
             if self.workers.rank == 0 and not self.scored.has(name):
                 self._fit()
-                self.scored.write(name, _table(score=self.job.scorer.score(self.job.clean)))
+                self.scored.write(name, make_table(score=self.job.scorer.score(self.job.clean)))
         return noise_threshold(self.scored.read(name)["score"].to_numpy(), self.rules.select.noise_quantile)
-
-
-def _part_name(number: int) -> str:
-    return f"part-{number:05d}.json"
-
-
-def _shard_prefix(number: int) -> str:
-    return f"{number:05d}-"
 
 
 def file_digest(path: str) -> str:
@@ -513,58 +498,13 @@ def _screened(record: Record, gates: Gates, sets: EvaluationSets) -> tuple[Reaso
 
 
 def _signatures(table: Any) -> Signatures:
-    """Read the signatures of a shard. Dropped records get a unique exact hash, so that no record duplicates them."""
-    out = table["reason"].is_valid().to_numpy()
-    exact = np.frombuffer(b"".join(table["exact"].to_pylist()), np.uint64).reshape(len(table), -1).copy()
-    near = np.frombuffer(b"".join(table["near"].to_pylist()), np.uint32).reshape(len(table), -1)
-    exact[out, 0], exact[out, 1] = np.flatnonzero(out), np.iinfo(np.uint64).max
-    return Signatures(exact, near, table["near_possible"].to_numpy() & ~out)
+    """Read the signatures of a shard."""
+    exact, near = (b"".join(table[name].to_pylist()) for name in ("exact", "near"))
+    exact_N2 = np.frombuffer(exact, np.uint64).reshape(-1, 2)
+    near_NP = np.frombuffer(near, np.uint32).reshape(-1, PLACES)
+    return Signatures(exact_N2, near_NP, table["near_possible"].to_numpy(), table["reason"].is_null().to_numpy())
 
 
 def _one_line(text: str) -> str:
     """Shorten a server's or verifier's message to one line of valid UTF-8."""
     return " ".join(text.split())[:_SHOWN].encode("utf-8", "replace").decode()
-
-
-def _records_table(rows: Sequence[Record | MalformedRecord]) -> Any:
-    whole = [Record(r.id, UNREADABLE, r.source, "") if isinstance(r, MalformedRecord) else r for r in rows]
-    names = ("id", "domain", "source", "text", "answer_start")
-    columns: dict[str, Any] = {}
-    if any(record.pictures for record in whole):
-        columns[PICTURES] = [
-            [{name: getattr(picture, name) for name in _OF_PICTURES} for picture in record.pictures] for record in whole
-        ]
-        columns[THUMBNAILS] = [[p.thumbnail for p in record.pictures if p.thumbnail is not None] for record in whole]
-    if any(record.label is not None for record in whole):
-        columns[LABEL] = [record.label for record in whole]
-    return _table(
-        **{name: [getattr(record, name) for record in whole] for name in names},
-        raw=[row.raw.encode() if isinstance(row.raw, str) else row.raw for row in rows],
-        problem=[row.reason if isinstance(row, MalformedRecord) else None for row in rows],
-        **columns,
-    )
-
-
-def picture_type() -> Any:
-    """Return the type of `PICTURES`: a list of structs."""
-    import pyarrow
-
-    types = {
-        "name": pyarrow.string(),
-        "sha256": pyarrow.string(),
-        "hash": pyarrow.uint64(),
-        "colours": pyarrow.binary(),
-    }
-    return pyarrow.list_(pyarrow.struct([(name, types.get(name, pyarrow.int64())) for name in _OF_PICTURES]))
-
-
-def _table(**columns: Any) -> Any:
-    """Make a table. Columns that are all null keep their type, so that all shards have the same schema."""
-    import pyarrow
-
-    strings = ("id", "domain", "source", "text", "problem", "reason", "detail", "why")
-    types = dict.fromkeys(strings, pyarrow.string())
-    types |= {"answer_start": pyarrow.int32(), "raw": pyarrow.binary()}
-    types |= {"exact": pyarrow.binary(16), "near": pyarrow.binary(4 * PLACES)}
-    types |= {PICTURES: picture_type(), THUMBNAILS: pyarrow.list_(pyarrow.binary())}
-    return pyarrow.table({name: pyarrow.array(values, types.get(name)) for name, values in columns.items()})

@@ -114,6 +114,8 @@ class StageStore:
         with barrier(workers):
             if workers.rank == 0:
                 with writing(path):
+                    if self._aside.exists() and not self.directory.exists():
+                        self._aside.rename(self.directory)
                     self.directory.mkdir(parents=True, exist_ok=True)
                     if not path.exists() or self._is_stale(content):
                         given = {} if content is None else {"content": content}
@@ -121,6 +123,23 @@ class StageStore:
         with barrier(workers):  # no process may make a shard before all have checked which are missing
             self.check_key()
             self.is_complete = self.has_manifest and all(map(self.has, self.shards))
+
+    @property
+    def _aside(self) -> Path:
+        return self.directory.with_name(f"{self.directory.name}-{self.key[:16]}")
+
+    @contextmanager
+    def set_aside(self, unless: bool) -> Iterator[None]:
+        """After a `ConfigError`, rename the directory, so that a stage with another key can be made. `open` with the
+        same key takes it back.
+        """
+        try:
+            yield
+        except ConfigError:
+            if not unless:
+                with writing(self._aside):
+                    self.directory.rename(self._aside)
+            raise
 
     def check_key(self) -> None:
         """Raise `ConfigError` if the directory holds a stage with another key."""

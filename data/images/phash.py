@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from core.errors import ConfigError
 from data.filter.config import FARTHEST
-from data.filter.screen.duplicates import DisjointSets
 
 _SIDE, _BITS, _BANDS = 32, 64, 4
 _BAND_BITS = _BITS // _BANDS
@@ -84,7 +83,7 @@ def near_duplicates(hashes: Sequence[int] | NDArray[np.uint64], distance: int = 
     groups_H = np.arange(len(hashes_H))
     for first, second in _candidates(hashes_H, distance // _BANDS):
         near = set_bits(hashes_H[first] ^ hashes_H[second]) <= distance
-        _join(groups_H, first[near], second[near])
+        join_pairs(groups_H, first[near], second[near])
     members: dict[int, list[int]] = defaultdict(list)
     for index, group in enumerate(groups_H[where].tolist()):
         members[group].append(index)
@@ -115,7 +114,7 @@ def set_bits(values_N: NDArray[np.uint64]) -> NDArray[np.int64]:
     return _BITS_OF[values_N.view(np.uint16).reshape(-1, _BITS // 16)].sum(1, dtype=np.int64)
 
 
-def _join(groups_H: NDArray[np.intp], first: NDArray[np.intp], second: NDArray[np.intp]) -> None:
+def join_pairs(groups_H: NDArray[np.intp], first: NDArray[np.intp], second: NDArray[np.intp]) -> None:
     """Give the members of each pair the same group: the least member that they are connected to."""
     while True:
         one, other = groups_H[first], groups_H[second]
@@ -133,13 +132,11 @@ def shared_origins(pictures: Sequence[Sequence[str]]) -> list[str | None]:
     Documents that share a picture, directly or through others, have the same, so no picture lands on both sides of the
     split. None for a document without pictures.
     """
-    groups = DisjointSets(len(pictures))
     first: dict[str, int] = {}
-    for index, digests in enumerate(pictures):
-        for digest in digests:
-            groups.join(first.setdefault(digest, index), index)
+    pairs = [(first.setdefault(digest, index), index) for index, digests in enumerate(pictures) for digest in digests]
+    groups = np.arange(len(pictures))
+    join_pairs(groups, *np.array(pairs, np.intp).reshape(-1, 2).T)
     least: dict[int, str] = {}
-    for index, digests in enumerate(pictures):
-        root = groups.first(index)
+    for root, digests in zip(groups.tolist(), pictures, strict=True):
         least[root] = min([*digests, *([least[root]] if root in least else [])], default="")
-    return [least[groups.first(index)] or None for index in range(len(pictures))]
+    return [least[root] or None for root in groups.tolist()]

@@ -6,17 +6,19 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
 from core.config import differences, plain
 from core.errors import ConfigError, check_numbers
 from core.overrides import quoted
-from data.filter.config import FilterRules, InputConfig, OnError
+from data.filter.config import FilterRules, InputConfig, OnError, ScorerConfig, ScorerKind
 
 _OWN_DATA = """'ablate.train=["data=files","data.sources.text.path=FOLDER"]'"""
-_BARE_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/.~][\w./~-]*", re.IGNORECASE)
+_SOURCES_OF_LABELS = ("label_key=COLUMN", "scorer.labeler={kind:judge,url:URL,judge:MODEL}", "scorer.kind=ngram")
+_BARE_WORD = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z_/.][\w./-]*", re.IGNORECASE)
+_SCORER = plain(ScorerConfig())
 _INPUT_KEYS = tuple(one.name for one in fields(InputConfig))
 
 
@@ -45,8 +47,12 @@ class FilterAction(Enum):
     """Filter JSON lines from standard input as they arrive."""
 
 
+_UNNAMED = ScorerConfig(ScorerKind.auto)
+
+
 @dataclass(frozen=True)
 class FilterConfig(FilterRules, InputConfig):
+    scorer: ScorerConfig = _UNNAMED
     out: str = "filtered"
     """Output directory. If it exists, its filter run is resumed."""
     tokenizer: str | None = None
@@ -82,14 +88,18 @@ class FilterConfig(FilterRules, InputConfig):
             self._refuse(keys, "which reads JSON lines from standard input", ["< FILE"])
             from data.filter.select.lines import check_rules
 
-            check_rules(self)
+            check_rules(self.rules())
             self.lines()
+        if self.explain is None and self.step is None and not (self.prompt_key or self.messages_key):
+            self.scorer.check_documents("scorer")
         if self.run is not None and self.explain is None and self.step is None:
             raise ConfigError("run", self.run, "requires the id of a record to explain", ["explain=ID"])
         if self.step is not None and (self.run is None or self.explain is not None):
             reason = "lists the pictures of a step of a run: name the run, and no record to explain"
             raise ConfigError("step", self.step, reason, ["run=RUN"])
         check_numbers(self, positive=("processes",), not_negative=("step",))
+        if self.explain is None and self.step is None:
+            self.rules()
 
     def _refuse(self, keys: Sequence[str], why: str, instead: Sequence[str]) -> None:
         """Raise `ConfigError` for the first of these keys that is set, since the action ignores it."""
@@ -102,7 +112,21 @@ class FilterConfig(FilterRules, InputConfig):
         return InputConfig(**{**{key: getattr(self, key) for key in _INPUT_KEYS}, "input": "-"})
 
     def rules(self) -> FilterRules:
-        return FilterRules(**{one.name: getattr(self, one.name) for one in fields(FilterRules)})
+        return FilterRules(
+            **{one.name: getattr(self, one.name) for one in fields(FilterRules)} | {"scorer": self._named()}
+        )
+
+    def _named(self) -> ScorerConfig:
+        """Return the scorer with its kind. Raises `ConfigError` for prompts if nothing says how to score them."""
+        if self.scorer.kind is not ScorerKind.auto:
+            return self.scorer
+        if not (self.prompt_key or self.messages_key):
+            return replace(self.scorer, kind=ScorerKind.ngram)
+        if not (self.label_key or self.scorer.labeler or self.scorer.model):
+            reason = "no scorer tells hard prompts from easy without labels (docs/filter.md): name a column with labels"
+            reason += " of some records, let a judge label a sample, or choose a scorer"
+            raise ConfigError("scorer.kind", ScorerKind.auto, reason, _SOURCES_OF_LABELS)
+        return replace(self.scorer, kind=ScorerKind.learned)
 
 
 def command_of(config: FilterConfig) -> str:
@@ -113,8 +137,20 @@ def command_of(config: FilterConfig) -> str:
     shown = {key: value for key, value in (given | changed).items() if key in given or key not in inputs}
     # Hydra sets a key of a dictionary that is empty by default only with +
     added = ("select.domains.", "contamination.sets.", "images")
+    nested = ("scorer.members", "scorer.labeler")
+    shown = {key: _without_defaults(value) if key in nested else value for key, value in shown.items()}
     words = [f"{'+' if key.startswith(added) else ''}{key}={_override(value)}" for key, value in shown.items()]
     return " ".join(["leviathan filter", *map(shlex.quote, words)])
+
+
+def _without_defaults(scorer: Any) -> Any:
+    """Return a plain scorer, or a list of scorers, without the settings that have their defaults."""
+    if isinstance(scorer, list):
+        return list(map(_without_defaults, scorer))
+    if scorer is None:
+        return None
+    settings, default = {**scorer, **{key: _without_defaults(scorer[key]) for key in ("members", "labeler")}}, _SCORER
+    return {key: value for key, value in settings.items() if key == "kind" or value != default[key]}
 
 
 def _override(value: Any) -> str:

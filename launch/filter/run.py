@@ -13,7 +13,7 @@ from core.exit_codes import CRASHED, has_agent
 from core.files import write_json
 from core.process import ending_with_parent
 from data.config import TokenizerConfig, TokenizerKind
-from data.filter.audit.findings import summary, text_only
+from data.filter.audit.findings import conclusion, summary, text_only
 from data.filter.audit.outputs import (
     AUDIT_PAGE,
     KEPT,
@@ -83,6 +83,8 @@ def _filter(config: FilterConfig, out: Path, workers: Workers) -> None:
                 print(note)
             for warning in audit["warnings"]:
                 print(f"warning: {warning['text']}")
+            for line in conclusion(audit):
+                print(line)
             print(f"audit: {out / AUDIT_PAGE}")
 
 
@@ -90,7 +92,7 @@ def run_stream(config: FilterConfig, out: Path) -> int:
     """Filter standard input until it ends, then print the counts."""
 
     def check(records: Sequence[Record]) -> None:
-        check_models(MODELS, config.scorer, lambda: records, print)
+        check_models(MODELS, config.rules().scorer, lambda: records, print)
 
     clean = clean_records(config.select.clean, config.lines()) if config.select.clean else ()
     count_tokens = _count_tokens(_tokenizer(config))
@@ -106,7 +108,7 @@ def run_stream(config: FilterConfig, out: Path) -> int:
 
 def _scorer(config: FilterConfig, out: Path) -> Scorer:
     with under("scorer"):
-        return make_scorer(config.scorer, MODELS, out / STAGES / "answers", config.seed)
+        return make_scorer(config.rules().scorer, MODELS, out / STAGES / "answers", config.seed)
 
 
 def _count_tokens(tokenizer: Tokenizer | None) -> Callable[[Sequence[str]], Sequence[int]] | None:

@@ -1,6 +1,7 @@
-"""The default scorer separates hard from easy problems of similar length better than random scores or length do.
+"""The area under the curve in buckets, and what the n-gram scorer has on problems of counted steps.
 
-The scorer was chosen on seed 0 only; the seeds here were held out.
+On these problems improbable text has more steps, because the sentences that fill it up repeat. This is no general fact
+(docs/filter.md). The scorer was chosen on seed 0 only; the seeds here were held out.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ import numpy as np
 import pytest
 
 from bench.data.problems import make_problems, records
-from bench.data.separation import length_buckets, separation
+from data.filter.audit.separation import Estimate, auc, length_buckets
 from data.filter.score.baselines import LengthScorer, RandomScorer
 from data.filter.score.ngram import NgramScorer
 
 COUNT = 1200
 SEEDS = (1, 2, 3)
+
+
+def separation(
+    scores: np.ndarray, labels: np.ndarray, buckets: np.ndarray, resamples: int = 400, seed: int = 0
+) -> Estimate:
+    return auc({"": scores}, labels, buckets, resamples, seed)[""]
 
 
 @pytest.fixture(scope="module", params=SEEDS)
@@ -34,15 +41,13 @@ def measured(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("by", ["by answer", "by record"])
-def test_the_default_scorer_beats_lot_and_length(measured, by):
-    found = {
-        name: separation(measured[name], measured["labels"], measured[by], resamples=400)
-        for name in ("ngram", "random", "length")
-    }
+def test_ngram_beats_lot_and_length_where_filler_repeats(measured, by):
+    scores = {name: measured[name] for name in ("ngram", "random", "length")}
+    found = auc(scores, measured["labels"], measured[by], resamples=400)
     assert found["ngram"].low > 0.5
-    assert found["ngram"].margin_over(found["random"]) > 0
-    assert found["ngram"].margin_over(found["length"]) > 0
-    assert abs(found["random"].area - 0.5) < 0.05  # four standard errors
+    assert found["ngram"].minus(found["random"]).low > 0
+    assert found["ngram"].minus(found["length"]).low > 0
+    assert abs(found["random"].value - 0.5) < 0.05  # four standard errors
 
 
 def test_permuted_labels_are_not_told_apart(measured):
@@ -51,7 +56,7 @@ def test_permuted_labels_are_not_told_apart(measured):
     for bucket in range(8):
         mine = np.flatnonzero(measured["by answer"] == bucket)
         labels[mine] = labels[chance.permutation(mine)]
-    found = separation(measured["ngram"], labels, measured["by answer"], resamples=400)
+    found = separation(measured["ngram"], labels, measured["by answer"])
     assert found.low < 0.5 < found.high + 0.01
 
 
@@ -59,7 +64,7 @@ def test_without_buckets_length_looks_better_than_it_is(measured):
     whole = np.zeros(COUNT, np.int64)
     apart = separation(measured["length"], measured["labels"], measured["by answer"], resamples=10)
     together = separation(measured["length"], measured["labels"], whole, resamples=10)
-    assert together.area > apart.area + 0.05
+    assert together.value > apart.value + 0.05
 
 
 def brute(scores: np.ndarray, labels: np.ndarray, buckets: np.ndarray) -> float:
@@ -76,7 +81,7 @@ def test_the_area_is_the_share_of_pairs():
     scores = chance.integers(0, 8, 60).astype(float)
     scores[:5] = [np.nan, np.inf, -np.inf, np.nan, np.inf]
     labels, buckets = chance.integers(1, 4, 60).astype(float), chance.integers(0, 3, 60)
-    assert separation(scores, labels, buckets, resamples=5).area == pytest.approx(brute(scores, labels, buckets))
+    assert separation(scores, labels, buckets, resamples=5).value == pytest.approx(brute(scores, labels, buckets))
 
 
 def test_a_perfect_an_inverse_and_a_constant_scorer():
@@ -85,7 +90,7 @@ def test_a_perfect_an_inverse_and_a_constant_scorer():
     assert separation(labels, labels, buckets).low == 1
     assert separation(-labels, labels, buckets).high == 0
     constant = separation(labels * 0, labels, buckets)
-    assert constant.low == constant.area == constant.high == 0.5
+    assert constant.low == constant.value == constant.high == 0.5
     with pytest.raises(ValueError, match="two labels"):
         separation(labels, labels * 0, buckets)
 

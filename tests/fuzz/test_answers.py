@@ -4,7 +4,6 @@ files of examinations.
 
 from __future__ import annotations
 
-from pathlib import Path
 from unittest.mock import Mock
 
 import httpx
@@ -17,10 +16,10 @@ from numpy.typing import NDArray
 from core.errors import ConfigError, LeviathanError
 from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
+from data.filter.score.answers import AnswerCache
 from data.filter.score.endpoint import LONGEST_RETRY_AFTER_S, Endpoint, UnusableAnswer, _retry_after_s
-from data.filter.score.judge import JudgeScorer, parse_difficulty
+from data.filter.score.judge import JudgeScorer, parse_grade
 from data.filter.score.pass_rate import PassRateScorer
-from data.filter.score.requests import AnswerCache
 from tests.fuzz.mutations import assert_reads_or_refuses, files, hostile, json_bytes, json_files
 from train.exam.answers_text import UnreadableAnswer, read_number, read_roots, read_system
 from train.exam.base import Verdict
@@ -29,24 +28,25 @@ from train.exam.mathematics import LinearSystems, Quadratics, WordProblems
 from train.exam.pictures import SceneQuestions
 
 RECORD = Record("1", "all", "a:1", "prompt answer", 7)
-ANSWER = {"choices": [{"index": 0, "message": {"role": "assistant", "content": '{"difficulty": 3}'}}]}
+ANSWER = {"choices": [{"index": 0, "message": {"role": "assistant", "content": '{"grade": 3}'}}]}
 URL = "http://localhost:1/v1"
 ENDPOINT = Endpoint(URL, "m", "NO_SUCH_KEY")
 
 
-@given(json_files({"difficulty": 3}))
+@given(json_files({"grade": 3}))
 def test_any_answer_of_a_judge_is_a_grade_or_unusable(content):
-    found = assert_reads_or_refuses(lambda: parse_difficulty(content.decode(errors="replace")), UnusableAnswer)
+    found = assert_reads_or_refuses(lambda: parse_grade(content.decode(errors="replace")), UnusableAnswer)
     assert found is None or (type(found) is int and 1 <= found <= 5)
 
 
 @example(b"\0\x1b", 404)
 @given(json_files(ANSWER), st.sampled_from([200, 200, 200, 400, 401, 404, 422]))
 def test_any_response_is_text_or_unusable(content, status):
-    found = assert_reads_or_refuses(lambda: ENDPOINT._content(status, content), UnusableAnswer, LeviathanError)
+    found = assert_reads_or_refuses(lambda: ENDPOINT._content(status, content), *ANSWERED)
     assert found is None or isinstance(found, str)
 
 
+ANSWERED = (UnusableAnswer, LeviathanError, httpx.DecodingError)
 DATES = [b"120", b"1.5", b"Fri, 31 Dec 1999 23:59:59 GMT", b"31 Dec 99999 23:59:59 -9999"]
 
 
@@ -57,26 +57,23 @@ def test_any_retry_after_is_a_wait_or_ignored(content):
     assert found is None or 0 <= found <= LONGEST_RETRY_AFTER_S
 
 
-JUDGE = JudgeScorer(ScorerConfig(kind=ScorerKind.judge, url=URL, judge="m", retries=0), Path("none"))
-JUDGE.endpoint.endpoint.complete = lambda *_, **__: '{"difficulty": 4}'
+JUDGE = JudgeScorer(ScorerConfig(kind=ScorerKind.judge, url=URL, judge="m", retries=0))
+JUDGE.endpoint.endpoint.complete = lambda *_, **__: '{"grade": 4}'
 
 
 KEY = next(iter(JUDGE.requests(RECORD)))
 
 
-@given(json_files({"key": KEY, "answer": 3}))
+@given(json_files({"key": KEY, "answer": '{"grade": 3}'}))
 @example(json_bytes({"key": KEY, "answer": {}}))
-@example(json_bytes({"key": KEY, "answer": 9}))
+@example(json_bytes({"key": KEY, "answer": '{"grade": 9}'}))
 @example(b"[" * 100_000)
 def test_any_cached_answer_is_a_score_or_asked_again(place, content):
-    folder = place / "answers"
-    folder.mkdir(exist_ok=True)
-    for path in folder.iterdir():
-        path.unlink()
-    (folder / "a.jsonl").write_bytes(content + b"\n")
+    path = place / "answers.jsonl"
+    path.write_bytes(content + b"\n")
 
     def again() -> NDArray[np.float64]:
-        JUDGE.endpoint.cache = AnswerCache(folder)
+        JUDGE.endpoint.cache = AnswerCache(path)
         return JUDGE.score([RECORD])
 
     score = assert_reads_or_refuses(again)
@@ -88,7 +85,7 @@ PASS_RATE = ScorerConfig(kind=ScorerKind.pass_rate, url=URL, judge="m", verifier
 
 @pytest.fixture(scope="module")
 def pass_rate(place):
-    return PassRateScorer(PASS_RATE, place / "none")
+    return PassRateScorer(PASS_RATE)
 
 
 def verify(record: Record, answer: str) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from data.filter.audit.proof import apart, sentence, shortcoming, verdict
 from data.filter.input.records import Reason
 
 SHIFT = 1.5
@@ -13,13 +14,18 @@ ALIKE = 0.7
 """Rank correlation of score and length above which a scorer mostly measures length."""
 UNSCORED = 0.01
 OFF_TARGET = 0.01
+_UNGRADED = ("random", "length", "judge", "pass_rate")  # nothing to prove: controls, and graders themselves
 _NAMED = 5  # domains that one warning names
+_LABELS = {
+    "learnable": {Reason.hard: "learnable", Reason.easy: "less learnable"},
+    "quality": {Reason.hard: "better", Reason.easy: "worse"},
+}
 _ENOUGH = 50  # records in the sample below which a correlation with length is not reported
 
 
 def warnings(audit: dict[str, Any]) -> list[dict[str, str]]:
     """Return warnings sorted by severity, each with `kind` (the check, for programs) and `text` (for people)."""
-    checks = (malformed, unscored, constant_scores, off_target, length, mix, one_document)
+    checks = (malformed, unscored, constant_scores, not_proven, labels, off_target, length, mix, one_document)
     return [{"kind": check.__name__, "text": text} for check in checks for text in check(audit)]
 
 
@@ -27,8 +33,30 @@ def summary(audit: dict[str, Any]) -> str:
     """Return one line: how many records are kept, and why the others are dropped."""
     whole, kept = (audit["totals"][name]["documents"] for name in ("in", "kept"))
     dropped = {Reason[name]: size["documents"] for name, size in audit["reasons"].items() if not Reason[name].kept}
-    why = ", ".join(f"{count:,} {reason.label}" for reason, count in dropped.items() if count)
+    why = ", ".join(f"{count:,} {reason_label(audit, reason)}" for reason, count in dropped.items() if count)
     return f"kept {kept:,} of {_records(whole)}" + (f"; dropped {why}" if why else "")
+
+
+def reason_label(audit: dict[str, Any], reason: Reason) -> str:
+    """Return a reason's name as shown to people, which says what the scorer measures: "hard" is not what is good."""
+    return _LABELS.get(audit["scorer"]["direction"], {}).get(reason, reason.name.replace("_", " "))
+
+
+def conclusion(audit: dict[str, Any]) -> Iterator[str]:
+    """Yield the command's last lines on labels: the figures if they prove the score (else they are a warning), and kept
+    fractions. Without labels, say that nothing is proven, but only of prompts and not of graders.
+    """
+    if (proof := audit["proof"]) is None:
+        name, lengths = audit["scorer"]["name"], (audit["length"], audit["whole_length"])
+        if name not in _UNGRADED and lengths[0] != lengths[1]:
+            yield f"Nothing shows that {name} tells hard from easy: give labels (label_key=) or try scorer.kind=learned"
+        return
+    if verdict(proof) == "proven":
+        yield f"The score tells {apart(proof)}: {sentence(proof)}."
+    if kept := proof["kept"]:
+        shares = ", ".join("-" if one["kept"] is None else f"{100 * one['kept']:.0f}" for one in kept)
+        what = "levels" if all(one["from"] == one["to"] for one in kept) else "the fifths of labels from"
+        yield f"kept {shares}% of {what} {kept[0]['from']:g} to {kept[-1]['to']:g}"
 
 
 def text_only(audit: dict[str, Any]) -> str | None:
@@ -64,6 +92,26 @@ def constant_scores(audit: dict[str, Any]) -> Iterator[str]:
         yield f"All scores are equal, so the selection is random, in {_list(map(named, found))}."
 
 
+def not_proven(audit: dict[str, Any]) -> Iterator[str]:
+    if audit["proof"] is not None:
+        yield from shortcoming(audit["proof"])
+
+
+def labels(audit: dict[str, Any]) -> Iterator[str]:
+    """Warn of labels that prove little."""
+    if (proof := audit["proof"]) is None:
+        return
+    found, competing = proof["labels"], [name for name, one in audit["domains"].items() if one["competed"]["documents"]]
+    if found["distinct"] == 1:
+        yield f"All {found['records']:,} labels are equal, so no scorer can be held against them."
+    if missing := [named(name) for name in competing if name not in proof["domains"]]:
+        yield f"No record is labelled in {_list(missing)}: how good the score is there is unknown."
+    if found["contradictory"]:
+        yield f"{_records(found['contradictory'])} with equal texts have different labels."
+    if _alike(found["length"]):
+        yield f"Labels follow the length of the scored text (rank correlation {found['length']:+.2f})."
+
+
 def off_target(audit: dict[str, Any]) -> Iterator[str]:
     unit, floor = audit["rules"]["unit"], audit["rules"]["select"]["floor"]
     found = []
@@ -83,7 +131,7 @@ def length(audit: dict[str, Any]) -> Iterator[str]:
     """Warn if scores correlate with the length of the scored part, or of the whole record if the two lengths differ."""
     scored, whole = audit["length"], audit["whole_length"]
     yield from _length_of("length", scored)
-    if any(whole[key] != scored[key] for key in whole):
+    if whole != scored:
         yield from _length_of("the length of prompt and answer", whole)
 
 
@@ -93,14 +141,13 @@ def _length_of(what: str, length: dict[str, Any]) -> Iterator[str]:
         groups |= {named(name): domain for name, domain in length["domains"].items()}
     overall = {name: group["overall"] for name, group in groups.items() if group["records"] >= _ENOUGH}
     alike = [f"{name} {value:+.2f}" for name, value in overall.items() if _alike(value)]
-    if alike:
-        text = f"Score and {what} are correlated (rank correlation: {_list(alike)})"
-        if inside is None:
-            yield f"{text}; the filter may select by length: raise select.length_buckets."
-        elif _alike(inside):
-            yield f"{text}, even inside the length buckets ({inside:+.2f}): the filter selects by length."
-        else:
-            yield f"{text}; records compete inside length buckets, where it is {inside:+.2f}."
+    text = f"Score and {what} are correlated (rank correlation: {_list(alike)})"
+    if alike and inside is None:
+        yield f"{text}; the filter may select by length: raise select.length_buckets."
+    elif alike and _alike(inside):
+        yield f"{text}, even inside the length buckets ({inside:+.2f}): the filter selects by length."
+    elif alike:
+        yield f"{text}; records compete inside length buckets, where it is {inside:+.2f}."
     elif _alike(inside):
         yield f"Inside the length buckets score and {what} are correlated (rank correlation {inside:+.2f})."
 

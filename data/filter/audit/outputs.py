@@ -17,8 +17,9 @@ from data.filter.audit.plots import draw
 from data.filter.audit.statistics import OTHER, Audit
 from data.filter.input.documents import DocumentsPart
 from data.filter.input.records import Record, RecordPicture
-from data.filter.pipeline import PICTURES, THRESHOLDS, Filter, picture_type
+from data.filter.pipeline import THRESHOLDS, Filter
 from data.filter.store import writing
+from data.filter.tables import LABEL, PICTURES, picture_type
 from data.images.parts import ImagePart, Part, PartsDocument, VideoPart
 
 SCORES, KEPT, AUDIT_JSON, AUDIT_PAGE = "scores.parquet", "kept.jsonl", "audit.json", "audit.html"
@@ -30,9 +31,7 @@ _FLUSHED_BYTES = 1 << 26
 
 
 def write_audit_of(done: Filter, directory: Path, what: str, command: str = "") -> dict[str, Any]:
-    """Write audit.json and audit.html, and return the statistics. `what`: name of the input, for people. `command`: the
-    command that repeats the filter, shown on the page.
-    """
+    """Write audit.json and audit.html, and return the statistics. `what` names the input and `command` repeats it."""
     audit = audit_of(done, what)
     write_audit(audit, directory, command)
     return audit
@@ -56,19 +55,17 @@ def keep_audit(source: Path, directory: Path, *others: str) -> None:
 
 def audit_of(done: Filter, what: str) -> dict[str, Any]:
     """Compute the statistics. Raises `DataError` if the numbers of records read and of records decided differ."""
-    thresholds = done.decided.read_json(THRESHOLDS)
-    documents = sum(done.records.shards.values())
-    audit = Audit(done.rules, done.job.scorer, thresholds, what, documents, done.tokens)
+    thresholds, documents = done.decided.read_json(THRESHOLDS), sum(done.records.shards.values())
+    audit = Audit(done.rules, done.job.scorer, thresholds, what, documents, done.tokens, done.proof)
     for shard, table in _tables(done):
         audit.add(shard, table.rename_columns({"length": "bytes"}))
     return audit.finish(done.text, done.thumbnails if done.has_pictures else None)
 
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
-    """Yield the name of each shard and its table, with the columns id, source, domain, score, length (bytes of text),
-    scored_bytes (bytes of the answer, or of a whole plain document), tokens, tie, kept, reason, bucket, detail, why
-    (reason for a missing score), "score:NAME" for every member and control of an ensemble, and, if records have
-    pictures, `PICTURES`.
+    """Yield the name of each shard and its table: id, source, domain, score, length (bytes of text), scored_bytes (of
+    the answer, or of a plain document), tokens, tie, kept, reason, bucket, detail, why (there is no score),
+    "score:NAME" of every other scorer, and, if records have them, `LABEL` and `PICTURES`.
     """
     import pyarrow
 
@@ -83,6 +80,8 @@ def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
             scored.select(["detail", *extra]),
         )
         columns = {name: table[name] for table in parts for name in table.column_names}
+        if done.label_source:
+            columns[LABEL] = done.labels(shard) if done.label_source == "input" else scored[OTHER + LABEL]
         if done.has_pictures:
             columns[PICTURES] = _shown_pictures(done, shard)
         if wrong := {name: len(column) for name, column in columns.items() if len(column) != rows}:

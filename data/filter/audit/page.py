@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from core.html import data_url, page
-from data.filter.audit.findings import named, text_only
+from data.filter.audit.findings import named, reason_label, text_only
 from data.filter.audit.plots import thresholds
 from data.filter.input.records import Reason
 
@@ -21,7 +21,11 @@ _ROWS = 40
 _SHARES = ("share_before", "share_after")
 _MEANING = {
     "hard": "A high score means hard; low scores are dropped.",
+    "improbable": "A high score means improbable to a model, which need not mean hard; low scores are dropped.",
     "learnable": "A high score means learnable and not yet learnt; low scores are dropped.",
+    "quality": "A high score means better text, which may be easy; low scores are dropped.",
+    "control": "The scorer is a control: a high score means nothing; low scores are dropped.",
+    "mixed": "The members of the ensemble mean different things by a high score; low scores are dropped.",
 }
 
 
@@ -34,8 +38,12 @@ def audit_page(
     reasons = [(Reason[name], size, _ratio(size["tokens"], whole["tokens"])) for name, size in audit["reasons"].items()]
     reasons = [(reason, size, share) for reason, size, share in reasons if size["documents"]]
     by_size = sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))
-    captions = {"scores": "Scores of the records that passed the gates", "length": "Score against length"}
+    captions = {"scores": "Scores of the records that passed the gates", "proof": "AUC, and kept fraction by label"}
     captions |= {f"scores_{place}": named(name) for place, name in enumerate(audit["scores"]["domains"])}
+
+    def shown(name: str) -> tuple[str, bool, str, str]:
+        return captions[name], name in ("scores", "proof"), data_url(light[name]), data_url(dark[name])
+
     template, style = _template()
     body = template.render(
         audit=audit,
@@ -47,17 +55,14 @@ def audit_page(
             ("tokens dropped by score", competed["tokens"] - kept["tokens"], whole["tokens"]),
             ("tokens dropped before scoring", whole["tokens"] - competed["tokens"], whole["tokens"]),
         ],
-        total=whole,
         reasons=reasons,
+        label=partial(reason_label, audit),
         largest_reason=max((share or 0 for *_, share in reasons), default=0) or 1,
         unit=audit["rules"]["unit"],
         domains=[(name, domains[name], thresholds(audit, name)) for name in by_size[:_ROWS]],
         more_domains=len(domains) - _ROWS,
         largest_domain=max((one[key] or 0 for one in domains.values() for key in _SHARES), default=0) or 1,
-        pictures=[
-            (captions[name], name in ("scores", "length"), data_url(light[name]), data_url(dark[name]))
-            for name in sorted(light, key=lambda name: name == "length")
-        ],
+        pictures={name: shown(name) for name in light},
         random=audit["random"],
         groups=_groups(audit["random"], by_size),
         samples=[(name, sides) for name, sides in audit["samples"].items() if any(sides.values())],
@@ -71,8 +76,8 @@ def audit_page(
 
 def _groups(random: dict[str, Any], by_size: list[str]) -> list[tuple[str, float | None]]:
     """Return a label and the kept fraction for each of the largest domains and each quarter of records by length."""
-    largest = [name for name in by_size if name in random["domains"]][:_ROWS]
-    groups = [(named(name), random["domains"][name]) for name in largest] if len(largest) > 1 else []
+    groups = [(named(name), random["domains"][name]) for name in by_size if name in random["domains"]]
+    groups = groups[:_ROWS] if len(groups) > 1 else []
     return groups + [(f"{q['from_bytes']:,} to {q['to_bytes']:,} scored bytes", q["kept"]) for q in random["lengths"]]
 
 

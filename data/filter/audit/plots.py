@@ -1,4 +1,4 @@
-"""Draw the plots of an audit as PNG: histograms of scores, and score against length.
+"""Draw the plots of an audit as PNG: histograms of scores, and scores against labels.
 
 The background is transparent, and the colour of text and axes suits a light or a dark page. Kept records are blue and
 dropped records orange (Okabe and Ito's palette: distinct in brightness and with any colour vision). No name from the
@@ -23,7 +23,7 @@ _WIDE_INCHES, _NARROW_INCHES = (9.6, 3.4), (5.6, 2.7)
 
 def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
     """Return PNG files by name: `scores` (histogram of all records), `scores_N` (histogram of the N-th shown domain,
-    only with several domains) and `length` (score against length).
+    only with several domains) and `proof` (scores against labels).
     """
     ink, scores = (_DARK if dark else _LIGHT), audit["scores"]
     edges, domains = scores["edges"], scores["domains"]
@@ -35,9 +35,8 @@ def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
         for place, (name, histogram) in enumerate(domains.items() if len(domains) > 1 else ()):
             drawing = partial(_histogram, histogram, edges, thresholds(audit, name), "score")
             pictures[f"scores_{place}"] = picture(_NARROW_INCHES, drawing, ink)
-    if audit["length"]["picture"]:
-        drawing = partial(_score_by_length, audit["length"]["picture"])
-        pictures["length"] = picture(_WIDE_INCHES, drawing, ink, panels=2)
+    if audit["proof"]:
+        pictures["proof"] = picture(_WIDE_INCHES, partial(_against_labels, audit["proof"]), ink, panels=2)
     return pictures
 
 
@@ -80,29 +79,24 @@ def _histogram(histogram: dict[str, Any], edges: list[float], limits: list[float
     axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1.01), borderaxespad=0.2)
 
 
-def _score_by_length(figures: dict[str, Any], panels: Any) -> None:
-    """Draw two heat maps: the number of records, and the fraction of them that was kept."""
-    from matplotlib import colormaps
-    from matplotlib.colors import LinearSegmentedColormap, LogNorm
-    from matplotlib.ticker import EngFormatter, NullFormatter
+def _against_labels(proof: dict[str, Any], panels: Any) -> None:
+    """Draw the AUC of each scorer with its interval, and the kept fraction by label."""
+    from matplotlib.ticker import PercentFormatter
 
-    documents, kept = np.array(figures["documents"]), np.array(figures["kept"])
-    present = np.ma.masked_less(documents, 1)
-    # leave out the ends of the colour scale, which vanish on white or on black
-    middle = LinearSegmentedColormap.from_list("middle", colormaps["cividis"](np.linspace(0.15, 0.95, 256)))
-    sides = LinearSegmentedColormap.from_list("sides", [DROPPED, "#b9b9b9", KEPT])
-    maps: list[tuple[Any, Any, dict[str, Any], str]] = [
-        (present, middle, {"norm": LogNorm(1, max(2, documents.max()))}, "records in the sample"),
-        (kept / present, sides, {"vmin": 0, "vmax": 1}, "fraction kept"),
-    ]
-    for axes, (values, colours, scale, label) in zip(panels, maps, strict=True):
-        image = axes.pcolormesh(figures["bytes_edges"], figures["score_edges"], values, cmap=colours, **scale)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(EngFormatter("B"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("length")
-        axes.set_ylabel("score")
-        bar = axes.figure.colorbar(image, ax=axes, label=label)
-        bar.outline.set_edgecolor(axes.xaxis.label.get_color())
-        bar.ax.yaxis.set_major_formatter("{x:,g}")
-        bar.ax.yaxis.set_minor_formatter("{x:,g}")
+    areas, bars = panels
+    for place, one in enumerate(proof["scorers"]):
+        ends = [[one["auc"] - one["low"]], [one["high"] - one["auc"]]]
+        areas.errorbar([one["auc"]], [place], xerr=ends, fmt="o", markersize=5, color=DROPPED if place else KEPT)
+    areas.axvline(0.5, color=areas.xaxis.label.get_color(), linewidth=0.8, linestyle="--")
+    names = [textwrap.shorten(one["name"].encode("ascii", "replace").decode(), 40) for one in proof["scorers"]]
+    areas.set_yticks(range(len(names)), names)
+    for label in areas.get_yticklabels():
+        label.set_parse_math(False)
+    areas.invert_yaxis()
+    areas.set_xlabel("AUC inside domain and length buckets")
+    spans = [f"{one['from']:g}" + (f" to {one['to']:g}" if one["to"] > one["from"] else "") for one in proof["kept"]]
+    bars.bar(range(len(spans)), [one["kept"] or 0 for one in proof["kept"]], color=KEPT)
+    ticks = [f"{span}\n({one['documents']:,})" for span, one in zip(spans, proof["kept"], strict=True)]
+    bars.set_xticks(range(len(spans)), ticks)
+    bars.yaxis.set_major_formatter(PercentFormatter(1))
+    bars.set(xlabel="label (records)", ylabel="fraction kept", ylim=(0, 1))

@@ -3,16 +3,16 @@
 `Audit` takes the shards of the selection one by one, in any order. The same decisions give the same statistics, byte
 for byte. Counts by reason and by domain must add up to the documents and tokens that were read.
 
-Counts of documents, tokens and bytes are exact. Histograms, means and quantiles use scores with a relative precision of
-3e-5. Correlations and the plot of score against length use a random sample of 50,000 records.
+Counts of documents, tokens and bytes by reason and domain are exact. Histograms, means, quantiles, correlations and the
+kept fractions by length are those of a random sample of 50,000 records that competed, and kept fractions by label those
+of as many with labels.
 """
 
 from __future__ import annotations
 
 import base64
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,19 +20,8 @@ import numpy as np
 from core.config import plain
 from core.errors import DataError
 from data.filter.audit.findings import warnings
-from data.filter.audit.tally import (
-    Floats,
-    Integers,
-    Tally,
-    bin_of,
-    counts,
-    first_of_each,
-    key_of,
-    quantile,
-    rounded,
-    spearman,
-    value_of,
-)
+from data.filter.audit.proof import by_length
+from data.filter.audit.separation import LABEL, OTHER, Numbers, first_of_each, rank_correlation, rounded, spearman
 from data.filter.config import FilterRules
 from data.filter.input.records import Reason
 from data.filter.score.scorer import Scorer
@@ -40,23 +29,26 @@ from data.filter.score.scorer import Scorer
 FORMAT = 2
 SHOWN_DOMAINS = 12
 """Number of domains with their own histogram and samples: those with the most tokens."""
-OTHER = "score:"
-"""Prefix of the columns with the scores of an ensemble's members and controls."""
 COMPETED = (Reason.hard, Reason.revived, Reason.protected, Reason.easy, Reason.noise, Reason.unscored)
 """Reasons of records that passed the screen; `keep` is a fraction of these records."""
 
 _SAMPLE, _SIDE, _EXAMPLES, _CHARACTERS = 50_000, 10, 5, 300
+_SHOWN = {"id", "domain", "source", "reason", "detail", "tokens", "score", "threshold", "why", "text", "thumbnails"}
 _THUMBNAILS = 240
 """Number of small pictures in an audit, of a few kilobytes each."""
-_BINS, _LENGTH_BINS, _SCORE_BINS = 40, 28, 24
+_BINS = 40
+_LEVELS = 10  # distinct labels up to which each has its own kept fraction
 _FEW = 30  # records in a length bucket below which a correlation is meaningless
 _OUTER = 0.0005  # fraction of scores at either end that lies beyond the axes of the plots
 _AT_RANDOM = (("tie", "ascending"), ("id", "ascending"), ("source", "ascending"))
-_SIZES = {"documents": "sum", "tokens": "sum", "bytes": "sum"}
+_SIZES = ("documents", "tokens", "bytes")
+_SUMMED = (*_SIZES, "scored", "pictures", "pictured")
+_COUNTED = {**dict.fromkeys(_SUMMED, "sum"), "longest": "max", "least": "min", "most": "max"}
 _COLUMNS = {
-    **dict.fromkeys(("id", "domain", "source", "reason", "detail"), "string"),
+    **dict.fromkeys(("id", "domain", "source", "reason", "detail", "why"), "string"),
     **dict.fromkeys(("tokens", "bytes", "scored_bytes"), "int64"),
-    **{"score": "float64", "tie": "uint64", "bucket": "int32", "kept": "bool"},
+    **dict.fromkeys(("score", LABEL), "float64"),
+    **{"tie": "uint64", "bucket": "int32", "kept": "bool"},
 }
 
 TextOf = Callable[[str, int], str]
@@ -77,64 +69,61 @@ class Audit:
         input: str,
         documents: int,
         tokens: int,
+        proof: Row | None = None,
     ) -> None:
         """`thresholds`: from `Thresholds.thresholds`. `input`: name of the input, for people. `documents`, `tokens`:
-        the numbers read from the input, with which the counts must agree.
+        the numbers read from the input, with which the counts must agree. `proof`: from `Proof.figures`.
         """
+        self.proof = proof
         self.rules, self.scorer, self.thresholds, self.input = rules, scorer, thresholds, input
         self._read = {"documents": documents, "tokens": tokens}
-        spread = {"longest": "max", "least": "min", "most": "max", "scored": "sum"}
-        self._counts = Tally(["domain", "reason"], _SIZES | spread)
-        self._scores = Tally(["domain", "kept", "score_key"], {"documents": "sum"})
-        self._lengths = Tally(["length_key", "kept"], _SIZES)
+        self._counts: list[Any] = []
         self._sample: Any = None
+        self._labelled: Any = None
         self._edges: Any = None
         self._examples: Any = None
-        self._pictures: Counter[str] = Counter()
 
     def add(self, shard: str, table: Any) -> None:
         """Add one shard of the selection, a `pyarrow.Table`. Raises `DataError` if the shard is inconsistent."""
-        from pyarrow import compute
-
         pairs = zip(table["reason"].to_pylist(), table["kept"].to_pylist(), strict=True)
         for reason, kept in sorted(set(pairs), key=str):
             if reason not in Reason.__members__ or Reason[reason].kept != kept:
                 raise DataError(f"audit: {shard} has a record with reason={reason} and kept={kept}")
-        if "pictures" in table.column_names:
-            self._count_pictures(table)
         table = _prepared(shard, table)
-        self._counts.add(table)
+        self._counts.append(_counted([table]))
         self._examples = _joined(self._examples, table, ["reason"], _AT_RANDOM, _EXAMPLES)
         competed = _with_reason(table, COMPETED)
-        self._lengths.add(competed)
-        scored = competed.filter(compute.is_valid(competed["score"]))
-        self._scores.add(scored)
-        self._sample = _joined(self._sample, scored, [], _AT_RANDOM, _SAMPLE)
-        by_score = _with_reason(scored, (Reason.hard, Reason.easy))
-        # closest to the threshold first: the lowest of the kept scores, the highest of the dropped
-        inward = np.where(np.asarray(by_score["kept"]), 1.0, -1.0) * np.asarray(by_score["score"])
-        groups, order = ["domain", "bucket", "kept"], (("inward", "ascending"), *_AT_RANDOM)
-        self._edges = _joined(self._edges, by_score.append_column("inward", [inward]), groups, order, _SIDE)
+        labelled = competed.filter(competed[LABEL].is_valid())
+        self._sample = _joined(self._sample, competed, [], _AT_RANDOM, _SAMPLE)
+        self._labelled = _joined(self._labelled, labelled, [], _AT_RANDOM, _SAMPLE)
+        by_score = _with_reason(competed.filter(competed["score"].is_valid()), (Reason.hard, Reason.easy))
+        by_score = by_score.append_column("threshold", [self._thresholds(by_score)])
+        distance = np.abs(by_score["score"].to_numpy() - by_score["threshold"].to_numpy())
+        by_score = by_score.append_column("distance", [distance])
+        self._edges = _joined(
+            self._edges, by_score, ["domain", "kept"], (("distance", "ascending"), *_AT_RANDOM), _SIDE
+        )
 
-    def _count_pictures(self, table: Any) -> None:
-        from pyarrow import compute
-
-        counts = compute.list_value_length(table["pictures"]).to_numpy()
-        self._pictures["records"] += int((counts > 0).sum())
-        self._pictures["in"] += int(counts.sum())
-        self._pictures["kept"] += int(counts[np.asarray(table["kept"])].sum())
+    def _thresholds(self, table: Any) -> Any:
+        """Return the lowest kept score of each record's bucket, NaN for a bucket of which nothing is kept."""
+        found = np.full(len(table), np.nan)
+        domain, bucket = np.asarray(table["domain"]), np.maximum(table["bucket"].to_numpy(), 0)
+        for name, given in self.thresholds.get("domains", {}).items():
+            mine = domain == name
+            found[mine] = np.array([one["score"] for one in given["buckets"]], np.float64)[bucket[mine]]
+        return found
 
     def finish(self, text_of: TextOf, thumbnails_of: ThumbnailsOf | None = None) -> dict[str, Any]:
         """Return the statistics, ready for JSON. Raises `DataError` if they do not add up to the input.
 
         `thumbnails_of`: None without pictures.
         """
-        rows = self._counts.table().to_pylist()
+        rows = _counted(self._counts).sort_by([("domain", "ascending"), ("reason", "ascending")]).to_pylist()
         totals = _totals(rows)
         total, competed, kept = totals["in"], totals["competed"], totals["kept"]
         domains = {name: self._domain(found, total, kept) for name, found in _grouped(rows, "domain").items()}
         shown = sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))[:SHOWN_DOMAINS]
-        sample = self._sample
+        sample = self._sample.filter(self._sample["score"].is_valid())
         audit: dict[str, Any] = {
             "format": FORMAT,
             "input": self.input,
@@ -144,19 +133,29 @@ class Audit:
             "warnings": [],
             "reasons": _by_reason(rows),
             "domains": domains,
-            "scores": _histograms(self._scores.table(), shown),
-            "length": _length_figures(sample, "scored_bytes") | {"picture": _score_by_length(sample)},
+            "scores": _histograms(sample, shown),
+            "length": _length_figures(sample, "scored_bytes"),
             "whole_length": _length_figures(sample, "bytes"),
             "agreement": _agreement(sample, self.scorer.name),
+            "buckets": {"rule": self.rules.select.buckets.name, "without_length": self._without_length(list(domains))},
+            "proof": self.proof and self.proof | {"kept": _kept_by_label(self._labelled)},
             "random": self._against_random(domains, competed, kept),
             "thresholds": self.thresholds,
             "rules": plain(self.rules),
             **self._records(shown, text_of, thumbnails_of),
         }
         if thumbnails_of is not None:
-            audit["pictures"] = {name: self._pictures[name] for name in ("records", "in", "kept")}
+            of_kept = (row["pictures"] for row in rows if Reason[row["reason"]].kept)
+            of_all = {
+                name: sum(row[key] for row in rows) for name, key in (("records", "pictured"), ("in", "pictures"))
+            }
+            audit["pictures"] = of_all | {"kept": sum(of_kept)}
         self._check_sums(audit)
         return audit | {"warnings": warnings(audit)}
+
+    def _without_length(self, domains: list[str]) -> list[str]:
+        found = by_length(self.rules.select, self.scorer.name, lambda: self.proof, domains)
+        return [name for name, has_buckets in zip(domains, found, strict=True) if not has_buckets]
 
     def _check_sums(self, audit: dict[str, Any]) -> None:
         sizes = {"reasons": audit["reasons"].values(), "domains": [one["in"] for one in audit["domains"].values()]}
@@ -168,16 +167,13 @@ class Audit:
     def _domain(self, rows: list[Row], total: dict[str, int], kept: dict[str, int]) -> dict[str, Any]:
         name, select = rows[0]["domain"], self.rules.select
         competed = [row for row in rows if Reason[row["reason"]] in COMPETED]
-        least = min((row["least"] for row in competed if row["least"] is not None), default=None)
-        most = max((row["most"] for row in competed if row["most"] is not None), default=None)
+        scores = {row[key] for row in competed for key in ("least", "most")} - {None}
         sizes = _totals(rows)
         return sizes | {
             "target": 1.0 if name in select.protect else select.domains.get(name, self.rules.keep),
             "longest": max((row["longest"] for row in competed), default=0),
             "scored": sum(row["scored"] for row in competed),
-            "least_score": rounded(least),
-            "most_score": rounded(most),
-            "constant": least is not None and least == most,
+            "constant": len(scores) == 1,
             "reasons": {reason: size for reason, size in _by_reason(rows).items() if size["documents"]},
             "share_before": _share(sizes["in"]["tokens"], total["tokens"]),
             "share_after": _share(sizes["kept"]["tokens"], kept["tokens"]),
@@ -185,6 +181,8 @@ class Audit:
 
     def _against_random(self, domains: dict[str, Any], competed: dict[str, int], kept: dict[str, int]) -> Row:
         """Return the kept fraction of each domain and quarter by length. Random dropping would keep `rate` of each."""
+        from pyarrow import compute
+
         unit = self.rules.unit.name
         return {
             "unit": unit,
@@ -194,48 +192,40 @@ class Audit:
                 for name, found in domains.items()
                 if found["competed"]["documents"]
             },
-            "lengths": _length_quarters(self._lengths.table(), unit),
-            "mean_score": _mean_scores(self._scores.table()),
+            "lengths": _length_quarters(self._sample, unit),
+            "mean_score": {
+                "random": rounded(compute.mean(self._sample["score"]).as_py()),
+                "kept": rounded(compute.mean(self._sample.filter(self._sample["kept"])["score"]).as_py()),
+            },
         }
 
     def _records(self, shown: list[str], text_of: TextOf, thumbnails_of: ThumbnailsOf | None) -> dict[str, Any]:
         """Return samples on either side of the thresholds, and examples of every reason, with their texts. With
         pictures they have `thumbnails`, JPEGs in base64, at most `_THUMBNAILS` in all: examples first.
         """
-        samples = {name: self._beside_threshold(name) for name in shown}
+        names = {True: "kept", False: "dropped"}
+        edges = _grouped(self._edges.to_pylist(), "domain")
+        sides = {name: _grouped(edges.get(name, []), "kept") for name in shown}
+        samples = {name: {names[side]: found.get(side, []) for side in names} for name, found in sides.items()}
         examples = _grouped(self._examples.to_pylist(), "reason")
         examples = {reason.name: examples[reason.name] for reason in Reason if reason.name in examples}
-        lists = [rows for sides in samples.values() for rows in sides.values()] + list(examples.values())
-        # sorted by shard, so that each shard is read once
-        places = sorted({(row["shard"], row["row"]) for rows in lists for row in rows})
-        texts = {place: _beginning(text_of(*place)) for place in places}
-        pictures: dict[tuple[str, int], list[str]] = {}
-        if thumbnails_of is not None:
-            pictures = _encoded_thumbnails(
-                [(row["shard"], row["row"]) for r in lists[::-1] for row in r], thumbnails_of
-            )
-        for rows in lists:
-            places = [(row["shard"], row["row"]) for row in rows]
-            rows[:] = [_shown(row, texts[place], pictures.get(place)) for row, place in zip(rows, places, strict=True)]
+        rows = [row for found in examples.values() for row in found]
+        rows += [row for found in samples.values() for side in found.values() for row in side]
+        texts, thumbnails = {}, {}
+        for place in sorted({(row["shard"], row["row"]) for row in rows}):  # each shard is read once
+            texts[place] = text_of(*place)
+            thumbnails[place] = None if thumbnails_of is None else thumbnails_of(*place)
+        left = _THUMBNAILS
+        for row in rows:
+            place = row.pop("shard"), row.pop("row")
+            row["text"] = texts[place][:_CHARACTERS].encode("utf-8", "replace").decode()  # may hold lone surrogates
+            if (jpegs := thumbnails[place]) is not None:
+                row["thumbnails"] = [base64.b64encode(jpeg).decode() for jpeg in jpegs[:left]]
+                left -= len(jpegs[:left])
+            row |= {name: rounded(row[name]) for name in ("score", "threshold") if name in row}
+            for name in row.keys() - _SHOWN | ({"why"} if row["why"] is None else set()):
+                del row[name]
         return {"samples": samples, "examples": examples}
-
-    def _beside_threshold(self, domain: str) -> dict[str, list[Row]]:
-        """Return the records of a domain with scores closest to the threshold of their bucket, kept and dropped."""
-        from pyarrow import compute
-
-        rows = self._edges.filter(compute.equal(self._edges["domain"], domain)).to_pylist()
-        given = self.thresholds.get("domains", {}).get(domain, {}).get("buckets", [])
-        for bucket, found in _grouped(rows, "bucket").items():
-            place = max(bucket, 0)
-            threshold = given[place]["score"] if place < len(given) else None
-            if threshold is None:  # unknown: use the lowest kept score
-                threshold = min((row["score"] for row in found if row["kept"]), default=None)
-            for row in found:
-                row["threshold"] = threshold
-                row["distance"] = np.inf if threshold is None else abs(row["score"] - threshold)
-        rows.sort(key=lambda row: (row["distance"], row["tie"], row["id"], row["source"]))
-        sides = {"kept": True, "dropped": False}
-        return {side: [row for row in rows if row["kept"] == kept][:_SIDE] for side, kept in sides.items()}
 
 
 def _prepared(shard: str, table: Any) -> Any:
@@ -243,31 +233,40 @@ def _prepared(shard: str, table: Any) -> Any:
     import pyarrow
     from pyarrow import compute
 
-    others = [name for name in table.column_names if name.startswith(OTHER)]
-    types = {name: pyarrow.type_for_alias(kind) for name, kind in _COLUMNS.items()}
-    why = {"why": pyarrow.string()} if "why" in table.column_names else {}  # why there is no score
-    fields = types | {name: pyarrow.float64() for name in others} | why
-    table = table.select(list(fields)).cast(pyarrow.schema(list(fields.items())))
-    columns = {name: table[name] for name in fields}
-    for name in ("id", "domain", "source"):  # may be null for an unreadable record
-        columns[name] = compute.fill_null(columns[name], "")
-    for name in ("score", *others):
-        values = columns[name].to_numpy()
-        columns[name] = pyarrow.array(values, mask=~np.isfinite(values))
-    score = table["score"].to_numpy()
-    scored = np.isfinite(score)
+    columns = {}
+    others = dict.fromkeys((name for name in table.column_names if name.startswith(OTHER)), "float64")
+    for name, kind in (_COLUMNS | others).items():
+        column = (table[name] if name in table.column_names else pyarrow.nulls(len(table))).cast(kind)
+        if kind == "float64":
+            values = column.to_numpy(zero_copy_only=False)
+            column = pyarrow.array(values, mask=~np.isfinite(values))
+        # may be null for an unreadable record
+        columns[name] = compute.fill_null(column, "") if name in ("id", "domain", "source") else column
+    pictures = np.zeros(len(table), np.int64)
+    if "pictures" in table.column_names:
+        pictures = compute.list_value_length(table["pictures"]).to_numpy().astype(np.int64)
     derived = {
+        "pictures": pictures,
+        "pictured": (pictures > 0).astype(np.int64),
         "documents": np.ones(len(table), np.int64),
-        "scored": scored.astype(np.int64),
+        "scored": columns["score"].is_valid().cast("int64"),
         "least": columns["score"],
         "most": columns["score"],
         "longest": columns["tokens"],
-        "score_key": pyarrow.array(key_of(np.where(scored, score, 0.0)), mask=~scored),
-        "length_key": key_of(table["scored_bytes"].to_numpy().astype(np.float64)),
         "shard": pyarrow.array([shard] * len(table), pyarrow.string()),
         "row": np.arange(len(table)),
     }
     return pyarrow.table(columns | derived)
+
+
+def _counted(tables: list[Any]) -> Any:
+    """Sum the sizes of records by domain and reason. Tables may hold records or such sums."""
+    import pyarrow
+
+    found = pyarrow.concat_tables(tables, promote_options="default").group_by(["domain", "reason"])
+    return found.aggregate(list(_COUNTED.items())).rename_columns(
+        {f"{name}_{how}": name for name, how in _COUNTED.items()}
+    )
 
 
 def _joined(before: Any, table: Any, groups: list[str], order: Any, count: int) -> Any:
@@ -310,117 +309,83 @@ def _share(part: int, whole: int) -> float | None:
     return rounded(part / whole) if whole else None
 
 
-def _histograms(table: Any, shown: list[str]) -> dict[str, Any]:
+def _histograms(sample: Any, shown: list[str]) -> dict[str, Any]:
     """Count documents and kept documents by score, overall and for the shown domains, with common bin edges."""
-    if not len(table):
+    if not len(sample):
         return {"edges": [], "overall": None, "domains": {}}
-    domain, (kept, values, documents) = np.asarray(table["domain"]), _of_scores(table)
-    order = np.argsort(values)
-    edges = _score_edges(values[order], documents[order], _BINS)
+    score, domain, kept = (np.asarray(sample[name]) for name in ("score", "domain", "kept"))
+    edges = _score_edges(score)
+    inner = np.clip(score, edges[0], edges[-1])  # those beyond count in the outermost bins
 
     def histogram(mine: Any) -> dict[str, Any]:
-        both, ranked = mine & kept, order[mine[order]]
-        return {
-            "documents": counts(values[mine], documents[mine], edges).tolist(),
-            "kept": counts(values[both], documents[both], edges).tolist(),
-            "median": rounded(quantile(values[ranked], documents[ranked], 0.5)),
-        }
+        documents, stay = (np.histogram(inner[rows], edges)[0].tolist() for rows in (mine, mine & kept))
+        return {"documents": documents, "kept": stay, "median": rounded(_quantile(score[mine], 0.5))}
 
     return {
         "edges": [rounded(float(edge)) for edge in edges],
-        "overall": histogram(np.ones(len(values), bool)),
+        "overall": histogram(np.ones(len(score), bool)),
         "domains": {name: histogram(domain == name) for name in shown if (domain == name).any()},
     }
 
 
-def _of_scores(table: Any) -> tuple[Any, Floats, Integers]:
-    """Return, for each row of the tally of scores, whether it was kept, its score and its number of documents."""
-    return np.asarray(table["kept"]), value_of(table["score_key"].to_numpy()), table["documents"].to_numpy()
+def _quantile(values: Numbers, share: Any) -> Any:
+    return np.quantile(values, share, method="inverted_cdf")
 
 
-def _score_edges(values: Floats, weights: Integers, bins: int) -> Floats:
-    low, high = quantile(values, weights, _OUTER), quantile(values, weights, 1 - _OUTER)
+def _score_edges(values: Numbers) -> Numbers:
+    low, high = _quantile(values, [_OUTER, 1 - _OUTER])
     if high <= low:
         margin = max(0.5, abs(low) * 0.01)
         low, high = low - margin, high + margin
-    return np.linspace(low, high, bins + 1)
+    return np.linspace(low, high, _BINS + 1)
 
 
-def _mean_scores(table: Any) -> dict[str, float | None]:
-    """Return the mean score of the records that competed (random dropping preserves it) and of those that were kept."""
-    kept, values, documents = _of_scores(table)
-
-    def mean(mask: Any) -> float | None:
-        weights = documents[mask].sum()
-        return rounded(float((values[mask] * documents[mask]).sum() / weights)) if weights else None
-
-    return {"random": mean(np.ones(len(kept), bool)), "kept": mean(kept)}
+def _length_quarters(sample: Any, unit: str) -> list[Row]:
+    """Divide the records into quarters by length in scored bytes. Return the kept fraction of each."""
+    length = sample["scored_bytes"].to_numpy()
+    part = np.searchsorted(_quantile(length, [0.25, 0.5, 0.75]), length, "left") if len(length) else length
+    found = _kept_by(part, length, sample, unit)
+    return [{"from_bytes": one.pop("from"), "to_bytes": one.pop("to"), **one} for one in found]
 
 
-def _length_quarters(table: Any, unit: str) -> list[dict[str, Any]]:
-    """Divide the competing documents into quarters by length in scored bytes. Return the kept fraction of each."""
-    if not len(table):
-        return []
-    length, documents = value_of(table["length_key"].to_numpy()), table["documents"].to_numpy()
-    kept, sizes = np.asarray(table["kept"]), table[unit].to_numpy()
-    quarter = np.searchsorted([quantile(length, documents, share) for share in (0.25, 0.5, 0.75)], length, "left")
+def _kept_by_label(sample: Any) -> list[Row]:
+    """Return the kept fraction of the records with each label, or of each fifth by label with more than `_LEVELS`."""
+    label = sample[LABEL].to_numpy()
+    part = np.unique(label, return_inverse=True)[1]
+    if part.max(initial=0) >= _LEVELS:
+        part = np.searchsorted(_quantile(label, [0.2, 0.4, 0.6, 0.8]), label, "left")
+    return _kept_by(part, label, sample, "documents")
+
+
+def _kept_by(part: Any, values: Any, sample: Any, unit: str) -> list[Row]:
+    """Return the range of `values` and the kept fraction of each part of the sample."""
+    sizes, kept = sample[unit].to_numpy(), np.asarray(sample["kept"])
     return [
         {
-            "from_bytes": int(length[mask].min()),
-            "to_bytes": int(length[mask].max()),
-            "documents": int(documents[mask].sum()),
+            "from": values[mask].min().item(),
+            "to": values[mask].max().item(),
+            "documents": int(mask.sum()),
             "kept": _share(int(sizes[mask & kept].sum()), int(sizes[mask].sum())),
         }
-        for mask in (quarter == place for place in range(4))
-        if mask.any()
+        for mask in (part == place for place in np.unique(part))
     ]
 
 
 def _length_figures(sample: Any, column: str) -> dict[str, Any]:
     """Compute the rank correlation of score and length in the sample, overall and inside the length buckets."""
-    score, length = sample["score"].to_numpy(), sample[column].to_numpy().astype(np.float64)
-    domain, bucket = np.asarray(sample["domain"]).astype(str), sample["bucket"].to_numpy()
+    score, length, bucket = (sample[name].to_numpy().astype(np.float64) for name in ("score", column, "bucket"))
+    names, domain = np.unique(np.asarray(sample["domain"]).astype(str), return_inverse=True)
+    _, place, count = np.unique([domain, bucket], axis=1, return_inverse=True, return_counts=True)
+    enough = (bucket >= 0) & (count[place] >= _FEW)
 
-    def figures(mine: Any, inside: list[tuple[float | None, int]]) -> dict[str, Any]:
-        found = [(value, weight) for value, weight in inside if value is not None]
-        weights = sum(weight for _, weight in found)
-        mean = sum(value * weight for value, weight in found) / weights if weights else None
+    def figures(mine: Any) -> dict[str, Any]:
+        inside = mine & enough
+        found = rank_correlation({"": score[inside]}, length[inside], place[inside], 0)[""].value
         overall = rounded(spearman(score[mine], length[mine]))
-        return {"records": int(mine.sum()), "overall": overall, "inside_buckets": rounded(mean)}
+        return {"records": int(mine.sum()), "overall": overall, "inside_buckets": rounded(found)}
 
-    domains, all_inside = {}, []
-    for name in np.unique(domain):
-        mine = domain == name
-        masks = [mine & (bucket == place) for place in np.unique(bucket[mine]) if place >= 0]
-        inside = [(spearman(score[mask], length[mask]), int(mask.sum())) for mask in masks if mask.sum() >= _FEW]
-        domains[str(name)] = figures(mine, inside)
-        all_inside += inside
-    return figures(np.ones(len(score), bool), all_inside) | {"domains": domains}
-
-
-def _score_by_length(sample: Any) -> dict[str, Any] | None:
-    """Count the records of the sample, and those of them that were kept, in a grid: a row per interval of scores, a
-    column per interval of lengths. The intervals of lengths are equal on a logarithmic scale.
-    """
-    if not len(sample):
-        return None
-    score, length = sample["score"].to_numpy(), sample["scored_bytes"].to_numpy().astype(np.float64)
-    score_edges = _score_edges(np.sort(score), np.ones(len(score), np.int64), _SCORE_BINS)
-    size = np.log2(np.maximum(length, 1))
-    low, high = np.floor(size.min()), np.ceil(size.max())
-    size_edges = np.linspace(low, max(high, low + 1), _LENGTH_BINS + 1)
-    cells = bin_of(score, score_edges) * _LENGTH_BINS + bin_of(size, size_edges)
-
-    def grid(mask: Any) -> Any:
-        found = np.bincount(cells[mask], minlength=_SCORE_BINS * _LENGTH_BINS)
-        return found.reshape(_SCORE_BINS, _LENGTH_BINS).tolist()
-
-    return {
-        "score_edges": [rounded(float(edge)) for edge in score_edges],
-        "bytes_edges": [rounded(float(2**edge)) for edge in size_edges],
-        "documents": grid(np.ones(len(score), bool)),
-        "kept": grid(np.asarray(sample["kept"])),
-    }
+    domains = {str(name): figures(domain == number) for number, name in enumerate(names)}
+    return figures(np.ones(len(score), bool)) | {"domains": domains}
 
 
 def _agreement(sample: Any, name: str) -> list[dict[str, Any]]:
@@ -428,36 +393,11 @@ def _agreement(sample: Any, name: str) -> list[dict[str, Any]]:
     if not len(sample):
         return []
     scores = {name: sample["score"].to_numpy()}
-    scores |= {c.removeprefix(OTHER): sample[c].to_numpy() for c in sorted(sample.column_names) if c.startswith(OTHER)}
+    others = (c for c in sorted(sample.column_names) if c.startswith(OTHER) and c != OTHER + LABEL)
+    scores |= {c.removeprefix(OTHER): sample[c].to_numpy() for c in others}
     found = []
     for first, second in itertools.combinations(scores, 2):
         both = np.isfinite(scores[first]) & np.isfinite(scores[second])
         correlation = rounded(spearman(scores[first][both], scores[second][both]))
         found.append({"scorers": [first, second], "records": int(both.sum()), "correlation": correlation})
     return found
-
-
-def _beginning(text: str) -> str:
-    """Return the first characters, with lone surrogates replaced, since these cannot be written to a file."""
-    return text[:_CHARACTERS].encode("utf-8", "replace").decode()
-
-
-def _encoded_thumbnails(
-    places: Sequence[tuple[str, int]], thumbnails_of: ThumbnailsOf
-) -> dict[tuple[str, int], list[str]]:
-    """Return the thumbnails of records in base64, in this order until `_THUMBNAILS` are found."""
-    jpegs = {place: thumbnails_of(*place) for place in sorted(set(places))}  # each shard is read once
-    found: dict[tuple[str, int], list[str]] = {}
-    left = _THUMBNAILS
-    for place in dict.fromkeys(places):
-        found[place] = [base64.b64encode(jpeg).decode() for jpeg in jpegs[place][:left]]
-        left -= len(found[place])
-    return found
-
-
-def _shown(row: Row, text: str, thumbnails: list[str] | None) -> Row:
-    names = ("id", "domain", "source", "reason", "detail", "tokens")
-    numbers = {name: rounded(row[name]) for name in ("score", "threshold") if name in row}
-    why = {} if row.get("why") is None else {"why": row["why"]}
-    pictures = {} if thumbnails is None else {"thumbnails": thumbnails}
-    return {name: row[name] for name in names} | numbers | why | {"text": text} | pictures

@@ -6,25 +6,30 @@ An input is divided into parts: files, or one whole data set. A part is read fro
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, time
 from decimal import Decimal
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID
 
 from core.errors import ConfigError
-from core.files import misfit, sha256_file, sha256_text
+from core.files import misfit, sha256_text
 from data.files import (
     FileFormat,
     UnreadableFile,
     dataset_fingerprint,
     file_format,
     find_files,
+    json_lines,
     read_rows,
+    read_rows_from,
+    row_group_sizes,
     stream_dataset,
 )
 from data.filter.config import InputConfig, under
@@ -44,7 +49,10 @@ RECORD_KEYS = (
 """Settings of an input that decide what a record is."""
 _SHOWN = 200
 """Maximum length in characters of the reason why a record is malformed, which may quote the record."""
-_SHOWN_KEYS = 10
+_SHOWN_KEYS, _SHOWN_VALUE = 10, 40
+
+_RANGE_BYTES = 8 << 20
+"""Bytes of a file that are hashed, and whose lines are counted, by one rank."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +143,10 @@ def _record(config: InputConfig, row: Any, place: str, line: str | None) -> Reco
 def _label(config: InputConfig, row: dict[str, Any]) -> float | None:
     if config.label_key is None or row.get(config.label_key) is None:
         return None
-    label = float(_get(row, config.label_key, int, float))
-    if not math.isfinite(label):
-        raise ValueError(f"{config.label_key!r} is {label}, not a finite number")
-    return label
+    label = row[config.label_key]
+    if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
+        raise ValueError(f"{config.label_key!r} is {str(label)[:_SHOWN_VALUE]!r}, not a finite number")
+    return float(label)
 
 
 def _text(config: InputConfig, row: dict[str, Any]) -> tuple[str, int | None]:
@@ -227,6 +235,17 @@ def _get(row: dict[str, Any], key: str, *kinds: type) -> Any:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A part of a file that can be read on its own: the lines that begin in a range of bytes, or a group of rows."""
+
+    start: int
+    """Offset in bytes, or number of the group."""
+    number: int
+    """Number of the first line or row, in the file."""
+    records: int
+
+
+@dataclass(frozen=True)
 class RecordPart:
     """The records of a file (`path`), or of a data set of the `datasets` library."""
 
@@ -235,24 +254,66 @@ class RecordPart:
     path: Path | None = None
 
     @property
+    def byte_ranges(self) -> list[tuple[int, int]]:
+        """The ranges of bytes in which the file is hashed; a data set has none."""
+        size = 0 if self.path is None else max(self.path.stat().st_size, 1)
+        return [(start, min(start + _RANGE_BYTES, size)) for start in range(0, size, _RANGE_BYTES)]
+
+    def scan(self, start: int, stop: int) -> tuple[str, int, int]:
+        """Return the digest of a range of bytes, its number of line ends, and the number of records that begin in it: 0
+        unless the file is plain JSON lines, and -1 if it cannot be read.
+        """
+        assert self.path is not None
+        with self.path.open("rb") as file:
+            file.seek(start)
+            content = file.read(stop - start)
+        records = 0
+        if self.path.suffix == ".jsonl":
+            try:
+                records = sum(1 for _ in json_lines(self.path, start, stop))
+            except UnreadableFile:  # reading from the beginning will tell the line
+                records = -1
+        return hashlib.sha256(content).hexdigest(), content.count(b"\n"), records
+
+    def pieces(self, scanned: Sequence[tuple[str, int, int]]) -> list[Piece]:
+        """Return the pieces of the file, given the results of `scan` for each of its ranges. None: it is read whole."""
+        if self.path is None or len(scanned) == 1:
+            return []
+        if self.path.suffix == ".jsonl" and all(records >= 0 for *_, records in scanned):
+            numbers = accumulate((ends for _, ends, _ in scanned), initial=1)
+            parts = zip(self.byte_ranges, numbers, scanned, strict=False)
+            return [Piece(start, number, records) for (start, _), number, (*_, records) in parts]
+        try:
+            sizes = row_group_sizes(self.path) if self.path.suffix == ".parquet" else []
+        except UnreadableFile:  # reading will tell
+            return []
+        return [Piece(place, sum(sizes[:place]), rows) for place, rows in enumerate(sizes)]
+
+    @property
     def fingerprint(self) -> str:
         if self.path is None:
             return dataset_fingerprint(self.name, self.config.subset, self.config.split)
-        return sha256_text(self.name, sha256_file(self.path))
+        return self.fingerprint_of([self.scan(*one) for one in self.byte_ranges])
+
+    def fingerprint_of(self, scanned: Sequence[tuple[str, int, int]]) -> str:
+        return sha256_text(self.name, *(digest for digest, *_ in scanned))
 
     @property
     def keys(self) -> dict[str, str | None]:
         keys = {key: getattr(self.config, key) for key in RECORD_KEYS}
         return {key: value for key, value in keys.items() if key != "label_key" or value is not None}
 
-    def records(self) -> Iterator[Record | MalformedRecord]:
+    def records(self, piece: Piece | None = None, skip: int = 0) -> Iterator[Record | MalformedRecord]:
+        """Read the records from a piece on, without the first `skip`; from the beginning by default."""
         rows: Iterator[tuple[int, Any]]
         if self.path is None:
             rows = enumerate(stream_dataset(self.name, self.config.subset, self.config.split))
-        else:
+        elif piece is None:
             rows = read_rows(self.path, errors="replace")
+        else:
+            rows = read_rows_from(self.path, piece.start, piece.number)
         try:
-            for number, row in rows:
+            for number, row in islice(rows, skip, None):
                 yield read_record(self.config, row, f"{self.name}:{number}")
         except UnreadableFile as error:
             key, value = ("dataset", self.name) if self.path is None else ("input", str(self.path))

@@ -83,10 +83,6 @@ class Reason(Enum):
     too_short = "too short"
     too_long = "too long"
 
-    @property
-    def label(self) -> str:
-        return self.name.replace("_", " ")
-
     def describe(self, detail: str | None) -> str:
         """Return the name with the detail: the original of a duplicate, the evaluation set, or the parse error."""
         joint = " of " if "duplicate" in self.name else " by " if self is Reason.contaminated else ": "

@@ -16,7 +16,7 @@ from data.sampling import key_of
 class RandomScorer(Scorer):
     """Score a text with a random number in [0, 1) that depends on the seed and the text, not on the id or position."""
 
-    direction = Direction.hard
+    direction = Direction.control
     name = "random"
     measures = "random number in [0, 1)"
 
@@ -34,7 +34,7 @@ class LengthScorer(Scorer):
     looks good until records of the same length are compared.
     """
 
-    direction = Direction.hard
+    direction = Direction.control
     name = "length"
     measures = "bytes of the answer"
     fingerprint = sha256_text("length", "1")

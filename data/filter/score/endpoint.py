@@ -1,6 +1,6 @@
 """A client for a model behind an OpenAI-compatible endpoint.
 
-Three kinds of failure are distinguished: an unusable answer to one request (`UnusableAnswer`), no answer at the moment
+Three kinds of failure are distinguished: a rejected request (`UnusableAnswer`), no chat completion at the moment
 (retried, then `RetriesExhausted`), and a wrong configuration (`LeviathanError`, which no retry would fix).
 """
 
@@ -12,8 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from email.utils import mktime_tz, parsedate_tz
 from typing import Any
 
 import httpx
@@ -24,24 +23,27 @@ from core.files import sha256_text
 LONGEST_BACKOFF_S = 60.0
 LONGEST_RETRY_AFTER_S = 600.0
 LARGEST_ANSWER_BYTES = 4 << 20
+NO_COMPLETION = "not a chat completion"
 _EXCERPT = 200
+_RETRIED = (408, 425, 429)
+"""Statuses below 500 after which a request may be repeated: timeout, too early, too many requests."""
 
 
 class UnusableAnswer(OneLineError):
     """No score can be read from an answer. The message is a short reason."""
 
 
-class RetriesExhausted(Exception):
+class RetriesExhausted(UnusableAnswer):
     """No answer after all retries."""
 
 
 class Endpoint:
     """Request chat completions. `url` is the base URL, with `/v1`. The environment variable `key_variable` has the API
     key; if it is not set, requests carry no key, as local servers expect. No message and no file contains the key. A
-    request without a complete answer after `timeout_s` fails. A failed request is repeated up to `retries` times, after
+    request without a chat completion after `timeout_s` fails. A failed request is repeated up to `retries` times, after
     1 s, 2 s, 4 s and so on, with jitter, or after the server's `Retry-After`.
 
-    Thread-safe. `concurrency` is the maximum number of connections.
+    Thread-safe. Each thread has a connection.
     """
 
     def __init__(
@@ -51,28 +53,28 @@ class Endpoint:
         key_variable: str,
         timeout_s: float = 60.0,
         retries: int = 5,
-        concurrency: int = 8,
         pause: Callable[[float], object] | None = None,
     ) -> None:
         self.model, self.key_variable = model, key_variable
         self.timeout_s, self.retries = timeout_s, retries
         self.stopped = threading.Event()
         """Once set, no request is repeated and all waits for a retry end."""
+        self.reached, self.first_failure = False, ""
         self.trouble = ""
-        """Why the last request failed, for a line of progress; empty if it did not."""
+        """Why the last request failed, for a line of progress; empty if it succeeded."""
         self._pause = self.stopped.wait if pause is None else pause
         self._address, self.shown = _address(url)
         self._key = os.environ.get(key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise ConfigError("key_variable", key_variable, "holds a key with characters that a header cannot carry")
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        self._client = httpx.Client(headers=headers, timeout=timeout_s, limits=limits)
+        self._client = httpx.Client(headers=headers, timeout=timeout_s, limits=httpx.Limits())
 
     def complete(self, content: str, **options: Any) -> str:
         """Return the model's answer to one user message. `options`, such as `temperature`, are added to the request.
 
-        Raises `UnusableAnswer`, `RetriesExhausted`, or `LeviathanError` if the key or the model is rejected.
+        Raises `UnusableAnswer` if the request is rejected, `RetriesExhausted`, or `LeviathanError` if the key or the
+        model is. If the endpoint never answered, no further request is sent.
         """
         messages = [{"role": "user", "content": content}]
         body = json.dumps({"model": self.model, "messages": messages, **options}).encode()
@@ -83,18 +85,24 @@ class Endpoint:
             wait_s = None
             try:
                 response, answer = self._post(body)
-                if not (response.status_code == 429 or response.status_code >= 500):
-                    self.trouble = ""
-                    return self._content(response.status_code, answer)
+                if not (response.status_code in _RETRIED or response.status_code >= 500):
+                    content = self._content(response.status_code, answer)
+                    self.trouble, self.reached = "", True
+                    return content
                 failure, wait_s = f"HTTP {response.status_code}", _retry_after_s(response)
             except httpx.TimeoutException:
                 failure = f"no complete answer in {self.timeout_s:g} s"
             except httpx.HTTPError as error:
                 failure = self._redacted(str(error) or type(error).__name__)
             if attempt < self.retries:
-                wait_s = self._backoff_s(body, attempt) if wait_s is None else wait_s
+                if wait_s is None:  # the jitter is a hash, so that it differs between requests and not between runs
+                    jitter = int(sha256_text(body.hex(), str(attempt))[:8], 16) / 2**32
+                    wait_s = min(2.0**attempt, LONGEST_BACKOFF_S) * (0.5 + jitter / 2)
                 self.trouble = f"; {failure}, tried again after {wait_s:.0f} s"
                 self._pause(wait_s)
+        self.first_failure = self.first_failure or f"{failure}, {self.retries + 1} attempts"
+        if not self.reached:
+            self.stopped.set()  # other requests would fail too
         raise RetriesExhausted(f"{failure}, {self.retries + 1} attempts")
 
     def _post(self, body: bytes) -> tuple[httpx.Response, bytes]:
@@ -106,7 +114,7 @@ class Endpoint:
             for chunk in response.iter_bytes():
                 answer += chunk
                 if len(answer) > LARGEST_ANSWER_BYTES:
-                    raise UnusableAnswer(f"answer larger than {LARGEST_ANSWER_BYTES >> 20} MiB")
+                    raise httpx.DecodingError(f"answer larger than {LARGEST_ANSWER_BYTES >> 20} MiB")
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("deadline")
         return response, bytes(answer)
@@ -124,18 +132,9 @@ class Endpoint:
             raise UnusableAnswer(f"HTTP {status}: {excerpt}")
         try:
             content = json.loads(answer)["choices"][0]["message"]["content"]
+            return str.encode(content, errors="replace").decode()  # lone surrogates cannot be stored
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-            raise UnusableAnswer(f"not a chat completion: {excerpt or 'empty'}") from None
-        if not isinstance(content, str):
-            raise UnusableAnswer("a message without text")
-        return content
-
-    def _backoff_s(self, body: bytes, attempt: int) -> float:
-        """Return an exponential wait in seconds, times a factor from 0.5 to 1, which is a hash of the request. So waits
-        differ between requests, but not between runs.
-        """
-        jitter = int(sha256_text(body.hex(), str(attempt))[:8], 16) / 2**32
-        return min(2.0**attempt, LONGEST_BACKOFF_S) * (0.5 + jitter / 2)
+            raise httpx.DecodingError(f"{NO_COMPLETION}: {excerpt or 'empty'}") from None
 
     def _redacted(self, text: str) -> str:
         """Remove the key from a message, since servers may echo the request."""
@@ -158,11 +157,7 @@ def _retry_after_s(response: httpx.Response) -> float | None:
     """Return the seconds in `Retry-After`, a number or a date (RFC 9110, 10.2.3); None if it cannot be read."""
     text = response.headers.get("Retry-After", "").strip()
     try:
-        if text[:1].isdigit():
-            seconds = float(text)
-        else:
-            date = parsedate_to_datetime(text)
-            seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
-    except (ValueError, TypeError, OverflowError):
+        seconds = float(text) if text[:1].isdigit() else mktime_tz(parsedate_tz(text)) - time.time()  # type: ignore
+    except (ValueError, TypeError, OverflowError):  # TypeError: no date
         return None
     return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_S) if math.isfinite(seconds) else None

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from core.files import sha256_text
 from data.filter.input.records import Record
 from data.filter.score.baselines import LengthScorer, RandomScorer
-from data.filter.score.scorer import Direction, RemoteScorer, Scorer, sample_key
+from data.filter.score.scorer import CostlyScorer, Direction, RemoteScorer, Scorer, sample_key
 
 _SAMPLE = 4096
 """Number n of records among which a record is ranked. With 95% confidence all ranks are accurate to 2.2 percentage
@@ -29,10 +29,9 @@ class EnsembleScorer(Scorer):
     with the lowest hashes). A record is ranked among the scores of the sample only, so its rank does not depend on
     the records scored with it. NaN if a member has no finite score.
 
-    A high score means hard if it does for every member, else learnable. Each member also scores the sample, which is
-    the additional cost. The scores of the members and of the controls (length and random) are stored too, so that the
-    audit can compare them. If a remote member answers only in a later run, the answer is ranked against the sample as
-    scored in that run.
+    The scores of the members and of the controls (length and random) are stored too, so that the audit can compare
+    them. Each member also scores the sample, which is the additional cost. If a remote member answers only in a later
+    run, the answer is ranked against the sample as scored in that run.
     """
 
     name = "ensemble"
@@ -40,8 +39,8 @@ class EnsembleScorer(Scorer):
     def __init__(self, members: Sequence[Scorer], sample: int = _SAMPLE) -> None:
         self.members, self.sample = tuple(members), sample
         self.measures = "mean rank in [0, 1] under " + "; ".join(f"{one.name} ({one.measures})" for one in members)
-        hard = all(member.direction is Direction.hard for member in members)
-        self.direction = Direction.hard if hard else Direction.learnable
+        meanings = {member.direction for member in members}
+        self.direction = meanings.pop() if len(meanings) == 1 else Direction.mixed
         self.fingerprint = sha256_text("ensemble", "1", str(sample), *(member.fingerprint for member in members))
         count = Counter(member.name for member in members)
         self._members = {
@@ -61,6 +60,10 @@ class EnsembleScorer(Scorer):
         """Why a remote member has no score for a record, by record id."""
         remote = {name: member.reasons for name, member in self._members.items() if isinstance(member, RemoteScorer)}
         return {record: f"{name}: {why}" for name, reasons in remote.items() for record, why in reasons.items()}
+
+    def cost(self, records: Callable[[], Iterable[Record]]) -> str:
+        costs = [member.cost(records) for member in self.members if isinstance(member, CostlyScorer)]
+        return "; ".join(filter(None, costs))
 
     def fit(self, records: Callable[[], Iterable[Record]]) -> None:
         for member in self.members:

@@ -30,7 +30,7 @@ class Models:
 
 def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: int = 0) -> Scorer:
     """Return the scorer of `config.kind`. `models` opens models (None: kinds that need a model are rejected), `cache`
-    is the directory for answers of endpoints, and `seed` is for the random scorer. The key of a `ConfigError` is
+    is a path in the folder for what a scorer stores, and `seed` is for the random scorer. The key of a `ConfigError` is
     relative to `scorer`.
 
     Classes are imported here, so that an n-gram scorer does not wait for the import of an HTTP client.
@@ -42,12 +42,14 @@ def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: 
         raise ConfigError("window", config.window, f"has no effect on {config.kind.name}", ["null"])
     arguments: Sequence[object]
     match config.kind:
-        case ScorerKind.ngram:
+        case ScorerKind.ngram | ScorerKind.auto:
             arguments = config.order, config.window
-        case ScorerKind.loss | ScorerKind.excess:
+        case ScorerKind.loss:
             arguments = *_opened(traits.needs, config, models), config.window
-        case ScorerKind.ifd:
+        case ScorerKind.excess | ScorerKind.ifd:
             arguments = _opened(traits.needs, config, models)
+        case ScorerKind.learned:
+            arguments = config, cache.parent, _labeler(config, models, cache, seed)
         case ScorerKind.ensemble:
             arguments = [_members(config, models, cache, seed)]
         case ScorerKind.random:
@@ -55,7 +57,7 @@ def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: 
         case ScorerKind.length:
             arguments = []
         case _:
-            arguments = config, cache
+            arguments = [config]
     scorer: Scorer = construct(f"data.filter.score.{traits.path}", "kind", *arguments)
     return scorer
 
@@ -79,6 +81,13 @@ def _opened(keys: Sequence[str], config: ScorerConfig, models: Models | None) ->
     return found
 
 
+def _labeler(config: ScorerConfig, models: Models | None, cache: Path, seed: int) -> Scorer | None:
+    if config.labeler is None:
+        return None
+    with under("labeler"):
+        return make_scorer(config.labeler, models, cache, seed)
+
+
 def _members(config: ScorerConfig, models: Models | None, cache: Path, seed: int) -> list[Scorer]:
     found = []
     for place, member in enumerate(config.members):
@@ -100,8 +109,10 @@ def check_models(
 
 def _models_of(config: ScorerConfig, key: str) -> Iterator[tuple[str, str]]:
     """Yield the configuration key and the name of every model that the scorer uses."""
-    for name in ("model", "reference"):
+    for name in () if config.kind is ScorerKind.learned else ("model", "reference"):
         if (model := getattr(config, name)) is not None:
             yield f"{key}.{name}", model
+    if config.labeler is not None:
+        yield from _models_of(config.labeler, f"{key}.labeler")
     for place, member in enumerate(config.members):
         yield from _models_of(member, f"{key}.members[{place}]")

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import ConfigError
 from core.files import sha256_text
 from data.filter.input.records import Record
 from data.filter.score.scorer import Direction, Scorer, TokenLosses, hardest_mean
@@ -26,7 +25,7 @@ class LossScorer(Scorer):
     """
 
     name = "loss"
-    direction = Direction.hard
+    direction = Direction.improbable
 
     def __init__(self, losses: TokenLosses, fingerprint: str, window: int | None = None) -> None:
         self.losses, self.window = losses, window
@@ -44,12 +43,11 @@ class ExcessScorer(Scorer):
     2206.07137). It is high for text that is learnable and not yet learnt. Noise is equally hard for both and scores
     near 0.
 
-    The score is in nats per byte of UTF-8, because the models may have different tokenizers. With `window`, it is the
-    largest mean difference per token over `window` consecutive tokens, and `ConfigError` is raised if the models split
-    a text into different numbers of tokens. NaN without tokens.
+    The score is in nats per byte of UTF-8, because the models may have different tokenizers. NaN without tokens.
     """
 
     name = "excess"
+    measures = "loss minus the reference's, nats per byte"
     direction = Direction.learnable
 
     def __init__(
@@ -58,12 +56,9 @@ class ExcessScorer(Scorer):
         model_fingerprint: str,
         reference: TokenLosses,
         reference_fingerprint: str,
-        window: int | None = None,
     ) -> None:
-        self.model, self.reference, self.window = model, reference, window
-        part = "byte" if window is None else f"token, the {window} in a row where it is largest"
-        self.measures = f"loss minus the reference's, nats per {part}"
-        self.fingerprint = sha256_text("excess", model_fingerprint, reference_fingerprint, str(window))
+        self.model, self.reference = model, reference
+        self.fingerprint = sha256_text("excess", model_fingerprint, reference_fingerprint, "None")
 
     def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
         pairs = [(record.prompt, record.answer) for record in records]
@@ -73,13 +68,7 @@ class ExcessScorer(Scorer):
     def _excess(self, record: Record, loss: NDArray[np.float32], better: NDArray[np.float32]) -> float:
         if not len(loss) or not len(better):
             return np.nan
-        if self.window is None:
-            return float((loss.sum(dtype=np.float64) - better.sum(dtype=np.float64)) / len(record.answer.encode()))
-        if len(loss) != len(better):
-            counts = f"{record.source} has {len(loss)} tokens for one and {len(better)} for the other"
-            reason = f"requires models with the same tokenizer ({counts}); without a window losses compare per byte"
-            raise ConfigError("window", self.window, reason, ["null"])
-        return hardest_mean(loss.astype(np.float64) - better, self.window)
+        return float((loss.sum(dtype=np.float64) - better.sum(dtype=np.float64)) / len(record.answer.encode()))
 
 
 class DifficultyOfFollowing(Scorer):
@@ -93,7 +82,7 @@ class DifficultyOfFollowing(Scorer):
 
     name = "ifd"
     measures = "loss of the answer given its prompt over its loss alone (a ratio; above 1 the prompt does not help)"
-    direction = Direction.hard
+    direction = Direction.improbable
 
     def __init__(self, losses: TokenLosses, fingerprint: str) -> None:
         self.losses = losses

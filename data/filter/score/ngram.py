@@ -2,8 +2,9 @@
 
 Cross-fitted: the data is split into two folds, and the model fitted to one fold scores only the other. All copies of a
 text are in the same fold.
-Limitation: the context is `order - 1` bytes, so the score measures how predictable the wording is, not what the prompt
-asks for. Losses are rounded to fixed point before they are summed, so a score does not depend on the batch.
+The context is `order - 1` bytes, so the score measures how predictable the wording is, not what the prompt asks for:
+improbable text need not be hard. docs/filter.md says what the score is worth on labelled problems. Losses are rounded
+to fixed point before they are summed, so a score does not depend on the batch.
 
 A code is an n-gram of up to eight bytes packed into one integer, with the last byte in the lowest bits.
 """
@@ -43,14 +44,9 @@ class NgramScorer(Scorer):
 
     `sample_bytes`: size of the training sample of each fold, which has the records with the lowest hashes. A model
     takes about 12 bytes of memory per distinct n-gram: 20 MB for 8 MB of text, 200 MB for 8 MB of noise.
-
-    Among answers of equal length that show the steps of the solution, mean loss grows
-    with the number of steps, because more steps
-    mean more digits and fewer words. An answer that is only a number does not show the steps to it, so this scorer
-    cannot rank such answers by difficulty (docs/filter_difficulty.png).
     """
 
-    direction = Direction.hard
+    direction = Direction.improbable
 
     def __init__(self, order: int = 5, window: int | None = None, sample_bytes: int = _SAMPLE_BYTES) -> None:
         if not 1 <= order <= MAX_ORDER:

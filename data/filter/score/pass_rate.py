@@ -33,21 +33,19 @@ class PassRateScorer(EndpointScorer):
     name = "pass_rate"
     direction = Direction.hard
 
-    def __init__(self, config: ScorerConfig, cache: Path, pause: Callable[[float], object] | None = None) -> None:
+    def __init__(self, config: ScorerConfig, pause: Callable[[float], object] | None = None) -> None:
         """Raises `ConfigError` if `verifier` cannot be imported."""
         self.verifier, code = load_verifier(config.verifier or "")
-        super().__init__(config, cache, pause)
+        super().__init__(config, pause)
         self.samples = config.samples
         self.measures = f"fraction of {self.samples} answers that {config.verifier} rejects"
         self.fingerprint = sha256_text("pass_rate", self.model, str(self.samples), config.verifier or "", code)
 
     def requests(self, record: Record) -> dict[str, Request]:
-        return {
-            sha256_text("answer", self.model, record.prompt, str(seed)): Request(
-                record.prompt, str, options={"temperature": 1, "seed": seed}
-            )
-            for seed in range(self.samples if record.prompt.strip() else 0)
-        }
+        size = len(record.answer.encode())
+        seeds = range(self.samples if record.prompt.strip() else 0)
+        requests = [Request(record.prompt, str, size, options={"temperature": 1, "seed": seed}) for seed in seeds]
+        return {sha256_text("answer", self.model, record.prompt, str(seed)): requests[seed] for seed in seeds}
 
     def score_from(self, record: Record, answers: Sequence[Any]) -> float:
         if not answers:

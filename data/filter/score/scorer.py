@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,8 +21,17 @@ class Direction(Enum):
     """The meaning of a high score."""
 
     hard = "hard"
+    """Hard according to labels, a judge or a verifier."""
+    improbable = "improbable"
+    """Not what a model expects. Alone this is no sign of difficulty (docs/filter.md)."""
     learnable = "learnable"
     """Learnable and not yet learnt; such text is often easier than the rest."""
+    quality = "quality"
+    """Better by a judge's rubric, from which more can be learnt; it may be easy."""
+    control = "control"
+    """Nothing: the scorer is a control."""
+    mixed = "mixed"
+    """An ensemble whose members disagree on the meaning."""
 
 
 class Scorer(Protocol):
@@ -58,6 +68,15 @@ class RemoteScorer(Protocol):
 
 
 @runtime_checkable
+class CostlyScorer(Protocol):
+    """A scorer whose cost is said before it starts."""
+
+    def cost(self, records: Callable[[], Iterable[Record]]) -> str:
+        """Describe in one line what scoring these records costs; "" if nothing."""
+        ...
+
+
+@runtime_checkable
 class CompositeScorer(Protocol):
     """A scorer that has other scorers, such as members. Their scores are stored as well."""
 
@@ -69,6 +88,14 @@ class CompositeScorer(Protocol):
     def score_all(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
         """Return the result of `score`, and the scores of each of the other scorers by name."""
         ...
+
+
+@runtime_checkable
+class StoredScorer(Protocol):
+    """A scorer whose `fit` stores what it learned, so that one process fits it and the others read that."""
+
+    directory: Path
+    report: Callable[[str], None]
 
 
 TokenLosses = Callable[[Sequence[tuple[str, str]]], list[NDArray[np.float32]]]

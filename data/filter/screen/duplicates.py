@@ -1,30 +1,26 @@
 """Find exact and near-duplicates, and decide which of them is kept.
 
-`signatures` runs by shard on any number of ranks; `find_duplicates` runs once over all of them. Near-duplicates are
-found by MinHash (Broder 1997) over word n-grams of length `SHINGLE`. The fraction of matching positions in two
-signatures estimates the Jaccard similarity J, with a standard error of sqrt(J (1 - J) / PLACES): 0.035 at J = 0.8.
-Two records are compared if their signatures agree in a whole band of positions (Leskovec, Rajaraman & Ullman, Mining of
-Massive Datasets, section 3.4). They are joined if the estimate reaches the threshold, and a chain of such pairs forms
-one group. The hashing is our own, so that stored signatures survive a change of library.
-
-Every rank holds all signatures. A million records take 1.7 GB if near-duplicates are searched for, 0.65 GB for exact
-duplicates only, and nothing without either. A larger input must be filtered in parts; duplicates across parts are not
-found.
+`signatures` runs by shard; `DuplicateSearch` compares them on disk, spread over the ranks. Near-duplicates are found by
+MinHash (Broder 1997) over word n-grams of length `SHINGLE`. The fraction of matching positions in two signatures
+estimates the Jaccard similarity J, with a standard error of sqrt(J (1 - J) / PLACES): 0.035 at J = 0.8. Two records are
+compared if their signatures agree in a whole band of positions (Leskovec, Rajaraman & Ullman, Mining of Massive
+Datasets, section 3.4). They are joined if the estimate reaches the threshold, and a chain of such pairs forms one
+group. The hashing is our own, so that stored signatures survive a change of library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from data.filter.config import DuplicateConfig
-from data.filter.input.records import Reason
+from data.filter.runs import DiskArrays, Entries
 from data.filter.screen.normalise import canonical, words
+from data.images.phash import join_pairs
 
 PLACES = 128
 SHINGLE = 5
@@ -32,18 +28,26 @@ SHINGLE = 5
 _MAX_MISSED = 0.01
 """Allowed probability of missing a pair whose similarity is exactly the threshold. It decides the bands."""
 _BLOCK = 1 << 10
+_FETCHED = 1 << 15
+"""Signatures in memory while candidates are compared: 16 MiB, and a few times that in temporary arrays."""
+_TOGETHER = 16
+"""Records of a large bucket that are compared with the others at once, which are then read once for all."""
+_JOINED = 1 << 20
+"""Pairs that are joined to groups at once."""
 _ODD_64 = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
 class Signatures:
     """Signatures of N records. `exact_N2`: 128-bit hash of the canonical text. `near_NP`: the PLACES minima of MinHash.
-    `near_possible_N`: false for a record with too few words, whose minima are all 0.
+    `near_possible_N`: false for a record with too few words, whose minima are all 0. `passed_N`: false for a record
+    that is dropped for another reason, so that it is no duplicate and has none.
     """
 
     exact_N2: NDArray[np.uint64]
     near_NP: NDArray[np.uint32]
     near_possible_N: NDArray[np.bool_]
+    passed_N: NDArray[np.bool_]
 
 
 def signatures(texts: Sequence[str], pictures: Sequence[Sequence[str]] | None = None) -> Signatures:
@@ -65,7 +69,7 @@ def signatures(texts: Sequence[str], pictures: Sequence[Sequence[str]] | None = 
         if len(runs):
             possible[row] = True
             near[row] = _minima((runs >> np.uint64(32)).astype(np.uint32), factors, offsets)
-    return Signatures(exact, near, possible)
+    return Signatures(exact, near, possible, np.ones(len(texts), np.bool_))
 
 
 def ngram_hashes(found: Sequence[str], length: int) -> NDArray[np.uint64]:
@@ -82,36 +86,80 @@ def ngram_hashes(found: Sequence[str], length: int) -> NDArray[np.uint64]:
     return total ^ (total >> np.uint64(27))
 
 
-@dataclass(frozen=True)
-class Copy:
-    """Why a duplicate is dropped. `of`: the record that is kept, as an index over all records in (shard, row) order."""
+class DuplicateSearch:
+    """Find the duplicates among the records of all shards. `signatures`: those of a shard.
 
-    reason: Reason
-    of: int
-
-
-def find_duplicates(shards: Sequence[Signatures], config: DuplicateConfig) -> list[list[Copy | None]]:
-    """Find the duplicates in all shards. The first record of a group in (shard, row) order is kept (None).
-
-    A record is a `duplicate` if an earlier record has the same canonical text, and a `near_duplicate` if only
-    similarity joins it to its group.
+    The first record of a group is kept. A record is an exact duplicate if an earlier record has the same canonical
+    text, and a near-duplicate if only similarity joins it to its group. Memory does not grow with the number of
+    records, except for 16 bytes per record in a pair of near-duplicates while rank 0 joins the pairs to groups.
     """
-    count = sum(len(shard.exact_N2) for shard in shards)
-    is_exact, groups = np.zeros(count, np.bool_), DisjointSets(count)
-    if count and config.exact:
-        for first, second in _exact_copies(np.concatenate([shard.exact_N2 for shard in shards])):
-            is_exact[second] = True
-            groups.join(first, second)
-    if count and config.near is not None:
-        near = np.concatenate([shard.near_NP for shard in shards])
-        rows = np.flatnonzero(np.concatenate([shard.near_possible_N for shard in shards]) & ~is_exact)
-        for first, second in _near_copies(near[rows], config.near):
-            groups.join(int(rows[first]), int(rows[second]))
-    copies = (
-        None if first == row else Copy(Reason.duplicate if is_exact[row] else Reason.near_duplicate, first)
-        for row, first in enumerate(map(groups.first, range(count)))
-    )
-    return [list(islice(copies, len(shard.exact_N2))) for shard in shards]
+
+    def __init__(self, disk: DiskArrays, config: DuplicateConfig, signatures: Callable[[str], Signatures]) -> None:
+        self.disk, self.config, self.signatures = disk, config, signatures
+
+    def run(self) -> None:
+        """Do the steps that are not done. All processes call it."""
+        disk, near = self.disk, self.config.near
+        if self.config.exact:
+            disk.find_repeats("exact", self._exact_entries)
+        if near is None:
+            return
+        count, width = bands(near)
+        needed = int(np.ceil(near * PLACES - 1e-9))
+        disk.make("signatures", len(disk.blocks), self._near_signatures)
+
+        def entries(block: int) -> Entries:
+            return _band_entries(disk.load("signatures", block), int(disk.starts[block]), count, width)
+
+        def pairs(number: int) -> Entries:
+            found = _near_pairs(disk.between("bands", *ranges[number]), self._signatures_of, needed)
+            return np.concatenate([np.zeros((2, 0), np.uint64), *found], 1)
+
+        disk.make_runs("bands", entries)
+        ranges = disk.ranges(count)
+        disk.make("pairs", len(ranges), pairs)
+        disk.make("groups", 1, lambda _: _grouped(disk.load_all("pairs")))
+
+    def copies(self, shard: str, rows: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return for each row of a shard the record that is kept in its place (-1: itself), as an index over all
+        records, and whether it is an exact duplicate.
+        """
+        start = self.disk.first[shard]
+        of, is_exact = np.full(rows, -1), np.zeros(rows, np.bool_)
+        repeats = self._exact_copies(start, rows)
+        of[repeats[0] - start], is_exact[repeats[0] - start] = repeats[1], True
+        if self.config.near is not None:
+            members, firsts = self.disk.load("groups", 0).view(np.int64)
+            begin, end = np.searchsorted(members, [start, start + rows])
+            of[members[begin:end] - start] = firsts[begin:end]
+            place = np.minimum(np.searchsorted(members, of), len(members) - 1)
+            if len(members):  # what an exact copy repeats may itself be a near-duplicate
+                of = np.where(members[place] == of, firsts[place], of)
+        return of, is_exact
+
+    def _exact_copies(self, start: int, rows: int) -> NDArray[np.int64]:
+        """Return the pairs (later record, first record) whose later record is one of `rows` from `start` on."""
+        if not self.config.exact:
+            return np.zeros((2, 0), np.int64)
+        return self.disk.between("exact_repeats", start, start + rows - 1).view(np.int64)
+
+    def _exact_entries(self, shard: str) -> Entries:
+        found = self.signatures(shard)
+        rows = np.flatnonzero(found.passed_N)
+        return np.stack([*found.exact_N2[rows].T, (rows + self.disk.first[shard]).astype(np.uint64)])
+
+    def _near_signatures(self, block: int) -> NDArray[np.uint32]:
+        """Return the minima of a block. They are 0 for records that are not compared."""
+        found = [self.signatures(shard) for shard in self.disk.blocks[block]]
+        near = np.concatenate(
+            [np.where((one.near_possible_N & one.passed_N)[:, None], one.near_NP, 0) for one in found]
+        )
+        start = int(self.disk.starts[block])
+        near[self._exact_copies(start, len(near))[0] - start] = 0
+        return near
+
+    def _signatures_of(self, records: Entries) -> NDArray[np.uint32]:
+        return self.disk.rows("signatures", records)
 
 
 def bands(threshold: float) -> tuple[int, int]:
@@ -127,64 +175,81 @@ def bands(threshold: float) -> tuple[int, int]:
     return PLACES, 1
 
 
-class DisjointSets:
-    """Union-find whose root is the smallest member, so the order of joining does not matter."""
-
-    def __init__(self, count: int) -> None:
-        self._parent = list(range(count))
-
-    def first(self, row: int) -> int:
-        parent = self._parent
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
-
-    def join(self, one: int, other: int) -> None:
-        low, high = sorted((self.first(one), self.first(other)))
-        self._parent[high] = low
+def _band_entries(near_NP: NDArray[np.uint32], start: int, count: int, width: int) -> Entries:
+    """Return a hash of each band of each record and the record, [2, E]."""
+    rows = np.flatnonzero(near_NP.any(1))
+    bands_RBW = near_NP[rows, : count * width].reshape(len(rows), count, width)
+    keys = np.tile(np.arange(count, dtype=np.uint64), (len(rows), 1))
+    for place in range(width):
+        keys = (keys ^ (keys >> np.uint64(31))) * _ODD_64 + bands_RBW[:, :, place]
+    keys = (keys ^ (keys >> np.uint64(32))) * _ODD_64  # ranges of keys need random high bits
+    return np.stack([keys.ravel(), np.repeat((rows + start).astype(np.uint64), count)])
 
 
-def _exact_copies(exact_N2: NDArray[np.uint64]) -> Iterable[tuple[int, int]]:
-    """Return a pair (first, later) for each record that repeats an earlier one."""
-    order = np.lexsort((exact_N2[:, 1], exact_N2[:, 0]))  # stable: equal rows stay in order
-    new = np.r_[True, (exact_N2[order][1:] != exact_N2[order][:-1]).any(1)]
-    first = order[new][np.cumsum(new) - 1]
-    return zip(first[~new].tolist(), order[~new].tolist(), strict=True)
+def _near_pairs(
+    entries: Entries, signatures: Callable[[Entries], NDArray[np.uint32]], needed: int
+) -> Iterator[Entries]:
+    """Yield enough pairs of records, [2, E], to connect all that share a key and agree in `needed` positions.
 
-
-def _near_copies(near_NP: NDArray[np.uint32], threshold: float) -> Iterable[tuple[int, int]]:
-    """Yield enough pairs to connect all records that agree in a band and whose estimated similarity is high enough.
-
-    A record of a bucket is compared only with the records that no pair has reached yet. So a bucket of duplicates takes
-    time linear in its size, and the connected groups do not depend on the order.
+    `entries` are sorted. The records with one key, a bucket, are first compared with the first of them. Only if one is
+    unlike it, the bucket is searched for further pairs.
     """
-    count, width = bands(threshold)
-    needed = int(np.ceil(threshold * PLACES - 1e-9))
-    for band in range(count):
-        for bucket in _buckets(near_NP[:, band * width : (band + 1) * width]):
-            unreached = bucket
-            while len(unreached) > 1:
-                reached, unreached = [unreached[0]], unreached[1:]
-                while reached and len(unreached):
-                    record = reached.pop()
-                    near = (near_NP[unreached] == near_NP[record]).sum(1) >= needed
-                    yield from ((int(record), int(other)) for other in unreached[near])
-                    reached.extend(unreached[near])
-                    unreached = unreached[~near]
+    keys, records = entries
+    starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]][: len(keys)])
+    sizes = np.diff(starts, append=len(keys))
+    starts, sizes = starts[sizes > 1], sizes[sizes > 1]
+    is_large, window = sizes > _FETCHED, np.cumsum(sizes) // _FETCHED
+    cuts = (window[1:] != window[:-1]) | is_large[1:] | is_large[:-1]
+    for some in np.split(np.arange(len(sizes)), np.flatnonzero(cuts) + 1) if len(sizes) else ():
+        first = np.repeat(np.cumsum(sizes[some]) - sizes[some], sizes[some])
+        members = records[np.arange(len(first)) - first + np.repeat(starts[some], sizes[some])]
+        if is_large[some[0]]:  # alone
+            yield _connected(members, signatures, needed)
+            continue
+        near = signatures(members)
+        alike = (near == near[first]).sum(1) >= needed
+        yield np.stack([members[first], members])[:, alike & (first != np.arange(len(first)))]
+        for begin in np.unique(first[~alike]).tolist():
+            end = int(np.searchsorted(first, begin, "right"))
+            if end - begin > 2:
+                places = np.arange(begin, end, dtype=np.uint64)
+                yield members[_connected(places, near.__getitem__, needed)]
 
 
-def _buckets(columns_NW: NDArray[np.uint32]) -> Iterable[NDArray[np.intp]]:
-    """Yield the indices of each group of two or more rows with the same hash over all columns."""
-    keys = np.zeros(len(columns_NW), np.uint64)
-    for column_N in columns_NW.T:
-        keys = (keys ^ (keys >> np.uint64(31))) * _ODD_64 + column_N
-    order = np.argsort(keys, kind="stable")
-    starts = np.flatnonzero(np.r_[True, keys[order][1:] != keys[order][:-1]])
-    ends = np.r_[starts[1:], len(order)]
-    several = ends - starts > 1
-    for start, end in zip(starts[several].tolist(), ends[several].tolist(), strict=True):
-        yield order[start:end]
+def _connected(unreached: Entries, signatures: Callable[[Entries], NDArray[np.uint32]], needed: int) -> Entries:
+    """Return pairs (first, other), [2, E], that connect the records of a bucket whose signatures are alike, directly or
+    through others. A record is compared only with those not reached yet, so duplicates take linear time.
+    """
+    found = [np.zeros((2, 0), np.uint64)]
+    while len(unreached) > 1:
+        first, reached, unreached = unreached[0], unreached[:1], unreached[1:]
+        while len(reached) and len(unreached):
+            some, reached = signatures(reached[:_TOGETHER]), reached[_TOGETHER:]
+            alike = np.zeros(len(unreached), np.bool_)
+            for begin in range(0, len(unreached), _FETCHED):
+                others = signatures(unreached[begin : begin + _FETCHED])
+                for one in some:
+                    alike[begin : begin + _FETCHED] |= (others == one).sum(1) >= needed
+            found.append(np.stack([np.full(int(alike.sum()), first, np.uint64), unreached[alike]]))
+            reached, unreached = np.concatenate([reached, unreached[alike]]), unreached[~alike]
+    return np.concatenate(found, 1)
+
+
+def _grouped(pairs: Iterable[Entries]) -> Entries:
+    """Return (record, first record of its group) for each record with an earlier one in its group, [2, E], sorted."""
+    found, pending = np.zeros((2, 0), np.uint64), []
+    for some in pairs:
+        pending.append(some)
+        if sum(one.shape[1] for one in pending) > max(_JOINED, found.shape[1]):
+            found, pending = _joined([found, *pending]), []
+    return _joined([found, *pending])
+
+
+def _joined(pairs: Sequence[Entries]) -> Entries:
+    members, places = np.unique(np.concatenate(pairs, 1), return_inverse=True)
+    groups = np.arange(len(members))
+    join_pairs(groups, *places.reshape(2, -1))
+    return np.stack([members, members[groups]])[:, groups != np.arange(len(groups))]
 
 
 def _permutations() -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:

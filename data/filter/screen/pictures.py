@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.filter.input.records import Reason
-from data.filter.screen.duplicates import Copy
 from data.images.phash import COLOUR_BYTES, near_duplicates, set_bits
 
 _APART = 0.25
@@ -38,6 +37,14 @@ class PictureSignatures:
     sha256: Sequence[str]
     hashes: NDArray[np.uint64]
     colours: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Why a duplicate is dropped. `of`: the record that is kept, as an index over all records in (shard, row) order."""
+
+    reason: Reason
+    of: int
 
 
 def find_picture_duplicates(shards: Sequence[PictureSignatures], distance: int) -> list[list[Copy | None]]:

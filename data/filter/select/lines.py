@@ -18,7 +18,7 @@ import numpy as np
 
 from core.errors import ConfigError
 from core.files import write_json
-from data.filter.config import FilterRules, InputConfig, KeepUnit, OnError, ScorerKind
+from data.filter.config import FilterRules, InputConfig, KeepUnit, OnError
 from data.filter.input.readers import MalformedRecord, read_record
 from data.filter.input.records import Reason, Record
 from data.filter.score.scorer import Scorer
@@ -35,13 +35,15 @@ KEPT, COUNTS = "kept.jsonl", "stream.json"
 
 def check_rules(rules: FilterRules) -> None:
     """Raise `ConfigError` for rules that need all records before the first decision."""
-    kind = rules.scorer.kind
-    if isinstance(kind, ScorerKind) and kind.traits.reads_all_first:
+    if rules.scorer.reads_all_first:
         reason = "needs all records before it scores the first, and a stream has no end"
-        raise ConfigError("scorer.kind", kind, reason, ["loss", "judge", "length", "random"])
+        advice = ["loss", "judge", "length", "random", "learned with scorer.model=DIR"]
+        raise ConfigError("scorer.kind", rules.scorer.kind, reason, advice)
     if rules.select.floor:
         reason = "cannot be applied to a stream, whose number of records is unknown"
         raise ConfigError("select.floor", rules.select.floor, reason, [0])
+    if (bar := rules.select.require_auc) is not None:
+        raise ConfigError("select.require_auc", bar, "cannot be checked on a stream, which has no audit", ["null"])
 
 
 @dataclass

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import DataError
-from data.filter.config import FilterRules, OnError
+from data.filter.config import BucketRule, FilterRules, OnError
 from data.filter.input.records import Reason
 
 Integers = NDArray[np.int64]
@@ -234,13 +234,17 @@ def select(
     rules: FilterRules,
     noise: float | None = None,
     sum_over_ranks: SumOverRanks = lambda array: array,
+    by_length: Integers | None = None,
 ) -> Thresholds:
     """Select by score in each domain separately.
 
     `shards` returns the shards of this rank. `domains` are all names, the same on every rank. `noise` is from
-    `noise_threshold`. A domain's target is its keep rate times the weight of all its records, but at most the weight
-    of the records that can be kept: not noise, and unscored records only with `on_error=keep`. Each length bucket keeps
-    the same fraction of its competing records. Rounding errors carry over to the next bucket, so a domain is within
+    `noise_threshold`. `by_length` [D]: whether a domain has length buckets; None: unless
+    `select.buckets=domain`.
+
+    A domain's target is its keep rate times the weight of all its records, but at most the weight of the records that
+    can be kept: not noise, and unscored records only with `on_error=keep`. Each length bucket keeps the same fraction
+    of its competing records. Rounding errors carry over to the next bucket, so a domain is within
     half a document of its target. `floor` then adds the easy records with the highest scores.
 
     Raises `DataError` for an unscored record with `on_error=fail`.
@@ -251,7 +255,9 @@ def select(
     census = search.census(domains, protected, noise, rules.on_error)
     rate = np.array([rules.select.domains.get(name, rules.keep) for name in domains], np.float64)
     target = np.clip(rate * census.passed[1] - census.kept[1], 0, census.easy[1])
-    starts = _buckets(census.pair, census.count[0], count, rules.select.length_buckets)
+    whole = rules.select.buckets is BucketRule.domain
+    most = np.where(np.full(count, not whole) if by_length is None else by_length, rules.select.length_buckets, 1)
+    starts = _buckets(census.pair, census.count[0], most)
     none, no_domain = (ThresholdKeys((_NOTHING,) * size) for size in (sum(map(len, starts)), count))
     aim = np.where(protected, census.passed[1], target + census.kept[1])
     limits = (starts, none, no_domain, no_domain, aim, census.passed[1])
@@ -273,16 +279,17 @@ def select(
     return decision
 
 
-def _buckets(pair: Integers, documents: Integers, domains: int, most: int) -> tuple[Integers, ...]:
-    """Return the first length bin of each bucket, for every domain. `documents` [P]: the number in each `pair`.
+def _buckets(pair: Integers, documents: Integers, most: Integers) -> tuple[Integers, ...]:
+    """Return the first length bin of each bucket, for every domain. `documents` [P]: the number in each `pair`. `most`
+    [D]: the maximum number of buckets.
 
     A bin belongs to the bucket of its first document, so one length is never in two buckets. A bucket may be empty.
     """
-    ends, found = np.searchsorted(pair, np.arange(domains + 1) * _LENGTHS), []
-    for begin, end in itertools.pairwise(ends):
+    ends, found = np.searchsorted(pair, np.arange(len(most) + 1) * _LENGTHS), []
+    for (begin, end), limit in zip(itertools.pairwise(ends), most.tolist(), strict=True):
         up_to = np.cumsum(documents[begin:end])
         total = int(up_to[-1]) if len(up_to) else 0
-        buckets = int(np.clip(total // _SMALLEST_BUCKET, 1, most))
+        buckets = int(np.clip(total // _SMALLEST_BUCKET, 1, limit))
         # the bucket of the first document after each bin; where it rises, the next bin begins that bucket
         place = np.minimum(up_to * buckets // max(total, 1), buckets - 1)
         after = pair[begin:end] % _LENGTHS + 1

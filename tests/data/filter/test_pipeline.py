@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from core.errors import ConfigError, DataError
-from data.filter import pipeline, store
+from data.filter import pipeline, runs, store
 from data.filter.audit.outputs import KEPT, SCORES, audit_of
 from data.filter.config import DuplicateConfig, InputConfig, KeepUnit, OnError, SelectConfig
 from data.filter.input.readers import clean_records
@@ -123,8 +123,8 @@ def test_counts_that_do_not_add_up_are_refused(finished):
 
 
 def test_a_stage_that_loses_rows_is_refused(tmp_path, monkeypatch):
-    real = pipeline._table
-    monkeypatch.setattr(pipeline, "_table", lambda **columns: real(**columns).slice("exact" in columns))
+    real = pipeline.make_table
+    monkeypatch.setattr(pipeline, "make_table", lambda **columns: real(**columns).slice("exact" in columns))
     with pytest.raises(DataError, match="39 rows for 40 records"):
         filtered(write_lines(tmp_path / "in.jsonl", prose(40)), tmp_path / "out")
 
@@ -164,6 +164,7 @@ def by_ranks(source: Path, out: Path) -> tuple[list[int], list[str], str, bool]:
     raise AssertionError("no error")
 
 
+@pytest.mark.slow
 def test_gloo_ranks_make_the_same_bytes(tmp_path, source, alone, ranks):
     """Ranks also wait for each other, and the error of one is raised on all, so that only rank 0 prints it."""
     found = ranks(2, by_ranks, source, tmp_path / "out")
@@ -182,34 +183,35 @@ def test_an_error_of_one_worker_ends_all(tmp_path, source, small_shards):
 
 
 def written(source: Path, out: Path, deadly: int = -1) -> list[str]:
-    """Filter, but die before write number `deadly`. Return the files that the stages have written."""
+    """Filter, but die before new file number `deadly`. Return the new files that the stages have written."""
     names: list[str] = []
 
     def dying(write: Callable[[Path, Any], None], path: Path, content: Any) -> None:
-        if len(names) == deadly:
+        if not path.exists() and len(names) == deadly:
             path.with_name(f".{path.name}.tmp").write_text("half of it")  # as a real kill leaves it
             raise KeyboardInterrupt
-        names.append(f"{path.parent.name}/{path.name}")
+        names.extend([] if path.exists() else [f"{path.parent.name}/{path.name}"])
         write(path, content)
 
     with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
-        for name in ("write_bytes", "write_json"):
-            patch.setattr(store, name, partial(dying, getattr(store, name)))
+        for module, name in ((store, "write_bytes"), (store, "write_json"), (runs, "write_bytes")):
+            patch.setattr(module, name, partial(dying, getattr(module, name)))
         filtered(source, out, duplicates=DuplicateConfig(near=None))
     return names
 
 
 def test_a_kill_between_any_two_writes_changes_nothing(tmp_path, monkeypatch):
-    """Kill before each file that a stage writes, so within stages and between them."""
+    """Kill each run after one file that a stage writes, so within stages and between them."""
     monkeypatch.setattr(pipeline, "SHARD_RECORDS", 20)
     source = write_lines(tmp_path / "in.jsonl", prose(30, words=8))
     names = written(source, tmp_path / "whole")
-    assert len(set(names)) == len(names) == 4 * 4 + 2, "key, 2 shards, manifest; one part; the thresholds"
-    for deadly in range(len(names)):
-        out = tmp_path / f"{deadly}"
-        assert written(source, out, deadly) == names[:deadly]
-        written(source, out)
-        assert stages(out) == stages(tmp_path / "whole") and outputs(out) == outputs(tmp_path / "whole")
+    files = 5 * 4 + 2 + 7  # key, 2 shards and manifest of each stage; one part, the thresholds; sorted ids and copies
+    assert len(set(names)) == len(names) == files
+    for name in names:
+        assert written(source, tmp_path / "out", 1) == [name], "nothing is made twice"
+    assert written(source, tmp_path / "out") == []
+    assert stages(tmp_path / "out") == stages(tmp_path / "whole")
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
 
 
 def stages(out: Path) -> dict[str, bytes]:

@@ -20,6 +20,7 @@ from data.filter.input.readers import clean_records
 from data.filter.pipeline import Filter
 from data.filter.score.judge import JudgeScorer
 from launch.cli import main
+from launch.filter.config import FilterConfig
 from tests.data.filter.test_pipeline import in_threads
 from tests.support.fakes.llm_server import Reply, completion, graded
 from tests.support.filtering import FixedScorer, filtered, job, kept, outputs, prose, rows_in, write_lines
@@ -47,13 +48,20 @@ def lying(body: dict[str, Any], turn: int) -> Reply:
 
 def command(server: Any, source: Path, out: Path, *more: str) -> int:
     judge = ["scorer.kind=judge", f"scorer.url={server.url}", "scorer.judge=grader", "scorer.retries=0"]
-    return main(["filter", f"input={source}", f"out={out}", "unit=documents", *judge, *more])
+    return main(["filter", f"input={source}", f"out={out}", "unit=documents", *judge, "scorer.rubric=quality", *more])
 
 
 def test_only_unanswered_records_are_asked_again(server, source, tmp_path, capsys, request):
     out = tmp_path / "out"
     server.reply = lying
     assert command(server, source, out) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (cost,) = [place for place, line in enumerate(lines) if line.startswith("50 requests to grader, about ")]
+    (first, *_) = [place for place, line in enumerate(lines) if line.startswith("scored")]
+    assert cost < first and lines[cost].endswith(f"; 0 answers are in {tmp_path}/home/.cache/leviathan/answers")
+    assert any(line.startswith("kept ") and " worse, " in line for line in lines), (
+        "a document of low quality is not easy"
+    )
     rows = rows_in(out)
     lost = {place for place, row in enumerate(rows) if row["reason"] == "unscored"}
     assert lost == LOST == {place for place, row in enumerate(rows) if row["why"] is not None}
@@ -64,7 +72,9 @@ def test_only_unanswered_records_are_asked_again(server, source, tmp_path, capsy
     examples = json.loads((out / "audit.json").read_text())["examples"]
     assert {row["why"] for row in examples["unscored"]} == {"not JSON: 'I would say 4'"}
     assert not any("why" in row for reason, rows in examples.items() if reason != "unscored" for row in rows)
-    assert "no score: <bdi>not JSON: &#39;I would say 4&#39;" in (out / "audit.html").read_text()
+    page = (out / "audit.html").read_text()
+    assert "no score: <bdi>not JSON: &#39;I would say 4&#39;" in page and "<b>worse</b>" in page
+    assert "A high score means better text" in page and "<b>easy</b>" not in page and "<b>hard</b>" not in page
 
     request.getfixturevalue("no_page")
     before = outputs(out)
@@ -83,7 +93,7 @@ def test_only_unanswered_records_are_asked_again(server, source, tmp_path, capsy
     server.requests.clear()
     assert command(server, source, out) == 0
     assert not server.requests and "scored" not in capsys.readouterr().out.splitlines()[-1]
-    assert command(server, source, tmp_path / "whole") == 0
+    assert command(server, source, tmp_path / "whole") == 0 and not server.requests, "another out asks nobody"
     assert outputs(out) == outputs(tmp_path / "whole"), "as if the server had been healthy from the start"
 
 
@@ -93,22 +103,28 @@ def test_another_way_to_the_same_judge_changes_nothing(server, source, tmp_path,
     assert command(server, source, tmp_path / "out") == 0
     server.requests.clear()
     url = server.url.replace("127.0.0.1", "localhost")
-    ways = ["scorer.concurrency=2", "scorer.timeout_s=9", "scorer.retries=3", "scorer.key_variable=K"]
+    answers = f"scorer.answers={tmp_path}/none"  # the scores are stored too
+    ways = ["scorer.concurrency=2", "scorer.timeout_s=9", "scorer.retries=3", "scorer.key_variable=K", answers]
     assert command(server, source, tmp_path / "out", f"scorer.url={url}", *ways) == 0
     assert not server.requests
     assert command(server, source, tmp_path / "out", "scorer.judge=another") == 2
     member = ScorerConfig(ScorerKind.judge, url=server.url, judge="grader")
     rules = [
         FilterRules(scorer=ScorerConfig(ScorerKind.ensemble, members=[one, ScorerConfig()]))
-        for one in (member, replace(member, url=url), replace(member, judge="another"))
+        for one in (
+            member,
+            replace(member, url=url, answers="a"),
+            replace(member, judge="b"),
+            replace(member, rubric="c"),
+        )
     ]
-    assert decisive_settings(rules[0]) == decisive_settings(rules[1]) != decisive_settings(rules[2])
+    same, connection, *others = map(decisive_settings, rules)
+    assert same == connection and same not in others and others[0] != others[1]
 
 
 def test_several_workers_ask_again_together(server, source, tmp_path):
     def judge() -> JudgeScorer:
-        config = ScorerConfig(ScorerKind.judge, url=server.url, judge="grader", retries=0)
-        return JudgeScorer(config, tmp_path / "answers")
+        return JudgeScorer(ScorerConfig(ScorerKind.judge, url=server.url, judge="grader", retries=0, rubric="quality"))
 
     server.reply = lying
     filtered(source, tmp_path / "out", judge())
@@ -122,7 +138,7 @@ def test_several_workers_ask_again_together(server, source, tmp_path):
 
 def test_members_of_an_ensemble_are_asked_again(server, source, tmp_path, no_page):
     server.reply = lying
-    judge = f"{{kind: judge, url: '{server.url}', judge: grader, retries: 0}}"
+    judge = f"{{kind: judge, url: '{server.url}', judge: grader, retries: 0, rubric: quality}}"
     members = f"scorer.members=[{judge}, {{kind: length}}]"
     words = [f"input={source}", f"out={tmp_path / 'out'}", "scorer.kind=ensemble", members]
     assert main(["filter", *words]) == 0
@@ -134,6 +150,25 @@ def test_members_of_an_ensemble_are_asked_again(server, source, tmp_path, no_pag
     rows = rows_in(tmp_path / "out")
     assert [row["score:judge"] for row in rows] == [1 + place % 5 for place in range(50)]
     assert np.isfinite([row["score"] for row in rows]).all() and not any(row["why"] for row in rows)
+
+
+def test_a_judge_that_gives_one_grade_is_reported(server, source, tmp_path, capsys, no_page):
+    assert command(server, source, tmp_path / "out") == 0
+    assert "warning: All scores are equal, so the selection is random" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("member", [False, True])
+@pytest.mark.parametrize("kind", ["judge", "pass_rate"])
+def test_prompts_are_required_before_the_first_request(kind, member):
+    scorer = ScorerConfig(ScorerKind[kind], url="http://localhost:1/v1", judge="m", verifier="v:f")
+    if member:
+        scorer = ScorerConfig(ScorerKind.ensemble, members=[ScorerConfig(), scorer])
+    key = r"scorer\.members\[1\]" if member else "scorer"
+    with pytest.raises(ConfigError, match=rf"^{key}\.\w+=\w+: requires prompts: set prompt_key"):
+        FilterConfig(input="in.jsonl", scorer=scorer)
+    FilterConfig(input="in.jsonl", prompt_key="q", response_key="a", scorer=scorer)
+    if kind == "judge" and not member:
+        FilterConfig(input="in.jsonl", scorer=replace(scorer, rubric="quality"))
 
 
 def test_a_verifier_may_say_anything(server, source, tmp_path, monkeypatch, no_page):
@@ -152,12 +187,13 @@ def test_a_verifier_may_say_anything(server, source, tmp_path, monkeypatch, no_p
 
 def test_answers_that_cannot_be_stored_are_one_line(server, source, tmp_path, capsys):
     """The error must be raised on all processes, since the others would wait forever."""
-    out = tmp_path / "out"
-    (out / "stages").mkdir(parents=True)
-    (out / "stages" / "answers").write_text("")
-    assert command(server, source, out) == 1
+    (tmp_path / "answers").write_text("")
+    assert command(server, source, tmp_path / "out", f"scorer.answers={tmp_path}/answers") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.match("leviathan: error: cannot write .*answers .File exists.: a file is where a folder must be", line)
+    wanted = (
+        r"leviathan: error: cannot write .*answers/judge-grader-\w+.jsonl .File exists.: a file is where a folder must"
+    )
+    assert re.match(wanted, line)
 
 
 def by_number(sign: int = 1) -> FixedScorer:

@@ -11,8 +11,10 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from core.config import load
-from data.filter.audit.tally import spearman
+from core.config import build, load
+from core.errors import ConfigError
+from data.filter.audit.separation import spearman
+from data.filter.config import FilterRules, ScorerKind, decisive_settings
 from launch.cli import main
 from launch.filter.config import FilterConfig, command_of
 from tests.support.filtering import outputs, prose, rows_in, write_lines
@@ -25,7 +27,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(pairs: Path, out: Path) -> list[str]:
-    return [f"input={pairs}", "prompt_key=question", "response_key=answer", "keep=0.5", f"out={out}"]
+    keys = ["prompt_key=question", "response_key=answer"]
+    return [f"input={pairs}", *keys, "scorer.kind=ngram", "keep=0.5", f"out={out}"]
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +133,8 @@ def test_bad_input_is_one_line_and_exit_code_2(pairs, tmp_path, refused):
         (): "input: name a file or folder (input=...), or a data set (dataset=...)",
         ("input=/none",): "input=/none: no such file or folder",
         (f"input={pairs}", f"out={tmp_path / 'out'}"): unread,
+        (*usual, "scorer.kind=auto"): "scorer.kind=auto: no scorer tells hard prompts from easy without labels",
+        (*usual, "scorer.nothing=1"): "scorer.nothing: no such key",  # a scorer may contain scorers
         (*usual, "keep=0"): "keep=0.0: must lie in (0, 1]; try 0.5",
         (*usual, "processes=0"): "processes=0: must be positive",
         (*usual, "run=here"): "run=here: requires the id of a record to explain; try explain=ID",
@@ -168,7 +173,10 @@ def test_impossible_rules_are_rejected_before_scoring(pairs, tmp_path, refused, 
         ["input='my file, (1)=\\'x\\'.jsonl'", "template='{prompt} $\\{x\\} \\\\ {response}'"],
         ["input=a", "+select.domains.web=0.2", "select.protect=[a, 'b c']", "gates.languages=[en]"],
         ["input=a", "duplicates.near=null"],
+        ["input=a", "messages_key=chat", "label_key=level"],
+        ["input=a", "messages_key=chat", "scorer.kind=ngram"],
         ["input=a", "scorer.kind=ensemble", "scorer.members=[{kind: random}, {kind: length}]"],
+        ["input=a", "messages_key=chat", "scorer.labeler={kind: judge, url: 'http://a/v1', judge: b, answers: '~/c'}"],
     ],
 )
 def test_the_command_in_the_audit_repeats_the_filter(words):
@@ -176,6 +184,23 @@ def test_the_command_in_the_audit_repeats_the_filter(words):
     leviathan, verb, *again = shlex.split(command_of(config))
     assert (leviathan, verb) == ("leviathan", "filter")
     assert load("filter", FilterConfig, again) == config
+
+
+def test_prompts_are_scored_by_labels_and_documents_by_ngram():
+    pairs = {"input": "a", "prompt_key": "q", "response_key": "a"}
+    judge = {"kind": "judge", "url": "http://localhost/v1", "judge": "m"}
+    wanted = [
+        ({"input": "a", "label_key": "level"}, "ngram"),
+        (pairs | {"label_key": "level"}, "learned"),
+        (pairs | {"scorer": {"labeler": judge}}, "learned"),
+        (pairs | {"scorer": {"model": "other"}}, "learned"),
+        (pairs | {"scorer": {"kind": "length"}}, "length"),
+    ]
+    for values, kind in wanted:
+        assert build(FilterConfig, values).rules().scorer.kind is ScorerKind[kind], values
+    assert decisive_settings(build(FilterConfig, {"input": "a"}).rules()) == decisive_settings(FilterRules())
+    with pytest.raises(ConfigError, match=r"try label_key=COLUMN, scorer.labeler=\{.*\} or scorer.kind=ngram"):
+        build(FilterConfig, pairs)
 
 
 @pytest.mark.slow  # 14 s; two gloo ranks make the same bytes in tests/data/filter/test_pipeline.py

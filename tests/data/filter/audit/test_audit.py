@@ -18,8 +18,8 @@ from core.errors import DataError
 from core.html import page
 from data.filter.audit.outputs import write_audit
 from data.filter.audit.plots import draw
+from data.filter.audit.separation import spearman
 from data.filter.audit.statistics import Audit
-from data.filter.audit.tally import counts, key_of, quantile, spearman, value_of
 from data.filter.config import FilterRules, KeepUnit, SelectConfig
 from data.filter.input.records import Reason
 from data.filter.score.baselines import LengthScorer
@@ -191,12 +191,13 @@ def test_both_lengths_of_pairs_are_checked_in_both_directions(column, sign):
 def test_samples_are_closest_to_the_threshold_and_texts_cut():
     score = np.arange(100.0)
     table = decisions(score, np.where(score >= 60, "hard", "easy"))
-    audit = audited(table.slice(50), table.slice(0, 50), text="x" * 999)
+    given = {"domains": {"web": {"buckets": [{"score": 60.0}]}}}
+    audit = audited(table.slice(50), table.slice(0, 50), text="x" * 999, thresholds=given)
     sides = audit["samples"]["web"]
     assert [row["score"] for row in sides["kept"]] == list(range(60, 70))
     assert [row["score"] for row in sides["dropped"]] == list(range(59, 49, -1))
     assert {row["threshold"] for row in sides["kept"]} == {60} and len(sides["kept"][0]["text"]) == 300
-    given = {"domains": {"web": {"buckets": [{"score": 59.5}]}}}
+    given["domains"]["web"]["buckets"][0]["score"] = 59.5
     assert audited(table, thresholds=given)["samples"]["web"]["dropped"][0]["threshold"] == 59.5
     assert {reason: len(rows) for reason, rows in audit["examples"].items()} == {"hard": 5, "easy": 5}
 
@@ -286,7 +287,7 @@ def test_the_page_has_commands_and_is_self_contained(tmp_path, monkeypatch):
 def test_pictures_have_two_inks():
     audit = audited(halved(60, domain=["web", "code"] * 30))
     light, dark = draw(audit), draw(audit, dark=True)
-    assert list(light) == list(dark) == ["scores", "scores_0", "scores_1", "length"]
+    assert list(light) == list(dark) == ["scores", "scores_0", "scores_1"]
     for name, content in light.items():
         pixels = imread(io.BytesIO(content))
         assert pixels.shape[2] == 4 and pixels[0, 0, 3] == 0, "the background is transparent"
@@ -300,19 +301,8 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
         write_audit(audited(halved(10)), tmp_path, "")
 
 
-def test_keys_sort_like_numbers():
-    values = np.array([-1e30, -7.25, -1e-9, 0.0, 1e-9, 1, 3, 3.14159, 65_535, 1e30])
-    keys = key_of(values)
-    assert (np.diff(keys) > 0).all()
-    assert value_of(keys) == pytest.approx(values, rel=4e-5)
-    assert (value_of(key_of(np.arange(65_536.0))) == np.arange(65_536)).all()
-
-
-def test_ranks_quantiles_and_histograms_by_hand():
+def test_ranks_by_hand():
     assert spearman(np.array([1.0, 2, 3, 4]), np.array([1.0, 4, 9, 16])) == pytest.approx(1)
     # ranks 1, 2.5, 2.5, 4 and 4, 3, 2, 1: sum of products of deviations -4.5, sums of squares 4.5 and 5
     assert spearman(np.array([1.0, 2, 2, 3]), np.array([9.0, 8, 7, 6])) == pytest.approx(-4.5 / np.sqrt(22.5))
     assert spearman(np.ones(5), np.arange(5.0)) is None
-    assert quantile(np.array([1.0, 2, 3]), np.array([1, 2, 1]), 0.5) == 2
-    edges = np.array([0.0, 1, 2])
-    assert counts(np.array([-5.0, 0.5, 1, 2, 9]), np.array([1, 1, 1, 1, 1]), edges).tolist() == [2, 3]

@@ -172,7 +172,7 @@ def test_each_bucket_of_a_domain_has_its_threshold(tmp_path):
 
 def test_without_deduplication_no_signatures_are_read(tmp_path, monkeypatch):
     find = Mock(side_effect=AssertionError("looked"))
-    monkeypatch.setattr("data.filter.pipeline.find_duplicates", find)
+    monkeypatch.setattr("data.filter.pipeline._signatures", find)
     source = write_lines(tmp_path / "in.jsonl", prose(10) * 2)
     done = filtered(source, tmp_path / "out", duplicates=DuplicateConfig(exact=False, near=None))
     assert {row["reason"] for row in rows_of(done)} == {"easy", "hard"}

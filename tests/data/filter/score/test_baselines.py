@@ -88,5 +88,5 @@ def test_ensemble_errors_and_properties():
     learnable = scaled(1)
     learnable.direction = Direction.learnable
     mixed = EnsembleScorer([LengthScorer(), learnable])
-    assert mixed.direction is Direction.learnable
+    assert mixed.direction is Direction.mixed
     assert EnsembleScorer([LengthScorer(), RandomScorer()]).fingerprint != mixed.fingerprint

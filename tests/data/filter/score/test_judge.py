@@ -19,7 +19,8 @@ from core.errors import ConfigError, LeviathanError
 from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
 from data.filter.score.endpoint import Endpoint, UnusableAnswer
-from data.filter.score.judge import JudgeScorer, judge_prompt, parse_difficulty, shortened
+from data.filter.score.judge import JudgeScorer, parse_grade, shortened
+from data.filter.score.scorer import Direction
 from tests.support.fakes.llm_server import KEY, Pauses, Reply, completion, graded
 
 
@@ -30,7 +31,7 @@ def judge(server, tmp_path):
     def made(folder: str = "", pauses: Pauses | None = None, real_pauses: bool = False, **more: Any) -> JudgeScorer:
         settings = {"url": server.url, "judge": "grader", "key_variable": "JUDGE_KEY", "timeout_s": 10.0, **more}
         pause = None if real_pauses else Pauses() if pauses is None else pauses
-        return JudgeScorer(ScorerConfig(ScorerKind.judge, **settings), tmp_path / folder, pause)
+        return JudgeScorer(ScorerConfig(ScorerKind.judge, answers=str(tmp_path / folder), **settings), pause)
 
     return made
 
@@ -60,12 +61,45 @@ def test_each_record_gets_its_own_grade_in_order(server, judge):
     assert server.most_at_once == 3, "as many requests at once as allowed"
 
 
-def test_a_prompt_is_shown_without_its_answer(server, judge):
-    judge().score([*prompts("why?"), Record("doc", "d", "s", "plain text")])
-    shown = [request["messages"][0]["content"] for request in server.requests]
-    assert any("why?" in one and "a prompt" in one for one in shown)
-    assert any("plain text" in one and "a document" in one for one in shown)
-    assert not any("ANSWER" in one for one in shown)
+def test_the_rubric_decides_what_is_shown(server, judge, tmp_path):
+    """A rubric of the user's shows what its placeholder says, and asks for the same form. A text may hold braces."""
+    records = [*prompts("why?"), Record("doc", "d", "s", "plain {text} {prompt} text")]
+    own = tmp_path / "own.txt"
+    own.write_text('Rate {"this": {prompt}}')
+    graded_of = {}
+    for rubric in ("difficulty", "quality", str(own)):
+        server.requests.clear()
+        scorer = judge(rubric=rubric)
+        graded_of[rubric] = scorer.score(records).tolist(), scorer.reasons.get("doc")
+        shown = [request["messages"][0]["content"] for request in server.requests]
+        assert all('{"grade": N}' in one for one in shown) and len(shown) == 1 + (rubric == "quality")
+        assert any("why?" in one for one in shown) and any("ANSWER" in one for one in shown) == (rubric == "quality")
+        assert any("plain {text} {prompt} text" in one for one in shown) == (rubric == "quality")
+    assert shown == ['Rate {"this": why?}\n\n' + shown[0].partition("\n\n")[2]]
+    assert np.isnan(graded_of["difficulty"][0][1]) and "scorer.rubric=quality" in graded_of["difficulty"][1]
+    assert graded_of["quality"] == ([3, 3], None)
+
+
+def test_what_a_high_score_means_follows_the_rubric(judge, tmp_path):
+    own = tmp_path / "own.txt"
+    found = []
+    for content in ("Rate {text}", "Grade {text}"):
+        own.write_text(content)
+        found.append(judge(rubric=str(own)))
+    hard, quality = judge(), judge(rubric="quality")
+    assert hard.direction is Direction.hard and hard.measures == "difficulty of the prompt by the judge, 1 to 5"
+    assert quality.direction is Direction.quality and quality.measures == "quality of the text by the judge, 1 to 5"
+    assert found[0].direction is Direction.quality and found[0].measures == "grade of the text by the judge, 1 to 5"
+    assert len({one.fingerprint for one in (hard, quality, *found)}) == 4
+
+
+@pytest.mark.parametrize("content", [None, b"Rate it", b"{text} {prompt}", b"\xff{text}"])
+def test_a_rubric_without_a_place_for_the_record_is_rejected(judge, tmp_path, content):
+    if content is not None:
+        (tmp_path / "own.txt").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^rubric=.*own\.txt") as caught:
+        judge(rubric=str(tmp_path / "own.txt"))
+    assert "{prompt} or {text}" in str(caught.value) or "cannot be read" in str(caught.value)
 
 
 def test_cached_answers_are_not_requested_again(server, judge):
@@ -192,7 +226,7 @@ def test_only_failures_in_a_row_stop_the_run(server, judge):
     assert np.isnan(scorer.score(numbered(18))).tolist() == [False, True] * 9
     assert scorer.reasons == {f"id-question number {n};": "HTTP 500, 2 attempts" for n in range(1, 18, 2)}
     server.reply = lambda body, turn: (500, {}, b"") if 4 <= number_of(body) < 9 else graded(2)
-    with pytest.raises(LeviathanError, match="does not answer"):
+    with pytest.raises(LeviathanError, match=r"does not answer .*; 4 answers are stored, and the same command"):
         judge("b", retries=0, concurrency=1).score(numbered(18))
 
 
@@ -233,20 +267,21 @@ def test_a_malformed_answer_costs_its_record_and_says_why(server, judge):
 
 def test_a_malformed_answer_is_requested_again_with_a_reminder(server, judge):
     def reply(body: dict[str, Any], turn: int) -> Reply:
-        reminded = "Answer with exactly one JSON object" in body["messages"][0]["content"]
-        return graded(4) if reminded else completion("Sure! It is a 4.")
+        reminded = body["messages"][0]["content"].count("Answer with exactly one JSON object") == 2
+        return graded(4) if reminded and turn == number_of(body) else completion("Sure! It is a 4.")
 
     server.reply = reply
-    assert judge().score(numbered(3)).tolist() == [4, 4, 4]
-    assert len(server.requests) == 6 and all(len(request["messages"]) == 1 for request in server.requests)
+    scores = judge().score(numbered(4))
+    assert scores[:3].tolist() == [4, 4, 4] and np.isnan(scores[3]), "three reminders"
+    assert len(server.requests) == 2 + 3 + 4 + 4 and all(len(request["messages"]) == 1 for request in server.requests)
 
 
 @pytest.mark.parametrize("count", [10, 11])
 def test_mostly_malformed_first_answers_stop_the_run(server, judge, count):
-    server.reply = lambda body, turn: MALFORMED["html"] if number_of(body) < count else graded(3)
+    server.reply = lambda body, turn: completion("Drei, bitte!") if number_of(body) < count else graded(3)
     score = partial(judge(concurrency=1).score, numbered(30))
     if count == 11:
-        with pytest.raises(LeviathanError, match=r"11 of the first \d+ answers are unusable .*welcome") as caught:
+        with pytest.raises(LeviathanError, match=r"gave 11 unusable answers of the first \d+ .*Drei") as caught:
             score()
         assert len(str(caught.value).splitlines()) == 1
     else:
@@ -254,13 +289,13 @@ def test_mostly_malformed_first_answers_stop_the_run(server, judge, count):
 
 
 def test_only_the_exact_form_is_parsed():
-    assert [parse_difficulty(f' {{"difficulty":{n}}}\n') for n in range(1, 6)] == [1, 2, 3, 4, 5]
-    values = ['"3"', "3.0", "true", "null", "[3]", "0", "6", "1e400", '3, "why": "x"', '1, "difficulty": 5']
-    others = ['{"difficulty": 3} {"difficulty": 3}', '[{"difficulty": 3}]', '[["difficulty", 3]]', '{"Difficulty": 3}']
-    more = ['```json\n{"difficulty": 3}\n```', "{}", "3", ""]
-    for answer in (*(f'{{"difficulty": {value}}}' for value in values), *others, *more):
+    assert [parse_grade(f' {{"grade":{n}}}\n') for n in range(1, 6)] == [1, 2, 3, 4, 5]
+    values = ['"3"', "3.0", "true", "null", "[3]", "0", "6", "1e400", '3, "why": "x"', '1, "grade": 5']
+    others = ['{"grade": 3} {"grade": 3}', '[{"grade": 3}]', '[["grade", 3]]', '{"Grade": 3}']
+    more = ['```json\n{"grade": 3}\n```', "{}", "3", ""]
+    for answer in (*(f'{{"grade": {value}}}' for value in values), *others, *more):
         with pytest.raises(UnusableAnswer):
-            print(answer, parse_difficulty(answer))
+            print(answer, parse_grade(answer))
 
 
 def test_long_documents_are_cut_in_the_middle():
@@ -268,7 +303,11 @@ def test_long_documents_are_cut_in_the_middle():
     short = shortened(text, 30)
     assert short.startswith(text[:20]) and short.endswith(text[-10:]) and "70 characters left out" in short
     assert shortened(text, 100) == text
-    assert len(judge_prompt(Record("i", "d", "s", "x" * 10**6))) < 15_000
+
+
+def test_the_judge_sees_a_long_document_cut(server, judge):
+    judge(rubric="quality").score([Record("i", "d", "s", "x" * 10**6)])
+    assert len(server.requests[0]["messages"][0]["content"]) < 15_000
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "", "http://", "/v1", "http://host:port/v1"])

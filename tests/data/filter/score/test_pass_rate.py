@@ -39,7 +39,7 @@ def scorer(server, tmp_path, monkeypatch):
     def made(verifier: str = "is_right", samples: int = 4) -> PassRateScorer:
         settings = {"url": server.url, "judge": "m", "verifier": f"own_verifiers:{verifier}", "samples": samples}
         config = ScorerConfig(ScorerKind.pass_rate, retries=1, timeout_s=10, **settings)
-        return PassRateScorer(config, tmp_path / "cache", Pauses())
+        return PassRateScorer(config, Pauses())
 
     return made
 
@@ -66,6 +66,9 @@ def test_the_score_is_the_rejected_share(server, scorer):
     assert len(server.requests) == 12, "another verifier costs no request"
     assert scorer(samples=5).score(TASKS[1:2]).tolist() == [3 / 5]
     assert len(server.requests) == 13, "only the fifth sample is new"
+    first, other = scorer(), scorer()
+    other.model = "other"
+    assert not first.requests(TASKS[0]).keys() & other.requests(TASKS[0]).keys()
 
 
 def test_without_a_verdict_there_is_no_score_but_a_reason(server, scorer):

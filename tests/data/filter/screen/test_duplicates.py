@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from core.errors import DataError
+from data.filter import runs
 from data.filter.config import DuplicateConfig
 from data.filter.input.records import Reason
 from data.filter.screen import duplicates
-from data.filter.screen.duplicates import PLACES, SHINGLE, find_duplicates, ngram_hashes, signatures
+from data.filter.screen.duplicates import PLACES, SHINGLE, DuplicateSearch, Signatures, ngram_hashes, signatures
 from data.filter.screen.normalise import canonical, words
+from data.filter.store import OneWorker, Workers
+from tests.data.filter.threads import on_threads
 
 VOCABULARY = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in "lmnrst"]
 
@@ -35,16 +41,35 @@ def similarity(one: str, other: str) -> float:
     return len(a & b) / len(a | b)
 
 
+Found = list[tuple[Reason, int] | None]
+"""For each record the reason why it is dropped and the record that is kept, or None."""
+
+
+def find(shards: Sequence[Signatures], config: DuplicateConfig | None = None, folder: Path | None = None) -> Found:
+    if folder is None:
+        with tempfile.TemporaryDirectory() as name:
+            return find(shards, config, Path(name))
+    return search(shards, config or DuplicateConfig(), folder, OneWorker())
+
+
+def search(shards: Sequence[Signatures], config: DuplicateConfig, folder: Path, workers: Workers) -> Found:
+    by_name = {f"{number}": shard for number, shard in enumerate(shards)}
+    sizes = {name: len(shard.exact_N2) for name, shard in by_name.items()}
+    done = DuplicateSearch(runs.DiskArrays(folder, sizes, workers), config, by_name.__getitem__)
+    done.run()
+    pairs = [pair for name in by_name for pair in zip(*done.copies(name, sizes[name]), strict=True)]
+    reason = {True: Reason.duplicate, False: Reason.near_duplicate}
+    return [None if of < 0 else (reason[bool(is_exact)], int(of)) for of, is_exact in pairs]
+
+
 def reasons(texts: Sequence[str], config: DuplicateConfig | None = None) -> list[Reason | None]:
-    return [copy and copy.reason for copy in find_duplicates([signatures(texts)], config or DuplicateConfig())[0]]
+    return [copy and copy[0] for copy in find([signatures(texts)], config)]
 
 
 def test_the_first_of_exact_copies_stays():
     texts = ["A  short\ttext", "something else", "a short text", "A SHORT TEXT\n"]
     assert reasons(texts) == [None, None, Reason.duplicate, Reason.duplicate]
     assert reasons(texts, DuplicateConfig(exact=False)) == [None] * 4
-    assert find_duplicates([], DuplicateConfig()) == []
-    assert find_duplicates([signatures([])], DuplicateConfig()) == [[]]
 
 
 def test_signs_distinguish_prompts():
@@ -100,8 +125,7 @@ def test_result_does_not_depend_on_shards():
     assert {Reason.duplicate, Reason.near_duplicate, None} == set(whole)
     for size in (1, 7, 50):
         shards = [signatures(texts[start : start + size]) for start in range(0, len(texts), size)]
-        found = [copy for shard in find_duplicates(shards, DuplicateConfig()) for copy in shard]
-        assert [copy and copy.reason for copy in found] == whole
+        assert [copy and copy[0] for copy in find(shards)] == whole
 
 
 def test_groups_do_not_depend_on_order():
@@ -126,8 +150,8 @@ def test_a_bucket_leads_on_from_what_it_has_reached():
     alike = [int((near[a] == near[b]).sum()) / PLACES for a, b in ((0, 1), (1, 2), (0, 2))]
     assert min(alike[:2]) >= 0.8 > alike[2] and 24 // half < count
     exact = np.arange(6, dtype=np.uint64).reshape(3, 2)
-    (found,) = find_duplicates([duplicates.Signatures(exact, near, np.ones(3, bool))], DuplicateConfig())
-    assert found == [None, duplicates.Copy(Reason.near_duplicate, 0), duplicates.Copy(Reason.near_duplicate, 0)]
+    found = find([Signatures(exact, near, np.ones(3, bool), np.ones(3, bool))])
+    assert found == [None, (Reason.near_duplicate, 0), (Reason.near_duplicate, 0)]
 
 
 def test_bands_miss_one_percent_at_most_at_the_threshold():
@@ -156,3 +180,99 @@ def test_runs_are_hashed_in_order():
     one, other = ngram_hashes(["a", "b", "c", "d"], 3), ngram_hashes(["b", "a", "c", "d"], 3)
     assert len(one) == 2 and not set(one.tolist()) & set(other.tolist())
     assert ngram_hashes(["x", "a", "b", "c"], 3)[1] == one[0]
+
+
+# -- on disk
+
+
+def planted(seed: int, count: int = 80) -> list[Signatures]:
+    """Return shards of uneven sizes whose records repeat earlier ones exactly, nearly or in chains, or were dropped."""
+    chance = np.random.default_rng(seed)
+    near = chance.integers(1, 1 << 32, (count, PLACES), np.uint32)
+    exact = chance.integers(0, 1 << 63, (count, 2), np.uint64)
+    for row in range(1, count):
+        earlier, kind = chance.integers(0, row), chance.random()
+        if kind < 0.6:
+            near[row] = np.where(chance.random(PLACES) < chance.choice([0.05, 0.15, 0.3]), near[row], near[earlier])
+        if kind < 0.1:
+            exact[row], near[row] = exact[earlier], near[earlier]
+        if 0.6 < kind < 0.7:
+            exact[row, 0] = exact[earlier, 0]  # half of a hash is not enough
+    possible, passed = chance.random((2, count)) < 0.9
+    near[~possible] = 0
+    cuts = np.sort(chance.integers(0, count, 12))
+    return [Signatures(*one) for one in zip(*(np.split(a, cuts) for a in (exact, near, possible, passed)), strict=True)]
+
+
+def oracle(shards: Sequence[Signatures], config: DuplicateConfig) -> Found:
+    """Compare all pairs, in memory."""
+    exact, near, possible, passed = (
+        np.concatenate([getattr(shard, name) for shard in shards])
+        for name in ("exact_N2", "near_NP", "near_possible_N", "passed_N")
+    )
+    count, group = len(exact), list(range(len(exact)))
+    same = (exact[:, None] == exact[None]).all(2) & passed[:, None] & passed & config.exact
+    is_exact = [bool(same[row, :row].any()) for row in range(count)]
+    compared = possible & passed & ~np.array(is_exact)
+    agree = (near[:, None] == near[None]) & (compared[:, None] & compared)[..., None]
+    number, width = duplicates.bands(config.near or 0.8)
+    in_a_band = agree[..., : number * width].reshape(count, count, number, width).all(3).any(2)
+    alike = in_a_band & (agree.sum(2) >= np.ceil((config.near or 0.8) * PLACES)) & (config.near is not None)
+    for one, other in sorted(zip(*np.nonzero(same | alike), strict=True)) * 2:
+        low, high = sorted((group[one], group[other]))
+        group = [low if place == high else place for place in group]
+    reason = {True: Reason.duplicate, False: Reason.near_duplicate}
+    return [None if of == row else (reason[is_exact[row]], of) for row, of in enumerate(group)]
+
+
+@pytest.fixture
+def small_arrays(monkeypatch) -> None:
+    """Make several blocks and many ranges of few records, and read a bucket in pieces."""
+    monkeypatch.setattr(runs, "BLOCK_RECORDS", 30)
+    monkeypatch.setattr(runs, "RANGE_ENTRIES", 400)
+    for name in ("_FETCHED", "_TOGETHER", "_JOINED"):
+        monkeypatch.setattr(duplicates, name, 3)
+
+
+@pytest.mark.parametrize(
+    "config", [DuplicateConfig(), DuplicateConfig(exact=False, near=0.6), DuplicateConfig(near=None)]
+)
+def test_search_finds_what_comparing_all_pairs_finds(tmp_path, small_arrays, config):
+    for seed in range(2):
+        shards = planted(seed)
+        wanted = oracle(shards, config)
+        assert find(shards, config) == wanted
+        assert len({one[0] for one in wanted if one}) == config.exact + (config.near is not None)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_ranks_share_the_search(tmp_path, small_arrays, count):
+    shards = planted(7)
+    alone = find(shards, folder=tmp_path / "1")
+    found = on_threads(count, lambda worker: search(shards, DuplicateConfig(), tmp_path / f"{count}", worker))
+    assert found == [alone] * count and alone == oracle(shards, DuplicateConfig())
+    files = [{path.name: path.read_bytes() for path in (tmp_path / n).iterdir()} for n in ("1", f"{count}")]
+    assert files[0] == files[1] and len(files[0]) > 15
+
+
+def test_each_file_of_a_search_matters(tmp_path, small_arrays):
+    """One that is missing is made again. Control: with one that is empty, the result is another."""
+    shards = planted(7)
+    wanted = find(shards, folder=tmp_path / "out")
+    for path in sorted((tmp_path / "out").iterdir()):
+        content = path.read_bytes()
+        path.unlink()
+        assert find(shards, folder=tmp_path / "out") == wanted and path.read_bytes() == content
+    for path in [tmp_path / "out" / "groups-00000.npy", tmp_path / "out" / "exact_repeats-00000.npy"]:
+        np.save(path, np.load(path)[:, :0])
+        assert find(shards, folder=tmp_path / "out") != wanted
+
+
+def test_a_damaged_file_of_a_search_is_refused(tmp_path, small_arrays):
+    shards = planted(1)
+    find(shards, folder=tmp_path)
+    path = tmp_path / "bands-00001.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+    (tmp_path / "pairs-00000.npy").unlink()
+    with pytest.raises(DataError, match=r"bands-00001\.npy cannot be read .*: remove it and run again"):
+        find(shards, folder=tmp_path)

@@ -14,8 +14,7 @@ from PIL import Image
 from data.filter.config import DuplicateConfig
 from data.filter.input.records import Reason
 from data.filter.screen import pictures
-from data.filter.screen.duplicates import Copy
-from data.filter.screen.pictures import PictureSignatures, find_picture_duplicates
+from data.filter.screen.pictures import Copy, PictureSignatures, find_picture_duplicates
 from data.images.generated.glyphs import GlyphConfig, glyph
 from data.images.generated.scenes import SceneConfig, scene
 from data.images.phash import COLOUR_BYTES, hash_and_colours

@@ -1,0 +1,1 @@
+"""A study of filtering: which models gain from leaving out easy problems."""

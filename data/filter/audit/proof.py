@@ -1,0 +1,246 @@
+"""Hold scores against labels: does a scorer tell hard from easy records, or good from bad ones, in this input?
+
+Labels are numbers of any scale; higher is harder (or better). In each domain, records with labels in the upper two
+fifths count as hard and those in the lower two fifths as easy; equal labels stay together (`halves`). The AUC is the
+probability that of a hard and an easy record of one domain and similar length the hard one has the higher score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from core.errors import ConfigError
+from data.filter.audit.separation import (
+    LABEL,
+    OTHER,
+    Buckets,
+    Estimate,
+    Numbers,
+    auc,
+    first_of_each,
+    length_buckets,
+    rank_correlation,
+    rounded,
+)
+from data.filter.config import BucketRule, SelectConfig
+from data.filter.score.scorer import Direction, Scorer
+from data.filter.store import StageStore
+
+ANSWER, PROMPT, WHOLE, RANDOM = "length of the answer", "length of the prompt", "length", "random"
+_SAMPLE, _RESAMPLES, _BUCKETS, _FIFTHS = 10_000, 500, 8, 0.4
+_ENOUGH = 20
+"""Labelled records per length bucket, and at least in all, for a verdict."""
+_DIFFICULT = 0.55
+"""`select.buckets=auto`: length is difficulty in a domain where the lower bound of its AUC exceeds this."""
+_LEARNED = "learned"
+
+ProofOf = Callable[[], dict[str, Any] | None]
+"""Returns the result of `prove` where it is needed, since it takes seconds."""
+
+
+def prove(
+    scorer: Scorer,
+    source: str | None,
+    labels: Callable[[str], Numbers],
+    records: StageStore,
+    screened: StageStore,
+    scored: StageStore,
+) -> dict[str, Any] | None:
+    """Hold the scores against the labels; None if no record that competes has one. `source`: "input", for the `labels`
+    of a shard (NaN for none), "scorer" for those that the scorer has from its grader, or None for no labels.
+
+    The result is ready for JSON. The first of its `scorers` is the score; there are none without comparable records.
+    `lead` is the AUC of the score minus that of each length.
+    """
+    import pyarrow
+
+    texts, sample, count = [], None, 0
+    for shard in records.shards if source else ():
+        scores = scored.read(shard)
+        label = labels(shard) if source == "input" else scores[OTHER + LABEL].to_numpy()
+        names = ["reason", "score", *(name for name in scores.column_names if name.startswith(OTHER))]
+        parts = [scores.select(names), records.read(shard, ["domain"])]
+        parts.append(screened.read(shard, ["exact", "bytes", "scored_bytes", "tie"]))
+        columns = {name: table[name] for table in parts for name in table.column_names}
+        table = pyarrow.table({**columns, LABEL: label}).filter(pyarrow.array(np.isfinite(label)))
+        texts.append(table.select(["exact", LABEL]))
+        table = table.filter(table["reason"].is_null()).drop_columns(["exact", "reason"])
+        count += len(table)
+        table = table if sample is None else pyarrow.concat_tables([sample, table])
+        sample = first_of_each(table, [], [("tie", "ascending")], _SAMPLE)
+    if not count:
+        return None
+    found = {"scorer": scorer.name, "direction": scorer.direction.name, **_held(sample, scorer.name)}
+    found["labels"] |= {"source": source, "records": count, "contradictory": _contradictory(texts)}
+    return found
+
+
+def _contradictory(texts: list[Any]) -> int:
+    """Return the number of labelled records with the text of another one that has a different label."""
+    import pyarrow
+
+    how = [(LABEL, "min"), (LABEL, "max"), (LABEL, "count")]
+    found = pyarrow.concat_tables(texts).group_by("exact").aggregate(how)
+    least, most, count = (found[f"{name}_{function}"].to_numpy() for name, function in how)
+    return int(count[least < most].sum())
+
+
+def _held(sample: Any, name: str) -> dict[str, Any]:
+    """Hold the score `name`, other scorers and the controls against the labels of a sample."""
+    label, length, size = (sample[one].to_numpy().astype(np.float64) for one in (LABEL, "scored_bytes", "bytes"))
+    names, domain = np.unique(np.asarray(sample["domain"]).astype(str), return_inverse=True)
+    hard, buckets, domains = np.full(len(label), np.nan), np.zeros(len(label), np.int64), {}
+    for place, one in enumerate(names):
+        mine = np.flatnonzero(domain == place)
+        hard[mine] = halves(label[mine])
+        count = int(np.clip(len(mine) // _ENOUGH, 1, _BUCKETS))
+        buckets[mine] = place * _BUCKETS + length_buckets(length[mine].astype(np.int64), count)
+        domains[str(one)] = {"labels": len(mine), "length": _length_alone(length[mine], hard[mine])}
+    prompts = bool((size > length).any())
+    lengths = {ANSWER: length, PROMPT: size - length} if prompts else {WHOLE: length}
+    others = {one.removeprefix(OTHER): sample[one].to_numpy() for one in sample.column_names if one.startswith(OTHER)}
+    others = {one: found for one, found in others.items() if one not in (LABEL, WHOLE, RANDOM)}
+    score = {name: sample["score"].to_numpy()}
+    # a scorer may have the name of a control
+    scores = score | others | lengths | {RANDOM: sample["tie"].to_numpy().astype(np.float64)} | score
+    labels = {
+        "sample": len(label),
+        "hard": int((hard == 1).sum()),
+        "easy": int((hard == 0).sum()),
+        "distinct": len(np.unique(label)),
+        "length": rounded(rank_correlation({"": length}, label, domain, 0)[""].value),
+    }
+    return {"prompts": prompts, "labels": labels, "domains": domains, **_scorers(scores, lengths, label, hard, buckets)}
+
+
+def halves(label: Numbers) -> Numbers:
+    """Return 1 for hard, 0 for easy and NaN for the records between them: 4 and 5 against 1 and 2 of five equally
+    frequent levels, 1 against 0 of two.
+
+    The mid-rank of a label is the share of records with a lower one plus half of that with an equal one. Easy labels
+    have mid-ranks below 0.4, hard ones above 0.6. Where most labels are equal, the lowest are easy and the highest are
+    hard. Constant labels are neither.
+    """
+    _, place, count = np.unique(label, return_inverse=True, return_counts=True)
+    middle = (np.cumsum(count) - count / 2) / max(len(label), 1)
+    found = np.full(len(middle), np.nan)
+    if len(middle) > 1:
+        found[(middle < _FIFTHS) | (middle == middle[0])] = 0
+        found[(middle > 1 - _FIFTHS) | (middle == middle[-1])] = 1
+    return found[place]
+
+
+def _length_alone(length: Numbers, hard: Numbers) -> dict[str, Any] | None:
+    """Return the AUC of the length in a whole domain; None with fewer labels than two buckets need."""
+    used = np.isfinite(hard)
+    if used.sum() < 2 * _ENOUGH:
+        return None
+    return _shown(auc({"": length[used]}, hard[used], np.zeros(used.sum(), np.int64), _RESAMPLES)[""])
+
+
+def _scorers(
+    scores: Mapping[str, Numbers], lengths: Mapping[str, Numbers], label: Numbers, hard: Numbers, buckets: Buckets
+) -> dict[str, Any]:
+    used, name = np.isfinite(hard), next(iter(scores))
+    try:
+        areas = auc({one: found[used] for one, found in scores.items()}, hard[used], buckets[used], _RESAMPLES)
+    except ValueError:
+        return {"scorers": [], "lead": []}
+    ranks = rank_correlation(scores, label, buckets, _RESAMPLES)
+    return {
+        "scorers": [
+            {"name": one, **_shown(areas[one]), **_shown(ranks[one], "correlation", "correlation_")} for one in scores
+        ],
+        "lead": [{"over": one, **_shown(areas[name].minus(areas[one]))} for one in lengths],
+    }
+
+
+def _shown(found: Estimate, name: str = "auc", prefix: str = "") -> dict[str, Any]:
+    numbers = {name: found.value, f"{prefix}low": found.low, f"{prefix}high": found.high}
+    return {key: rounded(value) for key, value in numbers.items()}
+
+
+def by_length(select: SelectConfig, scorer: str, proof: ProofOf, domains: list[str]) -> list[bool]:
+    """Return for each domain whether its records compete in length buckets."""
+    auto = select.buckets is BucketRule.auto and scorer == _LEARNED
+    if not auto or (found := proof()) is None or not found["prompts"]:
+        return [select.buckets is not BucketRule.domain] * len(domains)
+    alone = [found["domains"].get(name, {}).get("length") for name in domains]
+    return [one is None or one["low"] <= _DIFFICULT for one in alone]
+
+
+def check_auc(select: SelectConfig, proof: ProofOf) -> None:
+    """Raise `ConfigError` unless the lower bound of the score's AUC is at least `select.require_auc`."""
+    if (bar := select.require_auc) is None:
+        return
+    key, found = "select.require_auc", proof()
+    if found is None:
+        raise ConfigError(key, bar, "no record has a label to hold the score against", ["label_key=", "null"])
+    if verdict(found) == "unknown" or found["scorers"][0]["low"] < bar:
+        reason = f"not reached by the lower bound for {found['scorer']}: {sentence(found)}; {advice(found)}"
+        raise ConfigError(key, bar, f"{reason}, or rerun with a lower bar; what was computed is reused")
+
+
+def verdict(proof: dict[str, Any]) -> str:
+    """Return "proven" if the lower bounds of the AUC and of its lead over every length exceed 0.5 and 0; else what it
+    does not exceed, "chance" or "length"; or "unknown" with too few comparable labels.
+    """
+    if not proof["scorers"] or proof["labels"]["hard"] + proof["labels"]["easy"] < _ENOUGH:
+        return "unknown"
+    if proof["scorers"][0]["low"] <= 0.5:
+        return "chance"
+    return "proven" if all(lead["low"] > 0 for lead in proof["lead"]) else "length"
+
+
+def apart(proof: dict[str, Any]) -> str:
+    return "hard from easy" if proof["prompts"] else "high labels from low ones"
+
+
+def sentence(proof: dict[str, Any]) -> str:
+    """Return the figures of all scorers in one line."""
+    labels = f"{proof['labels']['records']:,} labels"
+    if not proof["scorers"]:
+        return f"{labels}, but no two that differ among records of one domain and similar length"
+    first, *rest = proof["scorers"]
+    ranks = f"rank correlation {first['correlation'] or 0:+.2f}"
+    others = ", ".join(f"{one['name']} {one['auc']:.2f}" for one in rest)
+    return f"AUC {_interval(first)} and {ranks} inside domain and length buckets of {labels} ({others})"
+
+
+def shortcoming(proof: dict[str, Any]) -> Iterator[str]:
+    """Yield, in one line, why the score is not proven and what to do; nothing if it is."""
+    found, but = verdict(proof), "The score does not tell"
+    if found == "unknown":
+        but = "It is unknown whether the score tells"
+    lead = min(proof["lead"], key=lambda one: one["low"], default=None)
+    than = (
+        f" better than the {lead['over']} does (lead {_interval(lead, '+.2f')})" if found == "length" and lead else ""
+    )
+    if found != "proven":
+        yield f"{but} {apart(proof)} here{than}: {sentence(proof)}; {advice(proof)}."
+
+
+def advice(proof: dict[str, Any]) -> str:
+    """Say what to do about a score that is not proven, and how many labels would do if the figures stayed: intervals
+    shrink with the square root of their number.
+    """
+    if verdict(proof) == "unknown":
+        return "a few hundred labels are needed"
+    learn = "more labels may help (scorer.labels)"
+    if proof["scorer"] != _LEARNED:
+        learn = "let scorer.kind=learned learn from labels"
+        if proof["direction"] == Direction.learnable.name:
+            learn = f"high scores mean learnable text, which is often easier; {learn}"
+    first, count = proof["scorers"][0], proof["labels"]["records"]
+    gaps = [(one["auc"], one["auc"] - one["low"]) for one in proof["lead"]] + [
+        (first["auc"] - 0.5, first["auc"] - first["low"])
+    ]
+    wanted = count * max(half / gap if gap > 0 else np.inf for gap, half in gaps) ** 2
+    return learn if wanted > 1e6 else f"{learn}; about {float(f'{wanted:.1g}'):,.0f} labels would show it"
+
+
+def _interval(found: dict[str, Any], style: str = ".2f") -> str:
+    return f"{found['auc']:{style}} ({found['low']:{style}} to {found['high']:{style}})"

@@ -1,0 +1,366 @@
+"""Learn difficulty from few labels: a column of the input, or the grades that another scorer gives to a sample.
+
+The sample is drawn at random in each domain. Half of it is divided equally, the rest in proportion to the records.
+`linear.py` has the model. It reads words, not meaning: it finds what the labels of a corpus have in common with its
+wording, so a corpus of another kind needs labels of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import ConfigError, DataError
+from core.files import sha256_text
+from data.filter.config import LEAST_LABELS as LEAST
+from data.filter.config import ScorerConfig
+from data.filter.input.records import Record
+from data.filter.score.features import VERSION
+from data.filter.score.linear import FACTS, LinearModel, Weighting, identity, learn, load
+from data.filter.score.scorer import CostlyScorer, Direction, Scorer, sample_key
+
+LABEL = "label"
+"""Name under which the grades of the labeler are stored."""
+CORPUS = 1 << 16
+"""Records, those with the lowest hashes, to which the weights of words are fitted."""
+REFERENCE = 1024
+"""Records on which the models are scaled."""
+TRIES = 1.5
+"""Records that a labeler may be asked about, per label that is wanted."""
+FAR = 0.6
+"""Coverage of another input, as a fraction of that of the training data, below which a warning is reported."""
+_BATCH, _ASKED_AT_ONCE, _CHECKED = 64, 128, 16
+
+
+@dataclass
+class _Survey:
+    """What one pass over the records finds. Keys are `sample_key`s, those of `candidates` in increasing order."""
+
+    digest: str
+    labelled: Counter[str]
+    counts: Counter[str]
+    candidates: dict[str, list[int]]
+    corpus: list[int] = field(default_factory=list)
+
+
+class LearnedScorer(Scorer):
+    """Score by a linear model of labels, in standard deviations of the corpus. Only learning needs scikit-learn.
+
+    `directory`: where the model is stored. A stored model of the same records and settings is not learned again. With
+    `config.model` a stored model is used as it is, and `fit` only compares the records with its training data.
+    """
+
+    name = "learned"
+    report: Callable[[str], None]
+    """Called with lines of progress and warnings."""
+
+    def __init__(self, config: ScorerConfig, directory: Path, labeler: Scorer | None = None) -> None:
+        self.wanted, self.labeler, self.report = config.labels, labeler, print
+        self.model: LinearModel | None = None
+        self._is_stored = config.model is not None
+        self._is_checked = not self._is_stored
+        self._grades: dict[int, float] = {}
+        self.direction = Direction.hard if labeler is None else labeler.direction
+        what = "labels" if labeler is None else labeler.measures
+        if config.model is not None:
+            self.model = load(stored_in(Path(config.model).expanduser()))
+            self.direction = Direction[self.model.facts["direction"]]
+            what = self.model.facts["labels_from"]
+            self.fingerprint = sha256_text("learned", self.model.fingerprint)
+            self.directory = Path(config.model)
+        else:
+            taught = "" if labeler is None else labeler.fingerprint
+            self.fingerprint = sha256_text("learned", "1", VERSION, str(config.labels), taught)
+            self.directory = directory / f"learned-{self.fingerprint[:8]}"
+        self.measures = f"learned from {what}, in standard deviations of the corpus"
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        return () if self.labeler is None else (LABEL,)
+
+    def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
+        if self.model is None:
+            raise ValueError("fit comes before score")
+        if not self._is_checked and len(records) >= _CHECKED:
+            self._check_coverage(records)
+        return self.model.score(records)
+
+    def score_all(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+        grades = [self._grades.get(identity(record), np.nan) for record in records] if self.labeler else []
+        return self.score(records), {name: np.array(grades, np.float64) for name in self.others}
+
+    def fit(self, records: Callable[[], Iterable[Record]]) -> None:
+        if self._is_stored:
+            if sample := list(itertools.islice(records(), REFERENCE)):
+                self._check_coverage(sample)
+            return
+        survey = self._survey(records())
+        if (self.directory / FACTS).exists():
+            stored = load(self.directory)
+            if stored.facts.get("input") == survey.digest:
+                self._use(stored)
+                return
+        self._check_labels(survey)
+        _check_installed()
+        quotas, keys = self._quotas(survey)
+        wanted, corpus = set(itertools.chain.from_iterable(keys.values())), set(survey.corpus)
+        reference = set(survey.corpus[:REFERENCE])
+        found: dict[int, list[Record]] = defaultdict(list)
+        scaled_on: list[Record] = []
+
+        def of_corpus() -> Iterator[Record]:
+            for record in records():
+                key = sample_key(record)
+                if key in wanted:
+                    found[key].append(record)
+                if key in reference:
+                    scaled_on.append(record)
+                if key in corpus:
+                    yield record
+
+        weighting = Weighting.fitted(_batches(of_corpus()))
+        if self.labeler is None:
+            chosen, labels = self._labelled(found)
+        else:
+            chosen, labels = self._graded(
+                {name: [found[key][0] for key in mine] for name, mine in keys.items()}, quotas
+            )
+        self._check_learnable(chosen, labels)
+        model = learn(weighting, chosen, labels, scaled_on, {})
+        model.facts.update(self._facts(model, chosen, labels, scaled_on, survey))
+        model.save(self.directory)
+        self._use(load(self.directory))
+        self.report(self._summary(model.facts))
+
+    def _use(self, model: LinearModel) -> None:
+        self.model = model
+        pairs = model.facts.get("grades", {})
+        self._grades = {int(key, 16): float(grade) for key, grade in pairs.items()}
+
+    def _survey(self, records: Iterable[Record]) -> _Survey:
+        digest, labelled, counts = hashlib.sha256(), Counter[str](), Counter[str]()
+        candidates: dict[str, set[int]] = defaultdict(set)
+        corpus: set[int] = set()
+        most = int(self.wanted * TRIES) + LEAST
+        for record in records:
+            content = record.content
+            digest.update(f"{content}{record.domain}\0{record.label}".encode())
+            key = int(content[8:24], 16)
+            counts[record.domain] += 1
+            labelled[record.domain] += record.label is not None
+            if self.labeler is not None or record.label is not None:
+                _add_lowest(candidates[record.domain], key, most)
+            _add_lowest(corpus, key, CORPUS)
+        lowest = {domain: heapq.nsmallest(most, keys) for domain, keys in sorted(candidates.items())}
+        return _Survey(digest.hexdigest(), labelled, counts, lowest, heapq.nsmallest(CORPUS, corpus))
+
+    def _check_labels(self, survey: _Survey) -> None:
+        labelled, records = survey.labelled.total(), survey.counts.total()
+        if self.labeler is not None:
+            if records < LEAST:
+                reason = f"needs {LEAST} records to learn from, and there are {records}"
+                raise ConfigError("scorer.kind", "learned", reason)
+            return
+        advice = ["label_key=COLUMN", "scorer.labeler={kind: judge, url: URL, judge: MODEL}", "scorer.model=DIR"]
+        if not labelled:
+            raise ConfigError(
+                "scorer.kind", "learned", f"needs labels, and none of {records:,} records has one", advice
+            )
+        if labelled < LEAST:
+            reason = f"needs {LEAST} labels or more, and {labelled} records have one"
+            raise ConfigError("scorer.kind", "learned", reason, advice[1:])
+
+    def _quotas(self, survey: _Survey) -> tuple[dict[str, int], dict[str, list[int]]]:
+        """Return how many labels to take from each domain, and the keys of the records that may have them, in order."""
+        counts = survey.labelled if self.labeler is None else survey.counts
+        quotas = quotas_of({domain: len(keys) for domain, keys in survey.candidates.items()}, counts, self.wanted)
+        spare = 1.0 if self.labeler is None else TRIES
+        return quotas, {name: survey.candidates[name][: int(np.ceil(quotas[name] * spare))] for name in quotas}
+
+    def _labelled(self, found: dict[int, list[Record]]) -> tuple[list[Record], NDArray[np.float64]]:
+        """Return records of different identities, and their labels; copies have the mean of theirs."""
+        labels: dict[int, list[float]] = defaultdict(list)
+        first: dict[int, Record] = {}
+        for record in itertools.chain.from_iterable(found[key] for key in sorted(found)):
+            if record.label is not None:
+                first.setdefault(identity(record), record)
+                labels[identity(record)].append(record.label)
+        if disputed := sum(min(mine) != max(mine) for mine in labels.values()):
+            self.report(f"warning: {disputed:,} of {len(labels):,} texts have contradictory labels: their means count")
+        return list(first.values()), np.array([float(np.mean(labels[key])) for key in first])
+
+    def _graded(
+        self, candidates: dict[str, list[Record]], quotas: dict[str, int]
+    ) -> tuple[list[Record], NDArray[np.float64]]:
+        """Ask the labeler about records of each domain until it has graded as many as wanted, or none is left."""
+        assert self.labeler is not None
+        self.labeler.fit(lambda: itertools.chain.from_iterable(candidates.values()))
+        sample = [one for name, mine in candidates.items() for one in mine[: quotas[name]]]
+        cost = self.labeler.cost(lambda: sample) if isinstance(self.labeler, CostlyScorer) else ""
+        self.report(cost or f"{self.labeler.name} grades {len(sample):,} records")
+        chosen: dict[int, Record] = {}
+        while True:
+            asked = []
+            for name, mine in candidates.items():
+                missing = quotas[name] - sum(one.domain == name for one in chosen.values())
+                asked += mine[:missing]
+                del mine[:missing]
+            if not asked:
+                break
+            for batch in _batches(asked, _ASKED_AT_ONCE):
+                for record, grade in zip(batch, self.labeler.score(batch).tolist(), strict=True):
+                    if np.isfinite(grade):
+                        chosen.setdefault(identity(record), record)
+                        self._grades.setdefault(identity(record), grade)
+        wanted = sum(quotas.values())
+        if len(chosen) < LEAST:
+            reason = f"{self.labeler.name} graded {len(chosen)} records, and the scorer learned needs {LEAST}"
+            raise DataError(f"{reason}: look at its endpoint and run again; answers so far are kept")
+        if len(chosen) < wanted:
+            self.report(f"warning: {self.labeler.name} graded only {len(chosen)} of the {wanted} records wanted")
+        return list(chosen.values()), np.array([self._grades[key] for key in chosen])
+
+    def _check_learnable(self, records: Sequence[Record], labels: NDArray[np.float64]) -> None:
+        key = "label_key" if self.labeler is None else "scorer.labeler"
+        if len(records) < LEAST:
+            reason = f"{len(records)} different texts are labelled; the scorer learned needs {LEAST} or more"
+            raise ConfigError(key, None, reason)
+        if labels.min() == labels.max():
+            reason = f"all {len(labels)} labels are {labels[0]:g}: there is nothing to learn; use labels that differ"
+            raise ConfigError(key, None, reason)
+        by_domain = defaultdict(set)
+        for record, label in zip(records, labels.tolist(), strict=True):
+            by_domain[record.domain].add(label)
+        if all(len(mine) == 1 for mine in by_domain.values()):
+            reason = "labels differ between domains only, and a record is compared with its domain; omit domain_key"
+            raise ConfigError(key, None, reason)
+
+    def _facts(
+        self,
+        model: LinearModel,
+        records: Sequence[Record],
+        labels: NDArray[np.float64],
+        scaled_on: Sequence[Record],
+        survey: _Survey,
+    ) -> dict[str, Any]:
+        from scipy.stats import spearmanr
+
+        scores, domains = model.score(records), [record.domain for record in records]
+        lengths = np.array([len(record.answer.encode()) for record in records], np.float64)
+        coverage = model.weighting.vectors(scaled_on).familiar_N
+        graded = self.labeler is not None
+        found = {
+            "input": survey.digest,
+            "records": survey.counts.total(),
+            "labels": len(records),
+            "labels_from": self.labeler.measures if self.labeler is not None else "labels",
+            "direction": self.direction.name,
+            "label_range": [float(labels.min()), float(labels.max())],
+            "labels_by_domain": dict(sorted(Counter(domains).items())),
+            "auc": ordered_pairs(scores, labels, domains),
+            "auc_of_length": ordered_pairs(lengths, labels, domains),
+            "correlation": _number(spearmanr(scores, labels).statistic),
+            "correlation_of_labels_with_length": _number(spearmanr(lengths, labels).statistic),
+            "coverage": [float(coverage.mean()), float(coverage.std())],
+        }
+        pairs = {f"{identity(record):016x}": label for record, label in zip(records, labels.tolist(), strict=True)}
+        return found | ({"grades": pairs} if graded else {})
+
+    def _summary(self, facts: dict[str, Any]) -> str:
+        auc = (
+            "unknown"
+            if facts["auc"] is None
+            else f"{facts['auc']:.3f} (length of the answer {facts['auc_of_length']:.3f})"
+        )
+        return (
+            f"learned from {facts['labels']:,} labels in {self.directory}; cross-fitted AUC within domains: {auc}; "
+            f"to use it elsewhere: scorer.kind=learned scorer.model={self.directory}"
+        )
+
+    def _check_coverage(self, records: Sequence[Record]) -> None:
+        """Report a warning if the records have few of the n-grams that are frequent in the training data."""
+        assert self.model is not None
+        self._is_checked = True
+        usual = self.model.facts.get("coverage", [0.0, 0.0])[0]
+        vectors = (self.model.weighting.vectors(batch) for batch in _batches(records))
+        found = float(np.concatenate([one.familiar_N for one in vectors]).mean())
+        if found < FAR * usual:
+            self.report(
+                f"warning: {self.directory} learned from other text: {found:.0%} of the words here are frequent there, "
+                f"against {usual:.0%} of its own; its scores may mean nothing: label records of this input"
+            )
+
+
+def stored_in(path: Path) -> Path:
+    """Return the directory of the model: `path`, or that below the output directory `path` of a filter."""
+    if (path / FACTS).exists():
+        return path
+    found = sorted(one.parent for one in path.glob(f"stages/learned-*/{FACTS}"))
+    if len(found) > 1:
+        raise ConfigError("model", str(path), "holds several learned scorers: name one", [str(one) for one in found])
+    return found[0] if found else path
+
+
+def quotas_of(available: dict[str, int], counts: Counter[str], wanted: int) -> dict[str, int]:
+    """Return how many labels to take from each domain: half of them equally, the rest in proportion to `counts`."""
+    weights = {domain: max(counts[domain], 1) for domain in available}
+    total, equal = sum(weights.values()), wanted // (2 * max(len(available), 1))
+    quotas = {domain: min(available[domain], equal) for domain in available}
+    order = sorted(available, key=lambda domain: (-weights[domain], domain))
+    for domain in order:
+        share = round((wanted - equal * len(available)) * weights[domain] / total)
+        quotas[domain] = min(available[domain], quotas[domain] + share)
+    while (missing := wanted - sum(quotas.values())) > 0:  # domains with too few records leave their part to others
+        open_ = [domain for domain in order if quotas[domain] < available[domain]]
+        if not open_:
+            break
+        for domain in open_[:missing]:
+            quotas[domain] += 1
+    return quotas
+
+
+def ordered_pairs(scores: NDArray[np.float64], labels: NDArray[np.float64], domains: Sequence[str]) -> float | None:
+    """Return the area under the ROC curve over pairs of records of one domain with different labels, None without."""
+    right = pairs = 0.0
+    for domain in sorted(set(domains)):
+        mine = np.flatnonzero([one == domain for one in domains])
+        for score, label in zip(scores[mine], labels[mine], strict=True):
+            easier = scores[mine][labels[mine] < label]
+            right += (easier < score).sum() + 0.5 * (easier == score).sum()
+            pairs += len(easier)
+    return float(right / pairs) if pairs else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _add_lowest(keys: set[int], key: int, most: int) -> None:
+    """Add a key to a set that keeps at least the `most` lowest, and at most twice as many."""
+    keys.add(key)
+    if len(keys) >= 2 * most:
+        lowest = heapq.nsmallest(most, keys)
+        keys.clear()
+        keys.update(lowest)
+
+
+def _batches(records: Iterable[Record], size: int = _BATCH) -> Iterator[list[Record]]:
+    rest = iter(records)
+    while batch := list(itertools.islice(rest, size)):
+        yield batch
+
+
+def _check_installed() -> None:
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise ConfigError("kind", "learned", "needs scikit-learn: pip install 'leviathan[filter]'") from None
