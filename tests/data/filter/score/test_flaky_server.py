@@ -180,6 +180,9 @@ def test_the_cost_is_known_before_the_first_request(server, tmp_path, monkeypatc
         f"6 requests to grader, about {tokens:,} tokens in and 18 out (estimated: 4 bytes each); "
         f"4 answers are in {tmp_path}"
     )
+    scorer.cost(lambda: iter(records))
+    monkeypatch.setattr(scorer.endpoint, "_began", time.monotonic() - 60)
+    assert "4 of 10 answers, 4 a minute, 2 min left" in scorer.endpoint.progress()
     settings = {"url": server.url, "judge": "m", "verifier": "sure:check", "samples": 3, "answers": str(tmp_path)}
     sampled = PassRateScorer(ScorerConfig(ScorerKind.pass_rate, **settings))
     assert sampled.cost(lambda: records).startswith("30 requests to m, about ")
