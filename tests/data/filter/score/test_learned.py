@@ -307,6 +307,13 @@ def grader(**more: Any) -> Any:
     return found
 
 
+def test_another_grader_is_another_scorer(tmp_path):
+    config, other = ScorerConfig(ScorerKind.learned), grader()
+    other.fingerprint = "another"
+    one, same, two = (LearnedScorer(config, tmp_path, labeler) for labeler in (grader(), grader(), other))
+    assert one.fingerprint == same.fingerprint != two.fingerprint and one.directory != two.directory
+
+
 def test_a_grader_labels_a_sample_and_its_grades_are_stored(tmp_path):
     records = relabelled(problems(4, 240), [None] * 240)
     reports: list[str] = []
