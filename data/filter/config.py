@@ -380,8 +380,7 @@ def _decisive(scorer: dict[str, Any]) -> dict[str, Any]:
     return _without_new({**kept, "members": [_decisive(member) for member in kept["members"]]})
 
 
-_OF_TEXT = (
-    "dataset",
+RECORD_KEYS = (
     "text_key",
     "prompt_key",
     "response_key",
@@ -391,7 +390,7 @@ _OF_TEXT = (
     "label_key",
     "template",
 )
-"""Settings of an input that documents with pictures do not have."""
+"""Settings of an input that decide what a record is. Documents with pictures do not have them."""
 
 
 @dataclass(frozen=True)
@@ -439,7 +438,7 @@ class InputConfig:
         if self.images is None and self.parts != PartsConfig():
             raise ConfigError("parts", None, "has no effect without pictures", ["+images={}"])
         for one in fields(InputConfig) if self.images is not None else ():
-            if one.name in _OF_TEXT and (value := getattr(self, one.name)) != one.default:
+            if one.name in ("dataset", *RECORD_KEYS) and (value := getattr(self, one.name)) != one.default:
                 reason = "has no effect on documents with pictures (images), whose columns are those of parts"
                 raise ConfigError(one.name, value, reason)
         before, found, after = self.template.partition("{response}")

@@ -26,7 +26,7 @@ from data.filter.audit.statistics import OTHER
 from data.filter.config import FilterRules, KeepUnit, OnError, decisive_settings
 from data.filter.input.ingest import Ingest, scan, shard_prefix
 from data.filter.input.readers import InputPart
-from data.filter.input.records import Reason, Record, RecordPicture
+from data.filter.input.records import LABEL, Reason, Record, RecordPicture
 from data.filter.runs import SORTED, DiskArrays
 from data.filter.score.factory import Models, check_models
 from data.filter.score.scorer import CompositeScorer, CostlyScorer, RemoteScorer, Scorer, StoredScorer
@@ -36,7 +36,7 @@ from data.filter.screen.gates import Gates
 from data.filter.screen.pictures import PictureSignatures, find_picture_duplicates
 from data.filter.select.selection import REASONS, ShardScores, noise_threshold, select
 from data.filter.store import StageStore, Workers, barrier, local_items
-from data.filter.tables import LABEL, PICTURES, THUMBNAILS, make_table
+from data.filter.tables import PICTURES, THUMBNAILS, make_table
 from data.images.phash import COLOUR_BYTES
 from data.sampling import key_of
 

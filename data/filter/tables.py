@@ -10,8 +10,6 @@ from data.filter.screen.duplicates import PLACES
 
 PICTURES, THUMBNAILS = "pictures", "thumbnails"
 """Columns of the shards whose records have pictures."""
-LABEL = "label"
-"""Column of the shards in which a record is labelled, null where one is not."""
 OF_PICTURES = tuple(one.name for one in fields(RecordPicture) if one.name != "thumbnail")
 
 

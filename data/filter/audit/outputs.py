@@ -16,10 +16,10 @@ from data.filter.audit.page import audit_page
 from data.filter.audit.plots import draw
 from data.filter.audit.statistics import OTHER, Audit
 from data.filter.input.documents import DocumentsPart
-from data.filter.input.records import Record, RecordPicture
+from data.filter.input.records import LABEL, Record, RecordPicture
 from data.filter.pipeline import THRESHOLDS, Filter
 from data.filter.store import writing
-from data.filter.tables import LABEL, PICTURES, picture_type
+from data.filter.tables import PICTURES, picture_type
 from data.images.parts import ImagePart, Part, PartsDocument, VideoPart
 
 SCORES, KEPT, AUDIT_JSON, AUDIT_PAGE = "scores.parquet", "kept.jsonl", "audit.json", "audit.html"

@@ -14,7 +14,6 @@ import numpy as np
 
 from core.errors import ConfigError
 from data.filter.audit.separation import (
-    LABEL,
     OTHER,
     Buckets,
     Estimate,
@@ -26,6 +25,7 @@ from data.filter.audit.separation import (
     rounded,
 )
 from data.filter.config import BucketRule, SelectConfig
+from data.filter.input.records import LABEL
 from data.filter.score.scorer import Direction, Scorer
 from data.filter.store import StageStore
 

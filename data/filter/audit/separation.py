@@ -19,8 +19,8 @@ Numbers = NDArray[np.float64]
 Buckets = NDArray[np.int64]
 _WEIGHTS_AT_ONCE = 1 << 20
 
-OTHER, LABEL = "score:", "label"
-"""Prefix of the columns with the scores of an ensemble's members and controls; column of labels."""
+OTHER = "score:"
+"""Prefix of the columns with the scores of an ensemble's members and controls."""
 
 
 @dataclass(frozen=True)

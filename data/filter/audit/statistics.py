@@ -21,9 +21,9 @@ from core.config import plain
 from core.errors import DataError
 from data.filter.audit.findings import warnings
 from data.filter.audit.proof import by_length
-from data.filter.audit.separation import LABEL, OTHER, Numbers, first_of_each, rank_correlation, rounded, spearman
+from data.filter.audit.separation import OTHER, Numbers, first_of_each, rank_correlation, rounded, spearman
 from data.filter.config import FilterRules
-from data.filter.input.records import Reason
+from data.filter.input.records import LABEL, Reason
 from data.filter.score.scorer import Scorer
 
 FORMAT = 2

@@ -17,10 +17,10 @@ import numpy as np
 from core.errors import ConfigError, DataError
 from core.files import remove_tree
 from data.filter.input.readers import InputPart, MalformedRecord, Piece, RecordPart, json_keys
-from data.filter.input.records import Record
+from data.filter.input.records import LABEL, Record
 from data.filter.runs import SORTED, DiskArrays, Entries
 from data.filter.store import StageStore, Workers, barrier, local_items
-from data.filter.tables import LABEL, OF_PICTURES, PICTURES, THUMBNAILS, make_table
+from data.filter.tables import OF_PICTURES, PICTURES, THUMBNAILS, make_table
 from data.sampling import key_of
 
 UNREADABLE = "unreadable"

@@ -32,21 +32,10 @@ from data.files import (
     row_group_sizes,
     stream_dataset,
 )
-from data.filter.config import InputConfig, under
+from data.filter.config import RECORD_KEYS, InputConfig, under
 from data.filter.input.records import Record
 
 ASSISTANT = "assistant"
-RECORD_KEYS = (
-    "text_key",
-    "prompt_key",
-    "response_key",
-    "messages_key",
-    "id_key",
-    "domain_key",
-    "label_key",
-    "template",
-)
-"""Settings of an input that decide what a record is."""
 _SHOWN = 200
 """Maximum length in characters of the reason why a record is malformed, which may quote the record."""
 _SHOWN_KEYS, _SHOWN_VALUE = 10, 40

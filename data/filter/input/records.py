@@ -7,6 +7,9 @@ from enum import Enum
 
 from core.files import sha256_text
 
+LABEL = "label"
+"""Column of labels, null for a record without one. A scorer's own labels, from its grader, have this name too."""
+
 
 @dataclass(frozen=True)
 class RecordPicture:

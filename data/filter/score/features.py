@@ -48,7 +48,6 @@ _MEMBER = np.zeros((len(_SETS), 256), np.int64)
 for _row, _bytes in enumerate(_SETS):
     _MEMBER[_row, list(_bytes)] = 1
 _ODD = 0x9E3779B97F4A7C15
-_INVERSE = pow(_ODD, -1, 1 << 64)
 _CHANCE = np.random.Generator(np.random.PCG64(20))
 _VALUE = _CHANCE.integers(1, 1 << 63, 256, np.uint64) * np.uint64(2) + np.uint64(1)
 _VALUE[65:91] = _VALUE[97:123]  # case does not matter

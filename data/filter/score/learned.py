@@ -23,13 +23,11 @@ from core.errors import ConfigError, DataError
 from core.files import sha256_text
 from data.filter.config import LEAST_LABELS as LEAST
 from data.filter.config import ScorerConfig
-from data.filter.input.records import Record
+from data.filter.input.records import LABEL, Record
 from data.filter.score.features import VERSION
 from data.filter.score.linear import FACTS, LinearModel, Weighting, identity, learn, load
 from data.filter.score.scorer import CostlyScorer, Direction, Scorer, sample_key
 
-LABEL = "label"
-"""Name under which the grades of the labeler are stored."""
 CORPUS = 1 << 16
 """Records, those with the lowest hashes, to which the weights of words are fitted."""
 REFERENCE = 1024
