@@ -74,7 +74,7 @@ rules = FilterRules(
 )
 done = Filter(FilterJob(
     parts=input_parts(InputConfig(input=source, id_key="id")), rules=rules, directory=out / "stages",
-    workers=OneWorker(), scorer=make_scorer(rules.scorer, None, out / "answers", 0),
+    workers=OneWorker(), scorer=make_scorer(rules.scorer, None, out, 0),
     report=lambda line: None,
 ))
 done.run()

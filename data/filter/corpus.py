@@ -146,7 +146,7 @@ def filter_sources(
     with _under_filter():
         rules.scorer.check_documents("scorer")
         with under("scorer"):
-            scorer = make_scorer(rules.scorer, models, cache / "answers", rules.seed)
+            scorer = make_scorer(rules.scorer, models, cache, rules.seed)
         job = FilterJob(
             parts=parts,
             rules=rules,

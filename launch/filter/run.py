@@ -108,7 +108,7 @@ def run_stream(config: FilterConfig, out: Path) -> int:
 
 def _scorer(config: FilterConfig, out: Path) -> Scorer:
     with under("scorer"):
-        return make_scorer(config.rules().scorer, MODELS, out / STAGES / "answers", config.seed)
+        return make_scorer(config.rules().scorer, MODELS, out / STAGES, config.seed)
 
 
 def _count_tokens(tokenizer: Tokenizer | None) -> Callable[[Sequence[str]], Sequence[int]] | None:

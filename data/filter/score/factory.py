@@ -28,10 +28,10 @@ class Models:
     check_unseen: Callable[[str, Iterable[Record]], str | None]
 
 
-def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: int = 0) -> Scorer:
-    """Return the scorer of `config.kind`. `models` opens models (None: kinds that need a model are rejected), `cache`
-    is a path in the folder for what a scorer stores, and `seed` is for the random scorer. The key of a `ConfigError` is
-    relative to `scorer`.
+def make_scorer(config: ScorerConfig, models: Models | None, directory: Path, seed: int = 0) -> Scorer:
+    """Return the scorer of `config.kind`. `models` opens models (None: kinds that need a model are rejected),
+    `directory` is where a scorer stores what it learned, and `seed` is for the random scorer. The key of a
+    `ConfigError` is relative to `scorer`.
 
     Classes are imported here, so that an n-gram scorer does not wait for the import of an HTTP client.
     """
@@ -49,9 +49,9 @@ def make_scorer(config: ScorerConfig, models: Models | None, cache: Path, seed: 
         case ScorerKind.excess | ScorerKind.ifd:
             arguments = _opened(traits.needs, config, models)
         case ScorerKind.learned:
-            arguments = config, cache.parent, _labeler(config, models, cache, seed)
+            arguments = config, directory, _labeler(config, models, directory, seed)
         case ScorerKind.ensemble:
-            arguments = [_members(config, models, cache, seed)]
+            arguments = [_members(config, models, directory, seed)]
         case ScorerKind.random:
             arguments = [seed]
         case ScorerKind.length:
@@ -81,18 +81,18 @@ def _opened(keys: Sequence[str], config: ScorerConfig, models: Models | None) ->
     return found
 
 
-def _labeler(config: ScorerConfig, models: Models | None, cache: Path, seed: int) -> Scorer | None:
+def _labeler(config: ScorerConfig, models: Models | None, directory: Path, seed: int) -> Scorer | None:
     if config.labeler is None:
         return None
     with under("labeler"):
-        return make_scorer(config.labeler, models, cache, seed)
+        return make_scorer(config.labeler, models, directory, seed)
 
 
-def _members(config: ScorerConfig, models: Models | None, cache: Path, seed: int) -> list[Scorer]:
+def _members(config: ScorerConfig, models: Models | None, directory: Path, seed: int) -> list[Scorer]:
     found = []
     for place, member in enumerate(config.members):
         with under(f"members[{place}]"):
-            found.append(make_scorer(member, models, cache, seed))
+            found.append(make_scorer(member, models, directory, seed))
     return found
 
 

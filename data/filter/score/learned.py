@@ -12,7 +12,7 @@ import heapq
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from core.errors import ConfigError, DataError
 from core.files import sha256_text
+from data.filter.audit.separation import auc, spearman
 from data.filter.config import LEAST_LABELS as LEAST
 from data.filter.config import ScorerConfig
 from data.filter.input.records import LABEL, Record
@@ -47,7 +48,7 @@ class _Survey:
     labelled: Counter[str]
     counts: Counter[str]
     candidates: dict[str, list[int]]
-    corpus: list[int] = field(default_factory=list)
+    corpus: list[int]
 
 
 class LearnedScorer(Scorer):
@@ -133,7 +134,7 @@ class LearnedScorer(Scorer):
                 {name: [found[key][0] for key in mine] for name, mine in keys.items()}, quotas
             )
         self._check_learnable(chosen, labels)
-        model = learn(weighting, chosen, labels, scaled_on, {})
+        model = learn(weighting, chosen, labels, scaled_on)
         model.facts.update(self._facts(model, chosen, labels, scaled_on, survey))
         model.save(self.directory)
         self._use(load(self.directory))
@@ -250,10 +251,10 @@ class LearnedScorer(Scorer):
         scaled_on: Sequence[Record],
         survey: _Survey,
     ) -> dict[str, Any]:
-        from scipy.stats import spearmanr
-
         scores, domains = model.score(records), [record.domain for record in records]
         lengths = np.array([len(record.answer.encode()) for record in records], np.float64)
+        by_domain = np.unique(domains, return_inverse=True)[1]
+        areas = auc({"score": scores, "length": lengths}, labels, by_domain, resamples=0)
         coverage = model.weighting.vectors(scaled_on).familiar_N
         graded = self.labeler is not None
         found = {
@@ -264,23 +265,19 @@ class LearnedScorer(Scorer):
             "direction": self.direction.name,
             "label_range": [float(labels.min()), float(labels.max())],
             "labels_by_domain": dict(sorted(Counter(domains).items())),
-            "auc": ordered_pairs(scores, labels, domains),
-            "auc_of_length": ordered_pairs(lengths, labels, domains),
-            "correlation": _number(spearmanr(scores, labels).statistic),
-            "correlation_of_labels_with_length": _number(spearmanr(lengths, labels).statistic),
+            "auc": areas["score"].value,
+            "auc_of_length": areas["length"].value,
+            "correlation": spearman(scores, labels),
+            "correlation_of_labels_with_length": spearman(lengths, labels),
             "coverage": [float(coverage.mean()), float(coverage.std())],
         }
         pairs = {f"{identity(record):016x}": label for record, label in zip(records, labels.tolist(), strict=True)}
         return found | ({"grades": pairs} if graded else {})
 
     def _summary(self, facts: dict[str, Any]) -> str:
-        auc = (
-            "unknown"
-            if facts["auc"] is None
-            else f"{facts['auc']:.3f} (length of the answer {facts['auc_of_length']:.3f})"
-        )
         return (
-            f"learned from {facts['labels']:,} labels in {self.directory}; cross-fitted AUC within domains: {auc}; "
+            f"learned from {facts['labels']:,} labels in {self.directory}; cross-fitted AUC within domains: "
+            f"{facts['auc']:.3f} (length of the answer {facts['auc_of_length']:.3f}); "
             f"to use it elsewhere: scorer.kind=learned scorer.model={self.directory}"
         )
 
@@ -324,22 +321,6 @@ def quotas_of(available: dict[str, int], counts: Counter[str], wanted: int) -> d
         for domain in open_[:missing]:
             quotas[domain] += 1
     return quotas
-
-
-def ordered_pairs(scores: NDArray[np.float64], labels: NDArray[np.float64], domains: Sequence[str]) -> float | None:
-    """Return the area under the ROC curve over pairs of records of one domain with different labels, None without."""
-    right = pairs = 0.0
-    for domain in sorted(set(domains)):
-        mine = np.flatnonzero([one == domain for one in domains])
-        for score, label in zip(scores[mine], labels[mine], strict=True):
-            easier = scores[mine][labels[mine] < label]
-            right += (easier < score).sum() + 0.5 * (easier == score).sum()
-            pairs += len(easier)
-    return float(right / pairs) if pairs else None
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _add_lowest(keys: set[int], key: int, most: int) -> None:

@@ -253,7 +253,6 @@ def learn(
     records: Sequence[Record],
     labels_L: Floats,
     reference: Sequence[Record],
-    facts: dict[str, Any],
 ) -> LinearModel:
     """Fit the models to labelled records of different identities. `reference`: records on which models are scaled.
 
@@ -290,7 +289,7 @@ def learn(
         offsets_M=np.array(offsets),
         identities_L=identities[order],
         folds_L=folds[order].astype(np.uint8),
-        facts=facts,
+        facts={},
     )
 
 

@@ -104,7 +104,7 @@ def test_documents_and_missing_answers_have_no_score(server, scorer):
 def test_an_invalid_verifier_is_rejected_before_any_request(server, scorer, tmp_path, verifier, message):
     config = ScorerConfig(ScorerKind.pass_rate, url=server.url, judge="m", verifier=verifier)
     with pytest.raises(ConfigError, match=message):
-        make_scorer(config, None, tmp_path / "cache")
+        make_scorer(config, None, tmp_path)
     assert server.requests == []
 
 
