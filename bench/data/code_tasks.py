@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import random
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 
-from bench.data.maths import Wording
+from bench.data.maths import Wording, padded
 from bench.data.problems import Problem
 
 GRADES = 3
@@ -165,7 +164,8 @@ def _prompt(chance: random.Random, topic: str, wanted: str, words: dict[str, int
     given = Wording(chance.choice(_INPUTS[topic])).substitute(words)
     task = Wording(wanted).substitute(words)
     sentences = [Wording(chance.choice(_ASKED)).substitute(words, i=given, w=task)]
-    return " ".join(_padded(chance, sentences, [Wording(one).substitute(words) for one in _IDLE]))
+    idle = [Wording(one).substitute(words) for one in _IDLE]
+    return " ".join(padded(chance, sentences, idle, chance.choice(_LENGTHS)))
 
 
 def _answer(chance: random.Random, code: str, words: dict[str, int | str]) -> str:
@@ -180,14 +180,4 @@ def _answer(chance: random.Random, code: str, words: dict[str, int | str]) -> st
         body[line] = f"{body[line]}  {comment}" if "#" not in body[line] else body[line]
     lines = "\n".join([*before, *body]).split("\n")
     text = "\n".join([f"def {words['f']}({words['x']}):", *(f"    {line}" for line in lines)])
-    return "\n".join([f"```python\n{text}\n```", *_padded(chance, [], _AFTER)])
-
-
-def _padded(chance: random.Random, sentences: Sequence[str], idle: Sequence[str]) -> list[str]:
-    """Insert idle sentences until the text has a length that is drawn independently."""
-    length, padded = chance.choice(_LENGTHS), list(sentences)
-    for one in chance.sample(idle, len(idle)):
-        if sum(map(len, padded)) >= length:
-            break
-        padded.insert(chance.randint(0, len(padded)), one)
-    return padded
+    return "\n".join([f"```python\n{text}\n```", *padded(chance, [], _AFTER, chance.choice(_LENGTHS))])

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from bench.data.code_tasks import TOPICS, make_tasks
-from bench.data.label_free import Numbers, scores_of
+from bench.data.label_free import scores_of
 from bench.data.maths import make_maths
 from bench.data.problems import Problem, make_problems, read_problems
 from core.plotting import COLOURS, figure, png
-from data.filter.audit.separation import Estimate, auc, length_buckets
+from data.filter.audit.separation import Estimate, auc, estimate, length_buckets
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "filter_difficulty.png"
 KINDS = {"counted steps": make_problems, "mathematics": make_maths, "code": make_tasks}
@@ -63,9 +63,7 @@ def mean_over_seeds(parts: Sequence[Found]) -> Found:
     """Return the mean areas; seeds are independent, so are their resamples."""
 
     def mean(cells: Sequence[Estimate]) -> Estimate:
-        resampled: Numbers = np.mean([cell.resampled for cell in cells], axis=0)
-        low, high = np.quantile(resampled, [0.025, 0.975])
-        return Estimate(float(np.mean([cell.value for cell in cells])), float(low), float(high), resampled)
+        return estimate(np.mean([[cell.value, *cell.resampled] for cell in cells], axis=0))
 
     first = parts[0]
     return {basis: {name: mean([part[basis][name] for part in parts]) for name in first[basis]} for basis in first}

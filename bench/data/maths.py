@@ -332,11 +332,18 @@ def _solution(chance: random.Random, chain: Sequence[_Done]) -> str:
 
 
 def _padded(chance: random.Random, sentences: Sequence[str], idle: Sequence[str], first: int) -> list[str]:
-    """Insert idle sentences, from place `first` on, until the text has a length that is drawn independently."""
-    length, padded = chance.choice([0, 120, 200, 300, 400, 500]), list(sentences)
+    length = chance.choice([0, 120, 200, 300, 400, 500])
     a, b, c = chance.sample(range(2, 10), 3)
+    return padded(chance, sentences, [Wording(one).substitute(a=a, b=b, c=c) for one in idle], length, first)
+
+
+def padded(
+    chance: random.Random, sentences: Sequence[str], idle: Sequence[str], length: int, first: int = 0
+) -> list[str]:
+    """Insert idle sentences, from place `first` on, until the text has `length` characters."""
+    found = list(sentences)
     for one in chance.sample(idle, len(idle)):
-        if sum(map(len, padded)) >= length:
+        if sum(map(len, found)) >= length:
             break
-        padded.insert(chance.randint(first, len(padded)), Wording(one).substitute(a=a, b=b, c=c))
-    return padded
+        found.insert(chance.randint(first, len(found)), one)
+    return found

@@ -295,13 +295,17 @@ class Filter:
     def _labels_of_copied(self) -> dict[str, float]:
         """Mean labels of the texts of which exact duplicates are labelled, by the id of the first record."""
         found: dict[str, list[float]] = {}
-        for shard, copies in self.duplicates.tables(["of", "reason"]):
-            known = np.isfinite(self.labels(shard))
-            for row in np.flatnonzero(known & (copies["reason"].to_numpy() == Reason.duplicate.name)).tolist():
-                found.setdefault(copies["of"][row].as_py(), []).append(float(self.labels(shard)[row]))
-        for record in (one for shard in self.records.shards if found for one in self.rows(shard)):
-            if record.label is not None and record.id in found:
-                found[record.id].append(record.label)
+        labelled = [shard for shard in self.records.shards if self.records.has_column(shard, LABEL)]
+        for shard in labelled:
+            labels, copies = self.labels(shard), self.duplicates.read(shard, ["of", "reason"])
+            is_copy = copies["reason"].to_numpy() == Reason.duplicate.name
+            for row in np.flatnonzero(np.isfinite(labels) & is_copy).tolist():
+                found.setdefault(copies["of"][row].as_py(), []).append(float(labels[row]))
+        for shard in labelled if found else ():
+            names = self.records.read(shard, ["id"])["id"].to_pylist()
+            for name, label in zip(names, self.labels(shard).tolist(), strict=True):
+                if name in found and not np.isnan(label):
+                    found[name].append(label)
         if disputed := sum(min(values) != max(values) for values in found.values()):
             self.job.report(f"warning: {disputed:,} texts have contradictory labels; the mean of them counts")
         return {name: float(np.mean(values)) for name, values in found.items()}

@@ -34,10 +34,11 @@ class Estimate:
 
     def minus(self, other: Estimate) -> Estimate:
         """Return the difference, paired by resample."""
-        return _estimate(np.concatenate([[self.value - other.value], self.resampled - other.resampled]))
+        return estimate(np.concatenate([[self.value - other.value], self.resampled - other.resampled]))
 
 
-def _estimate(found: Numbers) -> Estimate:
+def estimate(found: Numbers) -> Estimate:
+    """Return an estimate from the figure of the sample, which comes first, and those of the resamples."""
     low, high = np.quantile(found[1:], [0.025, 0.975]) if len(found) > 1 else (np.nan, np.nan)
     return Estimate(float(found[0]), float(low), float(high), found[1:])
 
@@ -70,7 +71,7 @@ def auc(
         raise ValueError("no bucket has records of two labels")
     # a resample without pairs tells nothing
     areas = np.divide(won, pairs, out=np.full_like(won, 0.5), where=pairs > 0)
-    return dict(zip(scores, map(_estimate, areas), strict=True))
+    return dict(zip(scores, map(estimate, areas), strict=True))
 
 
 def rank_correlation(
@@ -91,7 +92,7 @@ def rank_correlation(
     covariance, scale = sums[:, 0], np.sqrt(sums[:, 1] * sums[:, 2])
     found = np.divide(covariance, scale, out=np.zeros_like(scale), where=scale > 1e-12)
     found[scale[:, 0] <= 1e-12, 0] = np.nan
-    return dict(zip(scores, map(_estimate, found), strict=True))
+    return dict(zip(scores, map(estimate, found), strict=True))
 
 
 def spearman(first: Numbers, second: Numbers) -> float | None:
