@@ -23,7 +23,7 @@ DIFFICULTIES = ((1, 2), (3, 4), (5, 6), (7, 8))
 
 
 def draw_problem(chance: random.Random, family: str, steps: int) -> Problem:
-    """Return a problem of a family. Its label is `steps`, of which the operations have exactly so many.
+    """Return a problem of a family. Its label is `steps`, the number of its operations that are not idle.
 
     `sum`: `3 +4 +0 ...`; adding 0 or `MODULUS` is idle. `program`: additions to the variables x and y, of which x is
     asked for. `rewriting`: rule `ab` replaces the letter a by b, and is idle if the letter is another.

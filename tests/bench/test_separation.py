@@ -1,6 +1,6 @@
 """The area under the curve in buckets, and what the n-gram scorer has on problems of counted steps.
 
-On these problems improbable text has more steps, because the sentences that fill it up repeat. This is no general fact
+On these problems improbable text has more steps, because the sentences that fill it up repeat. Other problems differ
 (docs/filter.md). The scorer was chosen on seed 0 only; the seeds here were held out.
 """
 

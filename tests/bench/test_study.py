@@ -1,4 +1,4 @@
-"""The study of filtering: answers and steps are right, arms are compared fairly, and a killed study goes on."""
+"""The study of filtering: answers and steps are right, arms are compared fairly, and a killed study resumes."""
 
 from __future__ import annotations
 

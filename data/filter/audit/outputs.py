@@ -64,8 +64,8 @@ def audit_of(done: Filter, what: str) -> dict[str, Any]:
 
 def _tables(done: Filter) -> Iterator[tuple[str, Any]]:
     """Yield the name of each shard and its table: id, source, domain, score, length (bytes of text), scored_bytes (of
-    the answer, or of a plain document), tokens, tie, kept, reason, bucket, detail, why (there is no score),
-    "score:NAME" of every other scorer, and, if records have them, `LABEL` and `PICTURES`.
+    the answer, or of a plain document), tokens, tie, kept, reason, bucket, detail, why (the reason for a missing
+    score), "score:NAME" of every other scorer, and, if records have them, `LABEL` and `PICTURES`.
     """
     import pyarrow
 

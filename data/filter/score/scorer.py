@@ -23,7 +23,7 @@ class Direction(Enum):
     hard = "hard"
     """Hard according to labels, a judge or a verifier."""
     improbable = "improbable"
-    """Not what a model expects. Alone this is no sign of difficulty (docs/filter.md)."""
+    """Improbable to a model. This alone does not show difficulty (docs/filter.md)."""
     learnable = "learnable"
     """Learnable and not yet learnt; such text is often easier than the rest."""
     quality = "quality"

@@ -41,7 +41,7 @@ _ODD_64 = np.uint64(0x9E3779B97F4A7C15)
 class Signatures:
     """Signatures of N records. `exact_N2`: 128-bit hash of the canonical text. `near_NP`: the PLACES minima of MinHash.
     `near_possible_N`: false for a record with too few words, whose minima are all 0. `passed_N`: false for a record
-    that is dropped for another reason, so that it is no duplicate and has none.
+    that is dropped for another reason. It is not compared.
     """
 
     exact_N2: NDArray[np.uint64]

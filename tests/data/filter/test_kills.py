@@ -56,7 +56,7 @@ def stored(out: Path) -> dict[str, bytes]:
 
 
 def killed(command: list[str], stages: Path, files: int) -> int:
-    """Run a command and kill it once there are so many files in the folder. Return their number afterwards."""
+    """Run a command and kill it once the folder has `files` files. Return their number afterwards."""
     with subprocess.Popen(command) as process:
         while process.poll() is None:
             if len(list(stages.rglob("[!.]*.*"))) >= files:
