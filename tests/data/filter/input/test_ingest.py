@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+from collections.abc import Callable
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,11 +59,16 @@ def lines(count: int) -> bytes:
 
 
 def ingested(
-    source: Path, out: Path, workers: Workers | None = None, fails: bool = False, **keys: Any
+    source: Path,
+    out: Path,
+    workers: Workers | None = None,
+    fails: bool = False,
+    report: Callable[[str], Any] = str,
+    **keys: Any,
 ) -> dict[str, bytes]:
     workers = workers or OneWorker()
     stage = StageStore(out, "key", {})
-    Ingest(stage, scan(input_parts(InputConfig(input=str(source), **keys)), workers), workers, 7, fails).run(str)
+    Ingest(stage, scan(input_parts(InputConfig(input=str(source), **keys)), workers), workers, 7, fails).run(report)
     assert sum(stage.shards.values()) and not (out / "sorted").exists()
     return {name: stage.path(name).read_bytes() for name in stage.shards}
 
@@ -183,3 +191,55 @@ def test_ids_that_come_twice_are_named_by_any_rank(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=r"two records are called 'n3': in\.jsonl:4 and in\.jsonl:41; make"):
             on_threads(count, partial(ingested, path, out, id_key="id"))
         assert count > 1 or not out.exists(), "another id_key is not a changed input"
+
+
+def labelled(folder: Path, labels: list[Any], **keys: Any) -> tuple[list[Any], list[Any], list[str]]:
+    """Return the texts and the labels that the stage has, and what was reported."""
+    path, reports = folder / "in.jsonl", []
+    path.write_text("".join(json.dumps({"text": f"t{n}", "level": one}) + "\n" for n, one in enumerate(labels)))
+    ingested(path, folder / "out", report=reports.append, label_key="level", **keys)
+    rows = [
+        row
+        for file in sorted((folder / "out").glob("*.parquet"))
+        for row in pyarrow.parquet.read_table(file).to_pylist()
+    ]
+    assert not any(row["problem"] for row in rows)
+    return [row["text"] for row in rows], [row.get("label") for row in rows], reports
+
+
+def test_what_is_no_number_is_no_label_and_drops_no_text(tmp_path):
+    labels = [1, 2.5, math.nan, None, "Level 3", 10**400, math.inf, True, [4], -0.0, *range(5)]
+    texts, found, reports = labelled(tmp_path, labels, fails=True)
+    assert texts == [f"t{number}" for number in range(15)]
+    assert found == [1.0, 2.5, *[None] * 7, -0.0, *map(float, range(5))]
+    assert reports[0] == (
+        "warning: 5 values of label_key=level are not numbers and do not count, "
+        "such as 'Level 3' in in.jsonl:5; write 3 instead of 'Level 3'"
+    )
+    assert len(reports) == 2
+
+
+def test_gaps_in_a_column_of_labels_are_not_reported(tmp_path):
+    assert labelled(tmp_path, [math.nan, None, 3])[1:] == ([None, None, 3.0], ["read 3 records of 1 part"])
+
+
+def test_decimals_are_labels(tmp_path):
+    rows = [{"text": "t", "level": Decimal("1.5")}, {"text": "t", "level": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
+    (record, other) = input_parts(InputConfig(input=str(tmp_path), label_key="level"))[0].records()
+    assert (record.label, record.bad_label, other.label, other.bad_label) == (1.5, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("level", "message"),
+    [
+        ("Level 3", "such as 'Level 3' in in.jsonl:1; write 3 instead of 'Level 3'$"),
+        ("3 of 5", "such as '3 of 5' in in.jsonl:1; write finite numbers$"),
+        (True, "such as True in in.jsonl:1; write 0 and 1$"),
+        (10**400, r"such as 10+\.\.\.0+ in in.jsonl:1; write finite numbers$"),
+        (math.nan, "the keys of the first record are 'text', 'level'; try null$"),
+    ],
+)
+def test_columns_without_numbers_are_rejected(tmp_path, level, message):
+    with pytest.raises(ConfigError, match=f"^label_key=level: no record has a number under it; {message}"):
+        labelled(tmp_path, [level] * 3)

@@ -419,20 +419,6 @@ def test_labels_of_copies_count_for_the_record_that_is_kept(tmp_path):
     assert [labels[f"{row['q']}\n\n{row['a']}"] for row in passed] == wanted
 
 
-@pytest.mark.parametrize(
-    ("level", "message"),
-    [
-        ("Level 3", "'level' is 'Level 3', not a finite number.*label_key="),
-        (True, "'level' is 'True', not a finite number"),
-        (None, "label_key=level: no record has a number under it; the keys of the first record are 'q', 'a', 'kind'"),
-    ],
-)
-def test_columns_without_numbers_are_rejected(tmp_path, level, message):
-    source = write_problems(tmp_path / "in.jsonl", 40, level=level)
-    with pytest.raises(ConfigError, match=message):
-        filtered(source, tmp_path / "out", label_key="level", **KEYS)
-
-
 # -- configuration
 
 
