@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError
-from core.files import sha256_file, sha256_text
+from core.files import remove_tree, sha256_file, sha256_text
 from data.files import find_files
 from data.filter.audit.proof import by_length, check_auc, prove
 from data.filter.audit.statistics import OTHER
@@ -94,22 +94,42 @@ class Filter:
             stages.append(StageStore(job.directory / name, before, made_of))
         self.records, self.screened, self.scored, self.decided = stages
         self.duplicates = StageStore(job.directory / "duplicates", self.screened.key, self.screened.made_of)
+        self._stages = [*stages, self.duplicates]
 
     def run(self) -> None:
-        """Run all stages, skipping shards that exist."""
+        """Run all stages, skipping shards that exist.
+
+        A `ConfigError` sets aside what was made: all stages before the first score, which is when neither the input nor
+        the scorer is known to be right, and then the scores. So the corrected command is not rejected as a change, and
+        the same command resumes. Stages of inputs that were corrected are removed in the end.
+        """
         with barrier(self.workers):  # reject invalid rules before reading the input, which may take hours
+            for stage in self._stages:
+                stage.check_key()
             if OTHER + LABEL not in self._score_columns and not any("label_key" in one.keys for one in self.job.parts):
                 check_auc(self.rules.select, lambda: None)
             gates = Gates(self.rules.gates)
             sets = EvaluationSets(self.rules.contamination)
         fail = self.rules.on_error is OnError.fail
         Ingest(self.records, self._parts, self.workers, SHARD_RECORDS, fail).run(self.job.report)
-        with barrier(self.workers):
-            self._check_names()
-        self._screen(gates, sets)
-        self._find_duplicates()
-        self._score()
-        self._decide()
+        try:
+            with barrier(self.workers):
+                self._check_names()
+            self._screen(gates, sets)
+            self._find_duplicates()
+            self._score()
+            self._decide()
+        except ConfigError:
+            if self.workers.rank == 0 and not self.decided.has_manifest:
+                has_scores = any(self.scored.directory.glob("*.parquet"))
+                for stage in [self.scored] if has_scores else self._stages:
+                    stage.set_aside()
+            raise
+        if self.workers.rank == 0:
+            for path in chain(
+                *(self.job.directory.glob(f"{name}-*") for name in ("records", "screened", "duplicates"))
+            ):
+                remove_tree(path)
 
     def _check_names(self) -> None:
         rules = self.rules.select
@@ -416,8 +436,6 @@ class Filter:
         return scores, places
 
     def _decide(self) -> None:
-        with barrier(self.workers):
-            self.decided.check_key()
         noise, by_length = self._noise(), self._by_length()
         with barrier(self.workers):
             content = self._hash_of_scores(noise, by_length)
@@ -449,13 +467,12 @@ class Filter:
 
     def _by_length(self) -> NDArray[np.int64]:
         """Return, for each domain, whether its records compete in length buckets. Raises `ConfigError` if labels do not
-        prove the score as `select.require_auc` demands; the scores are then set aside for a rerun.
+        prove the score as `select.require_auc` demands.
         """
         found = np.zeros(len(self.domains), np.int64)
         with barrier(self.workers):
             if self.workers.rank == 0:
-                with self.scored.set_aside(unless=self.decided.has_manifest):
-                    check_auc(self.rules.select, lambda: self.proof)
+                check_auc(self.rules.select, lambda: self.proof)
                 found[:] = by_length(self.rules.select, self.job.scorer.name, lambda: self.proof, self.domains)
         return self.workers.sum(found)
 

@@ -255,8 +255,45 @@ def test_changed_settings_are_refused_by_name(tmp_path):
             filtered(source, tmp_path / "out", **{"scorer": scorer, **settings})
         assert "\n" not in str(caught.value)
     write_lines(source, prose(41))
-    with pytest.raises(ConfigError, match=r"records: was made with input=\w+ \(now \w+\)"):
+    with pytest.raises(ConfigError, match=r"records: the input changed since it was made; remove that folder"):
         filtered(source, tmp_path / "out", scorer)
+
+
+def test_a_run_without_scores_does_not_block_its_correction(tmp_path):
+    """Another scorer reuses the stages, and another input discards them. Control: scores are not given up so easily."""
+
+    class Unfit(FixedScorer):
+        def fit(self, records: Any) -> None:
+            raise ConfigError("scorer", None, "needs labels")
+
+    def stamps() -> list[int]:
+        stages = [tmp_path / "out" / "stages" / name for name in ("records", "screened", "duplicates")]
+        return [path.stat().st_mtime_ns for stage in stages for path in sorted(stage.iterdir())]
+
+    source, unfit = write_lines(tmp_path / "in.jsonl", prose(40)), Unfit(lambda record: 0.0, "unfit")
+    for count in (40, 41, 41):
+        write_lines(source, prose(count))
+        with pytest.raises(ConfigError, match="needs labels"):
+            filtered(source, tmp_path / "out", unfit)
+    assert {path.name.split("-")[0] for path in (tmp_path / "out" / "stages").iterdir()} == {
+        "records",
+        "screened",
+        "duplicates",
+        "scored",
+    }
+    scorer = FixedScorer(lambda record: len(record.text))
+    aside = sorted(path for path in (tmp_path / "out" / "stages").iterdir() if path.name.startswith("records"))
+    made = max(aside, key=lambda path: path.stat().st_mtime_ns).stat().st_ino
+    filtered(source, tmp_path / "out", scorer)
+    assert (tmp_path / "out" / "stages" / "records").stat().st_ino == made, "read once"
+    left = {path.name for path in (tmp_path / "out" / "stages").iterdir() if not path.name.startswith("scored-")}
+    assert left == {"records", "screened", "duplicates", "scored", "decisions"}
+    shutil.rmtree(tmp_path / "out" / "stages" / "decisions")
+    before = stamps()
+    write_lines(source, prose(42))
+    with pytest.raises(ConfigError, match="the input changed since"):
+        filtered(source, tmp_path / "out", scorer)
+    assert stamps() == before
 
 
 @pytest.mark.parametrize(("number", "advice"), [(errno.EROFS, "make it writable, or"), (errno.EIO, "fix that and run")])
