@@ -133,10 +133,13 @@ def test_each_range_is_hashed_by_one_rank(tmp_path, monkeypatch):
     assert scan(parts, OneWorker())[0].fingerprint != before
 
 
-def test_a_kill_while_reading_changes_nothing(tmp_path, monkeypatch):
-    """A shard that is missing in the middle is made again; a manifest is written only when all are there."""
+@pytest.mark.parametrize("size", [100, 1000])
+def test_a_kill_while_reading_changes_nothing(tmp_path, monkeypatch, size):
+    """A shard that is missing in the middle is made again, also if others begin in its piece. A manifest is written
+    only when all are there.
+    """
     path = write_input(tmp_path, "jsonl")
-    monkeypatch.setattr(readers, "_RANGE_BYTES", 100)
+    monkeypatch.setattr(readers, "_RANGE_BYTES", size)
     whole = ingested(path, tmp_path / "whole")
     real = StageStore.write
     for deadly in range(len(whole)):
