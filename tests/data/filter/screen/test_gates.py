@@ -152,6 +152,20 @@ def test_check_notices_a_gate_that_is_off(plant, off, clean):
     assert_planted_is_rejected(Gates(GateConfig()), plant, texts)
 
 
+def test_short_prompts_pass_unless_shuffled(gates, clean):
+    """Of pieces of 120 to 199 characters, which the promise leaves out. Control: documents have the stricter bound."""
+    chance, answer = random.Random(0), ENGLISH
+    texts = [text[: chance.randrange(120, PROMISED_CHARACTERS)].strip() for text in clean(PROMISED_CHARACTERS)]
+
+    def scrambled(texts: list[str], is_prompt: bool) -> float:
+        records = [replace(record(f"{text}\n\n{answer}"), answer_start=len(text) + 2) for text in texts]
+        found = map(gates, records if is_prompt else map(record, texts))
+        return sum(reason is Reason.scrambled for reason in found) / len(texts)
+
+    assert scrambled(texts, True) < 0.005 < scrambled(texts, False)
+    assert scrambled(["".join(chance.sample(text, len(text))) for text in texts[:200]], True) > 0.65
+
+
 def test_without_gates_everything_but_nothing_passes(clean):
     config = GateConfig(min_characters=None, repetition=False, non_text=False, scrambled=False)
     chance, gates = random.Random(0), Gates(config)
