@@ -18,6 +18,7 @@ import pytest
 from core.errors import ConfigError, DataError
 from data import files
 from data.files import json_lines
+from data.filter import runs
 from data.filter.config import InputConfig
 from data.filter.input import ingest, readers
 from data.filter.input.ingest import Ingest, scan
@@ -131,6 +132,9 @@ def test_each_range_is_hashed_by_one_rank(tmp_path, monkeypatch):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"note 50", b"note 05"))
     assert scan(parts, OneWorker())[0].fingerprint != before
+    path.with_name("other.jsonl").write_bytes(content)
+    other = input_parts(InputConfig(input=str(path.with_name("other.jsonl"))))
+    assert scan(other, OneWorker())[0].fingerprint != before, "ids are file and line"
 
 
 @pytest.mark.parametrize("size", [100, 1000])
@@ -158,14 +162,15 @@ def test_a_kill_while_reading_changes_nothing(tmp_path, monkeypatch, size):
         assert ingested(path, out) == whole
 
 
-def test_a_file_that_shrinks_meanwhile_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("left", [50, 59])
+def test_a_file_that_shrinks_meanwhile_is_refused(tmp_path, monkeypatch, left):
     path = write_input(tmp_path, "jsonl")
     monkeypatch.setattr(readers, "_RANGE_BYTES", 100)
     real = ingest.scan
 
     def cut(*args: Any) -> Any:
         found = real(*args)
-        path.write_bytes(lines(50))
+        path.write_bytes(lines(left))
         return found
 
     monkeypatch.setitem(globals(), "scan", cut)
@@ -183,15 +188,26 @@ def test_a_line_that_is_too_long_is_named_in_any_range(tmp_path, monkeypatch):
             on_threads(workers, partial(ingested, path, tmp_path / f"{workers}"))
 
 
+def test_a_damaged_table_and_a_missing_id_are_named(tmp_path, monkeypatch):
+    path = write_input(tmp_path, "parquet")
+    monkeypatch.setattr(readers, "_RANGE_BYTES", 100)
+    with pytest.raises(ConfigError, match=r"no 'name'; it has 'text'; try id_key=$"):
+        ingested(path, tmp_path / "out", id_key="name")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match=r"in\.parquet: cannot be read: "):
+        ingested(path, tmp_path / "out")
+
+
 def test_ids_that_come_twice_are_named_by_any_rank(tmp_path, monkeypatch):
     path = tmp_path / "in.jsonl"
     names = [f"n{number}" for number in range(60)]
-    names[40], names[50], names[55] = "n3", "n10", "n3"
+    names[42], names[50], names[55] = "n7", "n10", "n7"  # both 7 and 42 begin a shard
     path.write_text("".join(json.dumps({"text": "t", "id": name}) + "\n" for name in names))
     monkeypatch.setattr(readers, "_RANGE_BYTES", 100)
+    monkeypatch.setattr(runs, "RANGE_ENTRIES", 10)
     for count in (1, 2, 4):
         out = tmp_path / f"{count}"
-        with pytest.raises(ConfigError, match=r"two records are called 'n3': in\.jsonl:4 and in\.jsonl:41; make"):
+        with pytest.raises(ConfigError, match=r"two records are called 'n7': in\.jsonl:8 and in\.jsonl:43; make"):
             on_threads(count, partial(ingested, path, out, id_key="id"))
         assert count > 1 or not out.exists(), "another id_key is not a changed input"
 

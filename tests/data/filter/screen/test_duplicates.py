@@ -154,6 +154,15 @@ def test_a_bucket_leads_on_from_what_it_has_reached():
     assert found == [None, (Reason.near_duplicate, 0), (Reason.near_duplicate, 0)]
 
 
+def test_records_of_a_bucket_are_alike_from_the_threshold_on():
+    """Record 1 agrees with record 0 in exactly as many positions as are needed, record 2 in one fewer."""
+    near = np.tile(np.arange(PLACES, dtype=np.uint32), (3, 1))
+    near[1, 100:] += 1000
+    near[2, 99:] += 2000
+    pairs = duplicates._connected(np.arange(3, dtype=np.uint64), near.__getitem__, 100)
+    assert pairs.T.tolist() == [[0, 1]]
+
+
 def test_bands_miss_one_percent_at_most_at_the_threshold():
     for threshold in (0.3, 0.5, 0.8, 0.95):
         count, width = duplicates.bands(threshold)

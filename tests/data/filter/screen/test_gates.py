@@ -202,6 +202,7 @@ def tables() -> dict[str, str]:
         "csv": "\n".join(f"2020-{chance.choice(['Jan', 'Mar'])}-{row},{chance.random():.5f},N{row}" for row in rows),
         "hexadecimal": "\n".join(" ".join(f"{chance.randint(0, 255):02x}" for _ in range(16)) for _ in rows),
         "json": json.dumps([{"id": row, "name": chance.choice(["anna", "bob"]), "p": chance.random()} for row in rows]),
+        "parts": " ".join(f"{chance.choice(string.ascii_uppercase)}{chance.randrange(10**8):08d}" for _ in rows),
         "formulas": r"\frac{d}{dx}\left(\sqrt{x^2+1}\right)=\frac{x}{\sqrt{x^2+1}},\quad\int_0^\infty e^{-x^2}\,dx="
         r"\frac{\sqrt{\pi}}{2},\quad\sum_{n=1}^{\infty}\frac{1}{n^2}=\frac{\pi^2}{6},\quad\lim_{x\to 0}\frac{x}{2x}",
     }
@@ -241,7 +242,9 @@ def test_length_is_bounded_both_ways():
     assert gates(record(ENGLISH + ENGLISH)) is Reason.too_long
 
 
-@pytest.mark.parametrize("text", ["\ud800" * 300, "a\x00" * 300, "\U0010ffff" * 300, "x" + " " * 500 + "y"])
+@pytest.mark.parametrize(
+    "text", ["\ud800" * 300, "a\x00" * 300, "\U0010ffff" * 300, "x" + " " * 500 + "y", "a few" + " " * 300 + "words"]
+)
 def test_odd_characters_do_not_stop_it(text, gates):
     assert gates(record(text)) in GARBAGE
 
