@@ -33,11 +33,10 @@ from data.filter.score.scorer import CompositeScorer, CostlyScorer, RemoteScorer
 from data.filter.screen.contamination import EvaluationSets
 from data.filter.screen.duplicates import PLACES, DuplicateSearch, Signatures, signatures
 from data.filter.screen.gates import Gates
-from data.filter.screen.pictures import PictureSignatures, find_picture_duplicates
+from data.filter.screen.pictures import find_picture_duplicates
 from data.filter.select.selection import REASONS, ShardScores, noise_threshold, select
 from data.filter.store import StageStore, Workers, barrier, local_items
 from data.filter.tables import PICTURES, THUMBNAILS, make_table
-from data.images.phash import COLOUR_BYTES
 from data.sampling import key_of
 
 FORMAT = 2
@@ -228,7 +227,6 @@ class Filter:
                 tie=np.asarray([key_of(self.rules.seed, record.id) for record in records], np.uint64),
                 exact=[row.tobytes() for row in found.exact_N2],
                 near=[row.tobytes() for row in found.near_NP],
-                near_possible=found.near_possible_N,
             )
 
         self.screened.open(self.workers)
@@ -272,22 +270,15 @@ class Filter:
         """Return (record, earlier record, code of the reason) for each document with repeated pictures, [3, E]."""
         distance, found = self.rules.duplicates.pictures, []
         if distance is not None and self.has_pictures:
-            shards = [self._picture_signatures(shard) for shard in self.screened.shards]
-            found = [one for copies in find_picture_duplicates(shards, distance) for one in copies]
+            documents = chain.from_iterable(map(self._pictures_that_passed, self.screened.shards))
+            found = find_picture_duplicates(documents, distance)
         rows = [(row, one.of, REASONS.index(one.reason)) for row, one in enumerate(found) if one is not None]
         return np.array(rows, np.uint64).reshape(-1, 3).T
 
-    def _picture_signatures(self, shard: str) -> PictureSignatures:
-        """Return the signatures of the pictures of the records that passed the gates."""
+    def _pictures_that_passed(self, shard: str) -> list[tuple[RecordPicture, ...]]:
+        """Return the pictures of each record, none for those that the gates dropped."""
         reasons = self.screened.read(shard, ["reason"])["reason"].to_pylist()
-        passed = [() if reason else mine for reason, mine in zip(reasons, self.pictures(shard), strict=True)]
-        pictures = [picture for mine in passed for picture in mine]
-        return PictureSignatures(
-            counts_N=np.array([len(mine) for mine in passed], np.int64),
-            sha256=[picture.sha256 for picture in pictures],
-            hashes=np.array([picture.hash for picture in pictures], np.uint64),
-            colours=np.frombuffer(b"".join(p.colours for p in pictures), np.uint8).reshape(-1, COLOUR_BYTES),
-        )
+        return [() if reason else mine for reason, mine in zip(reasons, self.pictures(shard), strict=True)]
 
     def reasons(self, shard: str) -> list[str | None]:
         """Return the reason of each record that is decided before scoring, such as a duplicate; None: to be scored."""
@@ -523,7 +514,7 @@ def _signatures(table: Any) -> Signatures:
     exact, near = (b"".join(table[name].to_pylist()) for name in ("exact", "near"))
     exact_N2 = np.frombuffer(exact, np.uint64).reshape(-1, 2)
     near_NP = np.frombuffer(near, np.uint32).reshape(-1, PLACES)
-    return Signatures(exact_N2, near_NP, table["near_possible"].to_numpy(), table["reason"].is_null().to_numpy())
+    return Signatures(exact_N2, near_NP, table["reason"].is_null().to_numpy())
 
 
 def _one_line(text: str) -> str:
