@@ -188,6 +188,14 @@ def test_a_line_that_is_too_long_is_named_in_any_range(tmp_path, monkeypatch):
             on_threads(workers, partial(ingested, path, tmp_path / f"{workers}"))
 
 
+def test_a_lost_shard_of_a_file_without_pieces_is_made_again(tmp_path):
+    path, out = write_input(tmp_path, "jsonl.gz"), tmp_path / "out"
+    whole = ingested(path, out)
+    (out / "manifest.json").unlink()
+    (out / f"{list(whole)[3]}.parquet").unlink()
+    assert ingested(path, out) == whole
+
+
 def test_a_damaged_table_and_a_missing_id_are_named(tmp_path, monkeypatch):
     path = write_input(tmp_path, "parquet")
     monkeypatch.setattr(readers, "_RANGE_BYTES", 100)
