@@ -202,7 +202,6 @@ def tables() -> dict[str, str]:
         "csv": "\n".join(f"2020-{chance.choice(['Jan', 'Mar'])}-{row},{chance.random():.5f},N{row}" for row in rows),
         "hexadecimal": "\n".join(" ".join(f"{chance.randint(0, 255):02x}" for _ in range(16)) for _ in rows),
         "json": json.dumps([{"id": row, "name": chance.choice(["anna", "bob"]), "p": chance.random()} for row in rows]),
-        + " 3 kW",
         "parts": " ".join(f"{chance.choice(string.ascii_uppercase)}{chance.randrange(10**8):08d}" for _ in rows),
         "formulas": r"\frac{d}{dx}\left(\sqrt{x^2+1}\right)=\frac{x}{\sqrt{x^2+1}},\quad\int_0^\infty e^{-x^2}\,dx="
         r"\frac{\sqrt{\pi}}{2},\quad\sum_{n=1}^{\infty}\frac{1}{n^2}=\frac{\pi^2}{6},\quad\lim_{x\to 0}\frac{x}{2x}",
