@@ -73,10 +73,9 @@ def _buckets(audit: dict[str, Any]) -> Iterator[str]:
         if audit["buckets"]["rule"] == "auto" and one["competed"]["documents"]:
             why = why_by_length(audit["scorer"]["name"], audit["proof"], name)
             found.setdefault(why, []).append(named(name))
-    across = found.pop("", [])
-    parts = [f"records compete across lengths in {_list(across) if across else 'no domain'}"] if across or found else []
-    parts += [f"in length buckets in {_list(names)}, since {why}" for why, names in found.items()]
-    if parts:
+    if found:
+        parts = [f"records compete across lengths in {_list(found.pop('', ['no domain']))}"]
+        parts += [f"length buckets stay in {_list(names)}, since {why}" for why, names in found.items()]
         yield f"select.buckets=auto: {'; '.join(parts)}"
 
 

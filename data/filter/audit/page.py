@@ -14,6 +14,7 @@ from markupsafe import Markup
 from core.html import data_url, page
 from data.filter.audit.findings import named, reason_label, text_only
 from data.filter.audit.plots import thresholds
+from data.filter.audit.statistics import by_size
 from data.filter.input.records import Reason
 
 _ROWS = 40
@@ -37,7 +38,7 @@ def audit_page(
     whole, kept, competed = (totals[name] for name in ("in", "kept", "competed"))
     reasons = [(Reason[name], size, _ratio(size["tokens"], whole["tokens"])) for name, size in audit["reasons"].items()]
     reasons = [(reason, size, share) for reason, size, share in reasons if size["documents"]]
-    by_size = sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))
+    largest = by_size(domains)
     captions = {"scores": "Scores of the records that passed the gates", "proof": "AUC, and kept fraction by label"}
     captions |= {f"scores_{place}": named(name) for place, name in enumerate(audit["scores"]["domains"])}
 
@@ -59,12 +60,12 @@ def audit_page(
         label=partial(reason_label, audit),
         largest_reason=max((share or 0 for *_, share in reasons), default=0) or 1,
         unit=audit["rules"]["unit"],
-        domains=[(name, domains[name], thresholds(audit, name)) for name in by_size[:_ROWS]],
+        domains=[(name, domains[name], thresholds(audit, name)) for name in largest[:_ROWS]],
         more_domains=len(domains) - _ROWS,
         largest_domain=max((one[key] or 0 for one in domains.values() for key in _SHARES), default=0) or 1,
         pictures={name: shown(name) for name in light},
         random=audit["random"],
-        groups=_groups(audit["random"], by_size),
+        groups=_groups(audit["random"], largest),
         samples=[(name, sides) for name, sides in audit["samples"].items() if any(sides.values())],
         examples=[(Reason[name], rows) for name, rows in audit["examples"].items()],
         look_up=f"leviathan filter explain=ID out={shlex.quote(directory)}",
@@ -74,9 +75,9 @@ def audit_page(
     return page(f"Filter: {_visible(audit['input'])}", body, style)
 
 
-def _groups(random: dict[str, Any], by_size: list[str]) -> list[tuple[str, float | None]]:
+def _groups(random: dict[str, Any], domains: list[str]) -> list[tuple[str, float | None]]:
     """Return a label and the kept fraction for each of the largest domains and each quarter of records by length."""
-    groups = [(named(name), random["domains"][name]) for name in by_size if name in random["domains"]]
+    groups = [(named(name), random["domains"][name]) for name in domains if name in random["domains"]]
     groups = groups[:_ROWS] if len(groups) > 1 else []
     return groups + [(f"{q['from_bytes']:,} to {q['to_bytes']:,} scored bytes", q["kept"]) for q in random["lengths"]]
 
@@ -100,7 +101,8 @@ def _template() -> tuple[Any, str]:
         "count": lambda value: f"{value:,}",
         "percent": lambda share: "-" if share is None else f"{share:.1%}",
         "correlation": lambda value: "-" if value is None else f"{value:+.2f}",
-        "number": _number,
+        "number": lambda value: "-" if value is None else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}",
+        "auc": lambda value: f"{value:.2f}",
     }
     return environment.get_template("page.html"), (folder / "page.css").read_text()
 
@@ -114,7 +116,3 @@ def _visible(text: str) -> str:
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

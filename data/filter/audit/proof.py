@@ -73,8 +73,7 @@ def prove(
         texts.append(table.select(["exact", LABEL]))
         table = table.filter(table["reason"].is_null()).drop_columns(["exact", "reason"])
         count += len(table)
-        table = table if sample is None else pyarrow.concat_tables([sample, table])
-        sample = first_of_each(table, [], [("tie", "ascending")], _SAMPLE)
+        sample = first_of_each([sample, table], [], [("tie", "ascending")], _SAMPLE)
     if not count:
         return None
     found = {"scorer": scorer.name, "direction": scorer.direction.name, **_measured(sample, scorer.name)}

@@ -26,7 +26,6 @@ from data.filter.config import FilterRules
 from data.filter.input.records import LABEL, Reason
 from data.filter.score.scorer import Scorer
 
-FORMAT = 2
 SHOWN_DOMAINS = 12
 """Number of domains with their own histogram and samples: those with the most tokens."""
 COMPETED = (Reason.hard, Reason.revived, Reason.protected, Reason.easy, Reason.noise, Reason.unscored)
@@ -74,14 +73,11 @@ class Audit:
         """`thresholds`: from `Thresholds.thresholds`. `input`: name of the input, for people. `documents`, `tokens`:
         the numbers read from the input, with which the counts must agree. `proof`: from `Proof.figures`.
         """
-        self.proof = proof
-        self.rules, self.scorer, self.thresholds, self.input = rules, scorer, thresholds, input
+        self.rules, self.scorer, self.thresholds = rules, scorer, thresholds
+        self.input, self.proof = input, proof
         self._read = {"documents": documents, "tokens": tokens}
         self._counts: list[Any] = []
-        self._sample: Any = None
-        self._labelled: Any = None
-        self._edges: Any = None
-        self._examples: Any = None
+        self._sample = self._labelled = self._edges = self._examples = None
 
     def add(self, shard: str, table: Any) -> None:
         """Add one shard of the selection, a `pyarrow.Table`. Raises `DataError` if the shard is inconsistent."""
@@ -91,27 +87,26 @@ class Audit:
                 raise DataError(f"audit: {shard} has a record with reason={reason} and kept={kept}")
         table = _prepared(shard, table)
         self._counts.append(_counted([table]))
-        self._examples = _joined(self._examples, table, ["reason"], _AT_RANDOM, _EXAMPLES)
+        self._examples = first_of_each([self._examples, table], ["reason"], _AT_RANDOM, _EXAMPLES)
         competed = _with_reason(table, COMPETED)
         labelled = competed.filter(competed[LABEL].is_valid())
-        self._sample = _joined(self._sample, competed, [], _AT_RANDOM, _SAMPLE)
-        self._labelled = _joined(self._labelled, labelled, [], _AT_RANDOM, _SAMPLE)
+        self._sample = first_of_each([self._sample, competed], [], _AT_RANDOM, _SAMPLE)
+        self._labelled = first_of_each([self._labelled, labelled], [], _AT_RANDOM, _SAMPLE)
         by_score = _with_reason(competed.filter(competed["score"].is_valid()), (Reason.hard, Reason.easy))
         by_score = by_score.append_column("threshold", [self._thresholds(by_score)])
         distance = np.abs(by_score["score"].to_numpy() - by_score["threshold"].to_numpy())
         by_score = by_score.append_column("distance", [distance])
-        self._edges = _joined(
-            self._edges, by_score, ["domain", "kept"], (("distance", "ascending"), *_AT_RANDOM), _SIDE
-        )
+        nearest = (("distance", "ascending"), *_AT_RANDOM)
+        self._edges = first_of_each([self._edges, by_score], ["domain", "kept"], nearest, _SIDE)
 
-    def _thresholds(self, table: Any) -> Any:
+    def _thresholds(self, table: Any) -> Numbers:
         """Return the lowest kept score of each record's bucket, NaN for a bucket of which nothing is kept."""
-        found = np.full(len(table), np.nan)
+        limits = np.full(len(table), np.nan)
         domain, bucket = np.asarray(table["domain"]), np.maximum(table["bucket"].to_numpy(), 0)
         for name, given in self.thresholds.get("domains", {}).items():
             mine = domain == name
-            found[mine] = np.array([one["score"] for one in given["buckets"]], np.float64)[bucket[mine]]
-        return found
+            limits[mine] = np.array([one["score"] for one in given["buckets"]], np.float64)[bucket[mine]]
+        return limits
 
     def finish(self, text_of: TextOf, thumbnails_of: ThumbnailsOf | None = None) -> dict[str, Any]:
         """Return the statistics, ready for JSON. Raises `DataError` if they do not add up to the input.
@@ -121,11 +116,11 @@ class Audit:
         rows = _counted(self._counts).sort_by([("domain", "ascending"), ("reason", "ascending")]).to_pylist()
         totals = _totals(rows)
         total, competed, kept = totals["in"], totals["competed"], totals["kept"]
-        domains = {name: self._domain(found, total, kept) for name, found in _grouped(rows, "domain").items()}
-        shown = sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))[:SHOWN_DOMAINS]
+        domains = {name: self._domain(mine, total, kept) for name, mine in _grouped(rows, "domain").items()}
+        shown = by_size(domains)[:SHOWN_DOMAINS]
         sample = self._sample.filter(self._sample["score"].is_valid())
         audit: dict[str, Any] = {
-            "format": FORMAT,
+            "format": 2,
             "input": self.input,
             "scorer": {key: getattr(self.scorer, key) for key in ("name", "measures")}
             | {"direction": self.scorer.direction.name, "fingerprint": self.scorer.fingerprint},
@@ -145,11 +140,11 @@ class Audit:
             **self._records(shown, text_of, thumbnails_of),
         }
         if thumbnails_of is not None:
-            of_kept = (row["pictures"] for row in rows if Reason[row["reason"]].kept)
-            of_all = {
-                name: sum(row[key] for row in rows) for name, key in (("records", "pictured"), ("in", "pictures"))
+            audit["pictures"] = {
+                "records": sum(row["pictured"] for row in rows),
+                "in": sum(row["pictures"] for row in rows),
+                "kept": sum(row["pictures"] for row in rows if Reason[row["reason"]].kept),
             }
-            audit["pictures"] = of_all | {"kept": sum(of_kept)}
         self._check_sums(audit)
         return audit | {"warnings": warnings(audit)}
 
@@ -158,8 +153,8 @@ class Audit:
         return [name for name, has_buckets in zip(domains, found, strict=True) if not has_buckets]
 
     def _check_sums(self, audit: dict[str, Any]) -> None:
-        sizes = {"reasons": audit["reasons"].values(), "domains": [one["in"] for one in audit["domains"].values()]}
-        for what, parts in sizes.items():
+        parts_of = {"reasons": audit["reasons"].values(), "domains": [one["in"] for one in audit["domains"].values()]}
+        for what, parts in parts_of.items():
             for unit, whole in self._read.items():
                 if (added := sum(size[unit] for size in parts)) != whole:
                     raise DataError(f"audit: the {what} add up to {added:,} {unit}, but {whole:,} were read")
@@ -269,18 +264,16 @@ def _counted(tables: list[Any]) -> Any:
     )
 
 
-def _joined(before: Any, table: Any, groups: list[str], order: Any, count: int) -> Any:
-    import pyarrow
-
-    tables = [table] if before is None else [before, table]
-    return first_of_each(pyarrow.concat_tables(tables, promote_options="default"), groups, order, count)
-
-
 def _with_reason(table: Any, reasons: Iterable[Reason]) -> Any:
     import pyarrow
     from pyarrow import compute
 
     return table.filter(compute.is_in(table["reason"], pyarrow.array([reason.name for reason in reasons])))
+
+
+def by_size(domains: Mapping[str, Row]) -> list[str]:
+    """Return the names of the domains, those with the most tokens first."""
+    return sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))
 
 
 def _sizes(rows: Iterable[Row]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from data.filter.audit import proof as module
 from data.filter.audit.findings import conclusion
 from data.filter.audit.outputs import audit_of
 from data.filter.audit.proof import hard_or_easy, sentence, verdict
-from data.filter.audit.separation import auc, rank_correlation
+from data.filter.audit.separation import auc, estimate, rank_correlation
 from data.filter.config import BucketRule, DuplicateConfig, SelectConfig
 from data.filter.pipeline import Filter
 from launch.cli import main
@@ -78,6 +78,11 @@ def test_figures_of_one_bucket_are_those_of_sklearn_and_scipy():
     ranks = rank_correlation({"a": score}, label, whole, 100)["a"]
     assert ranks.value == pytest.approx(spearmanr(score, label).statistic) and ranks.low < ranks.value < ranks.high
     assert np.isnan(rank_correlation({"": score}, label * 0, whole, 10)[""].value)
+    unscored = CHANCE(1).random(90) < 0.4
+    with_missing = auc({"": np.where(unscored, np.nan, score)}, binary, whole, 0)[""].value
+    higher = score[:, None] > score
+    won = np.where(unscored[:, None] | unscored | (score[:, None] == score), 0.5, higher)
+    assert with_missing == pytest.approx(won[binary == 1][:, binary == 0].mean()), "records without a score tie"
 
 
 def test_knowing_the_bucket_alone_is_chance():
@@ -93,6 +98,8 @@ def test_knowing_the_bucket_alone_is_chance():
 
 def test_intervals_cover_the_truth_in_19_of_20_cases():
     """Normal scores that differ by 0.5 standard deviations have an AUC of 0.638 (Bamber 1975)."""
+    of_known = estimate(np.array([7.0, *range(1001)]))
+    assert (of_known.value, of_known.low, of_known.high) == (7, 25, 975)
     hits, narrow = 0, 0
     hard, bucket = np.tile([0.0, 1.0], 60), np.repeat(np.arange(4), 30)
     for seed in range(80):
@@ -157,6 +164,9 @@ def test_the_figures_of_a_filter_are_those_by_hand(tmp_path, monkeypatch, bug):
     if bug is None:
         names = ["fixed", "length of the answer", "length of the prompt", "random"]
         assert [one["name"] for one in found["scorers"]] == names
+        first, *lengths, _ = (one["auc"] for one in found["scorers"])
+        leads = {one["over"]: one["auc"] for one in found["lead"]}
+        assert leads == pytest.approx(dict(zip(names[1:3], first - np.array(lengths), strict=True)), abs=1e-5)
         assert [row["label"] for row in rows_of(done)] == LABELS.tolist()
         level = {one["from"]: one["kept"] for one in found["kept"]}
         assert level[2.0] == pytest.approx(np.mean([r["kept"] for r in rows_of(done) if r["label"] == 2]), abs=1e-6)
@@ -258,6 +268,11 @@ BAD_LABELS: dict[str, dict[str, Any]] = {
 def test_bad_labels_are_said(tmp_path, text):
     audit = audit_of(run(tmp_path, NOISE, **BAD_LABELS[text]), "in.jsonl")
     assert [text in warning for warning in texts_of(audit, "labels")] == [True] * bool(text)
+    records = {
+        "No record": 120,
+        "2 records": 239,
+    }  # of a record that is dropped before scoring, the label does not count
+    assert audit["proof"]["labels"]["records"] == next((n for name, n in records.items() if text.startswith(name)), 240)
 
 
 def test_another_scale_in_each_domain_changes_nothing(tmp_path):
@@ -352,7 +367,7 @@ def test_buckets_follow_the_labels_of_a_learned_scorer(tmp_path):
     assert "since fixed did not learn from labels" in said[-1]
     assert buckets(BucketRule.auto, name="learned") == {"algebra": 1, "number theory": 3}
     assert said[-1].startswith(
-        "select.buckets=auto: records compete across lengths in algebra; in length buckets in num"
+        "select.buckets=auto: records compete across lengths in algebra; length buckets stay in "
     )
     assert len(said) == 2, "only auto is explained"
     chosen = kept(tmp_path / "auto1")
