@@ -77,7 +77,10 @@ class Audit:
         self.input, self.proof = input, proof
         self._read = {"documents": documents, "tokens": tokens}
         self._counts: list[Any] = []
-        self._sample = self._labelled = self._edges = self._examples = None
+        self._sample: Any = None
+        self._labelled: Any = None
+        self._edges: Any = None
+        self._examples: Any = None
 
     def add(self, shard: str, table: Any) -> None:
         """Add one shard of the selection, a `pyarrow.Table`. Raises `DataError` if the shard is inconsistent."""
@@ -101,12 +104,10 @@ class Audit:
 
     def _thresholds(self, table: Any) -> Numbers:
         """Return the lowest kept score of each record's bucket, NaN for a bucket of which nothing is kept."""
-        limits = np.full(len(table), np.nan)
-        domain, bucket = np.asarray(table["domain"]), np.maximum(table["bucket"].to_numpy(), 0)
-        for name, given in self.thresholds.get("domains", {}).items():
-            mine = domain == name
-            limits[mine] = np.array([one["score"] for one in given["buckets"]], np.float64)[bucket[mine]]
-        return limits
+        domains = self.thresholds.get("domains", {})
+        limits = {name: [one["score"] for one in given["buckets"]] for name, given in domains.items()}
+        places = zip(table["domain"].to_pylist(), table["bucket"].to_pylist(), strict=True)
+        return np.array([limits[name][max(bucket, 0)] if name in limits else None for name, bucket in places], float)
 
     def finish(self, text_of: TextOf, thumbnails_of: ThumbnailsOf | None = None) -> dict[str, Any]:
         """Return the statistics, ready for JSON. Raises `DataError` if they do not add up to the input.
@@ -119,6 +120,8 @@ class Audit:
         domains = {name: self._domain(mine, total, kept) for name, mine in _grouped(rows, "domain").items()}
         shown = by_size(domains)[:SHOWN_DOMAINS]
         sample = self._sample.filter(self._sample["score"].is_valid())
+        in_buckets = by_length(self.rules.select, self.scorer.name, lambda: self.proof, list(domains))
+        without_length = [name for name, mine in zip(domains, in_buckets, strict=True) if not mine]
         audit: dict[str, Any] = {
             "format": 2,
             "input": self.input,
@@ -132,7 +135,7 @@ class Audit:
             "length": _length_figures(sample, "scored_bytes"),
             "whole_length": _length_figures(sample, "bytes"),
             "agreement": _agreement(sample, self.scorer.name),
-            "buckets": {"rule": self.rules.select.buckets.name, "without_length": self._without_length(list(domains))},
+            "buckets": {"rule": self.rules.select.buckets.name, "without_length": without_length},
             "proof": self.proof and self.proof | {"kept": _kept_by_label(self._labelled)},
             "random": self._against_random(domains, competed, kept),
             "thresholds": self.thresholds,
@@ -147,10 +150,6 @@ class Audit:
             }
         self._check_sums(audit)
         return audit | {"warnings": warnings(audit)}
-
-    def _without_length(self, domains: list[str]) -> list[str]:
-        found = by_length(self.rules.select, self.scorer.name, lambda: self.proof, domains)
-        return [name for name, has_buckets in zip(domains, found, strict=True) if not has_buckets]
 
     def _check_sums(self, audit: dict[str, Any]) -> None:
         parts_of = {"reasons": audit["reasons"].values(), "domains": [one["in"] for one in audit["domains"].values()]}
@@ -170,8 +169,8 @@ class Audit:
             "scored": sum(row["scored"] for row in competed),
             "constant": len(scores) == 1,
             "reasons": {reason: size for reason, size in _by_reason(rows).items() if size["documents"]},
-            "share_before": _share(sizes["in"]["tokens"], total["tokens"]),
-            "share_after": _share(sizes["kept"]["tokens"], kept["tokens"]),
+            "share_before": share(sizes["in"]["tokens"], total["tokens"]),
+            "share_after": share(sizes["kept"]["tokens"], kept["tokens"]),
         }
 
     def _against_random(self, domains: dict[str, Any], competed: dict[str, int], kept: dict[str, int]) -> Row:
@@ -181,9 +180,9 @@ class Audit:
         unit = self.rules.unit.name
         return {
             "unit": unit,
-            "rate": _share(kept[unit], competed[unit]),
+            "rate": share(kept[unit], competed[unit]),
             "domains": {
-                name: _share(found["kept"][unit], found["competed"][unit])
+                name: share(found["kept"][unit], found["competed"][unit])
                 for name, found in domains.items()
                 if found["competed"]["documents"]
             },
@@ -298,7 +297,7 @@ def _grouped(rows: list[Row], key: str) -> dict[Any, list[Row]]:
     return groups
 
 
-def _share(part: int, whole: int) -> float | None:
+def share(part: float, whole: float) -> float | None:
     return rounded(part / whole) if whole else None
 
 
@@ -358,7 +357,7 @@ def _kept_by(part: Any, values: Any, sample: Any, unit: str) -> list[Row]:
             "from": values[mask].min().item(),
             "to": values[mask].max().item(),
             "documents": int(mask.sum()),
-            "kept": _share(int(sizes[mask & kept].sum()), int(sizes[mask].sum())),
+            "kept": share(int(sizes[mask & kept].sum()), int(sizes[mask].sum())),
         }
         for mask in (part == place for place in np.unique(part))
     ]
