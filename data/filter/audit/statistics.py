@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -275,19 +275,18 @@ def by_size(domains: Mapping[str, Row]) -> list[str]:
     return sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))
 
 
-def _sizes(rows: Iterable[Row]) -> dict[str, int]:
-    rows = list(rows)
-    return {name: sum(row[name] for row in rows) for name in _SIZES}
+def _sizes(rows: Iterable[Row], reasons: Container[Reason] = tuple(Reason)) -> dict[str, int]:
+    mine = [row for row in rows if Reason[row["reason"]] in reasons]
+    return {name: sum(row[name] for row in mine) for name in _SIZES}
 
 
 def _totals(rows: list[Row]) -> dict[str, Any]:
-    competed = [row for row in rows if Reason[row["reason"]] in COMPETED]
-    kept = [row for row in rows if Reason[row["reason"]].kept]
-    return {"in": _sizes(rows), "competed": _sizes(competed), "kept": _sizes(kept)}
+    kept = [reason for reason in Reason if reason.kept]
+    return {"in": _sizes(rows), "competed": _sizes(rows, COMPETED), "kept": _sizes(rows, kept)}
 
 
 def _by_reason(rows: list[Row]) -> dict[str, dict[str, int]]:
-    return {reason.name: _sizes(row for row in rows if row["reason"] == reason.name) for reason in Reason}
+    return {reason.name: _sizes(rows, [reason]) for reason in Reason}
 
 
 def _grouped(rows: list[Row], key: str) -> dict[Any, list[Row]]:
