@@ -250,7 +250,7 @@ def advice(proof: dict[str, Any], bar: float | None = None) -> str:
     """
     found, labels = verdict(proof), proof["labels"]
     if found == "unknown":
-        return "a few hundred labels are needed"
+        return "a few hundred labels are needed" if proof["scorers"] else "labels that differ are needed"
     if proof["scorer"] == _LEARNED:
         of_input = labels["source"] == "input"
         do = "label more records of this input and learn from them" if of_input else "raise scorer.labels"

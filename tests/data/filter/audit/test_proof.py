@@ -15,6 +15,7 @@ from core.errors import ConfigError
 from data.filter.audit import proof as module
 from data.filter.audit.findings import conclusion
 from data.filter.audit.outputs import audit_of
+from data.filter.audit.plots import draw
 from data.filter.audit.proof import hard_or_easy, sentence, verdict
 from data.filter.audit.separation import auc, estimate, rank_correlation
 from data.filter.config import BucketRule, DuplicateConfig, SelectConfig
@@ -306,6 +307,7 @@ def test_one_label_is_one_level(tmp_path):
     share, count = audit["proof"]["kept"][0]["kept"], (LABELS == 2).sum()
     assert list(conclusion(audit)) == [f"kept {100 * share:.0f}% of level 2"]
     assert f"All labels ({count}) are equal, so no scorer can be held against them." in texts_of(audit, "labels")
+    assert texts_of(audit, "not_proven")[0].endswith("; labels that differ are needed.") and "proof" not in draw(audit)
 
 
 def test_documents_and_quintiles(tmp_path):
