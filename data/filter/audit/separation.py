@@ -8,7 +8,7 @@ Shapes: N records, n records of a bucket, R resamples; the first row is the samp
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,24 +136,19 @@ def _below(values: Numbers, weights: Numbers) -> Numbers:
     return found
 
 
-def first_of_each(table: Any, groups: Sequence[str], order: Sequence[tuple[str, str]], count: int) -> Any:
-    """Return the first `count` rows of every group. `order`: columns to sort by, each with "ascending" or "descending".
-    The result is sorted by group; without `groups` all rows are one group.
+def first_of_each(tables: Iterable[Any], groups: Sequence[str], order: Sequence[tuple[str, str]], count: int) -> Any:
+    """Return the first `count` rows of every group of the tables together, of which some may be None. `order`: columns
+    to sort by, each with "ascending" or "descending". The result is sorted by group; without `groups` there is one.
     """
     import pyarrow
-    from pyarrow import compute
 
-    rows = table.num_rows
+    table = pyarrow.concat_tables([one for one in tables if one is not None], promote_options="default")
     table = table.sort_by([*((name, "ascending") for name in groups), *order])
-    if not groups or not rows:
+    if not groups:
         return table.slice(0, count)
-    begins = np.zeros(rows, bool)
-    begins[0] = True
-    for name in groups:
-        column = table[name]
-        begins[1:] |= np.asarray(compute.not_equal(column.slice(1), column.slice(0, rows - 1)))
-    place = np.arange(rows)
-    return table.filter(pyarrow.array(place - np.maximum.accumulate(np.where(begins, place, 0)) < count))
+    sizes = table.group_by(groups, use_threads=False).aggregate([([], "count_all")])["count_all"].to_numpy()
+    place = np.arange(len(table)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return table.filter(pyarrow.array(place < count))
 
 
 def rounded(value: float | None) -> float | None:

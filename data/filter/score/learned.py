@@ -276,8 +276,7 @@ class LearnedScorer(Scorer):
 
     def _summary(self, facts: dict[str, Any]) -> str:
         return (
-            f"learned from {facts['labels']:,} labels in {self.directory}; cross-fitted AUC within domains: "
-            f"{facts['auc']:.3f} (length of the answer {facts['auc_of_length']:.3f}); "
+            f"learned from {facts['labels']:,} labels in {self.directory}; "
             f"to use it elsewhere: scorer.kind=learned scorer.model={self.directory}"
         )
 
