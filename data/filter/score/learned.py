@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from core.errors import ConfigError, DataError
 from core.files import sha256_text
-from data.filter.audit.separation import auc, spearman
+from data.filter.audit.separation import FOLD
 from data.filter.config import LEAST_LABELS as LEAST
 from data.filter.config import ScorerConfig
 from data.filter.input.records import LABEL, Record
@@ -78,24 +78,27 @@ class LearnedScorer(Scorer):
             self.directory = Path(config.model)
         else:
             taught = "" if labeler is None else labeler.fingerprint
-            self.fingerprint = sha256_text("learned", "1", VERSION, str(config.labels), taught)
+            self.fingerprint = sha256_text("learned", "2", VERSION, str(config.labels), taught)
             self.directory = directory / f"learned-{self.fingerprint[:8]}"
         self.measures = f"learned from {what}, in standard deviations of the corpus"
 
     @property
     def others(self) -> tuple[str, ...]:
-        return () if self.labeler is None else (LABEL,)
+        return (FOLD,) if self.labeler is None else (FOLD, LABEL)
 
     def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
+        return self.score_all(records)[0]
+
+    def score_all(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
         if self.model is None:
             raise ValueError("fit comes before score")
         if not self._is_checked and len(records) >= _CHECKED:
             self._check_coverage(records)
-        return self.model.score(records)
-
-    def score_all(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
-        grades = [self._grades.get(identity(record), np.nan) for record in records] if self.labeler else []
-        return self.score(records), {name: np.array(grades, np.float64) for name in self.others}
+        scores, models = self.model.score(records)
+        others = {FOLD: models.astype(np.float64)}
+        if self.labeler is not None:
+            others[LABEL] = np.array([self._grades.get(identity(record), np.nan) for record in records], np.float64)
+        return scores, others
 
     def fit(self, records: Callable[[], Iterable[Record]]) -> None:
         if self._is_stored:
@@ -251,12 +254,7 @@ class LearnedScorer(Scorer):
         scaled_on: Sequence[Record],
         survey: _Survey,
     ) -> dict[str, Any]:
-        scores, domains = model.score(records), [record.domain for record in records]
-        lengths = np.array([len(record.answer.encode()) for record in records], np.float64)
-        by_domain = np.unique(domains, return_inverse=True)[1]
-        areas = auc({"score": scores, "length": lengths}, labels, by_domain, resamples=0)
         coverage = model.weighting.vectors(scaled_on).familiar_N
-        graded = self.labeler is not None
         found = {
             "input": survey.digest,
             "records": survey.counts.total(),
@@ -264,20 +262,15 @@ class LearnedScorer(Scorer):
             "labels_from": self.labeler.measures if self.labeler is not None else "labels",
             "direction": self.direction.name,
             "label_range": [float(labels.min()), float(labels.max())],
-            "labels_by_domain": dict(sorted(Counter(domains).items())),
-            "auc": areas["score"].value,
-            "auc_of_length": areas["length"].value,
-            "correlation": spearman(scores, labels),
-            "correlation_of_labels_with_length": spearman(lengths, labels),
+            "labels_by_domain": dict(sorted(Counter(record.domain for record in records).items())),
             "coverage": [float(coverage.mean()), float(coverage.std())],
         }
         pairs = {f"{identity(record):016x}": label for record, label in zip(records, labels.tolist(), strict=True)}
-        return found | ({"grades": pairs} if graded else {})
+        return found | ({"grades": pairs} if self.labeler is not None else {})
 
     def _summary(self, facts: dict[str, Any]) -> str:
         return (
-            f"learned from {facts['labels']:,} labels in {self.directory}; cross-fitted AUC within domains: "
-            f"{facts['auc']:.3f} (length of the answer {facts['auc_of_length']:.3f}); "
+            f"learned from {facts['labels']:,} labels in {self.directory}; "
             f"to use it elsewhere: scorer.kind=learned scorer.model={self.directory}"
         )
 

