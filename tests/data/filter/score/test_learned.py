@@ -406,6 +406,30 @@ def test_the_filter_is_the_same_on_any_number_of_processes(tmp_path, small_shard
     assert outputs(tmp_path / str(count)) == outputs(tmp_path / "1")
 
 
+class FoldedScorer(FixedScorer):
+    """Perfect inside each of two folds, which have different levels."""
+
+    others = ("fold",)
+
+    def score_all(self, records: Any) -> Any:
+        folds = np.array([int(record.content[:8], 16) % 2 for record in records], np.float64)
+        return labels_of(records) - 100 * folds, {name: folds for name in self.others}
+
+    def score(self, records: Any) -> Any:
+        return self.score_all(records)[0]
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_only_records_of_one_fold_are_compared(tmp_path, is_told, monkeypatch):
+    """Control: without the column of folds all pairs count."""
+    monkeypatch.setattr(FoldedScorer, "others", ("fold",) if is_told else ())
+    source = write_problems(tmp_path / "in.jsonl")
+    found = filtered(source, tmp_path / "out", FoldedScorer(None), label_key="level", **KEYS).proof
+    assert found and [one["name"] for one in found["scorers"]].count("fold") == 0
+    first = found["scorers"][0]
+    assert (first["auc"] == 1 and first["correlation"] > 0.99) if is_told else first["auc"] < 0.9
+
+
 def test_labels_of_copies_count_for_the_record_that_is_kept(tmp_path):
     """The first copy has no label, others contradict each other."""
     rows = [json.loads(line) for line in write_problems(tmp_path / "in.jsonl", 60).read_text().splitlines()]
