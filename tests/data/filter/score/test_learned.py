@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,14 +18,17 @@ import pytest
 from bench.data.problems import make_problems
 from core.errors import ConfigError, DataError, LeviathanError
 from core.files import sha256_text
+from data.filter import pipeline
 from data.filter.audit.separation import auc, length_buckets
 from data.filter.config import FilterRules, ScorerConfig, ScorerKind, decisive_settings, without_defaults
 from data.filter.input.records import Record
 from data.filter.pipeline import Filter
 from data.filter.score import learned, linear
 from data.filter.score.baselines import LengthScorer
+from data.filter.score.ensemble import EnsembleScorer
 from data.filter.score.features import features_of
 from data.filter.score.learned import LearnedScorer, quotas_of
+from data.filter.score.scorer import Direction
 from data.filter.store import OneWorker
 from tests.data.filter.threads import on_threads
 from tests.support.filtering import FixedScorer, filtered, job, outputs, write_lines, write_outputs
@@ -177,8 +181,14 @@ def test_text_of_another_kind_is_reported(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (lambda n: None, "scorer.kind=learned: needs labels, and none of 240 records has one; try label_key=COLUMN"),
-        (lambda n: n if n < 20 else None, "needs 30 labels or more, and 20 records have one"),
+        (
+            lambda n: None,
+            "needs 30 labels or more: 240 different records passed the screen, 0 of them labelled; try label_key=COLUMN",
+        ),
+        (
+            lambda n: n if n < 20 else None,
+            "240 different records passed the screen, 20 of them labelled; try scorer.labeler",
+        ),
         (lambda n: 3, "all 240 labels are 3: there is nothing to learn"),
     ],
 )
@@ -196,17 +206,12 @@ def test_labels_that_only_tell_domains_apart_are_rejected(tmp_path):
         fitted(relabelled(records, [names.index(record.domain) for record in records]), tmp_path)
 
 
-def test_contradictory_labels_are_counted_and_averaged(tmp_path):
+def test_one_of_several_copies_is_learned_from(tmp_path):
+    """Where exact duplicates stay: the filter gives the one that it keeps the mean of their labels."""
     records = list(problems(4, 240))
-    copies = [replace(record, id=f"copy {record.id}", label=record.label + 2) for record in records[:7]]
-    reports: list[str] = []
-    scorer = fitted([*records, *copies], tmp_path / "both", reports=reports)
-    assert reports[0].startswith("warning: 7 of 240 texts have contradictory labels")
-    means = [replace(record, label=record.label + 1) for record in records[:7]] + records[7:]
-    agreed = fitted([*means, *means[:7]], tmp_path / "mean", reports=(quiet := []))
-    assert scorer.score(records).tobytes() == agreed.score(records).tobytes() and not any(
-        "warn" in one for one in quiet
-    )
+    copies = [replace(one, id="copy", text=one.text.upper(), domain=one.domain) for one in records[:7]]
+    scorer = fitted([*records, *copies, *records[:7]], tmp_path)
+    assert scorer.model and scorer.model.facts["labels"] == 240
 
 
 @pytest.mark.parametrize(
@@ -226,6 +231,10 @@ def test_labels_are_drawn_from_each_domain():
     quotas = quotas_of(dict(counts), counts, 100)
     assert sum(quotas.values()) == 100 and quotas["tiny"] == 3 and quotas["small"] > 15 and quotas["large"] > 50
     assert quotas_of(dict(counts), counts, 20_000) == dict(counts), "all, where there are fewer"
+    for number in range(1, 60):
+        equal = Counter({f"{one:02}": 500 for one in range(number)})
+        quotas = list(quotas_of(dict(equal), equal, 500).values())
+        assert sum(quotas) == 500 and max(quotas) - min(quotas) <= 1
 
 
 def test_features_tell_words_apart_and_ignore_the_batch():
@@ -428,6 +437,50 @@ def test_only_records_of_one_fold_are_compared(tmp_path, is_told, monkeypatch):
     assert found and [one["name"] for one in found["scorers"]].count("fold") == 0
     first = found["scorers"][0]
     assert (first["auc"] == 1 and first["correlation"] > 0.99) if is_told else first["auc"] < 0.9
+
+
+@pytest.mark.parametrize("has_prompts", [True, False])
+def test_high_labels_of_documents_are_better_and_of_prompts_harder(tmp_path, has_prompts):
+    """A rerun, which does not learn again, says the same."""
+    rows = [json.loads(line) for line in write_problems(tmp_path / "raw.jsonl", 60).read_text().splitlines()]
+    source = write_lines(tmp_path / "in.jsonl", [{**row, "text": row["q"] + row["a"]} for row in rows])
+    keys = KEYS if has_prompts else {"domain_key": "kind"}
+    for _ in range(2):
+        scorer = LearnedScorer(ScorerConfig(ScorerKind.learned), tmp_path / "out" / "stages")
+        filtered(source, tmp_path / "out", scorer, label_key="level", **keys)
+        assert scorer.direction is (Direction.hard if has_prompts else Direction.quality)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_learned_member_of_an_ensemble_is_fitted_once(tmp_path, monkeypatch, is_told):
+    """Control: two processes learn, if nobody tells that the ensemble has a member that stores what it learned."""
+    if not is_told:
+        monkeypatch.setattr(pipeline, "stored_parts", lambda scorer: [])
+    source, times, real = write_problems(tmp_path / "in.jsonl", 60), [], learned.learn
+    both = threading.Barrier(2, timeout=60)
+
+    def learn(*arguments: Any) -> Any:
+        times.append(1)
+        if not is_told:
+            both.wait()
+        return real(*arguments)
+
+    monkeypatch.setattr(learned, "learn", learn)
+
+    def run(worker: Any) -> None:
+        scorer = LearnedScorer(ScorerConfig(ScorerKind.learned), tmp_path / "out" / "stages", grader_of_length())
+        scorer.report = lambda line: None
+        done = Filter(job(source, tmp_path / "out", worker, EnsembleScorer([scorer, LengthScorer()]), **KEYS))
+        done.run()
+        if worker.rank == 0:
+            assert done.proof and done.proof["labels"]["source"] == "scorer", "labels of the member's grader"
+
+    on_threads(2, run)
+    assert len(times) == (1 if is_told else 2)
+
+
+def grader_of_length() -> FixedScorer:
+    return FixedScorer(lambda record: len(record.text))
 
 
 def test_labels_of_copies_count_for_the_record_that_is_kept(tmp_path):
