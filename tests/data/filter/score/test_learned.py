@@ -237,6 +237,36 @@ def test_labels_are_drawn_from_each_domain():
         assert sum(quotas) == 500 and max(quotas) - min(quotas) <= 1
 
 
+def test_the_sample_does_not_depend_on_the_order_of_records(tmp_path):
+    records = [replace(one, domain="all", label=None) for one in problems(4, 240)]
+    one, other = grader(), grader()
+    fitted(records, tmp_path / "a", one, labels=60)
+    fitted(records[::-1], tmp_path / "b", other, labels=60)
+    assert set(one.asked) == set(other.asked)
+
+
+def test_statistics_are_those_of_the_corpus_and_scales_those_of_each_model(tmp_path):
+    """Not those of the labelled records. Control: the statistics of these differ."""
+    records = [replace(one, label=one.label if place < 80 else None) for place, one in enumerate(problems(4, 240))]
+    model = fitted(records, tmp_path).model
+    assert model is not None
+    found, whole, part = (model.weighting, *(linear.Weighting.fitted([some]) for some in (records, records[:80])))
+    for name in ("idf_C", "familiar_C", "figures_2K"):
+        assert np.allclose(getattr(found, name), getattr(whole, name), atol=1e-5)
+        assert not np.allclose(getattr(found, name), getattr(part, name), atol=1e-3)
+    for number in range(linear.FOLDS + 1):
+        scores = model.predict(model.weighting.vectors(records), np.full(len(records), number))
+        assert abs(scores.mean()) < 1e-4 and abs(scores.std() - 1) < 1e-4
+
+
+def test_targets_are_ranks_less_the_mean_of_their_domain():
+    """Where a domain has few labels, its mean counts less."""
+    labels, domains = np.r_[np.arange(100.0), np.arange(100.0) + 500, 7000], np.r_[np.repeat([0, 1], 100), 2]
+    targets = linear._targets(labels, domains)
+    assert abs(targets[:100].mean()) < 0.01 > abs(targets[100:200].mean())
+    assert np.allclose(np.diff(targets[:100]), 1 / 201) and 0.3 < targets[200] < 0.4
+
+
 def test_features_tell_words_apart_and_ignore_the_batch():
     texts = [
         "The cat sat.",
