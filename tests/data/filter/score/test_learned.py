@@ -177,6 +177,7 @@ def test_text_of_another_kind_is_reported(tmp_path):
         stored.report = reports.append
         if name == "code":
             stored.fit(lambda records=records: records[:10])
+            assert len(reports) == 1, "before the first score"
         stored.score(records)
         stored.score(records)
         assert len(reports) == (name != "the same"), (name, reports)
