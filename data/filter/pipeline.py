@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import ConfigError
+from core.errors import ConfigError, counted
 from core.files import remove_tree, sha256_file, sha256_text
 from data.files import find_files
 from data.filter.audit.proof import by_length, check_auc, prove
@@ -29,7 +30,7 @@ from data.filter.input.readers import InputPart
 from data.filter.input.records import LABEL, Reason, Record, RecordPicture
 from data.filter.runs import SORTED, DiskArrays
 from data.filter.score.factory import Models, check_models
-from data.filter.score.scorer import CompositeScorer, CostlyScorer, RemoteScorer, Scorer, StoredScorer
+from data.filter.score.scorer import CompositeScorer, CostlyScorer, RemoteScorer, Scorer, stored_parts
 from data.filter.screen.contamination import EvaluationSets
 from data.filter.screen.duplicates import PLACES, DuplicateSearch, Signatures, signatures
 from data.filter.screen.gates import Gates
@@ -329,7 +330,7 @@ class Filter:
             unanswered = [shard for shard in self.records.shards if self._is_unanswered(shard)]
         if unanswered or not self.scored.is_complete:
             with barrier(self.workers):  # the others read what the first one stored
-                if self.workers.rank == 0 or not isinstance(self.job.scorer, StoredScorer):
+                if self.workers.rank == 0 or not stored_parts(self.job.scorer):
                     self._fit()
             with barrier(self.workers):
                 self._fit()
@@ -386,12 +387,18 @@ class Filter:
         if self.job.models is not None:
             check_models(self.job.models, self.rules.scorer, self.passed, self.job.report)
         scorer = self.job.scorer
-        if isinstance(scorer, StoredScorer):
-            scorer.report = self.job.report
+        for part in stored_parts(scorer):
+            part.report = self.job.report
         if self.workers.rank == 0 and isinstance(scorer, CostlyScorer):
             cost = scorer.cost(lambda: chain(self.passed(), self.job.clean))
             if cost:
                 self.job.report(cost)
+        if self.workers.rank == 0:
+            reasons = Counter(chain.from_iterable(map(self.reasons, self.records.shards)))
+            left = (
+                f"{reasons.pop(None, 0):,} of {counted(sum(self.records.shards.values()), 'record')} are left to score"
+            )
+            self.job.report(", ".join([left, *(f"{count:,} {name}" for name, count in sorted(reasons.items()))]))
         scorer.fit(self.passed)
         self._is_fitted = True
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from core.errors import ConfigError, counted
 from data.filter.audit.separation import (
+    FOLD,
+    NO_SCORES,
     OTHER,
     Buckets,
     Estimate,
@@ -104,11 +106,13 @@ def _measured(sample: Any, name: str) -> dict[str, Any]:
         domains[str(one)] = {"labels": len(mine), "length": _length_alone(length[mine], hard[mine])}
     prompts = bool((size > length).any())
     lengths = {ANSWER: length, PROMPT: size - length} if prompts else {WHOLE: length}
-    others = {one.removeprefix(OTHER): sample[one].to_numpy() for one in sample.column_names if one.startswith(OTHER)}
-    others = {one: found for one, found in others.items() if one not in (LABEL, WHOLE, RANDOM)}
+    others = [one for one in sample.column_names if one.startswith(OTHER) and one not in NO_SCORES]
+    members = {one.removeprefix(OTHER): sample[one].to_numpy() for one in others}
+    members = {one: found for one, found in members.items() if one not in (WHOLE, RANDOM)}
+    folds = sample[OTHER + FOLD].to_numpy().astype(np.int64) if OTHER + FOLD in sample.column_names else None
     score = {name: sample["score"].to_numpy()}
     # a scorer may have the name of a control
-    scores = score | others | lengths | {RANDOM: sample["tie"].to_numpy().astype(np.float64)} | score
+    scores = score | members | lengths | {RANDOM: sample["tie"].to_numpy().astype(np.float64)} | score
     labels = {
         "sample": len(label),
         "hard": int((hard == 1).sum()),
@@ -117,7 +121,8 @@ def _measured(sample: Any, name: str) -> dict[str, Any]:
         "buckets": len(np.unique(buckets)),
         "length": rounded(rank_correlation({"": length}, label, domain, 0)[""].value),
     }
-    return {"prompts": prompts, "labels": labels, "domains": domains, **_scorers(scores, lengths, label, hard, buckets)}
+    found = _scorers(scores, lengths, label, hard, buckets, folds)
+    return {"prompts": prompts, "labels": labels, "domains": domains, **found}
 
 
 def hard_or_easy(label: Numbers) -> Numbers:
@@ -146,14 +151,21 @@ def _length_alone(length: Numbers, hard: Numbers) -> dict[str, Any] | None:
 
 
 def _scorers(
-    scores: Mapping[str, Numbers], lengths: Mapping[str, Numbers], label: Numbers, hard: Numbers, buckets: Buckets
+    scores: Mapping[str, Numbers],
+    lengths: Mapping[str, Numbers],
+    label: Numbers,
+    hard: Numbers,
+    buckets: Buckets,
+    folds: Buckets | None,
 ) -> dict[str, Any]:
     used, name = np.isfinite(hard), next(iter(scores))
+    found = {one: mine[used] for one, mine in scores.items()}
+    folds_used = None if folds is None else folds[used]
     try:
-        areas = auc({one: found[used] for one, found in scores.items()}, hard[used], buckets[used], _RESAMPLES)
+        areas = auc(found, hard[used], buckets[used], _RESAMPLES, folds=folds_used)
     except ValueError:
         return {"scorers": [], "lead": []}
-    ranks = rank_correlation(scores, label, buckets, _RESAMPLES)
+    ranks = rank_correlation(scores, label, buckets, _RESAMPLES, folds=folds)
     return {
         "scorers": [
             {"name": one, **_shown(areas[one]), **_shown(ranks[one], "correlation", "correlation_")} for one in scores

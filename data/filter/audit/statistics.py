@@ -21,7 +21,7 @@ from core.config import plain
 from core.errors import DataError
 from data.filter.audit.findings import warnings
 from data.filter.audit.proof import by_length
-from data.filter.audit.separation import OTHER, Numbers, first_of_each, rank_correlation, rounded, spearman
+from data.filter.audit.separation import NO_SCORES, OTHER, Numbers, first_of_each, rank_correlation, rounded, spearman
 from data.filter.config import FilterRules
 from data.filter.input.records import LABEL, Reason
 from data.filter.score.scorer import Scorer
@@ -384,7 +384,7 @@ def _agreement(sample: Any, name: str) -> list[dict[str, Any]]:
     if not len(sample):
         return []
     scores = {name: sample["score"].to_numpy()}
-    others = (c for c in sorted(sample.column_names) if c.startswith(OTHER) and c != OTHER + LABEL)
+    others = (c for c in sorted(sample.column_names) if c.startswith(OTHER) and c not in NO_SCORES)
     scores |= {c.removeprefix(OTHER): sample[c].to_numpy() for c in others}
     found = []
     for first, second in itertools.combinations(scores, 2):

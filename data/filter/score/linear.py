@@ -154,13 +154,14 @@ class LinearModel:
         dense[:, self.columns] = self.weights
         object.__setattr__(self, "_dense_MC", dense)
 
-    def score(self, records: Sequence[Record]) -> Floats:
-        """Return the scores [N]. A score does not depend on the other records, to the bit."""
-        parts = [self._score(records[begin : begin + _BATCH]) for begin in range(0, len(records), _BATCH)]
-        return np.concatenate(parts) if parts else np.empty(0)
-
-    def _score(self, records: Sequence[Record]) -> Floats:
-        return self.predict(self.weighting.vectors(records), self.models_of(records))
+    def score(self, records: Sequence[Record]) -> tuple[Floats, NDArray[np.int64]]:
+        """Return the scores [N] and the models that gave them [N]. A score does not depend on the other records, to the
+        bit.
+        """
+        models = self.models_of(records)
+        batches = [slice(begin, begin + _BATCH) for begin in range(0, len(records), _BATCH)]
+        parts = [self.predict(self.weighting.vectors(records[mine]), models[mine]) for mine in batches]
+        return np.concatenate([np.empty(0), *parts]), models
 
     def models_of(self, records: Sequence[Record]) -> NDArray[np.int64]:
         """Return the model of each record: that of its fold if it is labelled, else the last."""
@@ -262,11 +263,9 @@ def learn(
     from threadpoolctl import threadpool_limits
 
     identities = np.array([identity(record) for record in records], np.uint64)
-    order = np.argsort(identities)
-    folds = np.empty(len(order), np.int64)
-    folds[order] = np.arange(len(order)) % FOLDS
-    names = {record.domain: number for number, record in enumerate(records)}
-    domains = np.array([names[record.domain] for record in records])
+    domains = np.unique([record.domain for record in records], return_inverse=True)[1]
+    folds, order = np.empty(len(domains), np.int64), np.argsort(identities)
+    folds[np.lexsort((identities, domains))] = np.arange(len(domains)) % FOLDS  # each domain is in all folds
     vectors, others = weighting.vectors(records), weighting.vectors(reference)
     matrix, figures, scaled_on = vectors.matrix, vectors.figures_NK, others.matrix
     weights, of_figures, offsets = [], [], []

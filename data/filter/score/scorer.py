@@ -98,6 +98,11 @@ class StoredScorer(Protocol):
     report: Callable[[str], None]
 
 
+def stored_parts(scorer: Scorer) -> list[StoredScorer]:
+    """Return the scorer, or those of its members, that store what they learned."""
+    return [one for one in getattr(scorer, "members", (scorer,)) if isinstance(one, StoredScorer)]
+
+
 TokenLosses = Callable[[Sequence[tuple[str, str]]], list[NDArray[np.float32]]]
 """Returns, for each pair of texts, the loss in nats of each token of the second text given the first text, which may be
 empty. Scorers receive models in this form, so that `data` need not import the models' code.
