@@ -25,7 +25,7 @@ from data.filter.audit.separation import auc, spearman
 from data.filter.config import LEAST_LABELS as LEAST
 from data.filter.config import ScorerConfig
 from data.filter.input.records import LABEL, Record
-from data.filter.score.features import VERSION
+from data.filter.score.features import VERSION, ReferenceFeatures
 from data.filter.score.linear import FACTS, LinearModel, Weighting, identity, learn, load
 from data.filter.score.scorer import CostlyScorer, Direction, Scorer, sample_key
 
@@ -56,14 +56,21 @@ class LearnedScorer(Scorer):
 
     `directory`: where the model is stored. A stored model of the same records and settings is not learned again. With
     `config.model` a stored model is used as it is, and `fit` only compares the records with its training data.
+    `reference`: features that are used beside n-grams.
     """
 
     name = "learned"
     report: Callable[[str], None]
     """Called with lines of progress and warnings."""
 
-    def __init__(self, config: ScorerConfig, directory: Path, labeler: Scorer | None = None) -> None:
-        self.wanted, self.labeler, self.report = config.labels, labeler, print
+    def __init__(
+        self,
+        config: ScorerConfig,
+        directory: Path,
+        labeler: Scorer | None = None,
+        reference: ReferenceFeatures | None = None,
+    ) -> None:
+        self.wanted, self.labeler, self.reference, self.report = config.labels, labeler, reference, print
         self.model: LinearModel | None = None
         self._is_stored = config.model is not None
         self._is_checked = not self._is_stored
@@ -71,14 +78,15 @@ class LearnedScorer(Scorer):
         self.direction = Direction.hard if labeler is None else labeler.direction
         what = "labels" if labeler is None else labeler.measures
         if config.model is not None:
-            self.model = load(stored_in(Path(config.model).expanduser()))
+            self.model = load(stored_in(Path(config.model).expanduser()), reference)
             self.direction = Direction[self.model.facts["direction"]]
             what = self.model.facts["labels_from"]
             self.fingerprint = sha256_text("learned", self.model.fingerprint)
             self.directory = Path(config.model)
         else:
             taught = "" if labeler is None else labeler.fingerprint
-            self.fingerprint = sha256_text("learned", "1", VERSION, str(config.labels), taught)
+            made_by = () if reference is None else (reference.fingerprint,)
+            self.fingerprint = sha256_text("learned", "1", VERSION, str(config.labels), taught, *made_by)
             self.directory = directory / f"learned-{self.fingerprint[:8]}"
         self.measures = f"learned from {what}, in standard deviations of the corpus"
 
@@ -104,7 +112,7 @@ class LearnedScorer(Scorer):
             return
         survey = self._survey(records())
         if (self.directory / FACTS).exists():
-            stored = load(self.directory)
+            stored = load(self.directory, self.reference)
             if stored.facts.get("input") == survey.digest:
                 self._use(stored)
                 return
@@ -134,10 +142,13 @@ class LearnedScorer(Scorer):
                 {name: [found[key][0] for key in mine] for name, mine in keys.items()}, quotas
             )
         self._check_learnable(chosen, labels)
+        if self.reference is not None:
+            weighting = weighting.beside(self.reference, scaled_on)
+            self.report(self.reference.cost(survey.counts.total()))
         model = learn(weighting, chosen, labels, scaled_on)
         model.facts.update(self._facts(model, chosen, labels, scaled_on, survey))
         model.save(self.directory)
-        self._use(load(self.directory))
+        self._use(load(self.directory, self.reference))
         self.report(self._summary(model.facts))
 
     def _use(self, model: LinearModel) -> None:
@@ -255,7 +266,7 @@ class LearnedScorer(Scorer):
         lengths = np.array([len(record.answer.encode()) for record in records], np.float64)
         by_domain = np.unique(domains, return_inverse=True)[1]
         areas = auc({"score": scores, "length": lengths}, labels, by_domain, resamples=0)
-        coverage = model.weighting.vectors(scaled_on).familiar_N
+        coverage = model.weighting.coverage(scaled_on)
         graded = self.labeler is not None
         found = {
             "input": survey.digest,
@@ -286,8 +297,7 @@ class LearnedScorer(Scorer):
         assert self.model is not None
         self._is_checked = True
         usual = self.model.facts.get("coverage", [0.0, 0.0])[0]
-        vectors = (self.model.weighting.vectors(batch) for batch in _batches(records))
-        found = float(np.concatenate([one.familiar_N for one in vectors]).mean())
+        found = float(np.concatenate([self.model.weighting.coverage(batch) for batch in _batches(records)]).mean())
         if found < FAR * usual:
             self.report(
                 f"warning: {self.directory} learned from other text: {found:.0%} of the words here are frequent there, "
