@@ -70,9 +70,9 @@ class FeatureKind(Enum):
     ngrams = "ngrams"
     """Words, pairs of words and figures of the text."""
     embeddings = "embeddings"
-    """Those, and the mean and maximum of the input embeddings of a reference model."""
+    """Those, and the mean and maximum of the input embeddings of a reference model over the tokens."""
     hidden = "hidden"
-    """The n-grams and figures, and the mean of the last hidden states of a reference model."""
+    """Those of `ngrams`, and the mean and maximum of the hidden states after the middle layer of a reference model."""
 
 
 class ScorerKind(Enum):

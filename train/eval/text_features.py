@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.errors import ConfigError
 from core.files import sha256_text
@@ -34,94 +34,80 @@ def open_features(name: str, config: ScorerConfig, models: Models | None = None)
     """Open a model as `open_losses` does. Return the function for features of the kind `config.features`, and a
     fingerprint of all on which they depend.
 
-    Features [N, S] are those of the prompt, then those of the answer. `embeddings`: mean and maximum of the input
-    embeddings of all tokens, S = 4 D. `hidden`: mean of the hidden states after the last norm, S = 2 D, of
-    `config.seq_len` tokens at most, or the model's own context. The answer is read after the prompt, which is cut to
-    half of the context if both do not fit.
+    Features [N, 4 D] are the mean and the maximum over the tokens of the prompt, then those of the answer. `embeddings`
+    pools the input embeddings of all tokens. `hidden` pools the hidden states after the middle layer, of at most
+    `config.seq_len` tokens or the model's own context. The answer is read after the prompt, which is cut to half of the
+    context if both do not fit.
     """
     model = open_by_name(name, models)
-    context = min(config.seq_len, model.context)
     match config.features:
         case FeatureKind.embeddings:
-            read, context = partial(_embeddings, model, _embed_of(model)), 0
+            context, compute = None, _embeddings(model.network)
         case FeatureKind.hidden:
-            read = partial(_hidden_states, model, _states_of(name, model), context)
+            context, compute = min(config.seq_len, model.context), _hidden_states(name, model.network)
         case FeatureKind.ngrams:
             raise ValueError("n-grams need no model")
-    return read, sha256_text(config.features.value, model.fingerprint, str(context))
+    fingerprint = sha256_text(config.features.value, model.fingerprint, str(context))
+    return partial(_features, model, compute, context), fingerprint
 
 
-def _embeddings(
-    model: ScoringModel, embed: Callable[[Tensor], Tensor], pairs: Sequence[tuple[str, str]]
+def _features(
+    model: ScoringModel, compute: Callable[[Tensor], Tensor], context: int | None, pairs: Sequence[tuple[str, str]]
 ) -> tuple[NDArray[np.float32], int]:
-    with _one_thread():
-        found = [
-            [_pooled(embed(torch.tensor(ids, dtype=torch.int64)), True) for ids in both]
-            for both in _encoded(model, pairs)
-        ]
-    return np.array([np.concatenate(both) for both in found]), 0
-
-
-def _hidden_states(
-    model: ScoringModel, states: Callable[[Tensor], Tensor], context: int, pairs: Sequence[tuple[str, str]]
-) -> tuple[NDArray[np.float32], int]:
+    """Return the pooled vectors that `compute` makes of the ids [1, T] of each pair, and the number of pairs cut."""
+    # as much is read as for n-grams
+    first, second = (model.tokenizer.encode([pair[side][:TEXT_BYTES] for pair in pairs]) for side in (0, 1))
     found, cut = [], 0
     with _one_thread():
-        for prompt, answer in _encoded(model, pairs):
-            room = context - 1  # BOS comes first
-            before = prompt[: max(room - len(answer), room // 2)]
-            after = answer[: room - len(before)]
+        for prompt, answer in zip(first, second, strict=True):
+            before, after = prompt, answer
+            if context is not None:
+                room = context - 1  # BOS comes first
+                before = prompt[: max(room - len(answer), room // 2)]
+                after = answer[: room - len(before)]
             cut += len(before) < len(prompt) or len(after) < len(answer)
-            states_TD = states(torch.tensor([[model.tokenizer.bos_id, *before, *after]]))[0, 1:]
-            found.append([_pooled(part, False) for part in states_TD.split([len(before), len(after)])])
-    return np.array([np.concatenate(both) for both in found]), cut
+            x_TD = compute(torch.tensor([[model.tokenizer.bos_id, *before, *after]], device=model.device))[0, 1:]
+            parts = x_TD.split([len(before), len(after)])
+            found.append(torch.cat([pooled for part in parts for pooled in _pooled(part)]).cpu().numpy())
+    return np.array(found), cut
 
 
-def _encoded(model: ScoringModel, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the ids of prompt and answer, of which as much is read as for n-grams."""
-    first, second = (model.tokenizer.encode([pair[side][:TEXT_BYTES] for pair in pairs]) for side in (0, 1))
-    yield from zip(map(list, first), map(list, second), strict=True)
-
-
-def _pooled(x_TD: Tensor, with_maximum: bool) -> NDArray[np.float32]:
-    """Return the mean, and the maximum, of each column; zeros without rows."""
+def _pooled(x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the maximum of each column, float32 [D]; zeros without tokens."""
     if not len(x_TD):
-        return np.zeros((1 + with_maximum) * x_TD.shape[1], np.float32)
-    mean_D = x_TD.double().mean(0).float()
-    return (torch.cat([mean_D, x_TD.amax(0).float()]) if with_maximum else mean_D).cpu().numpy()
+        x_TD = x_TD.new_zeros(1, x_TD.shape[1])
+    return x_TD.double().mean(0).float(), x_TD.amax(0).float()
 
 
-def _embed_of(model: ScoringModel) -> Callable[[Tensor], Tensor]:
-    """Return a function from ids [T] to their input embeddings [T, D]."""
-    network: Any = model.network
-    embedding = network.embedding if isinstance(network, Transformer) else network.get_input_embeddings()
-    return lambda ids_T: embedding(ids_T.to(model.device))
+def _embeddings(network: Any) -> Callable[[Tensor], Tensor]:
+    found: nn.Module = network.embedding if isinstance(network, Transformer) else network.get_input_embeddings()
+    return found
 
 
-def _states_of(name: str, model: ScoringModel) -> Callable[[Tensor], Tensor]:
-    """Return a function from ids [1, T] to the hidden states [1, T, D] after the last norm. The head is not applied
-    to all of them, because it may cost more than the layers.
+def _hidden_states(name: str, network: Any) -> Callable[[Tensor], Tensor]:
+    """Return a function from ids [1, T] to the hidden states [1, T, D] after layer (layers + 1) // 2, counted from 1.
+    The last hidden states predict the next token; they taught less in our measurements (docs/filter.md).
     """
-    network: Any = model.network
 
-    def foreign_states(ids_1T: Tensor) -> Tensor:
-        found: Any = network.base_model(input_ids=ids_1T.to(model.device), use_cache=False)
-        if not hasattr(found, "last_hidden_state"):
-            raise ConfigError("", name, "returns no hidden states", ["features=embeddings"])
-        return found.last_hidden_state
+    def foreign(ids_1T: Tensor) -> Tensor:
+        found = network.base_model(input_ids=ids_1T, use_cache=False, output_hidden_states=True)
+        states = getattr(found, "hidden_states", None)
+        if not states:
+            raise ConfigError("", name, "returns no hidden states: use scorer.features=embeddings")
+        return states[len(states) // 2]
 
-    def states(ids_1T: Tensor) -> Tensor:
+    def ours(ids_1T: Tensor) -> Tensor:
         seen: list[Tensor] = []
-        given = ForwardContext(torch.arange(ids_1T.shape[1])[None], model.device)
-        given.last_B = torch.zeros(1, dtype=torch.int64, device=model.device)
-        hook = list(network.layers.values())[-1].register_forward_hook(lambda *call: seen.append(call[-1]))
-        try:
-            network(ids_1T.to(model.device), given)
-        finally:
-            hook.remove()
-        return network.final_norm(seen[0])
+        given = ForwardContext(torch.arange(ids_1T.shape[1])[None], ids_1T.device)
+        given.last_B = torch.zeros(1, dtype=torch.int64, device=ids_1T.device)  # the head costs nothing
+        hook = list(network.layers.values())[(len(network.layers) - 1) // 2].register_forward_hook(
+            lambda layer, arguments, output: seen.append(output)
+        )
+        with hook:
+            network(ids_1T, given)
+        return seen[0]
 
-    return states if isinstance(network, Transformer) else foreign_states
+    return ours if isinstance(network, Transformer) else foreign
 
 
 @contextmanager
