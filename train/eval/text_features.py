@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import ConfigError
 from core.files import sha256_text
@@ -80,7 +80,7 @@ def _pooled(x_TD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _embeddings(network: Any) -> Callable[[Tensor], Tensor]:
-    found: nn.Module = network.embedding if isinstance(network, Transformer) else network.get_input_embeddings()
+    found: Any = network.embedding if isinstance(network, Transformer) else network.get_input_embeddings()
     return found
 
 
