@@ -191,11 +191,12 @@ class ReferenceFeatures:
                 self._known.update(found)
         return np.stack([found[one] if one in found else self._known[one] for one in contents])
 
-    def cost(self, records: int) -> str:
-        """Say in one line how long these records take, from those read so far."""
+    def cost(self, records: int | None = None) -> str:
+        """Say in one line how long a record takes, and all `records`, from those read so far."""
         seconds = self._seconds / max(self._count, 1)
-        total, unit = (records * seconds / 60, "min") if records * seconds > 120 else (records * seconds, "s")
-        return (
-            f"features of {self.name} ({self.kind.value}): {1e3 * seconds:.2g} ms a record, {total:.0f} {unit} for "
-            f"{records:,} in one process; {self._cut:,} of {self._count:,} exceed the model's context and are cut"
-        )
+        line = f"features of {self.name} ({self.kind.value}): {1e3 * seconds:.2g} ms a record"
+        if records is not None:
+            line += f", {records * seconds / 60:.1f} min for {records:,} in one process"
+        if self._cut:
+            line += f"; {self._cut:,} of {self._count:,} records are longer than what the model reads, and are cut"
+        return line

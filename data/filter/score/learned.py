@@ -109,6 +109,9 @@ class LearnedScorer(Scorer):
         if self._is_stored:
             if sample := list(itertools.islice(records(), REFERENCE)):
                 self._check_coverage(sample)
+                if self.reference is not None:
+                    self.reference.of(sample[:_CHECKED])
+                    self.report(self.reference.cost())
             return
         survey = self._survey(records())
         if (self.directory / FACTS).exists():
@@ -286,10 +289,12 @@ class LearnedScorer(Scorer):
         return found | ({"grades": pairs} if graded else {})
 
     def _summary(self, facts: dict[str, Any]) -> str:
+        one = self.reference
+        beside = "" if one is None else f" scorer.features={one.kind.value} scorer.reference={one.name}"
         return (
             f"learned from {facts['labels']:,} labels in {self.directory}; cross-fitted AUC within domains: "
             f"{facts['auc']:.3f} (length of the answer {facts['auc_of_length']:.3f}); "
-            f"to use it elsewhere: scorer.kind=learned scorer.model={self.directory}"
+            f"to use it elsewhere: scorer.kind=learned scorer.model={self.directory}{beside}"
         )
 
     def _check_coverage(self, records: Sequence[Record]) -> None:

@@ -44,7 +44,7 @@ _LIMIT = 4.0
 _PENALTIES = np.logspace(-3, 3, 13)
 _LINEAR, _SQUARED = 0.4, 0.1
 """Weights of all figures together and of their squares, if that of the n-grams of a prompt is 1."""
-_REFERENCE = 1.0
+_REFERENCE = 0.3
 """Weight of all features of a reference model together."""
 _TYPES = {
     "idf_C": np.float32,
