@@ -241,7 +241,6 @@ def load(directory: Path, reference: ReferenceFeatures | None = None) -> LinearM
     `reference` if it learned from other features.
     """
     advice = ["the output directory of leviathan filter scorer.kind=learned"]
-    types = _types(reference)
     try:
         facts = read_json(
             directory / FACTS, dict.fromkeys(("features", "fingerprint", "labels_from", "direction"), str)
@@ -252,12 +251,9 @@ def load(directory: Path, reference: ReferenceFeatures | None = None) -> LinearM
         if facts["direction"] not in Direction.__members__:
             raise ValueError(f"direction is {facts['direction']!r}")
         with np.load(directory / ARRAYS) as stored:  # refuses pickled objects
-            found = {name: stored[name] for name in types}
-        for name, kind in types.items():
-            if found[name].dtype != kind:
-                raise ValueError(f"{name} is {found[name].dtype}")
-        ours = ("features", "fingerprint", "reference")
-        model = _model(found, {key: value for key, value in facts.items() if key not in ours}, reference)
+            found = {name: stored[name].astype(kind, casting="no") for name, kind in _types(reference).items()}
+        own = ("features", "fingerprint", "reference")
+        model = _model(found, {key: value for key, value in facts.items() if key not in own}, reference)
         if model.fingerprint != facts["fingerprint"]:
             raise ValueError(f"{ARRAYS} does not belong to {FACTS}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
