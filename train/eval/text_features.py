@@ -86,7 +86,7 @@ def _embeddings(network: Any) -> Callable[[Tensor], Tensor]:
 
 def _hidden_states(name: str, network: Any) -> Callable[[Tensor], Tensor]:
     """Return a function from ids [1, T] to the hidden states [1, T, D] after layer (layers + 1) // 2, counted from 1.
-    The last hidden states predict the next token; they taught less in our measurements (docs/filter.md).
+    docs/filter.md compares it with other layers.
     """
 
     def foreign(ids_1T: Tensor) -> Tensor:
