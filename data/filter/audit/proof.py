@@ -37,6 +37,8 @@ _BUCKETS, _IN_BUCKET = 8, 8
 """Most length buckets of a domain, and fewest labelled records in one. Of 60 records, three buckets of 20 left length
 itself an AUC of 0.67 where labels follow it (correlation 0.5); seven of 8 leave it 0.57. Intervals cover as well.
 """
+_IN_BUCKET_OF_FOLDS = 20
+"""The same where only records of one fold compare: with 8 there are too few pairs for a verdict."""
 _ENOUGH = 20
 """Hard and easy records for a verdict; twice as many for one on length alone."""
 _DIFFICULT = 0.55
@@ -97,11 +99,13 @@ def _measured(sample: Any, name: str) -> dict[str, Any]:
     """Hold the score `name`, other scorers and the controls against the labels of a sample."""
     label, length, size = (sample[one].to_numpy().astype(np.float64) for one in (LABEL, "scored_bytes", "bytes"))
     names, domain = np.unique(np.asarray(sample["domain"]).astype(str), return_inverse=True)
+    folds = sample[OTHER + FOLD].to_numpy().astype(np.int64) if OTHER + FOLD in sample.column_names else None
+    least = _IN_BUCKET if folds is None else _IN_BUCKET_OF_FOLDS
     hard, buckets, domains = np.full(len(label), np.nan), np.zeros(len(label), np.int64), {}
     for place, one in enumerate(names):
         mine = np.flatnonzero(domain == place)
         hard[mine] = hard_or_easy(label[mine])
-        count = int(np.clip(len(mine) // _IN_BUCKET, 1, _BUCKETS))
+        count = int(np.clip(len(mine) // least, 1, _BUCKETS))
         buckets[mine] = place * _BUCKETS + length_buckets(length[mine].astype(np.int64), count)
         domains[str(one)] = {"labels": len(mine), "length": _length_alone(length[mine], hard[mine])}
     prompts = bool((size > length).any())
@@ -109,7 +113,6 @@ def _measured(sample: Any, name: str) -> dict[str, Any]:
     others = [one for one in sample.column_names if one.startswith(OTHER) and one not in NO_SCORES]
     members = {one.removeprefix(OTHER): sample[one].to_numpy() for one in others}
     members = {one: found for one, found in members.items() if one not in (WHOLE, RANDOM)}
-    folds = sample[OTHER + FOLD].to_numpy().astype(np.int64) if OTHER + FOLD in sample.column_names else None
     score = {name: sample["score"].to_numpy()}
     # a scorer may have the name of a control
     scores = score | members | lengths | {RANDOM: sample["tie"].to_numpy().astype(np.float64)} | score

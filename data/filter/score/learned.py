@@ -25,7 +25,7 @@ from data.filter.audit.separation import FOLD
 from data.filter.config import LEAST_LABELS as LEAST
 from data.filter.config import ScorerConfig
 from data.filter.input.records import LABEL, Record
-from data.filter.score.features import VERSION
+from data.filter.score.features import VERSION, ReferenceFeatures
 from data.filter.score.linear import FACTS, LinearModel, Weighting, identity, learn, load
 from data.filter.score.scorer import CostlyScorer, Direction, Scorer, sample_key
 
@@ -57,14 +57,21 @@ class LearnedScorer(Scorer):
 
     `directory`: where the model is stored. A stored model of the same records and settings is not learned again. With
     `config.model` a stored model is used as it is, and `fit` only compares the records with its training data.
+    `reference`: features that are used beside n-grams.
     """
 
     name = "learned"
     report: Callable[[str], None]
     """Called with lines of progress and warnings."""
 
-    def __init__(self, config: ScorerConfig, directory: Path, labeler: Scorer | None = None) -> None:
-        self.wanted, self.labeler, self.report = config.labels, labeler, print
+    def __init__(
+        self,
+        config: ScorerConfig,
+        directory: Path,
+        labeler: Scorer | None = None,
+        reference: ReferenceFeatures | None = None,
+    ) -> None:
+        self.wanted, self.labeler, self.reference, self.report = config.labels, labeler, reference, print
         self.model: LinearModel | None = None
         self._is_stored = config.model is not None
         self._is_checked = not self._is_stored
@@ -72,14 +79,15 @@ class LearnedScorer(Scorer):
         self.direction = Direction.hard if labeler is None else labeler.direction
         what = "labels" if labeler is None else labeler.measures
         if config.model is not None:
-            self.model = load(stored_in(Path(config.model).expanduser()))
+            self.model = load(stored_in(Path(config.model).expanduser()), reference)
             self.direction = Direction[self.model.facts["direction"]]
             what = self.model.facts["labels_from"]
             self.fingerprint = sha256_text("learned", self.model.fingerprint)
             self.directory = Path(config.model)
         else:
             taught = "" if labeler is None else labeler.fingerprint
-            self.fingerprint = sha256_text("learned", "2", VERSION, str(config.labels), taught)
+            made_by = () if reference is None else (reference.fingerprint,)
+            self.fingerprint = sha256_text("learned", "2", VERSION, str(config.labels), taught, *made_by)
             self.directory = directory / f"learned-{self.fingerprint[:8]}"
             if (stored := self.directory / FACTS).exists():
                 name = read_json(stored, {"direction": str})["direction"]
@@ -108,10 +116,13 @@ class LearnedScorer(Scorer):
         if self._is_stored:
             if sample := list(itertools.islice(records(), REFERENCE)):
                 self._check_coverage(sample)
+                if self.reference is not None:
+                    self.reference.of(sample[:_CHECKED])
+                    self.report(self.reference.cost())
             return
         survey = self._survey(records())
         if (self.directory / FACTS).exists():
-            stored = load(self.directory)
+            stored = load(self.directory, self.reference)
             if stored.facts.get("input") == survey.digest:
                 self._use(stored)
                 return
@@ -145,10 +156,13 @@ class LearnedScorer(Scorer):
         else:
             chosen, labels = self._graded({name: [found[key] for key in mine] for name, mine in keys.items()}, quotas)
         self._check_learnable(chosen, labels)
+        if self.reference is not None:
+            weighting = weighting.beside(self.reference, scaled_on)
+            self.report(self.reference.cost(survey.counts.total()))
         model = learn(weighting, chosen, labels, scaled_on)
         model.facts.update(self._facts(model, chosen, labels, scaled_on, survey))
         model.save(self.directory)
-        self._use(load(self.directory))
+        self._use(load(self.directory, self.reference))
         self.report(self._summary(model.facts))
 
     def _use(self, model: LinearModel) -> None:
@@ -248,7 +262,7 @@ class LearnedScorer(Scorer):
         scaled_on: Sequence[Record],
         survey: _Survey,
     ) -> dict[str, Any]:
-        coverage = model.weighting.vectors(scaled_on).familiar_N
+        coverage = model.weighting.coverage(scaled_on)
         found = {
             "input": survey.digest,
             "records": survey.counts.total(),
@@ -263,9 +277,11 @@ class LearnedScorer(Scorer):
         return found | ({"grades": pairs} if self.labeler is not None else {})
 
     def _summary(self, facts: dict[str, Any]) -> str:
+        one = self.reference
+        beside = "" if one is None else f" scorer.features={one.kind.value} scorer.reference={one.name}"
         return (
             f"learned from {facts['labels']:,} labels in {self.directory}; "
-            f"to use it elsewhere: scorer.kind=learned scorer.model={self.directory}"
+            f"to use it elsewhere: scorer.kind=learned scorer.model={self.directory}{beside}"
         )
 
     def _check_coverage(self, records: Sequence[Record]) -> None:
@@ -273,8 +289,7 @@ class LearnedScorer(Scorer):
         assert self.model is not None
         self._is_checked = True
         usual = self.model.facts.get("coverage", [0.0, 0.0])[0]
-        vectors = (self.model.weighting.vectors(batch) for batch in _batches(records))
-        found = float(np.concatenate([one.familiar_N for one in vectors]).mean())
+        found = float(np.concatenate([self.model.weighting.coverage(batch) for batch in _batches(records)]).mean())
         if found < FAR * usual:
             self.report(
                 f"warning: {self.directory} learned from other text: {found:.0%} of the words here are frequent there, "

@@ -108,6 +108,11 @@ TokenLosses = Callable[[Sequence[tuple[str, str]]], list[NDArray[np.float32]]]
 empty. Scorers receive models in this form, so that `data` need not import the models' code.
 """
 
+TextFeatures = Callable[[Sequence[tuple[str, str]]], tuple[NDArray[np.float32], int]]
+"""Returns features [N, S] of N pairs of prompt and answer, and the number of pairs that were cut to the model's
+context. The features of a pair do not depend on the other pairs, to the bit. Those of an empty text are zeros.
+"""
+
 FOLDS = 2
 
 
