@@ -79,9 +79,10 @@ def _imported(config: ScorerConfig, path: str) -> Scorer:
 def _opened(keys: Sequence[str], config: ScorerConfig, models: Models | None) -> list[object]:
     """Return the token losses and the fingerprint of each model, in one list."""
     found: list[object] = []
+    opener = _available(models, config)
     for key in keys:
         with under(key):
-            found += _available(models, config).open(getattr(config, key), config)
+            found += opener.open(getattr(config, key), config)
     return found
 
 
