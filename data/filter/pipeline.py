@@ -162,6 +162,14 @@ class Filter:
             return np.full(self.records.shards[shard], np.nan)
         return np.asarray(self.records.read(shard, [LABEL])[LABEL].to_numpy(zero_copy_only=False), np.float64)
 
+    def mean_labels(self, shard: str) -> NDArray[np.float64]:
+        """Return `labels`, but for a text with labelled copies the mean of all its labels."""
+        labels, means = self.labels(shard), self._labels_of_copied
+        if not means:
+            return labels
+        names = self.records.read(shard, ["id"])["id"].to_pylist()
+        return np.array([means.get(name, label) for name, label in zip(names, labels.tolist(), strict=True)])
+
     @cached_property
     def label_source(self) -> str | None:
         """Whose labels scores are held against: "input", "scorer" (those of its grader, where the input has none)."""
@@ -172,7 +180,8 @@ class Filter:
     @cached_property
     def proof(self) -> dict[str, Any] | None:
         """How well the scores agree with the labels; None if no record that competes has one."""
-        return prove(self.job.scorer, self.label_source, self.labels, self.records, self.screened, self.scored)
+        stages = self.records, self.screened, self.scored
+        return prove(self.job.scorer, self.label_source, self.labels, self.mean_labels, *stages)
 
     def pictures(self, shard: str) -> list[tuple[RecordPicture, ...]]:
         """Return the pictures of each record of a shard, without thumbnails."""
@@ -488,11 +497,16 @@ class Filter:
         if not self.job.clean:
             return None
         name = f"clean-{self._clean[:16]}"
+
+        def scores() -> NDArray[np.float64]:
+            return self.scored.read(name)["score"].to_numpy() if self.scored.has(name) else np.array([np.nan])
+
         with barrier(self.workers):
-            if self.workers.rank == 0 and not self.scored.has(name):
+            unanswered = isinstance(self.job.scorer, RemoteScorer) and not np.isfinite(scores()).all()
+            if self.workers.rank == 0 and (unanswered or not self.scored.has(name)):
                 self._fit()
                 self.scored.write(name, make_table(score=self.job.scorer.score(self.job.clean)))
-        return noise_threshold(self.scored.read(name)["score"].to_numpy(), self.rules.select.noise_quantile)
+        return noise_threshold(scores(), self.rules.select.noise_quantile)
 
 
 def file_digest(path: str) -> str:

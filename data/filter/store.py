@@ -161,7 +161,8 @@ class StageStore:
     def _difference(self, made_of: Mapping[str, Any]) -> str:
         found = differences(made_of, self.made_of)
         changed = [f"the {key.replace('_', ' ')}" for key, (_, new) in found.items() if _HASH.search(str(new))]
-        shown = [f"{key}={old} (now {new})" for key, (old, new) in found.items() if not _HASH.search(str(new))]
+        words = {key: ("the default" if old is None else old, new) for key, (old, new) in found.items()}
+        shown = [f"{key}={old} (now {new})" for key, (old, new) in words.items() if not _HASH.search(str(new))]
         more = f" and {len(shown) - _SHOWN_DIFFERENCES} more" if len(shown) > _SHOWN_DIFFERENCES else ""
         made = ", ".join(shown[:_SHOWN_DIFFERENCES]).replace("\n", "\\n")
         why = [f"was made with {made or 'other settings'}{more}"] if made or not changed else []

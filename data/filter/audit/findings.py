@@ -55,7 +55,7 @@ def conclusion(audit: dict[str, Any]) -> Iterator[str]:
         name, lengths = audit["scorer"]["name"], (audit["length"], audit["whole_length"])
         if name not in _UNGRADED and lengths[0] != lengths[1]:
             do = "give labels (label_key=)" + ("" if name == "learned" else " or try scorer.kind=learned")
-            yield f"Nothing shows that {name} tells hard from easy here: {do}"
+            yield f"Nothing shows that {name} tells hard from easy here: {do}."
         return
     if verdict(proof) == "proven":
         yield f"The score tells {contrast(proof)}: {sentence(proof)}."
@@ -77,6 +77,15 @@ def _buckets(audit: dict[str, Any]) -> Iterator[str]:
         parts = [f"records compete across lengths in {_list(found.pop('', ['no domain']))}"]
         parts += [f"length buckets stay in {_list(names)}, since {why}" for why, names in found.items()]
         yield f"select.buckets=auto: {'; '.join(parts)}"
+
+
+def _across_lengths(audit: dict[str, Any]) -> bool:
+    """Return whether the labels let records of every domain compete across lengths, as `select.buckets=auto` asks."""
+    competing = [name for name, one in audit["domains"].items() if one["competed"]["documents"]]
+    scorer = audit["scorer"]["name"]
+    return audit["buckets"]["rule"] == "auto" and not any(
+        why_by_length(scorer, audit["proof"], name) for name in competing
+    )
 
 
 def text_only(audit: dict[str, Any]) -> str | None:
@@ -113,8 +122,8 @@ def constant_scores(audit: dict[str, Any]) -> Iterator[str]:
 
 
 def not_proven(audit: dict[str, Any]) -> Iterator[str]:
-    if audit["proof"] is not None:
-        yield from shortcoming(audit["proof"])
+    if (proof := audit["proof"]) is not None and not (verdict(proof) == "length" and _across_lengths(audit)):
+        yield from shortcoming(proof)
 
 
 def labels(audit: dict[str, Any]) -> Iterator[str]:
@@ -124,6 +133,11 @@ def labels(audit: dict[str, Any]) -> Iterator[str]:
     found, competing = proof["labels"], [name for name, one in audit["domains"].items() if one["competed"]["documents"]]
     if found["distinct"] == 1:
         yield f"All labels ({found['records']:,}) are equal, so no scorer can be held against them."
+    elif (few := min(found["hard"], found["easy"])) < 10:
+        yield f"Nearly all labels are equal: only {few:,} of {found['records']:,} are at the other end of the scale."
+    if found["scales"]:
+        below, above = found["scales"]
+        yield f"Labels may be of two scales: none is between {below:g} and {above:g}. Give all records the same scale."
     if missing := [named(name) for name in competing if name not in proof["domains"]]:
         yield f"No record is labelled in {_list(missing)}: how good the score is there is unknown."
     if found["contradictory"]:
@@ -150,6 +164,8 @@ def off_target(audit: dict[str, Any]) -> Iterator[str]:
 def length(audit: dict[str, Any]) -> Iterator[str]:
     """Warn if scores correlate with the length of the scored part, or of the whole record if the two lengths differ."""
     scored, whole = audit["length"], audit["whole_length"]
+    if _across_lengths(audit):
+        return
     yield from _length_of("length", scored)
     if whole != scored:
         yield from _length_of("the length of prompt and answer", whole)

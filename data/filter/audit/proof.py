@@ -28,6 +28,7 @@ from data.filter.audit.separation import (
 )
 from data.filter.config import BucketRule, SelectConfig
 from data.filter.input.records import LABEL
+from data.filter.score.linear import FOLDS
 from data.filter.score.scorer import Direction, Scorer
 from data.filter.store import StageStore
 
@@ -40,10 +41,12 @@ itself an AUC of 0.67 where labels follow it (correlation 0.5); seven of 8 leave
 _IN_BUCKET_OF_FOLDS = 20
 """The same where only records of one fold compare: with 8 there are too few pairs for a verdict."""
 _ENOUGH = 20
-"""Hard and easy records for a verdict; twice as many for one on length alone."""
+"""Hard, and easy, records for a verdict on length alone; half of each for one on the score."""
 _DIFFICULT = 0.55
 """`select.buckets=auto`: length is difficulty in a domain where the lower bound of its AUC exceeds this."""
 _LEARNED = "learned"
+_FAR = 10
+"""A number of labels is extrapolated up to so many times theirs."""
 
 ProofOf = Callable[[], dict[str, Any] | None]
 """Returns the result of `prove` where it is needed, since it takes seconds."""
@@ -53,29 +56,34 @@ def prove(
     scorer: Scorer,
     source: str | None,
     labels: Callable[[str], Numbers],
+    means: Callable[[str], Numbers],
     records: StageStore,
     screened: StageStore,
     scored: StageStore,
 ) -> dict[str, Any] | None:
     """Hold the scores against the labels; None if no record that competes has one. `source`: "input", for the `labels`
-    of a shard (NaN for none), "scorer" for those that the scorer has from its grader, or None for no labels.
+    of a shard (NaN for none) and their `means` over copies of a text, "scorer" for those that the scorer has from its
+    grader, or None for no labels.
 
     The result is ready for JSON. The first of its `scorers` is the score; there are none without comparable records.
     `lead` is the AUC of the score minus that of each length.
     """
-    import pyarrow
+    import pyarrow.compute
 
     texts, sample, count = [], None, 0
     for shard in records.shards if source else ():
         scores = scored.read(shard)
         label = labels(shard) if source == "input" else scores[OTHER + LABEL].to_numpy()
+        mean = means(shard) if source == "input" else label
         names = ["reason", "score", *(name for name in scores.column_names if name.startswith(OTHER))]
         parts = [scores.select(names), records.read(shard, ["domain"])]
         parts.append(screened.read(shard, ["exact", "bytes", "scored_bytes", "tie"]))
         columns = {name: table[name] for table in parts for name in table.column_names}
-        table = pyarrow.table({**columns, LABEL: label}).filter(pyarrow.array(np.isfinite(label)))
-        texts.append(table.select(["exact", LABEL]))
-        table = table.filter(table["reason"].is_null()).drop_columns(["exact", "reason"])
+        table = pyarrow.table({**columns, LABEL: label})
+        texts.append(table.select(["exact", LABEL]).filter(pyarrow.array(np.isfinite(label))))
+        table = table.set_column(table.column_names.index(LABEL), LABEL, pyarrow.array(mean))
+        table = table.filter(pyarrow.array(np.isfinite(mean))).filter(pyarrow.compute.field("reason").is_null())
+        table = table.drop_columns(["exact", "reason"])
         count += len(table)
         sample = first_of_each([sample, table], [], [("tie", "ascending")], _SAMPLE)
     if not count:
@@ -87,7 +95,7 @@ def prove(
 
 def _contradictory(texts: list[Any]) -> int:
     """Return the number of labelled records with the text of another one that has a different label."""
-    import pyarrow
+    import pyarrow.compute
 
     how = [(LABEL, "min"), (LABEL, "max"), (LABEL, "count")]
     found = pyarrow.concat_tables(texts).group_by("exact").aggregate(how)
@@ -121,11 +129,28 @@ def _measured(sample: Any, name: str) -> dict[str, Any]:
         "hard": int((hard == 1).sum()),
         "easy": int((hard == 0).sum()),
         "distinct": len(np.unique(label)),
+        "scales": _scales(label),
+        "learned": len(label) if folds is None else int((folds < FOLDS).sum()),
         "buckets": len(np.unique(buckets)),
         "length": rounded(rank_correlation({"": length}, label, domain, 0)[""].value),
     }
     found = _scorers(scores, lengths, label, hard, buckets, folds)
     return {"prompts": prompts, "labels": labels, "domains": domains, **found}
+
+
+def _scales(label: Numbers) -> list[float] | None:
+    """Return the bounds of a gap in the labels if it is ten times as wide as both sides, as between labels of 1 to 5
+    and of 10,000 to 50,000; None without one. Each side has a tenth of the labels or more.
+    """
+    ordered = np.sort(label)
+    places = np.flatnonzero(np.diff(ordered) > 0)
+    places = places[(places + 1 >= len(label) / 10) & (places + 1 <= len(label) * 0.9)]
+    for place in places:
+        below, above = ordered[place], ordered[place + 1]
+        sides = below - ordered[0], ordered[-1] - above
+        if min(sides) > 0 and above - below > 10 * min(sides) and above > 10 * below > 0:
+            return [float(below), float(above)]
+    return None
 
 
 def hard_or_easy(label: Numbers) -> Numbers:
@@ -148,7 +173,7 @@ def hard_or_easy(label: Numbers) -> Numbers:
 def _length_alone(length: Numbers, hard: Numbers) -> dict[str, Any] | None:
     """Return the AUC of the length in a whole domain; None with fewer than `2 * _ENOUGH` hard and easy records."""
     used = np.isfinite(hard)
-    if used.sum() < 2 * _ENOUGH:
+    if min((hard == 0).sum(), (hard == 1).sum()) < _ENOUGH:
         return None
     return _shown(auc({"": length[used]}, hard[used], np.zeros(used.sum(), np.int64), _RESAMPLES)[""])
 
@@ -222,7 +247,7 @@ def verdict(proof: dict[str, Any]) -> str:
     does not exceed, "chance" or "length"; "reversed" if its upper bound is below 0.5; or "unknown" with too few
     comparable labels.
     """
-    if not proof["scorers"] or proof["labels"]["hard"] + proof["labels"]["easy"] < _ENOUGH:
+    if not proof["scorers"] or min(proof["labels"]["hard"], proof["labels"]["easy"]) < _ENOUGH // 2:
         return "unknown"
     if proof["scorers"][0]["low"] <= 0.5:
         return "reversed" if proof["scorers"][0]["high"] < 0.5 else "chance"
@@ -249,9 +274,9 @@ def shortcoming(proof: dict[str, Any]) -> Iterator[str]:
     """Yield, in one line, why the score is not proven and what to do; nothing if it is."""
     claim = {
         "unknown": "It is unknown whether the score tells {} here",
-        "chance": "The score does not tell {} here",
+        "chance": "The score is not shown to tell {} here",
         "reversed": "The score tells {} the wrong way round here",
-        "length": "The score does not tell {} here better than the {over} does (lead {lead})",
+        "length": "The score is not shown to tell {} here better than the {over} does (lead {lead})",
     }.get(verdict(proof))
     if claim:
         least = min(proof["lead"], key=lambda one: one["low"], default={"over": "", "auc": 0, "low": 0, "high": 0})
@@ -266,9 +291,19 @@ def advice(proof: dict[str, Any], bar: float | None = None) -> str:
     found, labels = verdict(proof), proof["labels"]
     if found == "unknown":
         return "a few hundred labels are needed" if proof["scorers"] else "labels that differ are needed"
+    if (
+        bar is None
+        and found == "length"
+        and any(one["length"] is not None and one["length"]["low"] > _DIFFICULT for one in proof["domains"].values())
+    ):
+        return "the labels say that length is difficulty: try select.buckets=auto"
     if proof["scorer"] == _LEARNED:
-        of_input = labels["source"] == "input"
-        do = "label more records of this input and learn from them" if of_input else "raise scorer.labels"
+        if labels["source"] != "input":
+            do = "raise scorer.labels"
+        elif labels["learned"] < labels["records"]:
+            do = f"learn from all labels (scorer.labels={labels['records']})"
+        else:
+            do = "label more records of this input and learn from them"
     else:
         do = "let scorer.kind=learned learn from labels"
         if proof["direction"] == Direction.learnable.name:
@@ -280,7 +315,8 @@ def advice(proof: dict[str, Any], bar: float | None = None) -> str:
     gaps += [(one["auc"], one["auc"] - one["low"]) for one in proof["lead"] if bar is None]
     wanted = labels["sample"] * max(half / gap if gap > 0 else np.inf for gap, half in gaps) ** 2
     wanted = float(f"{wanted:.1g}")
-    return f"{do}; about {wanted:,.0f} labels would show it" if labels["records"] < wanted < 1e6 else do
+    near = labels["records"] < wanted <= _FAR * labels["records"]
+    return f"{do}; about {wanted:,.0f} labels would show it" if near else do
 
 
 def _interval(found: dict[str, Any], style: str = ".2f") -> str:

@@ -179,7 +179,7 @@ class LearnedScorer(Scorer):
         for record in records:
             content = record.content
             digest.update(f"{content}{record.domain}\0{record.label}".encode())
-            key = int(content[8:24], 16)
+            key = int(content[8:24], 16)  # `sample_key`, without hashing the text again
             counts[record.domain] += 1
             has_prompts |= bool(record.prompt)
             labelled[record.domain] += record.label is not None

@@ -198,8 +198,9 @@ def figures(auc: float, half: float, lead: float = 0.3, **more: Any) -> dict[str
     """Return a proof with an AUC and the lead over the length of the answer, each plus or minus `half`."""
     first, of_lead = ({"auc": one, "low": one - half, "high": one + half} for one in (auc, lead))
     labels = {"records": 100, "sample": 100, "hard": 40, "easy": 40, "buckets": 8, "source": "input"}
+    labels["learned"] = 100
     scorers = [{"name": "judge", "correlation": 0.1, **first}, {"name": "random", **first}]
-    given = {"scorer": "judge", "direction": "hard", "prompts": True, "scorers": scorers}
+    given = {"scorer": "judge", "direction": "hard", "prompts": True, "scorers": scorers, "domains": {}}
     return given | {"labels": labels, "lead": [{"over": "length of the answer", **of_lead}]} | more
 
 
@@ -216,6 +217,17 @@ ADVICE = [
     (figures(0.36, 0.1, prompts=False), None, f"check that higher labels mean better, or {LEARN}"),
     (figures(0.45, 0.1, **OWN), None, "label more records of this input and learn from them"),
     (figures(0.45, 0.1, **OWN, labels=figures(0, 0)["labels"] | {"source": "scorer"}), None, "raise scorer.labels"),
+    (
+        figures(0.45, 0.1, **OWN, labels=figures(0, 0)["labels"] | {"learned": 50}),
+        None,
+        "learn from all labels (scorer.labels=100)",
+    ),
+    (
+        figures(0.7, 0.1, lead=0.05, domains={"a": {"length": {"auc": 0.7, "low": 0.6, "high": 0.8}}}),
+        None,
+        "the labels say that length is difficulty: try select.buckets=auto",
+    ),
+    (figures(0.51, 0.1), None, LEARN),
     (
         figures(0.45, 0.1, direction="learnable"),
         None,
@@ -338,7 +350,7 @@ def test_a_required_auc_refuses_and_a_rerun_goes_on(tmp_path, capsys, no_page):
     assert main(["filter", *words]) == 0, "a lower bar"
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("kept 120 of 240 records"), "no stage was computed again"
-    assert said[1].startswith("warning: The score does not tell hard from easy here")
+    assert said[1].startswith("warning: The score is not shown to tell hard from easy here")
     assert said[2].startswith("kept ") and said[2].endswith("% of levels 1 to 5")
     assert main(["filter", *words, "select.require_auc=0.9"]) == 2, "a finished filter is checked again"
     assert main(["filter", *words, "label_key=null", "select.require_auc=0.9", f"out={tmp_path / 'none'}"]) == 2
@@ -412,3 +424,15 @@ def test_rules_about_labels_are_checked():
     for bad in (0.3, 1.0):
         with pytest.raises(ConfigError, match=r"must lie in \[0.5, 1\)"):
             SelectConfig(require_auc=bad)
+
+
+def test_few_labels_at_one_end_and_two_scales_are_said(tmp_path):
+    for name in ("odd", "scales", "one"):
+        (tmp_path / name).mkdir()
+    label = np.r_[np.ones(239), 2.0]
+    proof = proof_of(tmp_path / "odd", NOISE, label)
+    assert verdict(proof) == "unknown"
+    scales = np.where(np.arange(240) % 2, LABELS, 10_000 * (1 + LABELS))
+    found = proof_of(tmp_path / "scales", NOISE, scales)["labels"]["scales"]
+    assert found is not None and found[0] < 100 < found[1]
+    assert proof_of(tmp_path / "one", NOISE)["labels"]["scales"] is None

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from data.filter.pipeline import Filter
 from data.filter.score import learned, linear
 from data.filter.score.baselines import LengthScorer
 from data.filter.score.ensemble import EnsembleScorer
+from data.filter.score.factory import Models, check_models
 from data.filter.score.features import features_of
 from data.filter.score.learned import LearnedScorer, quotas_of
 from data.filter.score.scorer import Direction
@@ -531,3 +533,15 @@ def test_impossible_settings_are_rejected():
     ):
         with pytest.raises(ConfigError, match=message):
             ScorerConfig(**{"kind": ScorerKind.learned, **settings})
+
+
+def test_models_of_labelers_and_members_are_checked():
+    loss = ScorerConfig(ScorerKind.loss, model="m")
+    check = Mock(return_value="perhaps")
+    for config, key in (
+        (ScorerConfig(ScorerKind.learned, labeler=loss), "scorer.labeler.model"),
+        (ScorerConfig(ScorerKind.ensemble, members=[ScorerConfig(), loss]), "scorer.members[1].model"),
+    ):
+        reports: list[str] = []
+        check_models(Models(Mock(), check, Mock()), config, lambda: [], reports.append)
+        assert reports == [f"warning: {key}: perhaps"]

@@ -44,3 +44,12 @@ def test_unreadable_lines_follow_on_error(on_error):
             kept(lines, on_error=on_error)
     else:
         assert (lines[0] in kept(lines, on_error=on_error)) == (on_error is OnError.keep)
+
+
+def test_the_tokens_of_a_prompt_count():
+    rows = [{"q": "What is it? " * 9, "a": row["text"]} for row in prose(64)]
+    config = InputConfig(input="-", prompt_key="q", response_key="a")
+    for count_tokens in (None, lambda texts: [len(text.encode()) for text in texts]):
+        done = LineFilter(config, FilterRules(), FixedScorer(lambda record: 1.0), count_tokens)
+        done.kept([(number, json.dumps(row).encode()) for number, row in enumerate(rows, 1)])
+        assert done.weight.total() >= sum(len(row["q"] + row["a"]) for row in rows)
