@@ -118,3 +118,14 @@ def test_whole_buckets_are_resampled():
     for rows, mine, weights in _resampled(buckets, 50, 0, folds):
         totals[buckets[mine[0]], folds[mine[0]], rows] += weights.sum(1)
     assert (totals.sum(1) == 20).all() and np.ptp(totals[0, 0]) > 3
+
+
+def test_buckets_are_resampled_independently():
+    score, hard = np.random.default_rng(0).normal(size=60), np.tile([0.0, 1.0], 30)
+
+    def width(count):
+        buckets = np.repeat(np.arange(count), 60)
+        found = auc({"": np.tile(score, count)}, np.tile(hard, count), buckets, 500)[""]
+        return found.high - found.low
+
+    assert width(4) < 0.65 * width(1)

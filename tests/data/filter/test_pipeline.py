@@ -25,6 +25,7 @@ from data.filter.config import DuplicateConfig, InputConfig, KeepUnit, OnError, 
 from data.filter.input.readers import clean_records
 from data.filter.input.records import Reason, Record
 from data.filter.pipeline import THRESHOLDS, Filter
+from data.filter.score.baselines import LengthScorer
 from data.filter.store import barrier
 from launch.filter.workers import WorldWorkers
 from parallel.comm.world import connect
@@ -428,3 +429,13 @@ def test_labels_of_copies_are_those_of_the_proof(tmp_path):
     done.run()
     assert len([one for one in done.passed() if one.label is not None]) == 80
     assert done.proof and done.proof["labels"]["records"] == 80
+
+
+def test_labels_of_near_duplicates_do_not_count(tmp_path):
+    texts = [row["text"] for row in prose(40, words=60)]
+    rows = [{"text": text, "level": 1 + n % 5} for n, text in enumerate(texts)]
+    rows.append({"text": texts[0] + " again", "level": 99})
+    done = filtered(write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out", LengthScorer(), label_key="level")
+    assert rows_of(done)[40]["reason"] == "near_duplicate"
+    assert next(iter(done.passed())).label == 1
+    assert done.mean_labels(next(iter(done.records.shards)))[0] == 1

@@ -18,6 +18,7 @@ import pytest
 from core.errors import ConfigError, LeviathanError
 from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
+from data.filter.score.answers import AnswerCache
 from data.filter.score.endpoint import Endpoint, UnusableAnswer
 from data.filter.score.judge import JudgeScorer, parse_grade, shortened
 from data.filter.score.scorer import Direction
@@ -334,3 +335,20 @@ def test_an_unreadable_answer_is_requested_once(server, tmp_path):
         assert JudgeScorer(config).score([record]).tolist() == [3]
         sent.append(len(server.requests))
     assert sent == [1, 1, 1], "the answer that was stored last counts"
+
+
+def test_an_answer_of_another_process_is_not_requested(server, judge):
+    scorer = judge()
+    cache, claim = scorer.endpoint.cache, scorer.endpoint.cache.claim
+
+    def late(key):  # another process answers between the look into the cache and the claim
+        AnswerCache(cache.path).add(key, '{"grade": 4}')
+        return claim(key)
+
+    cache.claim = late
+    assert scorer.score(prompts("why?")).tolist() == [4] and not server.requests
+
+
+def test_a_prompt_with_two_answers_is_asked_once(server, judge):
+    judge().score([Record(str(n), "d", "s", f"why? {n}", 4) for n in range(2)])
+    assert len(server.requests) == 1
