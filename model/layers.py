@@ -5,6 +5,8 @@ Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from model.kernels import kernels_for
 from model.roles import Role
 from precision.config import Products
-from precision.gemm import Groups, at_least_float32, widened
+from precision.gemm import Groups
+from precision.native_gemm import NativeGemm
 from precision.resolve import LayerGemms
 
 
@@ -26,6 +29,11 @@ class _Projection(nn.Module):
         self.roles = {"weight": role}
         self.gemm = gemms.of(role.products, role.value)
 
+    @property
+    def joins(self) -> bool:
+        """Whether its matmul may be computed jointly with others: see `joint`."""
+        return isinstance(self.gemm, NativeGemm)
+
 
 class Linear(_Projection):
     """y = x W^T without bias; weight [F, D]."""
@@ -35,6 +43,15 @@ class Linear(_Projection):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.gemm.linear(x_TD, self.weight)
+
+
+def joint(x_TD: Tensor, parts: Sequence[Linear]) -> Tensor:
+    """Return the results of several layers, concatenated, as one matmul that reads the input once. All have the same
+    backend of plain matmuls.
+    """
+    gemm = parts[0].gemm
+    assert isinstance(gemm, NativeGemm)
+    return gemm.linear(x_TD, gemm.copies.joint([part.weight for part in parts]))
 
 
 class GroupedLinear(_Projection):
@@ -87,27 +104,17 @@ class TiedHead(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in at least float32, cast back, times the gain (Zhang & Sennrich 2019) and a constant `scale`."""
+    """x / rms(x) in at least float32, times the gain (Zhang & Sennrich 2019) and a constant `scale`."""
 
-    def __init__(self, size: int, eps: float, role: Role, scale: float = 1.0) -> None:
+    def __init__(self, size: int, eps: float, role: Role, gemms: LayerGemms, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.roles = {"weight": role}
-        self.eps, self.scale = eps, scale
+        self.eps, self.scale, self.kernels = eps, scale, kernels_for(gemms.kernels)
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = self.weight
-        if x.dtype is gain.dtype is at_least_float32(x.dtype) and not torch.is_grad_enabled():
-            y = torch.rms_norm(x, gain.shape, gain, self.eps)  # the same in one call
-        else:
-            y = rms_normalise(x, self.eps) * gain.to(x.dtype)
+        y = self.kernels.rms_norm(x, self.weight, self.eps)
         return y if self.scale == 1 else y * self.scale
-
-
-def rms_normalise(x: Tensor, eps: float) -> Tensor:
-    """Apply an RMS norm without a gain over the last dimension in at least float32. The result has the dtype of `x`."""
-    y = torch.rms_norm(widened(x), x.shape[-1:], None, eps)
-    return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -122,4 +129,6 @@ class GatedMLP(nn.Module):
         self.kernels = kernels_for(gemms.kernels)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        if self.kernels.joins and self.gate.joins:
+            return self.down(self.kernels.swiglu_halves(joint(x_TD, [self.gate, self.up])))
         return self.down(self.kernels.swiglu(self.gate(x_TD), self.up(x_TD)))

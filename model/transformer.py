@@ -27,9 +27,9 @@ class Layer(nn.Module):
 
     def __init__(self, model: ModelConfig, layer: LayerConfig, gemms: LayerGemms) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm)
+        self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm, gemms)
         self.attention = Attention(model, layer, gemms)
-        self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm)
+        self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm, gemms)
         self.is_moe = layer.feed_forward is FeedForward.moe
         self.multiplier = model.multipliers.residual
         roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
@@ -101,7 +101,7 @@ class Transformer(Stack):
         super().__init__(
             embedding,
             {str(i): Layer(config, layer, precision.at(i, len(blocks))) for i, layer in enumerate(blocks)},
-            RMSNorm(config.hidden_size, config.norm_eps, Role.final_norm, config.multipliers.logits),
+            RMSNorm(config.hidden_size, config.norm_eps, Role.final_norm, ends, config.multipliers.logits),
             TiedHead(embedding, ends)
             if config.tie_embeddings
             else Linear(config.hidden_size, config.vocab_size, Role.head, ends),

@@ -77,10 +77,23 @@ class Recipe(Enum):
 
 
 class KernelKind(Enum):
-    """Kernels that permute tokens by expert and compute SwiGLU: PyTorch's, or single-pass Triton kernels on GPUs."""
+    """Kernels of the memory-bound steps: norms, rotation, permutation of tokens by expert, and SwiGLU. `torch`:
+    PyTorch's operations. `triton`: kernels that read and write the data once, on GPUs. `auto`: Triton's on GPUs.
+    """
 
+    auto = "auto"
     torch = "torch"
     triton = "triton"
+
+
+class AttentionKind(Enum):
+    """Kernels of attention. `varlen`: one call of flash attention for all documents of a micro-batch, on GPUs.
+    `segments`: PyTorch's attention, for each part of a document. `auto`: `varlen` in bfloat16 on GPUs.
+    """
+
+    auto = "auto"
+    varlen = "varlen"
+    segments = "segments"
 
 
 class Products(Enum):
@@ -121,7 +134,8 @@ class PrecisionConfig:
     """Number of layers at the start of the model that keep the compute dtype under an FP8 backend."""
     bf16_last_layers: int = 0
     """Number of layers at the end of the model that keep the compute dtype under an FP8 backend."""
-    kernels: KernelKind = KernelKind.torch
+    kernels: KernelKind = KernelKind.auto
+    attention: AttentionKind = AttentionKind.auto
 
     def __post_init__(self) -> None:
         check_numbers(self, not_negative=("bf16_first_layers", "bf16_last_layers"))

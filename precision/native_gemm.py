@@ -13,24 +13,26 @@ from torch import Tensor
 
 from precision import cpu_gemm
 from precision.gemm import Groups
+from precision.weight_copies import WeightCopies
 
 _FEW_ROWS = 16
 """Rows up to which `cpu_gemm.multiply_few_rows` multiplies them."""
 
 
 class NativeGemm:
-    """Casts both operands to the compute dtype and multiplies. The cast is part of the autograd graph, so gradients of
-    bf16 matmuls accumulate in the dtype of the master weights, fp32.
+    """Casts both operands to the compute dtype and multiplies. Gradients of bf16 matmuls accumulate in the dtype of the
+    master weights, fp32.
     """
 
     token_multiple = 1
 
     def __init__(self, compute_dtype: torch.dtype) -> None:
         self.compute_dtype = compute_dtype
+        self.copies = WeightCopies(compute_dtype)
 
     def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
         if x.dtype is not self.compute_dtype or w.dtype is not self.compute_dtype:  # a call costs more than this
-            x, w = x.to(self.compute_dtype), w.to(self.compute_dtype)
+            x, w = x.to(self.compute_dtype), self.copies.narrow(w)
         if groups is None:
             if not torch.is_grad_enabled() and x.numel() <= _FEW_ROWS * w.shape[1]:
                 return cpu_gemm.multiply_few_rows(x, w)

@@ -15,11 +15,11 @@ from bench.gpu.clock import distance
 from bench.gpu.context import Bench, BenchJob
 from bench.gpu.record import BenchRow
 from bench.gpu.shapes import MoEShape, moe_shapes
-from model.kernels import MoEKernels, TorchKernels, TritonKernels
+from model.kernels import StepKernels, TorchKernels, TritonKernels
 from model.moe import permute_by_expert
 
 GATE = 1e-2
-Step = Callable[[MoEKernels], Tensor]
+Step = Callable[[StepKernels], Tensor]
 
 
 def kernels(bench: Bench) -> Iterator[BenchJob]:
@@ -34,7 +34,7 @@ def _measure(bench: Bench, moe: MoEShape) -> Iterator[BenchRow]:
     tokens, top_k = 64 if bench.dry else 16384, moe.router.top_k
     # a dry run without Triton's interpreter times PyTorch twice, so that this code at least runs
     stands_in = bench.no_triton is not None
-    sides: dict[str, MoEKernels] = {"torch": TorchKernels(), "triton": TorchKernels() if stands_in else TritonKernels()}
+    sides: dict[str, StepKernels] = {"torch": TorchKernels(), "triton": TorchKernels() if stands_in else TritonKernels()}
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(tokens, moe.experts, generator=generator).topk(top_k).indices
     rows = permute_by_expert(chosen.to(bench.device), moe.experts, 16)
@@ -73,11 +73,11 @@ def _measure(bench: Bench, moe: MoEShape) -> Iterator[BenchRow]:
             )  # fmt: skip
 
 
-def _results(step: Step, kernel: MoEKernels, leaves: list[Tensor]) -> list[Tensor]:
+def _results(step: Step, kernel: StepKernels, leaves: list[Tensor]) -> list[Tensor]:
     y = step(kernel)
     grad = torch.randn(y.shape, generator=torch.Generator(y.device).manual_seed(4), device=y.device, dtype=y.dtype)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
-def _run(step: Step, kernel: MoEKernels, leaves: list[Tensor], grad: Tensor) -> None:
+def _run(step: Step, kernel: StepKernels, leaves: list[Tensor], grad: Tensor) -> None:
     torch.autograd.grad(step(kernel), leaves, grad)

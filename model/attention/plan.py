@@ -83,6 +83,7 @@ class ForwardContext:
         self.last_B: Tensor | None = None
         """The position of each sequence for which alone logits are computed; None: for all."""
         self._plans: dict[int | None, AttentionPlan] = {}
+        self._borders: dict[int | None, tuple[Tensor, int]] = {}
         self._rotations: dict[tuple[int | None, torch.dtype], Tensor] = {}
         self._temperature: Tensor | None = None  # float64, cast at use
 
@@ -92,9 +93,21 @@ class ForwardContext:
             self._plans[chunk] = self._make_plan(chunk)
         return self._plans[chunk]
 
+    def borders(self, chunk: int | None) -> tuple[Tensor, int]:
+        """Return the first positions of documents and chunks among those of all sequences, with the end of the last
+        one, int32 on the device, and the length of the longest.
+        """
+        if chunk not in self._borders:
+            starts_BT = (self._host_positions if chunk is None else self._host_positions % chunk) == 0
+            starts_BT[:, 0] = True
+            ends = torch.cat([starts_BT.flatten().nonzero()[:, 0], torch.tensor([starts_BT.numel()])]).int()
+            longest = int(ends.diff().max())
+            self._borders[chunk] = ends.to(self.positions_BT.device, non_blocking=True), longest
+        return self._borders[chunk]
+
     def rotation(self, model: ModelConfig, layer: LayerConfig, dtype: torch.dtype) -> Tensor:
-        """Return the rotary factors, complex [B, T, 1, K/2]. In a chunked layer angles restart with each chunk. This
-        leaves the scores unchanged and keeps their precision at positions in the millions.
+        """Return cosines and sines, [B, T, 1, K/2, 2]. In a chunked layer angles restart with each chunk. This leaves
+        the scores unchanged and keeps their precision at positions in the millions.
         """
         key = (layer.attention_chunk_size, dtype)
         if key not in self._rotations:

@@ -54,7 +54,7 @@ class ContrastiveTowers(nn.Module):
         self.text = Stack(
             Embedding(config.vocab_size, config.hidden_size, dtype),
             {str(i): Layer(config, layer, precision.at(i, count)) for i, layer in enumerate(config.blocks)},
-            RMSNorm(config.hidden_size, config.norm_eps, Role.final_norm),
+            RMSNorm(config.hidden_size, config.norm_eps, Role.final_norm, precision.plain),
             Linear(config.hidden_size, feature_size, Role.head, ends),
         )
         self.log_scale, self.bias = nn.Parameter(torch.empty(1)), None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import ConfigError
-from model import kernels
+from model.kernels import triton as kernels
 from model.kernels import TorchKernels
 from precision.config import KernelKind, PrecisionConfig
 from precision.resolve import resolve

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels import MoEKernels, SortedSlots, TorchKernels, TritonKernels
+from model.kernels import StepKernels, TorchKernels, TritonKernels
+from model.kernels.moe import SortedSlots
 from model.moe import permute_by_expert
 
 
@@ -47,7 +48,7 @@ BREAKS = ("places", "weights", "padding", "gate")
 """Errors that `figures` can plant."""
 
 
-def figures(case: Case, kernels: MoEKernels, device: str, broken: str = "") -> dict[str, float]:
+def figures(case: Case, kernels: StepKernels, device: str, broken: str = "") -> dict[str, float]:
     """Return the error of each result and gradient against the reference, relative to the largest value."""
     wanted = results(case, _Plain(), torch.float64, "cpu")
     found = results(case, kernels, getattr(torch, case.dtype), device, broken)
@@ -134,7 +135,7 @@ def _zero(weights_TK: Tensor | None) -> Tensor | int:
 
 
 def main() -> None:
-    sides: dict[str, MoEKernels] = {"torch": TorchKernels(), "triton": TritonKernels()}
+    sides: dict[str, StepKernels] = {"torch": TorchKernels(), "triton": TritonKernels()}
     found = {name: {side: figures(case, sides[side], "cpu") for side in sides} for name, case in CASES.items()}
     case = CASES["top-2, padded"]
     broken = {what: {side: figures(case, sides[side], "cpu", what) for side in sides} for what in BREAKS}

@@ -1,0 +1,96 @@
+"""Count what a GPU would have to do, without one: launches, host synchronisations and bytes, on meta tensors.
+
+`Counter` sees every operator below autograd. An operator that only makes a view or allocates memory launches nothing;
+those in `_LAUNCHES` launch several kernels on a GPU; any other counts as one launch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Counts
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_ALLOCATIONS = {
+    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh",
+    "_unsafe_view", "_reshape_alias", "set_", "_local_scalar_dense",
+}  # fmt: skip
+_LAUNCHES = {"sort": 4, "cumsum": 2, "rms_norm": 2, "rms_norm_backward": 5, "topk": 2, "_varlen_attn_backward": 3}
+"""Kernels of operators that launch more than one, from torch 2.13's sources for CUDA: a radix sort of a few thousand
+int64 keys with its values; a scan and its initialisation; a norm and the cast of its gain; gradients of its input, and of its gain in two steps with two
+casts;
+the flash backward pass with its preparation and its conversion of dq.
+"""
+_SYNCHRONISES = {"_local_scalar_dense", "nonzero", "masked_select", "unique2", "_unique2", "unique_dim", "equal"}
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operators that run under it. `launches` [operator] and `syncs` [operator]; `live` and `peak`: bytes of
+    the tensors that they made and that are still alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counts[str] = Counts()
+        self.syncs: Counts[str] = Counts()
+        self.peak = 0
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = operation._schema.name.partition("::")[2]
+        result = operation(*args, **kwargs)
+        on_host = _on_host(args, result)
+        if name in _SYNCHRONISES and not on_host or _copies_to_host(name, args, result):
+            self.syncs[name] += 1
+        if not on_host and not _is_view(operation) and name not in _ALLOCATIONS:
+            self.launches[name] += _LAUNCHES.get(name, 1)
+        for tensor in _tensors(result):
+            self._note(tensor)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    @property
+    def live(self) -> int:
+        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        return sum(size for _, size in self._made.values())
+
+    def forget(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor no longer."""
+        self._made.pop(StorageWeakRef(tensor.untyped_storage()).cdata, None)
+
+    def _note(self, tensor: Tensor) -> None:
+        if tensor.device.type == "meta":
+            reference = StorageWeakRef(tensor.untyped_storage())
+            self._made.setdefault(reference.cdata, (reference, tensor.untyped_storage().nbytes()))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [one for one in torch.utils._pytree.tree_leaves(value) if isinstance(one, Tensor)]
+
+
+def _on_host(args: Any, result: Any) -> bool:
+    """Return whether only tensors of the host take part. The device's are on meta."""
+    return all(tensor.device.type != "meta" for tensor in (*_tensors(args), *_tensors(result)))
+
+
+def _copies_to_host(name: str, args: Any, result: Any) -> bool:
+    given = [tensor.device.type for tensor in _tensors(args)]
+    found = [tensor.device.type for tensor in _tensors(result)]
+    return name in ("_to_copy", "copy_") and ("meta" in given) and ("cpu" in found or given[:1] == ["cpu"])
+
+
+def _is_view(operation: Any) -> bool:
+    returns = operation._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def launches_of(work: Callable[[], object]) -> Counter:
+    """Run `work` under a new counter."""
+    with Counter() as counter:
+        work()
+    return counter

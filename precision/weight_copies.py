@@ -1,0 +1,70 @@
+"""Copies of weights in the dtype of the matmuls, refreshed when a weight has changed: once per optimizer step.
+
+Without them every micro-batch casts every weight again, and keeps the result until its backward pass. Under FSDP2 the
+gathered weights have the compute dtype already, so nothing is copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class WeightCopies:
+    """The copies of one or more layers, which live as long as the weights. A copy costs the memory of the weight in
+    `dtype`.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def narrow(self, w: Tensor) -> Tensor:
+        """Return `w` in the compute dtype, differentiable. `w` may be a whole parameter in another shape."""
+        if w.dtype is self.dtype:
+            return w
+        owner = w if w._base is None else w._base
+        if torch.compiler.is_compiling() or not owner.is_leaf or owner.numel() != w.numel() or not w.is_contiguous():
+            return w.to(self.dtype)
+        copy = self._copy([owner])
+        return _Narrowed.apply(copy.view(w.shape), w)
+
+    def joint(self, weights: list[Tensor]) -> Tensor:
+        """Return matrices [F, D] stacked along F in the compute dtype, differentiable."""
+        known = all(w.is_leaf and w.dtype is not self.dtype for w in weights)
+        if torch.compiler.is_compiling() or not known:
+            return torch.cat([w.to(self.dtype) for w in weights])
+        return _Narrowed.apply(self._copy(weights), *weights)
+
+    @torch.no_grad()
+    def _copy(self, weights: list[Tensor]) -> Tensor:
+        """Return the stacked copy of these parameters, which is written anew if one of them was written."""
+        state = [(w._version, w.data_ptr()) for w in weights]
+        copies = self._kept.setdefault(weights[0], {})  # a weight may be stacked with others, or stand alone
+        versions, copy = copies.get(len(weights), (None, None))
+        shape = (sum(len(w) for w in weights), *weights[0].shape[1:])
+        if copy is None or copy.shape != shape:
+            copy = weights[0].new_empty(shape, dtype=self.dtype)
+        if versions != state:
+            parts = copy.split([len(w) for w in weights])
+            for part, w in zip(parts, weights, strict=True):
+                part.copy_(w)
+            copies[len(weights)] = state, copy
+        return copy
+
+
+class _Narrowed(torch.autograd.Function):
+    """Passes a copy on as the value of its weights, and the copy's gradient to them in their own dtypes."""
+
+    @staticmethod
+    def forward(ctx: Any, copy: Tensor, *weights: Tensor) -> Tensor:
+        ctx.parts = [(len(w), w.dtype) for w in weights]
+        return copy.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts = grads[0].split([rows for rows, _ in ctx.parts])
+        return None, *(part.to(dtype) for part, (_, dtype) in zip(parts, ctx.parts, strict=True))
