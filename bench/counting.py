@@ -21,9 +21,9 @@ _ALLOCATIONS = {
 }  # fmt: skip
 _LAUNCHES = {"sort": 4, "cumsum": 2, "rms_norm": 2, "rms_norm_backward": 5, "topk": 2, "_varlen_attn_backward": 3}
 """Kernels of operators that launch more than one, from torch 2.13's sources for CUDA: a radix sort of a few thousand
-int64 keys with its values; a scan and its initialisation; a norm and the cast of its gain; gradients of its input, and of its gain in two steps with two
-casts;
-the flash backward pass with its preparation and its conversion of dq.
+int64 keys with their values; a scan and its initialisation; a norm and the cast of its gain; the gradients of its input
+and, in two steps, of its gain, with a cast before and one after; the flash backward pass with its preparation and its
+conversion of dq.
 """
 _SYNCHRONISES = {"_local_scalar_dense", "nonzero", "masked_select", "unique2", "_unique2", "unique_dim", "equal"}
 
@@ -45,12 +45,13 @@ class Counter(TorchDispatchMode):
         name = operation._schema.name.partition("::")[2]
         result = operation(*args, **kwargs)
         on_host = _on_host(args, result)
-        if name in _SYNCHRONISES and not on_host or _copies_to_host(name, args, result):
+        if (name in _SYNCHRONISES and not on_host) or _copies_to_host(name, args, result):
             self.syncs[name] += 1
         if not on_host and not _is_view(operation) and name not in _ALLOCATIONS:
             self.launches[name] += _LAUNCHES.get(name, 1)
+        given = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(result):
-            self._note(tensor)
+            self._note(tensor, given)
         self.peak = max(self.peak, self.live)
         return result
 
@@ -63,10 +64,10 @@ class Counter(TorchDispatchMode):
         """Count the memory of a tensor no longer."""
         self._made.pop(StorageWeakRef(tensor.untyped_storage()).cdata, None)
 
-    def _note(self, tensor: Tensor) -> None:
-        if tensor.device.type == "meta":
-            reference = StorageWeakRef(tensor.untyped_storage())
-            self._made.setdefault(reference.cdata, (reference, tensor.untyped_storage().nbytes()))
+    def _note(self, tensor: Tensor, given: set[int]) -> None:
+        reference = StorageWeakRef(tensor.untyped_storage())
+        if tensor.device.type == "meta" and reference.cdata not in given:
+            self._made[reference.cdata] = reference, tensor.untyped_storage().nbytes()
 
 
 def _tensors(value: Any) -> list[Tensor]:

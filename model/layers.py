@@ -6,14 +6,14 @@ Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.kernels import kernels_for
+from model.kernels import StepKernels, kernels_for
 from model.roles import Role
-from precision.config import Products
 from precision.gemm import Groups
 from precision.native_gemm import NativeGemm
 from precision.resolve import LayerGemms
@@ -78,6 +78,40 @@ class GroupedGateUp(_Projection):
         return self.gemm.linear(x_CD, self.weight.flatten(1, 2), groups)
 
 
+def gated_product(gate_up: Tensor, down: _Projection, kernels: StepKernels, groups: Groups | None = None) -> Tensor:
+    """Return `down` of the SwiGLU of the two halves of each row. Where matmuls are joined, only `gate_up` is saved, and
+    the backward pass computes the SwiGLU again, which costs less than its memory.
+    """
+    if not (kernels.joins and down.joins and torch.is_grad_enabled()):
+        return down.gemm.linear(kernels.swiglu_halves(gate_up), down.weight, groups)
+    assert isinstance(down.gemm, NativeGemm)
+    flat = gate_up.flatten(0, -2)
+    y: Tensor = _GatedProduct.apply(flat, down.gemm.copies.narrow(down.weight), groups, down.gemm, kernels)
+    return y.unflatten(0, gate_up.shape[:-1])
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gate_up: Tensor, w: Tensor, groups: Groups | None, gemm: NativeGemm, kernels: StepKernels
+    ) -> Tensor:
+        ctx.save_for_backward(gate_up, w)
+        ctx.groups, ctx.gemm, ctx.kernels = groups, gemm, kernels
+        return gemm.linear(kernels.swiglu_forward(*gate_up.chunk(2, -1))[0], w, groups)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        gate_up, w = ctx.saved_tensors
+        groups, gemm, kernels, grad = ctx.groups, ctx.gemm, ctx.kernels, grads[0].contiguous()
+        halves = gate_up.chunk(2, -1)
+        inner, silu = kernels.swiglu_forward(*halves)
+        grad_w = gemm.weight_gradient(grad, inner, groups) if ctx.needs_input_grad[1] else None
+        del inner
+        result = torch.empty_like(gate_up)
+        kernels.swiglu_backward(gemm.input_gradient(grad, w, groups), (silu, *halves), result.chunk(2, -1))
+        return result, grad_w, None, None, None
+
+
 class Embedding(nn.Module):
     """Token embeddings; weight [V, D]."""
 
@@ -89,18 +123,6 @@ class Embedding(nn.Module):
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return F.embedding(tokens_BT, self.weight).to(self.dtype)
-
-
-class TiedHead(nn.Module):
-    """y = x W^T with the embedding's weight W [V, D], which is a parameter of the embedding only."""
-
-    def __init__(self, table: Embedding, gemms: LayerGemms) -> None:
-        super().__init__()
-        self.gemm = gemms.of(Products.head, Role.head.value)
-        self._table = (table,)  # in a tuple it does not become a submodule
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.gemm.linear(x_TD, self._table[0].weight)
 
 
 class RMSNorm(nn.Module):
@@ -130,5 +152,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.kernels.joins and self.gate.joins:
-            return self.down(self.kernels.swiglu_halves(joint(x_TD, [self.gate, self.up])))
+            return gated_product(self.gate_and_up(x_TD), self.down, self.kernels)
         return self.down(self.kernels.swiglu(self.gate(x_TD), self.up(x_TD)))
+
+    def gate_and_up(self, x_TD: Tensor) -> Tensor:
+        return joint(x_TD, [self.gate, self.up])

@@ -21,7 +21,7 @@ from model.attention.plan import ForwardContext
 from model.config import BalanceConfig, ModelConfig, RouterConfig, WeightsOn
 from model.kernels import StepKernels, TorchKernels, kernels_for
 from model.kernels.moe import SortedSlots
-from model.layers import GatedMLP, GroupedGateUp, GroupedLinear
+from model.layers import GatedMLP, GroupedGateUp, GroupedLinear, gated_product
 from model.load_balance import RouterBalance
 from model.roles import Role
 from model.router_scores import scores
@@ -189,7 +189,7 @@ class Experts(nn.Module):
         return self.down.gemm.token_multiple
 
     def forward(self, x_CD: Tensor, groups: Groups) -> Tensor:
-        return self.down(self.kernels.swiglu_halves(self.gate_up(x_CD, groups)), groups)
+        return gated_product(self.gate_up(x_CD, groups), self.down, self.kernels, groups)
 
 
 class MixtureOfExperts(nn.Module):

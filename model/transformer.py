@@ -14,7 +14,8 @@ from core.errors import DataError
 from model.attention.layer import Attention
 from model.attention.plan import ForwardContext
 from model.config import FeedForward, LayerConfig, ModelConfig
-from model.layers import Embedding, GatedMLP, Linear, RMSNorm, TiedHead
+from model.head import Head, TiedHead
+from model.layers import Embedding, GatedMLP, RMSNorm
 from model.moe import MixtureOfExperts
 from model.roles import Role
 from model.vision.encoder import VisionEncoder
@@ -57,7 +58,7 @@ class Stack(nn.Module):
         embedding: Embedding | None,
         layers: dict[str, Layer],
         final_norm: RMSNorm | None,
-        head: Linear | TiedHead | None,
+        head: Head | TiedHead | None,
         vision: VisionEncoder | None = None,
     ) -> None:
         super().__init__()
@@ -68,8 +69,8 @@ class Stack(nn.Module):
         self.head = head
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
-        """Map token ids [B, T] to logits [B, T, V], or [B, 1, V] with `context.last_B`. Without a context, each
-        sequence is one document.
+        """Map token ids [B, T] to logits [B, T, V], or [B, 1, V] with `context.last_B`, or to the losses [B, T] of
+        `context.labels_BT`. Without a context, each sequence is one document.
         """
         context = context or _one_document(x)
         x_BTD = x if self.embedding is None else self._embed(x, self.embedding, context)
@@ -79,7 +80,7 @@ class Stack(nn.Module):
             return x_BTD
         if context.last_B is not None:
             x_BTD = x_BTD.take_along_dim(context.last_B[:, None, None], 1)
-        return self.head(self.final_norm(x_BTD))
+        return self.head(self.final_norm(x_BTD), context.labels_BT)
 
     def _embed(self, tokens_BT: Tensor, embedding: Embedding, context: ForwardContext) -> Tensor:
         x_BTD = embedding(tokens_BT)
@@ -104,7 +105,7 @@ class Transformer(Stack):
             RMSNorm(config.hidden_size, config.norm_eps, Role.final_norm, ends, config.multipliers.logits),
             TiedHead(embedding, ends)
             if config.tie_embeddings
-            else Linear(config.hidden_size, config.vocab_size, Role.head, ends),
+            else Head(config.hidden_size, config.vocab_size, Role.head, ends),
             None
             if config.vision is None
             else VisionEncoder(config.vision, config.hidden_size, ends, precision.compute_dtype),

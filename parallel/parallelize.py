@@ -49,7 +49,7 @@ def parallelize(
     context_parallel.apply(model, meshes.cp)
     expert_parallel.apply(model, meshes)
     _count_whole_sequences(model, meshes)
-    activation_checkpoint.apply(model, layout.recompute, gathers=layout.zero_stage == 3)
+    activation_checkpoint.apply(model, layout.recompute)
     if layout.compile:
         compile.apply(model)
     if layout.engine is EngineKind.fsdp2:
@@ -123,8 +123,10 @@ class ParallelModel(ParallelNetwork):
         return EncodedStep(encoder, images, micro_batches, self.device)
 
     @torch.no_grad()
-    def logits(self, tokens_BT: Tensor, context: ForwardContext) -> Tensor | None:
-        """Run a forward pass over this rank's part of the sequences. Returns None if another rank has the head."""
+    def outputs(self, tokens_BT: Tensor, context: ForwardContext) -> Tensor | None:
+        """Run a forward pass over this rank's part of the sequences. Returns logits, or the losses of the context's
+        labels; None if another rank has the head.
+        """
         if context.images is not None and (encoded := self.encode_ahead(context.images, 1)):
             (context.images,) = encoded.micro_batches()
         if self.meshes.pp.size > 1:

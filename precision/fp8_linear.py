@@ -85,6 +85,9 @@ class Float8Gemm:
         y: Tensor = _Fp8Product.apply(self._padded(x, groups), w, groups, self, torch.is_grad_enabled())
         return _like_rows(y, x, groups)
 
+    def narrowed(self, w: Tensor) -> Tensor:
+        return w.to(self.compute_dtype)
+
     def input_gradient(self, grad: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
         gradient = self.quantise(self._padded(grad, groups), Operand.gradient, groups, True, False)
         weight = self.quantise(w, Operand.weight, None, False, True)

@@ -31,6 +31,8 @@ class NativeGemm:
         self.copies = WeightCopies(compute_dtype)
 
     def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
+        if x.dtype.itemsize < self.compute_dtype.itemsize and groups is None and torch.is_grad_enabled():
+            return _WidenedProduct.apply(x, w.to(self.compute_dtype))
         if x.dtype is not self.compute_dtype or w.dtype is not self.compute_dtype:  # a call costs more than this
             x, w = x.to(self.compute_dtype), self.copies.narrow(w)
         if groups is None:
@@ -44,6 +46,9 @@ class NativeGemm:
         if _loops(x, *w.shape) or cpu_gemm.is_large(w, w.shape):
             return _NativeProduct.apply(x, w, groups)
         return F.grouped_mm(x, w.transpose(1, 2), offs=groups.ends_E)
+
+    def narrowed(self, w: Tensor) -> Tensor:
+        return self.copies.plain(w)
 
     def input_gradient(self, grad: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
         return _input_gradient(grad.to(self.compute_dtype), w.to(self.compute_dtype), groups)
@@ -67,6 +72,22 @@ class _NativeProduct(torch.autograd.Function):
         needs_x, needs_w, _ = ctx.needs_input_grad
         grad_x = _input_gradient(grad, w, groups) if needs_x else None
         return grad_x, _weight_gradient(grad, x, groups) if needs_w else None, None
+
+
+class _WidenedProduct(torch.autograd.Function):
+    """Multiplies in the wide dtype of `w`, and saves the narrow input: half of its bytes for bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return F.linear(x.to(w.dtype), w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        needs_x, needs_w = ctx.needs_input_grad
+        grad_x = _input_gradient(grads[0], w, None).to(x.dtype) if needs_x else None
+        return grad_x, _weight_gradient(grads[0], x.to(w.dtype), None) if needs_w else None
 
 
 def _input_gradient(grad: Tensor, w: Tensor, groups: Groups | None) -> Tensor:

@@ -24,13 +24,17 @@ class WeightCopies:
 
     def narrow(self, w: Tensor) -> Tensor:
         """Return `w` in the compute dtype, differentiable. `w` may be a whole parameter in another shape."""
-        if w.dtype is self.dtype:
-            return w
-        owner = w if w._base is None else w._base
-        if torch.compiler.is_compiling() or not owner.is_leaf or owner.numel() != w.numel() or not w.is_contiguous():
+        if w.dtype is self.dtype or torch.compiler.is_compiling():
             return w.to(self.dtype)
-        copy = self._copy([owner])
-        return _Narrowed.apply(copy.view(w.shape), w)
+        copy = self.plain(w)
+        return _Narrowed.apply(copy, w)
+
+    def plain(self, w: Tensor) -> Tensor:
+        """Return `w` in the compute dtype, without a gradient."""
+        owner = w if w._base is None else w._base
+        if w.dtype is self.dtype or not owner.is_leaf or owner.numel() != w.numel() or not w.is_contiguous():
+            return w.detach().to(self.dtype)
+        return self._copy([owner]).view(w.shape)
 
     def joint(self, weights: list[Tensor]) -> Tensor:
         """Return matrices [F, D] stacked along F in the compute dtype, differentiable."""

@@ -34,7 +34,10 @@ def _measure(bench: Bench, moe: MoEShape) -> Iterator[BenchRow]:
     tokens, top_k = 64 if bench.dry else 16384, moe.router.top_k
     # a dry run without Triton's interpreter times PyTorch twice, so that this code at least runs
     stands_in = bench.no_triton is not None
-    sides: dict[str, StepKernels] = {"torch": TorchKernels(), "triton": TorchKernels() if stands_in else TritonKernels()}
+    sides: dict[str, StepKernels] = {
+        "torch": TorchKernels(),
+        "triton": TorchKernels() if stands_in else TritonKernels(),
+    }
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(tokens, moe.experts, generator=generator).topk(top_k).indices
     rows = permute_by_expert(chosen.to(bench.device), moe.experts, 16)

@@ -5,7 +5,7 @@ Shapes: B batch, T sequence, D hidden size, H query heads, G key/value heads, K 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +131,7 @@ def varlen_attention(
     ends, longest = context.borders(chunk)
     q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK))
     grouped = q.shape[1] != k.shape[1]
-    y = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+    y: Any = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
     return y.view(q_BTHK.shape)
 
 

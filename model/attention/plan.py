@@ -80,6 +80,8 @@ class ForwardContext:
         """
         self.cache: KeyValueStore | None = None
         """Keys and values of earlier passes, for generation; None: every sequence is whole."""
+        self.labels_BT: Tensor | None = None
+        """Labels, for which the model returns the losses instead of logits; negative ones have none."""
         self.last_B: Tensor | None = None
         """The position of each sequence for which alone logits are computed; None: for all."""
         self._plans: dict[int | None, AttentionPlan] = {}

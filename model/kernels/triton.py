@@ -9,7 +9,7 @@ heads, G key/value heads, N = H + 2 G heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -180,20 +180,21 @@ def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, to_gate: Tensor, to
 
 
 def _heads(
-    qkv: Tensor, rotation: Tensor | None, scale: Tensor | None, h: int, g: int, k: int, halves: bool, eps: float, c: float
-) -> tuple[Tensor, Tensor]:
-    out, inverse = _heads_results(qkv, rotation, scale, h, g, k, halves, eps, c)
+    qkv: Tensor, rotation: Tensor | None, scale: Tensor | None, h: int, g: int, width: int, halves: bool, eps: float,
+    c: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, inverse = _heads_results(qkv, rotation, scale, h, g, width, halves, eps, c)
     if len(qkv):
         given = qkv, rotation, scale, out, inverse if eps >= 0 else None
-        _heads_kernels()[0][(len(qkv),)](*given, eps, c, **_head_sizes(qkv, h, g, k, halves))
+        _heads_kernels()[0][(len(qkv),)](*given, eps, c, **_head_sizes(qkv, h, g, width, halves))
     return out, inverse
 
 
 def _heads_results(
-    qkv: Tensor, rotation: Any, scale: Any, h: int, g: int, k: int, halves: bool, eps: float, c: float
+    qkv: Tensor, rotation: Any, scale: Any, h: int, g: int, width: int, halves: bool, eps: float, c: float
 ) -> tuple[Tensor, Tensor]:
     inverse = qkv.new_empty((len(qkv), h + g) if eps >= 0 else (0,), dtype=at_least_float32(qkv.dtype))
-    return qkv.new_empty(len(qkv), h + 2 * g, k), inverse
+    return qkv.new_empty(len(qkv), h + 2 * g, width), inverse
 
 
 def _heads_backward(
@@ -220,32 +221,43 @@ def _head_sizes(like: Tensor, h: int, g: int, k: int, halves: bool) -> dict[str,
 
 
 _LIBRARY = torch.library.Library("leviathan", "DEF")
-_OPERATORS = {
-    "rms_norm(Tensor x, Tensor? gain, float eps) -> (Tensor, Tensor)": (_rms_norm, _rms_norm_results),
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor inverse, Tensor? gain) -> (Tensor, Tensor)": (
-        _rms_norm_backward,
-        _rms_norm_gradients,
-    ),
-    "spread(Tensor x, Tensor source, Tensor place, Tensor? weights, Tensor? is_padding, Tensor? y) -> (Tensor, Tensor)": (
-        _spread,
-        _spread_results,
-    ),
-    "collect(Tensor y, Tensor place, Tensor? weights, Tensor? x) -> (Tensor, Tensor)": (_collect, _collect_results),
-    "swiglu(Tensor gate, Tensor up) -> Tensor": (_swiglu, _swiglu_result),
-    "swiglu_backward(Tensor grad, Tensor gate, Tensor up, Tensor(a!) to_gate, Tensor(b!) to_up) -> ()": (
-        _swiglu_backward,
-        lambda *tensors: None,
-    ),
-    "heads(Tensor qkv, Tensor? rotation, Tensor? scale, int h, int g, int k, bool halves, float eps, float c) -> (Tensor, "
-    "Tensor)": (_heads, _heads_results),
-    "heads_backward(Tensor q, Tensor k, Tensor v, Tensor? rotation, Tensor? scale, Tensor? out, Tensor? inverse, int h, "
-    "int g, int width, bool halves, float eps, float c) -> Tensor": (_heads_backward, _heads_gradient),
-}
-for _schema, (_compute, _results) in _OPERATORS.items():
-    _name = _schema.partition("(")[0]
-    _LIBRARY.define(_schema)
-    _LIBRARY.impl(_name, _compute, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _results, "Meta")
+
+
+def _operator(schema: str, compute: Callable[..., Any], results: Callable[..., Any]) -> None:
+    """Define an operator. `results` allocates its results, and runs on meta tensors in place of `compute`."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, results, "Meta")
+
+
+_TWO = "-> (Tensor, Tensor)"
+_STEP = "int h, int g, int width, bool halves, float eps, float c"
+_operator(f"rms_norm(Tensor x, Tensor? gain, float eps) {_TWO}", _rms_norm, _rms_norm_results)
+_operator(
+    f"rms_norm_backward(Tensor grad, Tensor x, Tensor inverse, Tensor? gain) {_TWO}",
+    _rms_norm_backward,
+    _rms_norm_gradients,
+)
+_operator(
+    f"spread(Tensor x, Tensor source, Tensor place, Tensor? weights, Tensor? is_padding, Tensor? y) {_TWO}",
+    _spread,
+    _spread_results,
+)
+_operator(f"collect(Tensor y, Tensor place, Tensor? weights, Tensor? x) {_TWO}", _collect, _collect_results)
+_operator("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, _swiglu_result)
+_operator(
+    "swiglu_backward(Tensor grad, Tensor gate, Tensor up, Tensor(a!) to_gate, Tensor(b!) to_up) -> ()",
+    _swiglu_backward,
+    lambda *tensors: None,
+)
+_operator(f"heads(Tensor qkv, Tensor? rotation, Tensor? scale, {_STEP}) {_TWO}", _heads, _heads_results)
+_operator(
+    "heads_backward(Tensor q, Tensor k, Tensor v, Tensor? rotation, Tensor? scale, Tensor? out, Tensor? inverse, "
+    f"{_STEP}) -> Tensor",
+    _heads_backward,
+    _heads_gradient,
+)
 OPS = torch.ops.leviathan
 
 
@@ -385,7 +397,8 @@ def _heads_kernels() -> tuple[Any, Any]:
     @triton.jit
     def heads(  # type: ignore[no-untyped-def]
         qkv, rotation, scale, out, inverse, eps, constant,
-        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALVES: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALVES: tl.constexpr, BLOCK: tl.constexpr,
+        WIDE: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, K)
@@ -418,7 +431,8 @@ def _heads_kernels() -> tuple[Any, Any]:
     @triton.jit
     def heads_backward(  # type: ignore[no-untyped-def]
         to_q, to_k, to_v, rotation, scale, out, inverse, grad, constant,
-        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALVES: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+        H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALVES: tl.constexpr, BLOCK: tl.constexpr,
+        WIDE: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, K)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from core.errors import ConfigError
 from model.config import FeedForward, ModelConfig
 from model.init import initialise
-from model.layers import Embedding, Linear, RMSNorm
+from model.layers import Embedding, RMSNorm
 from model.roles import Role
 from model.transformer import Layer, Stack, Transformer, set_rope_config
 from model.vision.encoder import VisionEncoder
@@ -55,7 +55,7 @@ class ContrastiveTowers(nn.Module):
             Embedding(config.vocab_size, config.hidden_size, dtype),
             {str(i): Layer(config, layer, precision.at(i, count)) for i, layer in enumerate(config.blocks)},
             RMSNorm(config.hidden_size, config.norm_eps, Role.final_norm, precision.plain),
-            Linear(config.hidden_size, feature_size, Role.head, ends),
+            Head(config.hidden_size, feature_size, Role.head, ends),
         )
         self.log_scale, self.bias = nn.Parameter(torch.empty(1)), None
         self.roles, self.constants = {"log_scale": Role.logit_scale}, {"log_scale": log_scale}

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import ConfigError
-from model.kernels import triton as kernels
 from model.kernels import TorchKernels
+from model.kernels import triton as kernels
 from precision.config import KernelKind, PrecisionConfig
 from precision.resolve import resolve
 from tests.conftest import ROOT

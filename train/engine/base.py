@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
-from model.attention.plan import ForwardContext
 from model.load_balance import Balancer
 from parallel.parallelize import ParallelModel, ParallelNetwork
 from parallel.pipeline.runtime import Pipeline
@@ -122,12 +121,14 @@ class LanguageEngine(Engine):
             is_image_BT = image_positions(self.placed, batch.images)
             for context, part_BT in zip(contexts, is_image_BT.split(micro_batch_size), strict=True):
                 context.is_image_BT = part_BT
+        for context, wanted_BT in zip(contexts, labels_BT.split(micro_batch_size), strict=True):
+            context.labels_BT = wanted_BT
         if self.pipeline is not None:
-            total = self.pipeline.forward_backward(tokens_BT, labels_BT, contexts, loss)
+            total = self.pipeline.forward_backward(tokens_BT, contexts, loss)
         else:
             total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for part_BT, wanted_BT, context in _micro_batches(tokens_BT, labels_BT, contexts, micro_batch_size):
-                one = loss(self.placed.model(part_BT, context), wanted_BT)
+            for part_BT, context in zip(tokens_BT.split(micro_batch_size), contexts, strict=True):
+                one = loss(self.placed.model(part_BT, context))
                 one.backward()
                 total += one.detach()
                 self.after_backward(context is contexts[-1])
@@ -157,9 +158,3 @@ def optimizer_step(
     norm = engine.clip(clip_norm)
     engine.step(factor)
     return StepResult(loss, norm, balancer.step(), engine.modality_losses)
-
-
-def _micro_batches(
-    tokens_BT: Tensor, labels_BT: Tensor, contexts: list[ForwardContext], size: int
-) -> Iterator[tuple[Tensor, Tensor, ForwardContext]]:
-    return zip(tokens_BT.split(size), labels_BT.split(size), contexts, strict=True)
