@@ -61,7 +61,8 @@ class _Head(nn.Module):
             losses_T: Tensor = _HeadLoss.apply(x_TD, self.table, labels_T, self.gemm, self.shard)
         else:
             losses_T = token_losses(self.gemm.linear(x_BTD, self.table).flatten(0, 1), labels_T, self.shard)
-        return losses_T.view_as(labels_BT)
+        # `_unsafe_view`, because FSDP2 warns about outputs that are views
+        return torch.ops.aten._unsafe_view(losses_T, labels_BT.shape)
 
 
 class Head(_Head, Linear):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from core.errors import ConfigError
 from model.config import FeedForward, ModelConfig
+from model.head import Head
 from model.init import initialise
 from model.layers import Embedding, RMSNorm
 from model.roles import Role
