@@ -19,7 +19,7 @@ from torch import Tensor
 from model.config import RopePairing
 from model.kernels.heads import HeadStep
 from model.kernels.moe import MovedRows, SortedSlots, StepKernels
-from precision.gemm import at_least_float32
+from precision.gemm import at_least_float32, widened
 
 
 class TritonKernels(StepKernels):
@@ -124,6 +124,14 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, inverse: Tensor, gain: Tensor | 
     narrow, wanted = (None, [True, False]) if gain is None else (gain.to(x.dtype), [True, True])
     to_x, to_gain = torch.ops.aten._fused_rms_norm_backward(grad, x, x.shape[-1:], inverse, narrow, wanted)
     return to_x, x.new_empty(0) if gain is None else to_gain.to(gain.dtype)
+
+
+def _plain_rms_norm_backward(grad: Tensor, x: Tensor, inverse: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute the same on CPUs, where PyTorch has no fused kernel."""
+    y, wide = widened(x) * inverse, widened(grad)
+    scaled = wide if gain is None else wide * gain
+    to_x = inverse * (scaled - y * (scaled * y).mean(-1, keepdim=True))
+    return to_x.to(x.dtype), x.new_empty(0) if gain is None else (wide * y).flatten(0, -2).sum(0).to(gain.dtype)
 
 
 def _rms_norm_gradients(grad: Tensor, x: Tensor, inverse: Any, gain: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -239,6 +247,7 @@ _operator(
     _rms_norm_backward,
     _rms_norm_gradients,
 )
+_LIBRARY.impl("rms_norm_backward", _plain_rms_norm_backward, "CPU")
 _operator(
     f"spread(Tensor x, Tensor source, Tensor place, Tensor? weights, Tensor? is_padding, Tensor? y) {_TWO}",
     _spread,
@@ -396,13 +405,13 @@ def _heads_kernels() -> tuple[Any, Any]:
 
     @triton.jit
     def heads(  # type: ignore[no-untyped-def]
-        qkv, rotation, scale, out, inverse, eps, constant,
+        qkv, rotation, scale, out, inverse, EPS: tl.constexpr, CONSTANT: tl.constexpr,
         H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALVES: tl.constexpr, BLOCK: tl.constexpr,
         WIDE: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, K)
-        factor = constant.to(WIDE)
+        factor = tl.full([1, 1], CONSTANT, WIDE)
         if scale is not None:
             factor *= tl.load(scale + token).to(WIDE)
         if rotation is not None:
@@ -422,7 +431,7 @@ def _heads_kernels() -> tuple[Any, Any]:
                     pairs = tl.permute(pairs, [0, 2, 1])
                 x = tl.where(turned, tl.reshape(pairs, [BLOCK, K]), x)
             if inverse is not None:
-                root = tl.rsqrt(tl.sum(x * x, 1)[:, None] / K + eps)
+                root = tl.rsqrt(tl.sum(x * x, 1)[:, None] / K + EPS)
                 tl.store(inverse + token * (H + G) + head, root, mask=turned)
                 x = tl.where(turned, x * root, x)
             x = tl.where(head < H, x * factor, x)
@@ -430,20 +439,20 @@ def _heads_kernels() -> tuple[Any, Any]:
 
     @triton.jit
     def heads_backward(  # type: ignore[no-untyped-def]
-        to_q, to_k, to_v, rotation, scale, out, inverse, grad, constant,
+        to_q, to_k, to_v, rotation, scale, out, inverse, grad, CONSTANT: tl.constexpr,
         H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALVES: tl.constexpr, BLOCK: tl.constexpr,
         WIDE: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, K)
-        factor = constant.to(WIDE)
+        factor = tl.full([1, 1], CONSTANT, WIDE)
         if scale is not None:
             factor *= tl.load(scale + token).to(WIDE)
         if rotation is not None:
             cos, sin = tl.split(tl.reshape(tl.load(rotation + token * K + columns).to(WIDE), [1, K // 2, 2]))
         for part in tl.static_range(3):
-            count: tl.constexpr = H if part == 0 else G
-            before: tl.constexpr = 0 if part == 0 else (H if part == 1 else H + G)
+            count = H if part == 0 else G
+            before = 0 if part == 0 else (H if part == 1 else H + G)
             for start in range(0, count, BLOCK):
                 row = start + tl.arange(0, BLOCK)[:, None]
                 here = row < count

@@ -16,6 +16,7 @@ from torch import Tensor
 from model.kernels import StepKernels, TorchKernels, TritonKernels
 from model.kernels.moe import SortedSlots
 from model.moe import permute_by_expert
+from tests.support.head_cases import FLAWS, STEPS, head_errors
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,15 @@ def main() -> None:
     found = {name: {side: figures(case, sides[side], "cpu") for side in sides} for name, case in CASES.items()}
     case = CASES["top-2, padded"]
     broken = {what: {side: figures(case, sides[side], "cpu", what) for side in sides} for what in BREAKS}
-    print(json.dumps({"cases": found, "broken": broken}))
+    heads = {
+        f"{name}, {dtype}": head_errors(name, TritonKernels(), getattr(torch, dtype), "cpu")
+        for name in STEPS
+        for dtype in GATES
+    }
+    flawed = {
+        what: head_errors("normalised, temperature", TritonKernels(), torch.float32, "cpu", what) for what in FLAWS
+    }
+    print(json.dumps({"cases": found, "broken": broken, "heads": heads, "flawed": flawed}))
 
 
 if __name__ == "__main__":
