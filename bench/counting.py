@@ -7,7 +7,7 @@ those in `_LAUNCHES` launch several kernels on a GPU; any other counts as one la
 from __future__ import annotations
 
 from collections import Counter as Counts
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +30,12 @@ _SYNCHRONISES = {"_local_scalar_dense", "nonzero", "masked_select", "unique2", "
 
 class Counter(TorchDispatchMode):
     """Counts the operators that run under it. `launches` [operator] and `syncs` [operator]; `live` and `peak`: bytes of
-    the tensors that they made and that are still alive.
+    the tensors that they made and that are still alive, without those whose shape is `ignored`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ignored: Sequence[torch.Size] = ()) -> None:
         super().__init__()
+        self.ignored = set(ignored)
         self.launches: Counts[str] = Counts()
         self.syncs: Counts[str] = Counts()
         self.peak = 0
@@ -43,6 +44,9 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = operation._schema.name.partition("::")[2]
+        if name == "_local_scalar_dense" and args[0].device.type == "meta":
+            self.syncs[name] += 1
+            return 1  # a value must come back; which one does not matter here
         result = operation(*args, **kwargs)
         on_host = _on_host(args, result)
         if (name in _SYNCHRONISES and not on_host) or _copies_to_host(name, args, result):
@@ -66,7 +70,7 @@ class Counter(TorchDispatchMode):
 
     def _note(self, tensor: Tensor, given: set[int]) -> None:
         reference = StorageWeakRef(tensor.untyped_storage())
-        if tensor.device.type == "meta" and reference.cdata not in given:
+        if tensor.device.type == "meta" and reference.cdata not in given and tensor.shape not in self.ignored:
             self._made[reference.cdata] = reference, tensor.untyped_storage().nbytes()
 
 

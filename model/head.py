@@ -23,6 +23,9 @@ IGNORED = -100
 _BLOCK_BYTES = 128 << 20
 """Size of a block of logits in float32. Fewer logits are computed at once, and kept for the backward pass."""
 
+_MULTIPLE = 64
+"""Blocks have a multiple of so many words, which matmuls prefer."""
+
 
 class VocabShard(Protocol):
     """The part of the vocabulary that a rank has, from the word with the id `start`."""
@@ -193,7 +196,7 @@ class _HeadLoss(torch.autograd.Function):
 
 def _blocks(w_VD: Tensor, tokens: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield blocks of words, with their rows of the weight. Their logits fill `_BLOCK_BYTES`."""
-    words = max(_BLOCK_BYTES // (4 * tokens) // 64 * 64, 64)
+    words = max(_BLOCK_BYTES // (4 * tokens) // _MULTIPLE * _MULTIPLE, _MULTIPLE)
     for begin in range(0, len(w_VD), words):
         rows = slice(begin, min(begin + words, len(w_VD)))
         yield rows, w_VD[rows]

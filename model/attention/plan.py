@@ -19,6 +19,7 @@ from model.attention.rope import frequencies, rotation
 from model.attention.segments import Segment, SegmentRun, document_bounds, plan_segments
 from model.config import LayerConfig, ModelConfig
 from model.vision.fusion import Images
+from precision.config import AttentionKind
 from precision.gemm import at_least_float32
 
 SEGMENTED_FROM = 512
@@ -128,10 +129,15 @@ class ForwardContext:
             self._temperature = (1 + model.temperature_scale * torch.log1p(steps))[:, :, None, None]
         return self._temperature.to(at_least_float32(dtype))
 
-    def prepare(self, model: ModelConfig, dtype: torch.dtype) -> None:
-        """Build everything that the layers need, so that traced code only reads it."""
+    def prepare(
+        self, model: ModelConfig, dtype: torch.dtype, attention: AttentionKind = AttentionKind.segments
+    ) -> None:
+        """Build everything that the layers need, so that traced code only reads it, and no layer waits for the host."""
         for layer in model.blocks:
-            self.plan(layer.attention_chunk_size)
+            if attention is AttentionKind.varlen:
+                self.borders(layer.attention_chunk_size)
+            else:
+                self.plan(layer.attention_chunk_size)
             if layer.rope:
                 self.rotation(model, layer, dtype)
             if layer.temperature:

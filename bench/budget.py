@@ -1,0 +1,126 @@
+"""Count what a layer and the loss cost on a GPU, without one: launches, host synchronisations and bytes.
+
+    python -m bench.budget [--json FILE]
+
+The layer is Llama 4 Scout's MoE layer in bfloat16 on meta tensors, with the code that runs on GPUs: forward and
+backward of a micro-batch of 8,192 tokens. It is not the first of its step, so gradients are added, and weights are not
+cast. `launches` are those of packed rows of 1, 8 and 32 documents. `saved_bytes` are those that a token keeps from the
+forward to the backward pass, its input among them, for each kind of recomputation. `loss_peak_bytes` is the peak of
+head and loss without the weight and its gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.counting import Counter
+from core.files import write_json
+from model.attention.plan import ForwardContext
+from model.config import ModelConfig
+from model.head import Head
+from model.roles import Role
+from model.transformer import Layer, Stack
+from parallel import activation_checkpoint
+from parallel.layout import Recompute
+from precision.config import Compute, PrecisionConfig
+from precision.resolve import resolve
+
+TOKENS = 8192
+DOCUMENTS = (1, 8, 32)
+GPU, META = torch.device("cuda"), torch.device("meta")
+SCOUT = ModelConfig()
+BFLOAT16 = resolve(PrecisionConfig(compute=Compute.bfloat16), GPU)
+
+
+class LayerCase:
+    """One layer on meta tensors. Its parameters have gradients, as after the first micro-batch of a step."""
+
+    def __init__(self, model: ModelConfig = SCOUT, recompute: Recompute = Recompute.none, index: int = 0) -> None:
+        blocks = model.blocks
+        with META:
+            layer = Layer(model, blocks[index], BFLOAT16.at(index, len(blocks)))
+        self.model, self.stack = model, Stack(None, {str(index): layer}, None, None)
+        activation_checkpoint.apply(self.stack, recompute)  # type: ignore[arg-type]
+        self(1)
+
+    def __call__(self, documents: int, tokens: int = TOKENS) -> tuple[Counter, int]:
+        """Run a micro-batch. Return its counts, and the bytes that are alive between forward and backward pass."""
+        positions_BT = torch.arange(tokens // documents).repeat(documents)[None]
+        context = ForwardContext(positions_BT, META, float(tokens))
+        context.prepare(self.model, torch.bfloat16, BFLOAT16.attention)
+        x_BTD = torch.empty(1, tokens, self.model.hidden_size, device=META, dtype=torch.bfloat16, requires_grad=True)
+        gc.collect()
+        with Counter() as counter:
+            y_BTD = self.stack(x_BTD, context)
+            counter.forget(y_BTD)
+            kept = counter.live + x_BTD.nbytes
+            y_BTD.backward(torch.empty_like(y_BTD))
+        return counter, kept
+
+
+def launches(model: ModelConfig = SCOUT) -> dict[int, Counter]:
+    """Return the counts of a layer for packed rows of 1, 8 and 32 documents."""
+    case = LayerCase(model)
+    return {documents: case(documents)[0] for documents in DOCUMENTS}
+
+
+def saved_bytes() -> dict[str, float]:
+    """Return the bytes per token that a layer keeps, for each kind of recomputation."""
+    return {mode.value: LayerCase(recompute=mode)(DOCUMENTS[-1])[1] / TOKENS for mode in Recompute}
+
+
+class _Half:
+    """Half of the vocabulary, as under tensor parallelism over two ranks; nothing is sent."""
+
+    start = 0
+
+    def max(self, x: Tensor) -> None: ...
+
+    def sum(self, x: Tensor) -> None: ...
+
+
+def loss_peak_bytes(ranks: int = 1) -> int:
+    """Return the peak of head and loss at the vocabulary of Llama 4, sharded over one or two ranks."""
+    with META:
+        head = Head(SCOUT.hidden_size, SCOUT.vocab_size // ranks, Role.head, BFLOAT16.plain)
+        x_BTD = torch.empty(1, TOKENS, SCOUT.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        labels_BT = torch.zeros(1, TOKENS, dtype=torch.int64)
+    head.shard = _Half() if ranks > 1 else None
+    narrow = head.gemm.narrowed(head.weight)  # the copy of the optimizer step
+    with Counter(ignored=[head.weight.shape]) as counter:
+        head(x_BTD, labels_BT).sum().backward()
+    del narrow
+    return counter.peak
+
+
+def report() -> dict[str, Any]:
+    counts = launches()
+    return {
+        "launches": {str(documents): counter.launches.total() for documents, counter in counts.items()},
+        "operators": dict(counts[DOCUMENTS[-1]].launches.most_common()),
+        "syncs": sum(counter.syncs.total() for counter in counts.values()),
+        "saved_bytes": saved_bytes(),
+        "loss_peak_bytes": loss_peak_bytes(),
+        "loss_peak_bytes_tp2": loss_peak_bytes(2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", help="file to write the counts to")
+    arguments = parser.parse_args()
+    found = report()
+    for key, value in found.items():
+        print(f"{key}: {json.dumps(value)}")
+    if arguments.json:
+        write_json(arguments.json, found)
+
+
+if __name__ == "__main__":
+    main()

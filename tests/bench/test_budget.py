@@ -1,0 +1,80 @@
+"""Hold what a GPU has to do for a layer and the loss: launches, host synchronisations, bytes. Controls break each once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import budget
+from bench.counting import Counter
+from model import moe
+from model.attention import layer as attention
+from parallel.layout import Recompute
+from precision.weight_copies import WeightCopies
+
+
+def test_launches_do_not_grow_with_documents():
+    counts = budget.launches()
+    total = {documents: counter.launches.total() for documents, counter in counts.items()}
+    assert total[32] <= 1.05 * total[1] and total[32] <= 125, counts[32].launches
+    assert not any(counter.syncs for counter in counts.values())
+
+
+def test_a_loop_over_documents_exceeds_the_budget(monkeypatch):
+    def loop(q: Tensor, k: Tensor, v: Tensor, ends: Any, *rest: Any, **options: Any) -> Tensor:
+        lengths = [len(q) // (len(ends) - 1)] * (len(ends) - 1)
+        parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([honest(*part, ends, *rest, **options) for part in parts])
+
+    honest = attention.varlen_attn
+    monkeypatch.setattr(attention, "varlen_attn", loop)
+    case = budget.LayerCase()
+    assert case(32)[0].launches.total() > 1.05 * case(1)[0].launches.total()
+
+
+def test_a_wait_for_the_device_is_counted(monkeypatch):
+    def waiting(*args: Any) -> Any:
+        found = honest(*args)
+        found.groups.counts_E.sum().item()
+        return found
+
+    honest = moe.dispatch_rows
+    monkeypatch.setattr(moe, "dispatch_rows", waiting)
+    assert budget.LayerCase()(1)[0].syncs == {"_local_scalar_dense": 1}
+
+
+def test_a_second_cast_of_weights_exceeds_the_budget(monkeypatch):
+    before = budget.LayerCase()(1)
+    monkeypatch.setattr(WeightCopies, "narrow", lambda copies, w: w.to(copies.dtype))
+    after = budget.LayerCase()(1)
+    assert after[0].launches.total() > before[0].launches.total() + 3 and after[1] > 1.5 * before[1]
+
+
+def test_a_token_keeps_few_bytes():
+    kept = budget.saved_bytes()
+    assert kept["none"] <= 145e3 and kept["selective"] <= 80e3 and kept["full"] <= 12e3
+
+
+def test_keeping_what_is_cheap_exceeds_the_budget(monkeypatch):
+    monkeypatch.setattr("parallel.activation_checkpoint.Remade.wrap", lambda *args: None)
+    assert budget.LayerCase(recompute=Recompute.selective)(1)[1] / budget.TOKENS > 100e3
+
+
+def test_the_loss_never_holds_all_logits(monkeypatch):
+    assert max(budget.loss_peak_bytes(), budget.loss_peak_bytes(2)) <= 0.6e9
+    monkeypatch.setattr("model.head._BLOCK_BYTES", 1 << 40)
+    assert budget.loss_peak_bytes() > 1.5e9
+
+
+def test_the_counter_sees_what_a_gpu_would_do():
+    x = torch.empty(4, 4, device="meta")
+    with Counter() as counter:
+        y = (x.view(16) + 1).view(4, 4).t()
+        y.add_(1)
+        torch.arange(3) + 1
+        z = torch.sort(x)
+        del z
+    assert counter.launches == {"add": 1, "add_": 1, "sort": 4} and not counter.syncs
+    assert counter.live == 64 and counter.peak == 64 + 64 + 128
