@@ -101,7 +101,12 @@ def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, kernel, dtype, capabil
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = KERNELS[kernel] | {"WIDE": tl.float64 if dtype == "fp64" else tl.float32}
     name, *missing = kernel.split()
-    made = (*kernels._permute_kernels(), *kernels._swiglu_kernels(), *kernels._heads_kernels())
+    made = (
+        *kernels._permute_kernels(),
+        *kernels._swiglu_kernels(),
+        kernels._heads_kernel(),
+        kernels._heads_backward_kernel(),
+    )
     jitted = next(one for one in made if one.fn.__name__ == name)
     constants = {n: sizes.get(n) for n in jitted.arg_names if n in sizes or n in missing}
     fixed = FIXED | dict.fromkeys(TABLES, "*fp64" if dtype == "fp64" else "*fp32")
