@@ -43,6 +43,7 @@ class LayerCase:
 
     def __init__(self, model: ModelConfig = SCOUT, recompute: Recompute = Recompute.none, index: int = 0) -> None:
         blocks = model.blocks
+        BFLOAT16.clock.tick()
         with META:
             layer = Layer(model, blocks[index], BFLOAT16.at(index, len(blocks)))
         self.model, self.stack = model, Stack(None, {str(index): layer}, None, None)
@@ -87,6 +88,7 @@ class _Half:
 
 def loss_peak_bytes(ranks: int = 1) -> int:
     """Return the peak of head and loss at the vocabulary of Llama 4, sharded over one or two ranks."""
+    BFLOAT16.clock.tick()
     with META:
         head = Head(SCOUT.hidden_size, SCOUT.vocab_size // ranks, Role.head, BFLOAT16.plain)
         x_BTD = torch.empty(1, TOKENS, SCOUT.hidden_size, dtype=torch.bfloat16, requires_grad=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from precision import cpu_gemm
 from precision.gemm import Groups
-from precision.weight_copies import WeightCopies
+from precision.weight_copies import WeightClock, WeightCopies
 
 _FEW_ROWS = 16
 """Rows up to which `cpu_gemm.multiply_few_rows` multiplies them."""
@@ -26,9 +26,9 @@ class NativeGemm:
 
     token_multiple = 1
 
-    def __init__(self, compute_dtype: torch.dtype) -> None:
+    def __init__(self, compute_dtype: torch.dtype, clock: WeightClock | None = None) -> None:
         self.compute_dtype = compute_dtype
-        self.copies = WeightCopies(compute_dtype)
+        self.copies = WeightCopies(compute_dtype, clock)
 
     def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
         if x.dtype.itemsize < self.compute_dtype.itemsize and groups is None and torch.is_grad_enabled():

@@ -16,6 +16,7 @@ from precision.config import AttentionKind, Backend, Compute, KernelKind, Precis
 from precision.fp8_linear import Arithmetic, Float8Gemm
 from precision.gemm import GemmBackend
 from precision.native_gemm import NativeGemm
+from precision.weight_copies import WeightClock
 
 
 class Float8Library(Protocol):
@@ -61,6 +62,8 @@ class Precision:
     recipe: Recipe | None = None
     kernels: KernelKind = KernelKind.torch
     attention: AttentionKind = AttentionKind.segments
+    clock: WeightClock = field(default_factory=WeightClock, compare=False)
+    """Ticks when an engine writes weights of the models that are made with these backends."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -69,7 +72,7 @@ class Precision:
     @property
     def plain(self) -> LayerGemms:
         """Backends of the modules outside the layers."""
-        return LayerGemms(NativeGemm(self.compute_dtype), kernels=self.kernels, attention=self.attention)
+        return LayerGemms(NativeGemm(self.compute_dtype, self.clock), kernels=self.kernels, attention=self.attention)
 
     def at(self, layer: int, layers: int) -> LayerGemms:
         """Return the backends of layer number `layer` (from 0) out of `layers`."""

@@ -50,6 +50,7 @@ class ContrastiveTowers(nn.Module):
             reason = "the text tower of a contrastive model has dense layers only"
             raise ConfigError("model.moe_every", config.moe_every, reason, [0])
         dtype, ends, count = precision.compute_dtype, precision.plain, len(config.blocks)
+        self.clock = precision.clock
         self.config, self.compute_dtype = config, dtype
         self.vision = VisionEncoder(config.vision, feature_size, ends, dtype)
         self.text = Stack(
