@@ -89,7 +89,10 @@ KERNELS = {
 """Each entry has the name of a kernel and the arguments that are None, with its compile-time constants."""
 
 
-@pytest.mark.parametrize("dtype, capability", [("bf16", 90), ("fp32", 90), ("fp64", 90), ("bf16", 100)])
+WIDE = [pytest.param(dtype, 90, marks=pytest.mark.slow) for dtype in ("fp32", "fp64")]
+
+
+@pytest.mark.parametrize("dtype, capability", [("bf16", 90), ("bf16", 100), *WIDE])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, kernel, dtype, capability):
     """The compiler may reject code that the interpreter accepts. Machine code must have 16-byte loads and no spills."""
