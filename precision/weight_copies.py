@@ -35,6 +35,9 @@ class WeightCopies:
         self.dtype, self.clock = dtype, clock or WeightClock()
         self._kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
+    def __reduce__(self) -> Any:  # a backend that is sent to another process begins without copies
+        return WeightCopies, (self.dtype, self.clock)
+
     def narrow(self, w: Tensor) -> Tensor:
         """Return `w` in the compute dtype, differentiable. `w` may be a whole parameter in another shape."""
         if w.dtype is self.dtype or self.clock.ticks is None or torch.compiler.is_compiling():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Batch
+from model.attention.plan import ForwardContext
 from model.load_balance import Balancer
 from parallel.parallelize import ParallelModel, ParallelNetwork
 from parallel.pipeline.runtime import Pipeline
@@ -127,7 +128,7 @@ class LanguageEngine(Engine):
             total = self.pipeline.forward_backward(tokens_BT, contexts, loss)
         else:
             total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for part_BT, context in zip(tokens_BT.split(micro_batch_size), contexts, strict=True):
+            for part_BT, context in _micro_batches(tokens_BT, contexts, micro_batch_size):
                 one = loss(self.placed.model(part_BT, context))
                 one.backward()
                 total += one.detach()
@@ -158,3 +159,9 @@ def optimizer_step(
     norm = engine.clip(clip_norm)
     engine.step(factor)
     return StepResult(loss, norm, balancer.step(), engine.modality_losses)
+
+
+def _micro_batches(
+    tokens_BT: Tensor, contexts: list[ForwardContext], size: int
+) -> Iterator[tuple[Tensor, ForwardContext]]:
+    return zip(tokens_BT.split(size), contexts, strict=True)
