@@ -28,7 +28,6 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "moe_layer": ("bench.moe_layer:run", {}),
     "moe_growth": ("bench.moe_layer:run_growth", {}),
     "moe_growth_tuned": ("bench.moe_layer:run_growth", NO_REMAPPING),
-    "loader": ("bench.data.loader:run", {}),
     "loading": ("bench.data.loading:run", {}),
     "checkpoint": ("bench.checkpoint:run", {}),
     "offload": ("bench.offload:run", {}),

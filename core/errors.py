@@ -37,6 +37,11 @@ def printable(text: str) -> str:
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, for people: "1 record", "1,200 records"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 class DataError(OneLineError, LeviathanError):
     """Stored data is missing, truncated or differs from its manifest."""
 

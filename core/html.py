@@ -7,17 +7,21 @@ an error.
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+Show = Callable[[Any], Any]
 FRAME = Path(__file__).with_name("frame.html")
 
 
-def render(template: Path, **values: Any) -> str:
-    """Render `template` with `values`."""
+def render(
+    template: Path, filters: Mapping[str, Any] | None = None, show: Show = lambda value: value, **values: Any
+) -> str:
+    """Render `template` with `values`. `show`: called with each value before it is escaped."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, FRAME.parent]),
         autoescape=True,
@@ -25,8 +29,9 @@ def render(template: Path, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=show,
     )
-    environment.filters["data_url"] = data_url
+    environment.filters |= {"data_url": data_url, **(filters or {})}
     return environment.get_template(template.name).render(values)
 
 

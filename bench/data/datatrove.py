@@ -7,6 +7,9 @@ Near-duplicates: theirs are the four steps of MinHash with its defaults (5-grams
 record for one equal bucket; ours is the whole filter without gates and with a score that costs nothing, 21 bands of 6
 hashes and verified candidates. Quality: theirs are the filters of Gopher (repetition, quality) and FineWeb; ours is the
 whole filter without the search for duplicates, with the gates and the n-gram score.
+
+Their near-duplicates miss fewer pairs above 0.8 and drop far more below, because one bucket is enough. Ours miss no
+pair by the bands, but the estimate by 128 hashes errs by 0.035 (standard error) to both sides of the threshold.
 """
 
 from __future__ import annotations

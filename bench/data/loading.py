@@ -1,10 +1,9 @@
 """Compare our loader with Hugging Face `datasets` and `grain`: tokens per second of the same packed sequences.
 
 All loaders return int64 tensors [16, 1024] of tokens. Ours also returns positions, and labels that are masked at the
-ends of documents. Our loader and grain shuffle globally and resume exactly. `datasets` streams the sequences in file
-order from Arrow batches, which is its fastest way. Its shuffle buffer loses samples when a run resumes;
-`bench/data/loader.py` measures it. grain is measured if it is installed. Nothing else runs at the same
-time, so prefetching hides no time.
+ends of documents. Our loader and grain shuffle globally and resume exactly. `datasets` streams the sequences from Arrow
+batches, which is its fastest way: in file order, or through its shuffle buffer, which loses samples when a run resumes.
+grain is measured if it is installed. Nothing else runs at the same time, so prefetching hides no time.
 """
 
 from __future__ import annotations
@@ -32,11 +31,15 @@ OURS = {"ours": 0, "ours with two batches made ahead": 2}
 GRAIN, INSTALL = "grain, shuffled over the memory map", "pip install grain==0.2.18"
 
 
-def hugging_face(path: Path) -> Iterator[torch.Tensor]:
-    """Stream batches from a parquet file in file order. Each Arrow batch is converted as a whole."""
+def hugging_face(path: Path, buffer: int = 0) -> Iterator[torch.Tensor]:
+    """Stream batches from a parquet file, in file order or through a shuffle buffer of so many sequences. Each Arrow
+    batch is converted as a whole.
+    """
     import datasets
 
     stream = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True).with_format("arrow")
+    if buffer:
+        stream = stream.shuffle(seed=0, buffer_size=buffer)
     for table in stream.iter(batch_size=BATCH, drop_last_batch=True):
         flat = table["tokens"].combine_chunks().flatten().to_numpy()
         yield torch.from_numpy(flat.astype(np.int64).reshape(BATCH, CONTEXT))
@@ -94,6 +97,7 @@ def run() -> list[Result]:
         sides: dict[str, Callable[[], int]] = {
             **{name: partial(_consume_ours, loader, batches, depth) for name, depth in OURS.items()},
             "datasets, Arrow batches in file order": lambda: consume(hugging_face(table)),
+            "datasets, shuffled through a buffer of 256": lambda: consume(hugging_face(table, 256)),
         }
         if importlib.util.find_spec("grain") is not None:
             sides[GRAIN] = lambda: consume(grain_rows(mapped))

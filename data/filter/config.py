@@ -64,6 +64,17 @@ class BucketRule(Enum):
     """
 
 
+class FeatureKind(Enum):
+    """The features from which the scorer `learned` predicts labels."""
+
+    ngrams = "ngrams"
+    """Words, pairs of words and figures of the text."""
+    embeddings = "embeddings"
+    """Those, and the mean and maximum of the input embeddings of a reference model over the tokens."""
+    hidden = "hidden"
+    """Those of `ngrams`, and the mean and maximum of the hidden states after the middle layer of a reference model."""
+
+
 class ScorerKind(Enum):
     auto = "auto"
     """`learned` for the prompts of `leviathan filter`, which needs labels; `ngram` for all other text."""
@@ -136,9 +147,11 @@ class ScorerConfig:
     directory of a filter whose learned scorer is used as it is.
     """
     reference: str | None = None
-    """For excess: the better model."""
+    """For excess: the better model. For learned with `features`: the model that computes them."""
     seq_len: int = 1024
-    """For loss, excess and ifd: length in tokens of the windows that the model reads, or the model's own if shorter."""
+    """For loss, excess and ifd: length in tokens of the windows that the model reads, or the model's own if shorter.
+    For learned with hidden states: the tokens of a record that the model reads.
+    """
     batch_size: int = 8
     """For loss, excess and ifd: number of windows per forward pass. Raise it until memory is full."""
     members: list[ScorerConfig] = field(default_factory=list)
@@ -147,6 +160,8 @@ class ScorerConfig:
     """For learned: number of records to learn from, drawn at random in each domain; from 30 to 5,000."""
     labeler: ScorerConfig | None = None
     """For learned: the scorer that grades the sample, such as judge; null: labels are those of `label_key`."""
+    features: FeatureKind = FeatureKind.ngrams
+    """For learned: n-grams alone, or with embeddings or hidden states of the model `reference`."""
     url: str | None = None
     """For judge and pass_rate: base URL of the endpoint, with `/v1`."""
     judge: str | None = None
@@ -182,6 +197,12 @@ class ScorerConfig:
             raise ConfigError("members", None, "an ensemble needs two scorers or more")
         if not LEAST_LABELS <= self.labels <= MOST_LABELS:
             raise ConfigError("labels", self.labels, f"must lie in [{LEAST_LABELS}, {MOST_LABELS}]", [500])
+        if self.features is not FeatureKind.ngrams:
+            if self.kind not in (ScorerKind.learned, ScorerKind.auto):
+                raise ConfigError("features", self.features, "only the scorer learned has features", ["ngrams"])
+            if not self.reference:
+                reason = f"features={self.features.name} needs a model: a run directory or a Hugging Face model"
+                raise ConfigError("reference", None, reason)
         if self.labeler is not None:
             self._check_labeler(self.labeler)
 
@@ -226,7 +247,7 @@ class ScorerConfig:
 
 _CONNECTION = ("url", "key_variable", "concurrency", "timeout_s", "retries", "answers")
 """Settings on which no score depends."""
-_NEW = {"labels": 500, "labeler": None, "rubric": RUBRICS[0], "answers": ANSWERS}
+_NEW = {"labels": 500, "labeler": None, "features": "ngrams", "rubric": RUBRICS[0], "answers": ANSWERS}
 """Settings that older versions did not have, with their defaults."""
 _HASHED_AS = {"seq_len": "context", "batch_size": "batch"}
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.errors import ConfigError, printable
+from core.errors import ConfigError, counted, printable
 from core.files import read_json
+from data.filter.audit.findings import named, reason_label
 from data.filter.audit.outputs import AUDIT_JSON, SCORES
 from data.filter.input.records import Reason
 from data.filter.store import reading
@@ -20,19 +20,25 @@ _ADVICE = "filter again with the same out to rewrite it"
 def explain(out: Path, name: str, with_pictures: bool = True) -> str:
     """Describe the record `name` of the filter run in `out`. Raises `ConfigError` if the run or record is missing."""
     row = find(out, name)
-    reason, score = Reason[row["reason"]].describe(row["detail"]), row["score"]
+    with reading(out / AUDIT_JSON, _ADVICE):
+        audit = read_json(out / AUDIT_JSON)
+        buckets = audit["thresholds"]["domains"].get(row["domain"], {}).get("buckets", [])
+        label = reason_label(audit, Reason[row["reason"]])
+    reason = label if row["detail"] is None else Reason[row["reason"]].describe(row["detail"])
     scored = "" if row["scored_bytes"] == row["length"] else f", {row['scored_bytes']:,} of them scored"
     lines = [
-        f"{name} ({row['source']}, domain {row['domain']}): {'kept' if row['kept'] else 'dropped'}, {reason}",
-        f"length {row['length']:,} bytes{scored}, {row['tokens']:,} tokens",
+        f"{name} ({row['source']}, domain {named(row['domain'])}): {'kept' if row['kept'] else 'dropped'}, {reason}",
+        f"length {counted(row['length'], 'byte')}{scored}, {counted(row['tokens'], 'token')}",
     ]
-    if score is not None and np.isfinite(score):
-        lines += [f"score {score:.4f}, {_rank(out, row)}", *_threshold(out, row)]
+    if (score := row["score"]) is not None and np.isfinite(score):
+        lines.append(f"score {score:.4f}, {_rank(out, row)}")
+        if 0 <= row["bucket"] < len(buckets):
+            lines.append(_threshold(buckets[row["bucket"]], len(buckets)))
     elif row.get("why") is not None:
         lines.append(f"no score: {row['why']}; rerun the filter to request it again")
     for number, picture in enumerate(row.get("pictures", []) if with_pictures else []):
         shape = f"{picture['width']} x {picture['height']} pixels, {picture['size']:,} bytes"
-        tiles = f"{picture['tiles']} tile{'' if picture['tiles'] == 1 else 's'} ({picture['tokens']:,} tokens)"
+        tiles = f"{counted(picture['tiles'], 'tile')} ({counted(picture['tokens'], 'token')})"
         name = printable(picture["name"])
         lines.append(f"picture {number}: {name}, {shape}, {tiles}, SHA-256 {picture['sha256']}")
     return "\n".join(lines)
@@ -49,8 +55,9 @@ def find(out: Path, name: str) -> dict[str, Any]:
         found = pyarrow.parquet.read_table(path, filters=[("id", "=", name)]).to_pylist()
         if found:
             return found[0]
-        names = pyarrow.parquet.read_table(path, columns=["id"])["id"].slice(0, 10_000).to_pylist()
-    raise ConfigError("explain", name, "no record has this name", difflib.get_close_matches(name, names) or names[:3])
+        names = pyarrow.parquet.read_table(path, columns=["id"])["id"]
+    have = f"{counted(len(names), 'record')}, {names[0]} to {names[-1]}" if len(names) else "no records"
+    raise ConfigError("explain", name, f"no record has this name; there are {have}")
 
 
 def _rank(out: Path, row: dict[str, Any]) -> str:
@@ -64,15 +71,9 @@ def _rank(out: Path, row: dict[str, Any]) -> str:
     return f"higher than {(scores < row['score']).mean():.1%} of the {len(scores):,} records it competed with"
 
 
-def _threshold(out: Path, row: dict[str, Any]) -> list[str]:
-    """Describe the threshold of the record's length bucket. Return no line for a record outside all buckets."""
-    with reading(out / AUDIT_JSON, _ADVICE):
-        domains = read_json(out / AUDIT_JSON)["thresholds"]["domains"]
-        buckets = domains.get(row["domain"], {}).get("buckets", [])
-    if not 0 <= row["bucket"] < len(buckets):
-        return []
-    bucket = buckets[row["bucket"]]
+def _threshold(bucket: dict[str, Any], buckets: int) -> str:
+    """Describe the threshold of a length bucket of a domain with so many `buckets`."""
     if bucket["score"] is None:
-        return ["none of these records was kept"]
-    among = f" with {bucket['length']:,} scored bytes or more" if len(buckets) > 1 else ""
-    return [f"threshold {bucket['score']:.4f} for records of its domain{among}"]
+        return "none of these records was kept"
+    among = f" with {bucket['length']:,} scored bytes or more" if buckets > 1 else ""
+    return f"threshold {bucket['score']:.4f} for records of its domain{among}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import ConfigError
-from core.files import sha256_file, sha256_text
+from core.errors import ConfigError, counted
+from core.files import remove_tree, sha256_file, sha256_text
 from data.files import find_files
 from data.filter.audit.proof import by_length, check_auc, prove
 from data.filter.audit.statistics import OTHER
@@ -29,15 +30,14 @@ from data.filter.input.readers import InputPart
 from data.filter.input.records import LABEL, Reason, Record, RecordPicture
 from data.filter.runs import SORTED, DiskArrays
 from data.filter.score.factory import Models, check_models
-from data.filter.score.scorer import CompositeScorer, CostlyScorer, RemoteScorer, Scorer, StoredScorer
+from data.filter.score.scorer import CompositeScorer, CostlyScorer, RemoteScorer, Scorer, stored_parts
 from data.filter.screen.contamination import EvaluationSets
 from data.filter.screen.duplicates import PLACES, DuplicateSearch, Signatures, signatures
 from data.filter.screen.gates import Gates
-from data.filter.screen.pictures import PictureSignatures, find_picture_duplicates
+from data.filter.screen.pictures import find_picture_duplicates
 from data.filter.select.selection import REASONS, ShardScores, noise_threshold, select
 from data.filter.store import StageStore, Workers, barrier, local_items
 from data.filter.tables import PICTURES, THUMBNAILS, make_table
-from data.images.phash import COLOUR_BYTES
 from data.sampling import key_of
 
 FORMAT = 2
@@ -94,22 +94,42 @@ class Filter:
             stages.append(StageStore(job.directory / name, before, made_of))
         self.records, self.screened, self.scored, self.decided = stages
         self.duplicates = StageStore(job.directory / "duplicates", self.screened.key, self.screened.made_of)
+        self._stages = [*stages, self.duplicates]
 
     def run(self) -> None:
-        """Run all stages, skipping shards that exist."""
+        """Run all stages, skipping shards that exist.
+
+        A `ConfigError` sets aside what was made: all stages before the first score, which is when neither the input nor
+        the scorer is known to be right, and then the scores. So the corrected command is not rejected as a change, and
+        the same command resumes. Stages of inputs that were corrected are removed in the end.
+        """
         with barrier(self.workers):  # reject invalid rules before reading the input, which may take hours
+            for stage in self._stages:
+                stage.check_key()
             if OTHER + LABEL not in self._score_columns and not any("label_key" in one.keys for one in self.job.parts):
                 check_auc(self.rules.select, lambda: None)
             gates = Gates(self.rules.gates)
             sets = EvaluationSets(self.rules.contamination)
         fail = self.rules.on_error is OnError.fail
         Ingest(self.records, self._parts, self.workers, SHARD_RECORDS, fail).run(self.job.report)
-        with barrier(self.workers):
-            self._check_names()
-        self._screen(gates, sets)
-        self._find_duplicates()
-        self._score()
-        self._decide()
+        try:
+            with barrier(self.workers):
+                self._check_names()
+            self._screen(gates, sets)
+            self._find_duplicates()
+            self._score()
+            self._decide()
+        except ConfigError:
+            if self.workers.rank == 0 and not self.decided.has_manifest:
+                has_scores = any(self.scored.directory.glob("*.parquet"))
+                for stage in [self.scored] if has_scores else self._stages:
+                    stage.set_aside()
+            raise
+        if self.workers.rank == 0:
+            for path in chain(
+                *(self.job.directory.glob(f"{name}-*") for name in ("records", "screened", "duplicates"))
+            ):
+                remove_tree(path)
 
     def _check_names(self) -> None:
         rules = self.rules.select
@@ -142,6 +162,14 @@ class Filter:
             return np.full(self.records.shards[shard], np.nan)
         return np.asarray(self.records.read(shard, [LABEL])[LABEL].to_numpy(zero_copy_only=False), np.float64)
 
+    def mean_labels(self, shard: str) -> NDArray[np.float64]:
+        """Return `labels`, but for a text with labelled copies the mean of all its labels."""
+        labels, means = self.labels(shard), self._labels_of_copied
+        if not means:
+            return labels
+        names = self.records.read(shard, ["id"])["id"].to_pylist()
+        return np.array([means.get(name, label) for name, label in zip(names, labels.tolist(), strict=True)])
+
     @cached_property
     def label_source(self) -> str | None:
         """Whose labels scores are held against: "input", "scorer" (those of its grader, where the input has none)."""
@@ -152,7 +180,8 @@ class Filter:
     @cached_property
     def proof(self) -> dict[str, Any] | None:
         """How well the scores agree with the labels; None if no record that competes has one."""
-        return prove(self.job.scorer, self.label_source, self.labels, self.records, self.screened, self.scored)
+        stages = self.records, self.screened, self.scored
+        return prove(self.job.scorer, self.label_source, self.labels, self.mean_labels, *stages)
 
     def pictures(self, shard: str) -> list[tuple[RecordPicture, ...]]:
         """Return the pictures of each record of a shard, without thumbnails."""
@@ -208,7 +237,6 @@ class Filter:
                 tie=np.asarray([key_of(self.rules.seed, record.id) for record in records], np.uint64),
                 exact=[row.tobytes() for row in found.exact_N2],
                 near=[row.tobytes() for row in found.near_NP],
-                near_possible=found.near_possible_N,
             )
 
         self.screened.open(self.workers)
@@ -252,22 +280,15 @@ class Filter:
         """Return (record, earlier record, code of the reason) for each document with repeated pictures, [3, E]."""
         distance, found = self.rules.duplicates.pictures, []
         if distance is not None and self.has_pictures:
-            shards = [self._picture_signatures(shard) for shard in self.screened.shards]
-            found = [one for copies in find_picture_duplicates(shards, distance) for one in copies]
+            documents = chain.from_iterable(map(self._pictures_that_passed, self.screened.shards))
+            found = find_picture_duplicates(documents, distance)
         rows = [(row, one.of, REASONS.index(one.reason)) for row, one in enumerate(found) if one is not None]
         return np.array(rows, np.uint64).reshape(-1, 3).T
 
-    def _picture_signatures(self, shard: str) -> PictureSignatures:
-        """Return the signatures of the pictures of the records that passed the gates."""
+    def _pictures_that_passed(self, shard: str) -> list[tuple[RecordPicture, ...]]:
+        """Return the pictures of each record, none for those that the gates dropped."""
         reasons = self.screened.read(shard, ["reason"])["reason"].to_pylist()
-        passed = [() if reason else mine for reason, mine in zip(reasons, self.pictures(shard), strict=True)]
-        pictures = [picture for mine in passed for picture in mine]
-        return PictureSignatures(
-            counts_N=np.array([len(mine) for mine in passed], np.int64),
-            sha256=[picture.sha256 for picture in pictures],
-            hashes=np.array([picture.hash for picture in pictures], np.uint64),
-            colours=np.frombuffer(b"".join(p.colours for p in pictures), np.uint8).reshape(-1, COLOUR_BYTES),
-        )
+        return [() if reason else mine for reason, mine in zip(reasons, self.pictures(shard), strict=True)]
 
     def reasons(self, shard: str) -> list[str | None]:
         """Return the reason of each record that is decided before scoring, such as a duplicate; None: to be scored."""
@@ -318,7 +339,7 @@ class Filter:
             unanswered = [shard for shard in self.records.shards if self._is_unanswered(shard)]
         if unanswered or not self.scored.is_complete:
             with barrier(self.workers):  # the others read what the first one stored
-                if self.workers.rank == 0 or not isinstance(self.job.scorer, StoredScorer):
+                if self.workers.rank == 0 or not stored_parts(self.job.scorer):
                     self._fit()
             with barrier(self.workers):
                 self._fit()
@@ -375,12 +396,18 @@ class Filter:
         if self.job.models is not None:
             check_models(self.job.models, self.rules.scorer, self.passed, self.job.report)
         scorer = self.job.scorer
-        if isinstance(scorer, StoredScorer):
-            scorer.report = self.job.report
+        for part in stored_parts(scorer):
+            part.report = self.job.report
         if self.workers.rank == 0 and isinstance(scorer, CostlyScorer):
             cost = scorer.cost(lambda: chain(self.passed(), self.job.clean))
             if cost:
                 self.job.report(cost)
+        if self.workers.rank == 0:
+            reasons = Counter(chain.from_iterable(map(self.reasons, self.records.shards)))
+            left = (
+                f"{reasons.pop(None, 0):,} of {counted(sum(self.records.shards.values()), 'record')} are left to score"
+            )
+            self.job.report(", ".join([left, *(f"{count:,} {name}" for name, count in sorted(reasons.items()))]))
         scorer.fit(self.passed)
         self._is_fitted = True
 
@@ -416,8 +443,6 @@ class Filter:
         return scores, places
 
     def _decide(self) -> None:
-        with barrier(self.workers):
-            self.decided.check_key()
         noise, by_length = self._noise(), self._by_length()
         with barrier(self.workers):
             content = self._hash_of_scores(noise, by_length)
@@ -449,13 +474,12 @@ class Filter:
 
     def _by_length(self) -> NDArray[np.int64]:
         """Return, for each domain, whether its records compete in length buckets. Raises `ConfigError` if labels do not
-        prove the score as `select.require_auc` demands; the scores are then set aside for a rerun.
+        prove the score as `select.require_auc` demands.
         """
         found = np.zeros(len(self.domains), np.int64)
         with barrier(self.workers):
             if self.workers.rank == 0:
-                with self.scored.set_aside(unless=self.decided.has_manifest):
-                    check_auc(self.rules.select, lambda: self.proof)
+                check_auc(self.rules.select, lambda: self.proof)
                 found[:] = by_length(self.rules.select, self.job.scorer.name, lambda: self.proof, self.domains)
         return self.workers.sum(found)
 
@@ -473,11 +497,16 @@ class Filter:
         if not self.job.clean:
             return None
         name = f"clean-{self._clean[:16]}"
+
+        def scores() -> NDArray[np.float64]:
+            return self.scored.read(name)["score"].to_numpy() if self.scored.has(name) else np.array([np.nan])
+
         with barrier(self.workers):
-            if self.workers.rank == 0 and not self.scored.has(name):
+            unanswered = isinstance(self.job.scorer, RemoteScorer) and not np.isfinite(scores()).all()
+            if self.workers.rank == 0 and (unanswered or not self.scored.has(name)):
                 self._fit()
                 self.scored.write(name, make_table(score=self.job.scorer.score(self.job.clean)))
-        return noise_threshold(self.scored.read(name)["score"].to_numpy(), self.rules.select.noise_quantile)
+        return noise_threshold(scores(), self.rules.select.noise_quantile)
 
 
 def file_digest(path: str) -> str:
@@ -506,7 +535,7 @@ def _signatures(table: Any) -> Signatures:
     exact, near = (b"".join(table[name].to_pylist()) for name in ("exact", "near"))
     exact_N2 = np.frombuffer(exact, np.uint64).reshape(-1, 2)
     near_NP = np.frombuffer(near, np.uint32).reshape(-1, PLACES)
-    return Signatures(exact_N2, near_NP, table["near_possible"].to_numpy(), table["reason"].is_null().to_numpy())
+    return Signatures(exact_N2, near_NP, table["reason"].is_null().to_numpy())
 
 
 def _one_line(text: str) -> str:

@@ -7,6 +7,7 @@ another key is rejected. A table is a `pyarrow.Table`.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 MANIFEST, KEY = "manifest.json", "key.json"
 _SHOWN_DIFFERENCES = 3
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 class Workers(Protocol):
@@ -128,30 +130,27 @@ class StageStore:
     def _aside(self) -> Path:
         return self.directory.with_name(f"{self.directory.name}-{self.key[:16]}")
 
-    @contextmanager
-    def set_aside(self, unless: bool) -> Iterator[None]:
-        """After a `ConfigError`, rename the directory, so that a stage with another key can be made. `open` with the
-        same key takes it back.
-        """
-        try:
-            yield
-        except ConfigError:
-            if not unless:
-                with writing(self._aside):
-                    self.directory.rename(self._aside)
-            raise
+    def set_aside(self) -> None:
+        """Rename the directory, so that a stage with another key can be made. `open` with this key takes it back."""
+        if self._stored().get("key") == self.key:
+            with writing(self._aside):
+                self.directory.rename(self._aside)
 
     def check_key(self) -> None:
         """Raise `ConfigError` if the directory holds a stage with another key."""
-        if not (self.directory / KEY).exists():
-            return
-        found = self.read_json(KEY, {"key": str, "made_of?": {}})
-        if found["key"] != self.key:
+        if (found := self._stored()) and found["key"] != self.key:
             raise ConfigError("out", str(self.directory), self._difference(found.get("made_of", {})))
+
+    def _stored(self) -> dict[str, Any]:
+        """Read the key file, {} if there is none."""
+        if not (self.directory / KEY).exists():
+            return {}
+        found: dict[str, Any] = self.read_json(KEY, {"key": str, "made_of?": {}})
+        return found
 
     def _is_stale(self, content: str | None) -> bool:
         """Return whether the stored stage has this key but other content. If so, remove its files, but not `KEY`."""
-        found = self.read_json(KEY, {"key": str, "made_of?": {}})
+        found = self._stored()
         if found["key"] != self.key or found.get("content") == content:
             return False
         for path in self.directory.iterdir():
@@ -160,11 +159,15 @@ class StageStore:
         return True
 
     def _difference(self, made_of: Mapping[str, Any]) -> str:
-        found = list(differences(made_of, self.made_of).items())
-        shown = [f"{key}={old} (now {new})".replace("\n", "\\n") for key, (old, new) in found[:_SHOWN_DIFFERENCES]]
-        more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
-        made = ", ".join(shown) or "other settings"
-        return f"was made with {made}{more}; remove that folder, which keeps all earlier stages, or choose another out="
+        found = differences(made_of, self.made_of)
+        changed = [f"the {key.replace('_', ' ')}" for key, (_, new) in found.items() if _HASH.search(str(new))]
+        words = {key: ("the default" if old is None else old, new) for key, (old, new) in found.items()}
+        shown = [f"{key}={old} (now {new})" for key, (old, new) in words.items() if not _HASH.search(str(new))]
+        more = f" and {len(shown) - _SHOWN_DIFFERENCES} more" if len(shown) > _SHOWN_DIFFERENCES else ""
+        made = ", ".join(shown[:_SHOWN_DIFFERENCES]).replace("\n", "\\n")
+        why = [f"was made with {made or 'other settings'}{more}"] if made or not changed else []
+        why += [f"{' and '.join(changed)} changed since it was made"] if changed else []
+        return f"{', and '.join(why)}; remove that folder (earlier stages stay), or choose another out="
 
     @property
     def has_manifest(self) -> bool:

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from core.config import plain
-from core.errors import ConfigError
+from core.errors import ConfigError, counted
 from core.exit_codes import CRASHED, has_agent
 from core.files import write_json
 from core.process import ending_with_parent
@@ -30,7 +30,7 @@ from data.filter.input.readers import clean_records, input_parts
 from data.filter.input.records import Record
 from data.filter.pipeline import Filter, FilterJob
 from data.filter.score.factory import check_models, make_scorer
-from data.filter.score.scorer import Scorer
+from data.filter.score.scorer import CostlyScorer, Scorer
 from data.filter.select.lines import COUNTS, LineFilter
 from data.filter.store import KEY, OneWorker, Workers, barrier
 from data.tokenizer import Tokenizer, from_file, load_tokenizer
@@ -93,15 +93,19 @@ def run_stream(config: FilterConfig, out: Path) -> int:
 
     def check(records: Sequence[Record]) -> None:
         check_models(MODELS, config.rules().scorer, lambda: records, print)
+        if isinstance(scorer, CostlyScorer) and (cost := scorer.cost(lambda: records)):
+            print(f"the first {counted(len(records), 'record')}: {cost}", flush=True)
 
+    scorer = _scorer(config, out)
     clean = clean_records(config.select.clean, config.lines()) if config.select.clean else ()
     count_tokens = _count_tokens(_tokenizer(config))
-    done = LineFilter(config.lines(), config.rules(), _scorer(config, out), count_tokens, clean, check)
+    done = LineFilter(config.lines(), config.rules(), scorer, count_tokens, clean, check)
     done.run(sys.stdin.buffer, out)
     counts = done.counts()
     rate = "nothing was scored" if counts["rate"] is None else f"{counts['rate']:.2%} of the {counts['unit']} scored"
     reasons = ", ".join(f"{name} {count:,}" for name, count in counts["reasons"].items())
-    print(f"kept {counts['kept']:,} of {counts['lines']:,} lines ({rate}; keep={config.keep}): {reasons}")
+    kept = f"kept {counts['kept']:,} of {counted(counts['lines'], 'line')} ({rate}; keep={config.keep})"
+    print(kept + (f": {reasons}" if reasons else ""))
     print(f"a stream is not searched for duplicates; counts: {out / COUNTS}")
     return 0
 

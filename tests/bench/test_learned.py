@@ -14,9 +14,10 @@ import pytest
 
 from bench.data.difficulty import KINDS
 from bench.data.problems import Problem, records
-from data.filter.audit.separation import auc, length_buckets
+from data.filter.audit.separation import Estimate, auc, length_buckets
 from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.score.learned import LearnedScorer
+from data.filter.score.linear import Weighting, learn
 from launch.cli import main
 
 FLOORS = {"counted steps": 0.58, "mathematics": 0.66, "code": 0.58}
@@ -67,3 +68,32 @@ def test_labels_teach_and_permuted_labels_do_not(order, tmp_path):
     scorer.fit(lambda: data)
     found = area(problems, scorer.score(data), np.arange(len(problems)) >= count)
     assert (found > FLOORS["mathematics"]) == (order == "true")
+
+
+def of_permuted_labels(kind: str, count: int, draws: int, one_domain: bool) -> list[Estimate]:
+    """Return the cross-fitted AUC in buckets of 20 by domain and length, for labels in random order."""
+    problems = KINDS[kind](800, 30)
+    data = [replace(one, domain="all") if one_domain else one for one in records(problems)]
+    domains = np.unique([one.domain for one in data], return_inverse=True)[1]
+    lengths, labels = (np.array(x) for x in ([len(one.answer) for one in data], [one.label for one in problems]))
+    weighting, found = Weighting.fitted([data]), []
+    for draw in range(draws):
+        chance = np.random.default_rng([count, draw])
+        mine = chance.choice(len(data), count, replace=False)
+        sample, label = [data[place] for place in mine], chance.permutation(labels[mine])
+        buckets = 8 * domains[mine]
+        for one in np.unique(buckets):
+            same = buckets == one
+            buckets[same] += length_buckets(lengths[mine][same], int(np.clip(same.sum() // 20, 1, 8)))
+        scores, folds = learn(weighting, sample, label, data[:200]).score(sample)
+        found.append(auc({"": scores}, label, buckets, 100, draw, folds)[""])
+    return found
+
+
+@pytest.mark.slow  # a minute each
+@pytest.mark.parametrize("one_domain", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_intervals_of_permuted_labels_contain_chance(kind, one_domain):
+    found = [of_permuted_labels(kind, count, 100, one_domain) for count in (60, 100, 200)]
+    assert abs(np.mean([one.value for mine in found for one in mine]) - 0.5) < 0.015
+    assert np.mean([one.low <= 0.5 <= one.high for mine in found for one in mine]) > 0.92

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bench.data.problems import make_problems, records
-from data.filter.audit.separation import Estimate, auc, length_buckets
+from data.filter.audit.separation import Estimate, _resampled, auc, length_buckets
 from data.filter.score.baselines import LengthScorer, RandomScorer
 from data.filter.score.ngram import NgramScorer
 
@@ -109,3 +109,12 @@ def test_buckets_hold_about_as_many_and_equal_lengths_together():
     lengths = np.random.default_rng(0).permutation(np.arange(800))
     assert np.bincount(length_buckets(lengths, 8)).tolist() == [100] * 8
     assert len(set(length_buckets(np.full(10, 5), 8).tolist())) == 1
+
+
+def test_whole_buckets_are_resampled():
+    """The size of a fold varies from one resample to the next; that of its bucket does not."""
+    buckets, folds = np.repeat([0, 1], 20), np.tile([0, 1], 20)
+    totals = np.zeros((2, 2, 51))
+    for rows, mine, weights in _resampled(buckets, 50, 0, folds):
+        totals[buckets[mine[0]], folds[mine[0]], rows] += weights.sum(1)
+    assert (totals.sum(1) == 20).all() and np.ptp(totals[0, 0]) > 3

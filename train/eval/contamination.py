@@ -25,6 +25,7 @@ from data.filter.score.factory import Models
 from data.tokens import TokenStream
 from parallel.comm.world import World
 from train.corpus import stored_corpus
+from train.eval.text_features import open_features
 from train.eval.text_loss import open_losses
 from train.run_directory import load_config
 
@@ -140,5 +141,9 @@ def text_hash(text: str) -> str:
     return sha256_text(" ".join(text.split()))
 
 
-MODELS: Models = Models(lambda name, config: open_losses(name, config, MODELS), check_unseen)
+MODELS: Models = Models(
+    lambda name, config: open_losses(name, config, MODELS),
+    check_unseen,
+    lambda name, config: open_features(name, config, MODELS),
+)
 """Opens and checks the models that a filter scores with. The corpora of these models may be filtered by models too."""

@@ -152,12 +152,12 @@ class ScoringModel:
         the first `length` tokens (None: in all).
         """
         assert self.images is not None
-        images = place_tiles(tokens_BT, pixels_N3SS, self.images.ids.patch, self._device, length)
+        images = place_tiles(tokens_BT, pixels_N3SS, self.images.ids.patch, self.device, length)
         return self.logits(tokens_BT, images)
 
     def cached(self) -> CachedModel:
         """Return this model with a cache of keys and values. It must be one of ours."""
-        device = self._device
+        device = self.device
         return CachedModel(lambda tokens_BT, given: self.network(tokens_BT.to(device), given), self.context, device)
 
     def continue_all(self, asked: Sequence[Continuation], batch_size: int) -> None:
@@ -204,7 +204,7 @@ class ScoringModel:
         if not tiles:
             return None
         assert self.images is not None
-        place = partial(place_tiles, placeholder=self.images.ids.patch, device=self._device)
+        place = partial(place_tiles, placeholder=self.images.ids.patch, device=self.device)
         return partial(place, pixels_N3SS=torch.cat(tiles))
 
     @torch.no_grad()
@@ -244,7 +244,7 @@ class ScoringModel:
         return found
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
     def _agree(self, ids: Sequence[Sequence[int]]) -> None:

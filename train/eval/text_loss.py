@@ -37,16 +37,20 @@ def open_losses(name: str, config: ScorerConfig, models: Models | None = None) -
     that is shorter. `models`: as in `get_corpus`. Raises `ConfigError` with an empty key if the model does not exist or
     transformers is missing.
     """
+    model = open_by_name(name, models)
+    context = min(config.seq_len, model.context)
+    return token_losses(model, context, config.batch_size), sha256_text(model.fingerprint, str(context))
+
+
+def open_by_name(name: str, models: Models | None) -> ScoringModel:
+    """Open a model that a scorer names, as `open_losses` does."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     folder = Path(name).expanduser()
     if (folder / "config.yaml").exists():
-        model = from_run(folder, World(0, 1, device), models=models)
-    elif (folder / IMPORTED).exists():
+        return from_run(folder, World(0, 1, device), models=models)
+    if (folder / IMPORTED).exists():
         raise ConfigError("", name, "is an imported model: name the Hugging Face folder that it was made from")
-    else:
-        model = from_transformers(name, device)
-    context = min(config.seq_len, model.context)
-    return token_losses(model, context, config.batch_size), sha256_text(model.fingerprint, str(context))
+    return from_transformers(name, device)
 
 
 def token_losses(model: ScoringModel, context: int, batch_size: int) -> TokenLosses:

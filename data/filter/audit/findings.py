@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from data.filter.audit.proof import apart, sentence, shortcoming, verdict
+from core.errors import counted
+from data.filter.audit.proof import contrast, sentence, shortcoming, verdict, why_by_length
 from data.filter.input.records import Reason
 
 SHIFT = 1.5
@@ -30,11 +31,13 @@ def warnings(audit: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def summary(audit: dict[str, Any]) -> str:
-    """Return one line: how many records are kept, and why the others are dropped."""
+    """Return one line: how many records are kept, their share of the unit, and why the others are dropped."""
     whole, kept = (audit["totals"][name]["documents"] for name in ("in", "kept"))
+    rate = audit["random"]["rate"]
+    share = "" if rate is None else f" ({rate:.1%} of the {audit['random']['unit']} that passed the gates)"
     dropped = {Reason[name]: size["documents"] for name, size in audit["reasons"].items() if not Reason[name].kept}
     why = ", ".join(f"{count:,} {reason_label(audit, reason)}" for reason, count in dropped.items() if count)
-    return f"kept {kept:,} of {_records(whole)}" + (f"; dropped {why}" if why else "")
+    return f"kept {kept:,} of {counted(whole, 'record')}{share}" + (f"; dropped {why}" if why else "")
 
 
 def reason_label(audit: dict[str, Any], reason: Reason) -> str:
@@ -43,28 +46,54 @@ def reason_label(audit: dict[str, Any], reason: Reason) -> str:
 
 
 def conclusion(audit: dict[str, Any]) -> Iterator[str]:
-    """Yield the command's last lines on labels: the figures if they prove the score (else they are a warning), and kept
-    fractions. Without labels, say that nothing is proven, but only of prompts and not of graders.
+    """Yield the command's last lines on labels: the domains without length buckets, the figures if they prove the score
+    (else they are a warning), and kept fractions. Without labels, say that nothing is proven, but only of prompts and
+    not of graders.
     """
+    yield from _buckets(audit)
     if (proof := audit["proof"]) is None:
         name, lengths = audit["scorer"]["name"], (audit["length"], audit["whole_length"])
         if name not in _UNGRADED and lengths[0] != lengths[1]:
-            yield f"Nothing shows that {name} tells hard from easy: give labels (label_key=) or try scorer.kind=learned"
+            do = "give labels (label_key=)" + ("" if name == "learned" else " or try scorer.kind=learned")
+            yield f"Nothing shows that {name} tells hard from easy here: {do}."
         return
     if verdict(proof) == "proven":
-        yield f"The score tells {apart(proof)}: {sentence(proof)}."
+        yield f"The score tells {contrast(proof)}: {sentence(proof)}."
     if kept := proof["kept"]:
         shares = ", ".join("-" if one["kept"] is None else f"{100 * one['kept']:.0f}" for one in kept)
+        first, last = kept[0]["from"], kept[-1]["to"]
         what = "levels" if all(one["from"] == one["to"] for one in kept) else "the fifths of labels from"
-        yield f"kept {shares}% of {what} {kept[0]['from']:g} to {kept[-1]['to']:g}"
+        yield f"kept {shares}% of " + (f"{what} {first:g} to {last:g}" if len(kept) > 1 else f"level {first:g}")
+
+
+def _buckets(audit: dict[str, Any]) -> Iterator[str]:
+    """With `select.buckets=auto`, say which domains compete across lengths, and why the others do not."""
+    found: dict[str, list[str]] = {}
+    for name, one in audit["domains"].items():
+        if audit["buckets"]["rule"] == "auto" and one["competed"]["documents"]:
+            why = why_by_length(audit["scorer"]["name"], audit["proof"], name)
+            found.setdefault(why, []).append(named(name))
+    if found:
+        parts = [f"records compete across lengths in {_list(found.pop('', ['no domain']))}"]
+        parts += [f"length buckets stay in {_list(names)}, since {why}" for why, names in found.items()]
+        yield f"select.buckets=auto: {'; '.join(parts)}"
+
+
+def _across_lengths(audit: dict[str, Any]) -> bool:
+    """Return whether the labels let records of every domain compete across lengths, as `select.buckets=auto` asks."""
+    competing = [name for name, one in audit["domains"].items() if one["competed"]["documents"]]
+    scorer = audit["scorer"]["name"]
+    return audit["buckets"]["rule"] == "auto" and not any(
+        why_by_length(scorer, audit["proof"], name) for name in competing
+    )
 
 
 def text_only(audit: dict[str, Any]) -> str | None:
     """Return a line that says which pictures no scorer has seen; None for an input without pictures."""
     if (found := audit.get("pictures")) is None:
         return None
-    have = f"{_records(found['records'])} {'has' if found['records'] == 1 else 'have'} {found['in']:,} pictures"
-    return f"Scorers see the text alone: {have}, of which {found['kept']:,} are kept."
+    have = f"{counted(found['records'], 'record')} with {counted(found['in'], 'picture')}"
+    return f"Scorers see the text alone: {have}, {found['kept']:,} of them kept."
 
 
 def named(domain: str) -> str:
@@ -75,7 +104,7 @@ def named(domain: str) -> str:
 def malformed(audit: dict[str, Any]) -> Iterator[str]:
     count, whole = audit["reasons"]["malformed"]["documents"], audit["totals"]["in"]["documents"]
     if count:
-        yield f"{_records(count)} of {whole:,} could not be read; see the examples."
+        yield f"{counted(count, 'record')} of {whole:,} could not be read; see the examples."
 
 
 def unscored(audit: dict[str, Any]) -> Iterator[str]:
@@ -83,7 +112,7 @@ def unscored(audit: dict[str, Any]) -> Iterator[str]:
     count = competed - sum(domain["scored"] for domain in audit["domains"].values())
     if count > UNSCORED * competed:
         advice = "With a remote scorer, the same command scores them again."
-        yield f"{_records(count)} of {competed:,} have no score ({count / competed:.1%}). {advice}"
+        yield f"{counted(count, 'record')} of {competed:,} have no score ({count / competed:.1%}). {advice}"
 
 
 def constant_scores(audit: dict[str, Any]) -> Iterator[str]:
@@ -93,8 +122,8 @@ def constant_scores(audit: dict[str, Any]) -> Iterator[str]:
 
 
 def not_proven(audit: dict[str, Any]) -> Iterator[str]:
-    if audit["proof"] is not None:
-        yield from shortcoming(audit["proof"])
+    if (proof := audit["proof"]) is not None and not (verdict(proof) == "length" and _across_lengths(audit)):
+        yield from shortcoming(proof)
 
 
 def labels(audit: dict[str, Any]) -> Iterator[str]:
@@ -103,11 +132,16 @@ def labels(audit: dict[str, Any]) -> Iterator[str]:
         return
     found, competing = proof["labels"], [name for name, one in audit["domains"].items() if one["competed"]["documents"]]
     if found["distinct"] == 1:
-        yield f"All {found['records']:,} labels are equal, so no scorer can be held against them."
+        yield f"All labels ({found['records']:,}) are equal, so no scorer can be held against them."
+    elif (few := min(found["hard"], found["easy"])) < 10:
+        yield f"Nearly all labels are equal: only {few:,} of {found['records']:,} are at the other end of the scale."
+    if found["scales"]:
+        below, above = found["scales"]
+        yield f"Labels may be of two scales: none is between {below:g} and {above:g}. Give all records the same scale."
     if missing := [named(name) for name in competing if name not in proof["domains"]]:
         yield f"No record is labelled in {_list(missing)}: how good the score is there is unknown."
     if found["contradictory"]:
-        yield f"{_records(found['contradictory'])} with equal texts have different labels."
+        yield f"{counted(found['contradictory'], 'record')} with equal texts have different labels."
     if _alike(found["length"]):
         yield f"Labels follow the length of the scored text (rank correlation {found['length']:+.2f})."
 
@@ -130,6 +164,8 @@ def off_target(audit: dict[str, Any]) -> Iterator[str]:
 def length(audit: dict[str, Any]) -> Iterator[str]:
     """Warn if scores correlate with the length of the scored part, or of the whole record if the two lengths differ."""
     scored, whole = audit["length"], audit["whole_length"]
+    if _across_lengths(audit):
+        return
     yield from _length_of("length", scored)
     if whole != scored:
         yield from _length_of("the length of prompt and answer", whole)
@@ -166,15 +202,11 @@ def mix(audit: dict[str, Any]) -> Iterator[str]:
 def one_document(audit: dict[str, Any]) -> Iterator[str]:
     found = [named(name) for name, domain in audit["domains"].items() if domain["competed"]["documents"] == 1]
     if found:
-        yield f"Only one document competed, so it was compared with no other, in {_list(found)}."
+        yield f"Only one document competed in {_list(found)}: its score was compared with no other."
 
 
 def _alike(correlation: float | None) -> bool:
     return correlation is not None and abs(correlation) > ALIKE
-
-
-def _records(count: int) -> str:
-    return f"{count:,} record{'' if count == 1 else 's'}"
 
 
 def _list(texts: Iterable[str]) -> str:

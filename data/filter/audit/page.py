@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from core.html import data_url, page
+from core.html import data_url, render
 from data.filter.audit.findings import named, reason_label, text_only
 from data.filter.audit.plots import thresholds
+from data.filter.audit.statistics import by_size, share
 from data.filter.input.records import Reason
 
 _ROWS = 40
@@ -35,17 +35,23 @@ def audit_page(
     """Render the page. `light` and `dark` are the plots for either colour scheme."""
     totals, domains = audit["totals"], audit["domains"]
     whole, kept, competed = (totals[name] for name in ("in", "kept", "competed"))
-    reasons = [(Reason[name], size, _ratio(size["tokens"], whole["tokens"])) for name, size in audit["reasons"].items()]
-    reasons = [(reason, size, share) for reason, size, share in reasons if size["documents"]]
-    by_size = sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))
+    reasons = [
+        (Reason[name], size, share(size["tokens"], whole["tokens"]))
+        for name, size in audit["reasons"].items()
+        if size["documents"]
+    ]
+    largest = by_size(domains)
     captions = {"scores": "Scores of the records that passed the gates", "proof": "AUC, and kept fraction by label"}
     captions |= {f"scores_{place}": named(name) for place, name in enumerate(audit["scores"]["domains"])}
 
     def shown(name: str) -> tuple[str, bool, str, str]:
         return captions[name], name in ("scores", "proof"), data_url(light[name]), data_url(dark[name])
 
-    template, style = _template()
-    body = template.render(
+    return render(
+        Path(__file__).with_name("page.html"),
+        _FILTERS,
+        _visible,
+        title=f"Filter: {audit['input']}",
         audit=audit,
         meaning=_MEANING[audit["scorer"]["direction"]],
         text_only=text_only(audit),
@@ -57,64 +63,43 @@ def audit_page(
         ],
         reasons=reasons,
         label=partial(reason_label, audit),
-        largest_reason=max((share or 0 for *_, share in reasons), default=0) or 1,
+        largest_reason=max((part or 0 for *_, part in reasons), default=0) or 1,
         unit=audit["rules"]["unit"],
-        domains=[(name, domains[name], thresholds(audit, name)) for name in by_size[:_ROWS]],
+        domains=[(name, domains[name], thresholds(audit, name)) for name in largest[:_ROWS]],
         more_domains=len(domains) - _ROWS,
         largest_domain=max((one[key] or 0 for one in domains.values() for key in _SHARES), default=0) or 1,
         pictures={name: shown(name) for name in light},
         random=audit["random"],
-        groups=_groups(audit["random"], by_size),
+        groups=_groups(audit["random"], largest),
         samples=[(name, sides) for name, sides in audit["samples"].items() if any(sides.values())],
         examples=[(Reason[name], rows) for name, rows in audit["examples"].items()],
         look_up=f"leviathan filter explain=ID out={shlex.quote(directory)}",
         command=command,
         rules=yaml.safe_dump({key: audit[key] for key in ("rules", "scorer")}, sort_keys=False, allow_unicode=True),
     )
-    return page(f"Filter: {_visible(audit['input'])}", body, style)
 
 
-def _groups(random: dict[str, Any], by_size: list[str]) -> list[tuple[str, float | None]]:
+def _groups(random: dict[str, Any], domains: list[str]) -> list[tuple[str, float | None]]:
     """Return a label and the kept fraction for each of the largest domains and each quarter of records by length."""
-    groups = [(named(name), random["domains"][name]) for name in by_size if name in random["domains"]]
+    groups = [(named(name), random["domains"][name]) for name in domains if name in random["domains"]]
     groups = groups[:_ROWS] if len(groups) > 1 else []
     return groups + [(f"{q['from_bytes']:,} to {q['to_bytes']:,} scored bytes", q["kept"]) for q in random["lengths"]]
 
 
-@cache
-def _template() -> tuple[Any, str]:
-    """Return the compiled template and the style sheet."""
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: _visible(value) if isinstance(value, str) else value,
-    )
-    environment.globals["ratio"] = _ratio
-    environment.filters |= {
-        "named": named,
-        "describe": lambda reason, detail: Reason[reason].describe(detail),
-        "count": lambda value: f"{value:,}",
-        "percent": lambda share: "-" if share is None else f"{share:.1%}",
-        "correlation": lambda value: "-" if value is None else f"{value:+.2f}",
-        "number": _number,
-    }
-    return environment.get_template("page.html"), (folder / "page.css").read_text()
-
-
-def _visible(text: str) -> str:
+def _visible(value: Any) -> Any:
     """Put U+FFFD in place of characters that are invisible or change the direction of text. Markup is not changed."""
-    if isinstance(text, Markup):
-        return text
-    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "".join(c if c in "\n\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
 
 
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+_FILTERS = {
+    "named": named,
+    "over": share,
+    "describe": lambda reason, detail: Reason[reason].describe(detail),
+    "count": lambda value: f"{value:,}",
+    "percent": lambda share: "-" if share is None else f"{share:.1%}",
+    "correlation": lambda value: "-" if value is None else f"{value:+.2f}",
+    "number": lambda value: "-" if value is None else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}",
+    "auc": lambda value: f"{value:.2f}",
+}

@@ -35,7 +35,7 @@ def draw(audit: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
         for place, (name, histogram) in enumerate(domains.items() if len(domains) > 1 else ()):
             drawing = partial(_histogram, histogram, edges, thresholds(audit, name), "score")
             pictures[f"scores_{place}"] = picture(_NARROW_INCHES, drawing, ink)
-    if audit["proof"]:
+    if audit["proof"] and audit["proof"]["scorers"]:
         pictures["proof"] = picture(_WIDE_INCHES, partial(_against_labels, audit["proof"]), ink, panels=2)
     return pictures
 

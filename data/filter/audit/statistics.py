@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,11 @@ from core.config import plain
 from core.errors import DataError
 from data.filter.audit.findings import warnings
 from data.filter.audit.proof import by_length
-from data.filter.audit.separation import OTHER, Numbers, first_of_each, rank_correlation, rounded, spearman
+from data.filter.audit.separation import NO_SCORES, OTHER, Numbers, first_of_each, rank_correlation, rounded, spearman
 from data.filter.config import FilterRules
 from data.filter.input.records import LABEL, Reason
 from data.filter.score.scorer import Scorer
 
-FORMAT = 2
 SHOWN_DOMAINS = 12
 """Number of domains with their own histogram and samples: those with the most tokens."""
 COMPETED = (Reason.hard, Reason.revived, Reason.protected, Reason.easy, Reason.noise, Reason.unscored)
@@ -74,8 +73,8 @@ class Audit:
         """`thresholds`: from `Thresholds.thresholds`. `input`: name of the input, for people. `documents`, `tokens`:
         the numbers read from the input, with which the counts must agree. `proof`: from `Proof.figures`.
         """
-        self.proof = proof
-        self.rules, self.scorer, self.thresholds, self.input = rules, scorer, thresholds, input
+        self.rules, self.scorer, self.thresholds = rules, scorer, thresholds
+        self.input, self.proof = input, proof
         self._read = {"documents": documents, "tokens": tokens}
         self._counts: list[Any] = []
         self._sample: Any = None
@@ -91,27 +90,24 @@ class Audit:
                 raise DataError(f"audit: {shard} has a record with reason={reason} and kept={kept}")
         table = _prepared(shard, table)
         self._counts.append(_counted([table]))
-        self._examples = _joined(self._examples, table, ["reason"], _AT_RANDOM, _EXAMPLES)
+        self._examples = first_of_each([self._examples, table], ["reason"], _AT_RANDOM, _EXAMPLES)
         competed = _with_reason(table, COMPETED)
         labelled = competed.filter(competed[LABEL].is_valid())
-        self._sample = _joined(self._sample, competed, [], _AT_RANDOM, _SAMPLE)
-        self._labelled = _joined(self._labelled, labelled, [], _AT_RANDOM, _SAMPLE)
+        self._sample = first_of_each([self._sample, competed], [], _AT_RANDOM, _SAMPLE)
+        self._labelled = first_of_each([self._labelled, labelled], [], _AT_RANDOM, _SAMPLE)
         by_score = _with_reason(competed.filter(competed["score"].is_valid()), (Reason.hard, Reason.easy))
         by_score = by_score.append_column("threshold", [self._thresholds(by_score)])
         distance = np.abs(by_score["score"].to_numpy() - by_score["threshold"].to_numpy())
         by_score = by_score.append_column("distance", [distance])
-        self._edges = _joined(
-            self._edges, by_score, ["domain", "kept"], (("distance", "ascending"), *_AT_RANDOM), _SIDE
-        )
+        nearest = (("distance", "ascending"), *_AT_RANDOM)
+        self._edges = first_of_each([self._edges, by_score], ["domain", "kept"], nearest, _SIDE)
 
-    def _thresholds(self, table: Any) -> Any:
+    def _thresholds(self, table: Any) -> Numbers:
         """Return the lowest kept score of each record's bucket, NaN for a bucket of which nothing is kept."""
-        found = np.full(len(table), np.nan)
-        domain, bucket = np.asarray(table["domain"]), np.maximum(table["bucket"].to_numpy(), 0)
-        for name, given in self.thresholds.get("domains", {}).items():
-            mine = domain == name
-            found[mine] = np.array([one["score"] for one in given["buckets"]], np.float64)[bucket[mine]]
-        return found
+        domains = self.thresholds.get("domains", {})
+        limits = {name: [one["score"] for one in given["buckets"]] for name, given in domains.items()}
+        places = zip(table["domain"].to_pylist(), table["bucket"].to_pylist(), strict=True)
+        return np.array([limits[name][max(bucket, 0)] if name in limits else None for name, bucket in places], float)
 
     def finish(self, text_of: TextOf, thumbnails_of: ThumbnailsOf | None = None) -> dict[str, Any]:
         """Return the statistics, ready for JSON. Raises `DataError` if they do not add up to the input.
@@ -121,11 +117,13 @@ class Audit:
         rows = _counted(self._counts).sort_by([("domain", "ascending"), ("reason", "ascending")]).to_pylist()
         totals = _totals(rows)
         total, competed, kept = totals["in"], totals["competed"], totals["kept"]
-        domains = {name: self._domain(found, total, kept) for name, found in _grouped(rows, "domain").items()}
-        shown = sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))[:SHOWN_DOMAINS]
+        domains = {name: self._domain(mine, total, kept) for name, mine in _grouped(rows, "domain").items()}
+        shown = by_size(domains)[:SHOWN_DOMAINS]
         sample = self._sample.filter(self._sample["score"].is_valid())
+        in_buckets = by_length(self.rules.select, self.scorer.name, lambda: self.proof, list(domains))
+        without_length = [name for name, mine in zip(domains, in_buckets, strict=True) if not mine]
         audit: dict[str, Any] = {
-            "format": FORMAT,
+            "format": 2,
             "input": self.input,
             "scorer": {key: getattr(self.scorer, key) for key in ("name", "measures")}
             | {"direction": self.scorer.direction.name, "fingerprint": self.scorer.fingerprint},
@@ -137,7 +135,7 @@ class Audit:
             "length": _length_figures(sample, "scored_bytes"),
             "whole_length": _length_figures(sample, "bytes"),
             "agreement": _agreement(sample, self.scorer.name),
-            "buckets": {"rule": self.rules.select.buckets.name, "without_length": self._without_length(list(domains))},
+            "buckets": {"rule": self.rules.select.buckets.name, "without_length": without_length},
             "proof": self.proof and self.proof | {"kept": _kept_by_label(self._labelled)},
             "random": self._against_random(domains, competed, kept),
             "thresholds": self.thresholds,
@@ -145,21 +143,17 @@ class Audit:
             **self._records(shown, text_of, thumbnails_of),
         }
         if thumbnails_of is not None:
-            of_kept = (row["pictures"] for row in rows if Reason[row["reason"]].kept)
-            of_all = {
-                name: sum(row[key] for row in rows) for name, key in (("records", "pictured"), ("in", "pictures"))
+            audit["pictures"] = {
+                "records": sum(row["pictured"] for row in rows),
+                "in": sum(row["pictures"] for row in rows),
+                "kept": sum(row["pictures"] for row in rows if Reason[row["reason"]].kept),
             }
-            audit["pictures"] = of_all | {"kept": sum(of_kept)}
         self._check_sums(audit)
         return audit | {"warnings": warnings(audit)}
 
-    def _without_length(self, domains: list[str]) -> list[str]:
-        found = by_length(self.rules.select, self.scorer.name, lambda: self.proof, domains)
-        return [name for name, has_buckets in zip(domains, found, strict=True) if not has_buckets]
-
     def _check_sums(self, audit: dict[str, Any]) -> None:
-        sizes = {"reasons": audit["reasons"].values(), "domains": [one["in"] for one in audit["domains"].values()]}
-        for what, parts in sizes.items():
+        parts_of = {"reasons": audit["reasons"].values(), "domains": [one["in"] for one in audit["domains"].values()]}
+        for what, parts in parts_of.items():
             for unit, whole in self._read.items():
                 if (added := sum(size[unit] for size in parts)) != whole:
                     raise DataError(f"audit: the {what} add up to {added:,} {unit}, but {whole:,} were read")
@@ -175,8 +169,8 @@ class Audit:
             "scored": sum(row["scored"] for row in competed),
             "constant": len(scores) == 1,
             "reasons": {reason: size for reason, size in _by_reason(rows).items() if size["documents"]},
-            "share_before": _share(sizes["in"]["tokens"], total["tokens"]),
-            "share_after": _share(sizes["kept"]["tokens"], kept["tokens"]),
+            "share_before": share(sizes["in"]["tokens"], total["tokens"]),
+            "share_after": share(sizes["kept"]["tokens"], kept["tokens"]),
         }
 
     def _against_random(self, domains: dict[str, Any], competed: dict[str, int], kept: dict[str, int]) -> Row:
@@ -186,9 +180,9 @@ class Audit:
         unit = self.rules.unit.name
         return {
             "unit": unit,
-            "rate": _share(kept[unit], competed[unit]),
+            "rate": share(kept[unit], competed[unit]),
             "domains": {
-                name: _share(found["kept"][unit], found["competed"][unit])
+                name: share(found["kept"][unit], found["competed"][unit])
                 for name, found in domains.items()
                 if found["competed"]["documents"]
             },
@@ -269,13 +263,6 @@ def _counted(tables: list[Any]) -> Any:
     )
 
 
-def _joined(before: Any, table: Any, groups: list[str], order: Any, count: int) -> Any:
-    import pyarrow
-
-    tables = [table] if before is None else [before, table]
-    return first_of_each(pyarrow.concat_tables(tables, promote_options="default"), groups, order, count)
-
-
 def _with_reason(table: Any, reasons: Iterable[Reason]) -> Any:
     import pyarrow
     from pyarrow import compute
@@ -283,19 +270,23 @@ def _with_reason(table: Any, reasons: Iterable[Reason]) -> Any:
     return table.filter(compute.is_in(table["reason"], pyarrow.array([reason.name for reason in reasons])))
 
 
-def _sizes(rows: Iterable[Row]) -> dict[str, int]:
-    rows = list(rows)
-    return {name: sum(row[name] for row in rows) for name in _SIZES}
+def by_size(domains: Mapping[str, Row]) -> list[str]:
+    """Return the names of the domains, those with the most tokens first."""
+    return sorted(domains, key=lambda name: (-domains[name]["in"]["tokens"], name))
+
+
+def _sizes(rows: Iterable[Row], reasons: Container[Reason] = tuple(Reason)) -> dict[str, int]:
+    mine = [row for row in rows if Reason[row["reason"]] in reasons]
+    return {name: sum(row[name] for row in mine) for name in _SIZES}
 
 
 def _totals(rows: list[Row]) -> dict[str, Any]:
-    competed = [row for row in rows if Reason[row["reason"]] in COMPETED]
-    kept = [row for row in rows if Reason[row["reason"]].kept]
-    return {"in": _sizes(rows), "competed": _sizes(competed), "kept": _sizes(kept)}
+    kept = [reason for reason in Reason if reason.kept]
+    return {"in": _sizes(rows), "competed": _sizes(rows, COMPETED), "kept": _sizes(rows, kept)}
 
 
 def _by_reason(rows: list[Row]) -> dict[str, dict[str, int]]:
-    return {reason.name: _sizes(row for row in rows if row["reason"] == reason.name) for reason in Reason}
+    return {reason.name: _sizes(rows, [reason]) for reason in Reason}
 
 
 def _grouped(rows: list[Row], key: str) -> dict[Any, list[Row]]:
@@ -305,7 +296,7 @@ def _grouped(rows: list[Row], key: str) -> dict[Any, list[Row]]:
     return groups
 
 
-def _share(part: int, whole: int) -> float | None:
+def share(part: float, whole: float) -> float | None:
     return rounded(part / whole) if whole else None
 
 
@@ -365,7 +356,7 @@ def _kept_by(part: Any, values: Any, sample: Any, unit: str) -> list[Row]:
             "from": values[mask].min().item(),
             "to": values[mask].max().item(),
             "documents": int(mask.sum()),
-            "kept": _share(int(sizes[mask & kept].sum()), int(sizes[mask].sum())),
+            "kept": share(int(sizes[mask & kept].sum()), int(sizes[mask].sum())),
         }
         for mask in (part == place for place in np.unique(part))
     ]
@@ -393,7 +384,7 @@ def _agreement(sample: Any, name: str) -> list[dict[str, Any]]:
     if not len(sample):
         return []
     scores = {name: sample["score"].to_numpy()}
-    others = (c for c in sorted(sample.column_names) if c.startswith(OTHER) and c != OTHER + LABEL)
+    others = (c for c in sorted(sample.column_names) if c.startswith(OTHER) and c not in NO_SCORES)
     scores |= {c.removeprefix(OTHER): sample[c].to_numpy() for c in others}
     found = []
     for first, second in itertools.combinations(scores, 2):

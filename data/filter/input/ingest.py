@@ -6,6 +6,7 @@ shards begin, and then read by all ranks. Any other part of the input is read by
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 from core.errors import ConfigError, DataError
 from core.files import remove_tree
 from data.filter.input.readers import InputPart, MalformedRecord, Piece, RecordPart, json_keys
-from data.filter.input.records import LABEL, Record
+from data.filter.input.records import BAD_LABEL, LABEL, Record
 from data.filter.runs import SORTED, DiskArrays, Entries
 from data.filter.store import StageStore, Workers, barrier, local_items
 from data.filter.tables import OF_PICTURES, PICTURES, THUMBNAILS, make_table
@@ -83,7 +84,7 @@ class Ingest:
                 with barrier(self.workers):
                     shards = self._shards()
                     self._check_readable(shards)
-                    self._check_labelled(shards)
+                    self._check_labelled(shards, report)
             disk = DiskArrays(stage.directory / SORTED, shards, self.workers)
             if not stage.is_complete:
                 self._check_unique_ids(disk)
@@ -170,19 +171,32 @@ class Ingest:
         reason = f"none of {sum(shards.values()):,} records can be read; {source}: {problem}{has}"
         settings = self.parts[0].part.keys
         advice = ["text_key=", "prompt_key= with response_key=", "messages_key="] if "text_key" in settings else []
-        for key in ("id_key", "domain_key", "label_key"):
+        for key in ("id_key", "domain_key"):
             value = settings.get(key)
             if value is not None and problem.startswith((f"no {value!r};", f"{value!r} is ")):
                 advice = [f"{key}="]
         raise ConfigError("input", None, reason, advice)
 
-    def _check_labelled(self, shards: dict[str, int]) -> None:
-        """Raise `ConfigError` if a column of labels is named, but no record has a label."""
+    def _check_labelled(self, shards: dict[str, int], report: Callable[[str], None]) -> None:
+        """Warn of labels that are not numbers. Raise `ConfigError` if a column of labels is named, but none is one."""
         key = self.parts[0].part.keys.get("label_key")
-        if key is not None and not any(self.stage.has_column(shard, LABEL) for shard in shards):
-            keys = ", ".join(map(repr, json_keys(self.stage.read(next(iter(shards)), ["raw"])["raw"][0].as_py())))
-            reason = f"no record has a number under it; the keys of the first record are {keys}"
-            raise ConfigError("label_key", key, reason, ["null"])
+        if key is None:
+            return
+        bad, first = 0, ""
+        for shard in shards:
+            if self.stage.has_column(shard, BAD_LABEL):
+                table = self.stage.read(shard, ["source", BAD_LABEL])
+                table = table.filter(table[BAD_LABEL].is_valid())
+                bad += len(table)
+                source, value = (table[name][0].as_py() for name in ("source", BAD_LABEL))
+                first = first or f"{value} in {source}; {_instead_of(value)}"
+        if any(self.stage.has_column(shard, LABEL) for shard in shards):
+            if bad:
+                report(f"warning: {bad:,} values of label_key={key} are not numbers and do not count, such as {first}")
+            return
+        keys = ", ".join(map(repr, json_keys(self.stage.read(next(iter(shards)), ["raw"])["raw"][0].as_py())))
+        reason = f"such as {first}" if bad else f"the keys of the first record are {keys}"
+        raise ConfigError("label_key", key, f"no record has a number under it; {reason}", () if bad else ["null"])
 
     def _check_unique_ids(self, disk: DiskArrays) -> None:
         """Raise `ConfigError` if two records have the same id: `explain` needs unique ids. Compares 64-bit hashes."""
@@ -204,6 +218,14 @@ class Ingest:
         shard = max((one for one in disk.first if disk.first[one] <= record), key=disk.first.__getitem__)
         row = self.stage.read(shard, ["id", "source"]).slice(record - disk.first[shard], 1).to_pylist()[0]
         return row["id"], row["source"]
+
+
+def _instead_of(value: str) -> str:
+    """Return what to write instead of a label that is not a number."""
+    if value in ("True", "False"):
+        return "write 0 and 1"
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", value) if value.startswith(("'", '"')) else []
+    return f"write {numbers[0]} instead of {value}" if len(numbers) == 1 else "write finite numbers"
 
 
 def _part_name(number: int) -> str:
@@ -228,8 +250,9 @@ def _records_table(rows: Sequence[Record | MalformedRecord]) -> Any:
             [{name: getattr(picture, name) for name in OF_PICTURES} for picture in record.pictures] for record in whole
         ]
         columns[THUMBNAILS] = [[p.thumbnail for p in record.pictures if p.thumbnail is not None] for record in whole]
-    if any(record.label is not None for record in whole):
-        columns[LABEL] = [record.label for record in whole]
+    for name in (LABEL, BAD_LABEL):
+        if any(getattr(record, name) is not None for record in whole):
+            columns[name] = [getattr(record, name) for record in whole]
     return make_table(
         **{name: [getattr(record, name) for record in whole] for name in names},
         raw=[row.raw.encode() if isinstance(row.raw, str) else row.raw for row in rows],

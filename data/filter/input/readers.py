@@ -9,7 +9,9 @@ import base64
 import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date, time
 from decimal import Decimal
@@ -38,7 +40,7 @@ from data.filter.input.records import Record
 ASSISTANT = "assistant"
 _SHOWN = 200
 """Maximum length in characters of the reason why a record is malformed, which may quote the record."""
-_SHOWN_KEYS, _SHOWN_VALUE = 10, 40
+_SHOWN_KEYS = 10
 
 _RANGE_BYTES = 8 << 20
 """Bytes of a file that are hashed, and whose lines are counted, by one rank."""
@@ -126,16 +128,23 @@ def _record(config: InputConfig, row: Any, place: str, line: str | None) -> Reco
     except UnicodeEncodeError:  # JSON may escape half of a surrogate pair, which UTF-8 cannot encode
         raise ValueError("holds half of a surrogate pair, which is not text") from None
     raw = _line(row, place) if line is None else line
-    return Record(name, domain, place, text, answer_start, raw, label=_label(config, row))
+    label, bad_label = (None, None) if config.label_key is None else _label(row.get(config.label_key))
+    return Record(name, domain, place, text, answer_start, raw, label=label, bad_label=bad_label)
 
 
-def _label(config: InputConfig, row: dict[str, Any]) -> float | None:
-    if config.label_key is None or row.get(config.label_key) is None:
-        return None
-    label = row[config.label_key]
-    if isinstance(label, bool) or not isinstance(label, int | float) or not math.isfinite(label):
-        raise ValueError(f"{config.label_key!r} is {str(label)[:_SHOWN_VALUE]!r}, not a finite number")
-    return float(label)
+def _label(value: Any) -> tuple[float | None, str | None]:
+    """Return the value as a number. NaN is no label, since pandas writes it where a column has gaps. Return any other
+    value that is not a finite number as it would be written in Python, shortened.
+    """
+    if value is None:
+        return None, None
+    number = math.inf
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            number = float(value)
+    if math.isinf(number):
+        return None, reprlib.repr(value)
+    return None if math.isnan(number) else number, None
 
 
 def _text(config: InputConfig, row: dict[str, Any]) -> tuple[str, int | None]:

@@ -7,8 +7,8 @@ from enum import Enum
 
 from core.files import sha256_text
 
-LABEL = "label"
-"""Column of labels, null for a record without one. A scorer's own labels, from its grader, have this name too."""
+LABEL, BAD_LABEL = "label", "bad_label"
+"""Columns of `Record.label`, which is also the name of a scorer's own labels from its grader, and of `bad_label`."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Record:
     pictures: tuple[RecordPicture, ...] = ()
     label: float | None = None
     """Difficulty or quality by the input's own labels (`label_key`), on any scale; None: the record has none."""
+    bad_label: str | None = None
+    """What stands in place of a label and is not a number, as it would be written in Python."""
 
     @property
     def prompt(self) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from core.files import sha256_text
 from data.filter.input.records import Record
 from data.filter.score.baselines import LengthScorer, RandomScorer
-from data.filter.score.scorer import CostlyScorer, Direction, RemoteScorer, Scorer, sample_key
+from data.filter.score.scorer import CompositeScorer, CostlyScorer, Direction, RemoteScorer, Scorer, sample_key
 
 _SAMPLE = 4096
 """Number n of records among which a record is ranked. With 95% confidence all ranks are accurate to 2.2 percentage
@@ -30,8 +30,9 @@ class EnsembleScorer(Scorer):
     the records scored with it. NaN if a member has no finite score.
 
     The scores of the members and of the controls (length and random) are stored too, so that the audit can compare
-    them. Each member also scores the sample, which is the additional cost. If a remote member answers only in a later
-    run, the answer is ranked against the sample as scored in that run.
+    them, and what members store beside their scores, such as labels. Each member also scores the sample, which is the
+    additional cost. If a remote member answers only in a later run, the answer is ranked against the sample as scored
+    in that run.
     """
 
     name = "ensemble"
@@ -39,8 +40,7 @@ class EnsembleScorer(Scorer):
     def __init__(self, members: Sequence[Scorer], sample: int = _SAMPLE) -> None:
         self.members, self.sample = tuple(members), sample
         self.measures = "mean rank in [0, 1] under " + "; ".join(f"{one.name} ({one.measures})" for one in members)
-        meanings = {member.direction for member in members}
-        self.direction = meanings.pop() if len(meanings) == 1 else Direction.mixed
+        self.direction = self._meaning()
         self.fingerprint = sha256_text("ensemble", "1", str(sample), *(member.fingerprint for member in members))
         count = Counter(member.name for member in members)
         self._members = {
@@ -53,7 +53,8 @@ class EnsembleScorer(Scorer):
 
     @property
     def others(self) -> tuple[str, ...]:
-        return (*self._members, *self._controls)
+        of_members = (one.others for one in self.members if isinstance(one, CompositeScorer))
+        return tuple(dict.fromkeys([*self._members, *self._controls, *itertools.chain.from_iterable(of_members)]))
 
     @property
     def reasons(self) -> Mapping[str, str]:
@@ -68,6 +69,7 @@ class EnsembleScorer(Scorer):
     def fit(self, records: Callable[[], Iterable[Record]]) -> None:
         for member in self.members:
             member.fit(records)
+        self.direction = self._meaning()
         chosen = set(heapq.nsmallest(self.sample, map(sample_key, records())))
         sample = (record for record in records() if sample_key(record) in chosen)
         scores: list[list[NDArray[np.float64]]] = [[np.empty(0)] for _ in self.members]
@@ -82,9 +84,21 @@ class EnsembleScorer(Scorer):
     def score_all(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
         if not self._sorted:
             raise ValueError("fit comes before score")
-        scores = {name: member.score(records) for name, member in self._members.items()}
+        scores: dict[str, NDArray[np.float64]] = {}
+        others: dict[str, NDArray[np.float64]] = {}
+        for name, member in self._members.items():
+            if isinstance(member, CompositeScorer):
+                scores[name], more = member.score_all(records)
+                others = more | others
+            else:
+                scores[name] = member.score(records)
         ranks = [_ranks(found, sample) for found, sample in zip(scores.values(), self._sorted, strict=True)]
-        return np.mean(ranks, axis=0), scores | {name: one.score(records) for name, one in self._controls.items()}
+        controls = {name: one.score(records) for name, one in self._controls.items()}
+        return np.mean(ranks, axis=0), others | scores | controls
+
+    def _meaning(self) -> Direction:
+        meanings = {member.direction for member in self.members}
+        return meanings.pop() if len(meanings) == 1 else Direction.mixed
 
 
 def _ranks(scores: NDArray[np.float64], sample: NDArray[np.float64]) -> NDArray[np.float64]:

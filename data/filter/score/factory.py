@@ -8,13 +8,18 @@ from pathlib import Path
 
 from core.errors import ConfigError
 from core.import_path import construct
-from data.filter.config import ScorerConfig, ScorerKind, under
+from data.filter.config import FeatureKind, ScorerConfig, ScorerKind, under
 from data.filter.input.records import Record
-from data.filter.score.scorer import Direction, Scorer, TokenLosses
+from data.filter.score.features import ReferenceFeatures
+from data.filter.score.scorer import Direction, Scorer, TextFeatures, TokenLosses
 
 OpenLosses = Callable[[str, ScorerConfig], tuple[TokenLosses, str]]
 """Opens a model by name, with the configuration's `seq_len` and `batch_size`. Returns the function for its token losses
 and the fingerprint of its weights and tokenizer.
+"""
+OpenFeatures = Callable[[str, ScorerConfig], tuple[TextFeatures, str]]
+"""Opens a model by name. Returns the function for the features of texts, of the kind `features` of the configuration,
+and a fingerprint of everything on which they depend.
 """
 
 
@@ -26,6 +31,7 @@ class Models:
 
     open: OpenLosses
     check_unseen: Callable[[str, Iterable[Record]], str | None]
+    open_features: OpenFeatures
 
 
 def make_scorer(config: ScorerConfig, models: Models | None, directory: Path, seed: int = 0) -> Scorer:
@@ -49,7 +55,7 @@ def make_scorer(config: ScorerConfig, models: Models | None, directory: Path, se
         case ScorerKind.excess | ScorerKind.ifd:
             arguments = _opened(traits.needs, config, models)
         case ScorerKind.learned:
-            arguments = config, directory, _labeler(config, models, directory, seed)
+            arguments = config, directory, _labeler(config, models, directory, seed), _reference(config, models)
         case ScorerKind.ensemble:
             arguments = [_members(config, models, directory, seed)]
         case ScorerKind.random:
@@ -72,13 +78,27 @@ def _imported(config: ScorerConfig, path: str) -> Scorer:
 
 def _opened(keys: Sequence[str], config: ScorerConfig, models: Models | None) -> list[object]:
     """Return the token losses and the fingerprint of each model, in one list."""
-    if models is None:
-        raise ConfigError("kind", config.kind, "needs a model, and models cannot be opened here", ["ngram"])
     found: list[object] = []
+    opener = _available(models, config)
     for key in keys:
         with under(key):
-            found += models.open(getattr(config, key), config)
+            found += opener.open(getattr(config, key), config)
     return found
+
+
+def _available(models: Models | None, config: ScorerConfig) -> Models:
+    if models is None:
+        raise ConfigError("kind", config.kind, "needs a model, and models cannot be opened here", ["ngram"])
+    return models
+
+
+def _reference(config: ScorerConfig, models: Models | None) -> ReferenceFeatures | None:
+    """Return the features that the reference model of a learned scorer computes, or None: n-grams are enough."""
+    if config.features is FeatureKind.ngrams or config.reference is None:
+        return None
+    models = _available(models, config)
+    with under("reference"):
+        return ReferenceFeatures(config.features, config.reference, *models.open_features(config.reference, config))
 
 
 def _labeler(config: ScorerConfig, models: Models | None, directory: Path, seed: int) -> Scorer | None:
@@ -109,7 +129,10 @@ def check_models(
 
 def _models_of(config: ScorerConfig, key: str) -> Iterator[tuple[str, str]]:
     """Yield the configuration key and the name of every model that the scorer uses."""
-    for name in () if config.kind is ScorerKind.learned else ("model", "reference"):
+    names: tuple[str, ...] = ("model", "reference")
+    if config.kind is ScorerKind.learned:  # its `model` is a stored scorer
+        names = () if config.features is FeatureKind.ngrams else ("reference",)
+    for name in names:
         if (model := getattr(config, name)) is not None:
             yield f"{key}.{name}", model
     if config.labeler is not None:

@@ -1,17 +1,24 @@
-"""Turn texts into features: hashed word n-grams (Weinberger et al. 2009, arXiv 0902.2206) and a few figures.
+"""Turn texts into features: hashed word n-grams (Weinberger et al. 2009, arXiv 0902.2206), a few figures, and what a
+reference model makes of them.
 
 All texts of a batch are one array of bytes, and every step is a few passes over it: about 20 MB/s on one core. The
 features of a text do not depend on the others in its batch.
-Shapes: N texts, B bytes of all texts, W words, T n-grams of all texts (one entry per text and distinct n-gram).
+Shapes: N texts, B bytes of all texts, W words, T n-grams of all texts (one entry per text and distinct n-gram), S
+features of a reference model.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from data.filter.config import FeatureKind
+from data.filter.input.records import Record
+from data.filter.score.scorer import TextFeatures
 
 VERSION = "1"
 """Changes whenever the features of a text change."""
@@ -36,6 +43,8 @@ FIGURES = (
     "longest number",
 )
 
+_KEPT_BYTES = 1 << 26
+"""Memory for the features of a reference model that are kept."""
 _OTHER, _LETTER, _DIGIT, _SPACE = range(4)
 _KIND = np.full(256, _OTHER, np.uint8)
 _KIND[[*range(ord("a"), ord("z") + 1), *range(ord("A"), ord("Z") + 1), *range(0x80, 0x100)]] = _LETTER
@@ -149,3 +158,45 @@ def _figures(
         longest,
     )
     return np.stack(columns, 1)
+
+
+class ReferenceFeatures:
+    """Features of records that a reference model computes. `name`: of the model. `fingerprint`: a hash of its weights,
+    its tokenizer and all settings on which the features depend.
+    """
+
+    def __init__(self, kind: FeatureKind, name: str, read: TextFeatures, fingerprint: str) -> None:
+        self.kind, self.name, self.fingerprint = kind, name, fingerprint
+        self._read, self._known, self._bytes = read, dict[str, NDArray[np.float32]](), 0
+        self._seconds, self._count, self._cut = 0.0, 0, 0
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What is stored with a model that learned from the features."""
+        return {"features": self.kind.value, "model": self.name, "fingerprint": self.fingerprint}
+
+    def of(self, records: Sequence[Record]) -> NDArray[np.float32]:
+        """Return the features [N, S]. Those of the first records are kept: learning reads its sample several times."""
+        contents = [record.content for record in records]
+        new = {content: one for content, one in zip(contents, records, strict=True) if content not in self._known}
+        found = {}
+        if new:
+            begin = time.perf_counter()
+            features_NS, cut = self._read([(record.prompt, record.answer) for record in new.values()])
+            self._seconds += time.perf_counter() - begin
+            self._count, self._cut = self._count + len(new), self._cut + cut
+            found = dict(zip(new, features_NS, strict=True))
+            if self._bytes + features_NS.nbytes <= _KEPT_BYTES:
+                self._bytes += features_NS.nbytes
+                self._known.update(found)
+        return np.stack([found[one] if one in found else self._known[one] for one in contents])
+
+    def cost(self, records: int | None = None) -> str:
+        """Say in one line how long a record takes, and all `records`, from those read so far."""
+        seconds = self._seconds / max(self._count, 1)
+        line = f"features of {self.name} ({self.kind.value}): {1e3 * seconds:.2g} ms a record"
+        if records is not None:
+            line += f", {records * seconds / 60:.1f} min for {records:,} in one process"
+        if self._cut:
+            line += f"; {self._cut:,} of {self._count:,} records are longer than what the model reads, and are cut"
+        return line

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import ConfigError, DataError
-from core.files import sha256_text
-from data.filter.audit.separation import auc, spearman
+from core.errors import ConfigError, DataError, counted
+from core.files import read_json, sha256_text
+from data.filter.audit.separation import FOLD
 from data.filter.config import LEAST_LABELS as LEAST
 from data.filter.config import ScorerConfig
 from data.filter.input.records import LABEL, Record
-from data.filter.score.features import VERSION
+from data.filter.score.features import VERSION, ReferenceFeatures
 from data.filter.score.linear import FACTS, LinearModel, Weighting, identity, learn, load
 from data.filter.score.scorer import CostlyScorer, Direction, Scorer, sample_key
 
@@ -49,6 +49,7 @@ class _Survey:
     counts: Counter[str]
     candidates: dict[str, list[int]]
     corpus: list[int]
+    has_prompts: bool
 
 
 class LearnedScorer(Scorer):
@@ -56,14 +57,21 @@ class LearnedScorer(Scorer):
 
     `directory`: where the model is stored. A stored model of the same records and settings is not learned again. With
     `config.model` a stored model is used as it is, and `fit` only compares the records with its training data.
+    `reference`: features that are used beside n-grams.
     """
 
     name = "learned"
     report: Callable[[str], None]
     """Called with lines of progress and warnings."""
 
-    def __init__(self, config: ScorerConfig, directory: Path, labeler: Scorer | None = None) -> None:
-        self.wanted, self.labeler, self.report = config.labels, labeler, print
+    def __init__(
+        self,
+        config: ScorerConfig,
+        directory: Path,
+        labeler: Scorer | None = None,
+        reference: ReferenceFeatures | None = None,
+    ) -> None:
+        self.wanted, self.labeler, self.reference, self.report = config.labels, labeler, reference, print
         self.model: LinearModel | None = None
         self._is_stored = config.model is not None
         self._is_checked = not self._is_stored
@@ -71,56 +79,68 @@ class LearnedScorer(Scorer):
         self.direction = Direction.hard if labeler is None else labeler.direction
         what = "labels" if labeler is None else labeler.measures
         if config.model is not None:
-            self.model = load(stored_in(Path(config.model).expanduser()))
+            self.model = load(stored_in(Path(config.model).expanduser()), reference)
             self.direction = Direction[self.model.facts["direction"]]
             what = self.model.facts["labels_from"]
             self.fingerprint = sha256_text("learned", self.model.fingerprint)
             self.directory = Path(config.model)
         else:
             taught = "" if labeler is None else labeler.fingerprint
-            self.fingerprint = sha256_text("learned", "1", VERSION, str(config.labels), taught)
+            made_by = () if reference is None else (reference.fingerprint,)
+            self.fingerprint = sha256_text("learned", "2", VERSION, str(config.labels), taught, *made_by)
             self.directory = directory / f"learned-{self.fingerprint[:8]}"
+            if (stored := self.directory / FACTS).exists():
+                name = read_json(stored, {"direction": str})["direction"]
+                self.direction = Direction.__members__.get(name, self.direction)
         self.measures = f"learned from {what}, in standard deviations of the corpus"
 
     @property
     def others(self) -> tuple[str, ...]:
-        return () if self.labeler is None else (LABEL,)
+        return (FOLD,) if self.labeler is None else (FOLD, LABEL)
 
     def score(self, records: Sequence[Record]) -> NDArray[np.float64]:
+        return self.score_all(records)[0]
+
+    def score_all(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
         if self.model is None:
             raise ValueError("fit comes before score")
         if not self._is_checked and len(records) >= _CHECKED:
             self._check_coverage(records)
-        return self.model.score(records)
-
-    def score_all(self, records: Sequence[Record]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
-        grades = [self._grades.get(identity(record), np.nan) for record in records] if self.labeler else []
-        return self.score(records), {name: np.array(grades, np.float64) for name in self.others}
+        scores, models = self.model.score(records)
+        others = {FOLD: models.astype(np.float64)}
+        if self.labeler is not None:
+            others[LABEL] = np.array([self._grades.get(identity(record), np.nan) for record in records], np.float64)
+        return scores, others
 
     def fit(self, records: Callable[[], Iterable[Record]]) -> None:
         if self._is_stored:
             if sample := list(itertools.islice(records(), REFERENCE)):
                 self._check_coverage(sample)
+                if self.reference is not None:
+                    self.reference.of(sample[:_CHECKED])
+                    self.report(self.reference.cost())
             return
         survey = self._survey(records())
         if (self.directory / FACTS).exists():
-            stored = load(self.directory)
+            stored = load(self.directory, self.reference)
             if stored.facts.get("input") == survey.digest:
                 self._use(stored)
                 return
         self._check_labels(survey)
+        if self.labeler is None:
+            self.direction = Direction.hard if survey.has_prompts else Direction.quality
         _check_installed()
         quotas, keys = self._quotas(survey)
         wanted, corpus = set(itertools.chain.from_iterable(keys.values())), set(survey.corpus)
         reference = set(survey.corpus[:REFERENCE])
-        found: dict[int, list[Record]] = defaultdict(list)
+        found: dict[int, Record] = {}
         scaled_on: list[Record] = []
 
         def of_corpus() -> Iterator[Record]:
             for record in records():
                 key = sample_key(record)
-                if key in wanted:
-                    found[key].append(record)
+                if key in wanted and (self.labeler is not None or record.label is not None):
+                    found.setdefault(key, record)
                 if key in reference:
                     scaled_on.append(record)
                 if key in corpus:
@@ -128,20 +148,25 @@ class LearnedScorer(Scorer):
 
         weighting = Weighting.fitted(_batches(of_corpus()))
         if self.labeler is None:
-            chosen, labels = self._labelled(found)
+            different: dict[int, Record] = {}
+            for _, record in sorted(found.items()):
+                different.setdefault(identity(record), record)
+            chosen = list(different.values())
+            labels = np.array([record.label for record in chosen], np.float64)
         else:
-            chosen, labels = self._graded(
-                {name: [found[key][0] for key in mine] for name, mine in keys.items()}, quotas
-            )
+            chosen, labels = self._graded({name: [found[key] for key in mine] for name, mine in keys.items()}, quotas)
         self._check_learnable(chosen, labels)
+        if self.reference is not None:
+            weighting = weighting.beside(self.reference, scaled_on)
+            self.report(self.reference.cost(survey.counts.total()))
         model = learn(weighting, chosen, labels, scaled_on)
         model.facts.update(self._facts(model, chosen, labels, scaled_on, survey))
         model.save(self.directory)
-        self._use(load(self.directory))
+        self._use(load(self.directory, self.reference))
         self.report(self._summary(model.facts))
 
     def _use(self, model: LinearModel) -> None:
-        self.model = model
+        self.model, self.direction = model, Direction[model.facts["direction"]]
         pairs = model.facts.get("grades", {})
         self._grades = {int(key, 16): float(grade) for key, grade in pairs.items()}
 
@@ -149,34 +174,30 @@ class LearnedScorer(Scorer):
         digest, labelled, counts = hashlib.sha256(), Counter[str](), Counter[str]()
         candidates: dict[str, set[int]] = defaultdict(set)
         corpus: set[int] = set()
+        has_prompts = False
         most = int(self.wanted * TRIES) + LEAST
         for record in records:
             content = record.content
             digest.update(f"{content}{record.domain}\0{record.label}".encode())
-            key = int(content[8:24], 16)
+            key = int(content[8:24], 16)  # `sample_key`, without hashing the text again
             counts[record.domain] += 1
+            has_prompts |= bool(record.prompt)
             labelled[record.domain] += record.label is not None
             if self.labeler is not None or record.label is not None:
                 _add_lowest(candidates[record.domain], key, most)
             _add_lowest(corpus, key, CORPUS)
         lowest = {domain: heapq.nsmallest(most, keys) for domain, keys in sorted(candidates.items())}
-        return _Survey(digest.hexdigest(), labelled, counts, lowest, heapq.nsmallest(CORPUS, corpus))
+        return _Survey(digest.hexdigest(), labelled, counts, lowest, heapq.nsmallest(CORPUS, corpus), has_prompts)
 
     def _check_labels(self, survey: _Survey) -> None:
-        labelled, records = survey.labelled.total(), survey.counts.total()
-        if self.labeler is not None:
-            if records < LEAST:
-                reason = f"needs {LEAST} records to learn from, and there are {records}"
-                raise ConfigError("scorer.kind", "learned", reason)
-            return
-        advice = ["label_key=COLUMN", "scorer.labeler={kind: judge, url: URL, judge: MODEL}", "scorer.model=DIR"]
-        if not labelled:
-            raise ConfigError(
-                "scorer.kind", "learned", f"needs labels, and none of {records:,} records has one", advice
-            )
-        if labelled < LEAST:
-            reason = f"needs {LEAST} labels or more, and {labelled} records have one"
-            raise ConfigError("scorer.kind", "learned", reason, advice[1:])
+        records, labelled = survey.counts.total(), survey.labelled.total()
+        there = f"{counted(records, 'different record')} passed the screen"
+        if records < LEAST:
+            raise ConfigError("scorer.kind", "learned", f"needs {LEAST} records to learn from, and {there}")
+        if self.labeler is None and labelled < LEAST:
+            reason = f"needs {LEAST} labels or more: {there}, {labelled} of them labelled"
+            advice = ["label_key=COLUMN", "scorer.labeler={kind: judge, url: URL, judge: MODEL}", "scorer.model=DIR"]
+            raise ConfigError("scorer.kind", "learned", reason, advice[bool(labelled) :])
 
     def _quotas(self, survey: _Survey) -> tuple[dict[str, int], dict[str, list[int]]]:
         """Return how many labels to take from each domain, and the keys of the records that may have them, in order."""
@@ -184,18 +205,6 @@ class LearnedScorer(Scorer):
         quotas = quotas_of({domain: len(keys) for domain, keys in survey.candidates.items()}, counts, self.wanted)
         spare = 1.0 if self.labeler is None else TRIES
         return quotas, {name: survey.candidates[name][: int(np.ceil(quotas[name] * spare))] for name in quotas}
-
-    def _labelled(self, found: dict[int, list[Record]]) -> tuple[list[Record], NDArray[np.float64]]:
-        """Return records of different identities, and their labels; copies have the mean of theirs."""
-        labels: dict[int, list[float]] = defaultdict(list)
-        first: dict[int, Record] = {}
-        for record in itertools.chain.from_iterable(found[key] for key in sorted(found)):
-            if record.label is not None:
-                first.setdefault(identity(record), record)
-                labels[identity(record)].append(record.label)
-        if disputed := sum(min(mine) != max(mine) for mine in labels.values()):
-            self.report(f"warning: {disputed:,} of {len(labels):,} texts have contradictory labels: their means count")
-        return list(first.values()), np.array([float(np.mean(labels[key])) for key in first])
 
     def _graded(
         self, candidates: dict[str, list[Record]], quotas: dict[str, int]
@@ -205,7 +214,7 @@ class LearnedScorer(Scorer):
         self.labeler.fit(lambda: itertools.chain.from_iterable(candidates.values()))
         sample = [one for name, mine in candidates.items() for one in mine[: quotas[name]]]
         cost = self.labeler.cost(lambda: sample) if isinstance(self.labeler, CostlyScorer) else ""
-        self.report(cost or f"{self.labeler.name} grades {len(sample):,} records")
+        self.report(cost or f"{self.labeler.name} grades {counted(len(sample), 'record')}")
         chosen: dict[int, Record] = {}
         while True:
             asked = []
@@ -222,16 +231,18 @@ class LearnedScorer(Scorer):
                         self._grades.setdefault(identity(record), grade)
         wanted = sum(quotas.values())
         if len(chosen) < LEAST:
-            reason = f"{self.labeler.name} graded {len(chosen)} records, and the scorer learned needs {LEAST}"
+            reason = (
+                f"{self.labeler.name} graded {counted(len(chosen), 'record')}, and the scorer learned needs {LEAST}"
+            )
             raise DataError(f"{reason}: look at its endpoint and run again; answers so far are kept")
         if len(chosen) < wanted:
-            self.report(f"warning: {self.labeler.name} graded only {len(chosen)} of the {wanted} records wanted")
+            self.report(f"warning: {self.labeler.name} graded only {len(chosen):,} of the {wanted:,} records wanted")
         return list(chosen.values()), np.array([self._grades[key] for key in chosen])
 
     def _check_learnable(self, records: Sequence[Record], labels: NDArray[np.float64]) -> None:
         key = "label_key" if self.labeler is None else "scorer.labeler"
         if len(records) < LEAST:
-            reason = f"{len(records)} different texts are labelled; the scorer learned needs {LEAST} or more"
+            reason = f"{counted(len(records), 'different text')} with labels; the scorer learned needs {LEAST} or more"
             raise ConfigError(key, None, reason)
         if labels.min() == labels.max():
             reason = f"all {len(labels)} labels are {labels[0]:g}: there is nothing to learn; use labels that differ"
@@ -251,12 +262,7 @@ class LearnedScorer(Scorer):
         scaled_on: Sequence[Record],
         survey: _Survey,
     ) -> dict[str, Any]:
-        scores, domains = model.score(records), [record.domain for record in records]
-        lengths = np.array([len(record.answer.encode()) for record in records], np.float64)
-        by_domain = np.unique(domains, return_inverse=True)[1]
-        areas = auc({"score": scores, "length": lengths}, labels, by_domain, resamples=0)
-        coverage = model.weighting.vectors(scaled_on).familiar_N
-        graded = self.labeler is not None
+        coverage = model.weighting.coverage(scaled_on)
         found = {
             "input": survey.digest,
             "records": survey.counts.total(),
@@ -264,21 +270,18 @@ class LearnedScorer(Scorer):
             "labels_from": self.labeler.measures if self.labeler is not None else "labels",
             "direction": self.direction.name,
             "label_range": [float(labels.min()), float(labels.max())],
-            "labels_by_domain": dict(sorted(Counter(domains).items())),
-            "auc": areas["score"].value,
-            "auc_of_length": areas["length"].value,
-            "correlation": spearman(scores, labels),
-            "correlation_of_labels_with_length": spearman(lengths, labels),
+            "labels_by_domain": dict(sorted(Counter(record.domain for record in records).items())),
             "coverage": [float(coverage.mean()), float(coverage.std())],
         }
         pairs = {f"{identity(record):016x}": label for record, label in zip(records, labels.tolist(), strict=True)}
-        return found | ({"grades": pairs} if graded else {})
+        return found | ({"grades": pairs} if self.labeler is not None else {})
 
     def _summary(self, facts: dict[str, Any]) -> str:
+        one = self.reference
+        beside = "" if one is None else f" scorer.features={one.kind.value} scorer.reference={one.name}"
         return (
-            f"learned from {facts['labels']:,} labels in {self.directory}; cross-fitted AUC within domains: "
-            f"{facts['auc']:.3f} (length of the answer {facts['auc_of_length']:.3f}); "
-            f"to use it elsewhere: scorer.kind=learned scorer.model={self.directory}"
+            f"learned from {facts['labels']:,} labels in {self.directory}; "
+            f"to use it elsewhere: scorer.kind=learned scorer.model={self.directory}{beside}"
         )
 
     def _check_coverage(self, records: Sequence[Record]) -> None:
@@ -286,8 +289,7 @@ class LearnedScorer(Scorer):
         assert self.model is not None
         self._is_checked = True
         usual = self.model.facts.get("coverage", [0.0, 0.0])[0]
-        vectors = (self.model.weighting.vectors(batch) for batch in _batches(records))
-        found = float(np.concatenate([one.familiar_N for one in vectors]).mean())
+        found = float(np.concatenate([self.model.weighting.coverage(batch) for batch in _batches(records)]).mean())
         if found < FAR * usual:
             self.report(
                 f"warning: {self.directory} learned from other text: {found:.0%} of the words here are frequent there, "
@@ -306,20 +308,19 @@ def stored_in(path: Path) -> Path:
 
 
 def quotas_of(available: dict[str, int], counts: Counter[str], wanted: int) -> dict[str, int]:
-    """Return how many labels to take from each domain: half of them equally, the rest in proportion to `counts`."""
-    weights = {domain: max(counts[domain], 1) for domain in available}
-    total, equal = sum(weights.values()), wanted // (2 * max(len(available), 1))
-    quotas = {domain: min(available[domain], equal) for domain in available}
-    order = sorted(available, key=lambda domain: (-weights[domain], domain))
-    for domain in order:
-        share = round((wanted - equal * len(available)) * weights[domain] / total)
-        quotas[domain] = min(available[domain], quotas[domain] + share)
-    while (missing := wanted - sum(quotas.values())) > 0:  # domains with too few records leave their part to others
-        open_ = [domain for domain in order if quotas[domain] < available[domain]]
+    """Return how many labels to take from each domain: half of them equally, the rest in proportion to `counts`, by
+    largest remainders. Domains with too few leave their part to the others.
+    """
+    quotas = dict.fromkeys(sorted(available), 0)
+    while (missing := wanted - sum(quotas.values())) > 0:
+        open_ = [domain for domain in quotas if quotas[domain] < available[domain]]
         if not open_:
             break
-        for domain in open_[:missing]:
-            quotas[domain] += 1
+        total = sum(counts[domain] for domain in open_)
+        shares = {domain: missing * (1 / len(open_) + counts[domain] / total) / 2 for domain in open_}
+        spare = missing - sum(map(int, shares.values()))
+        for place, domain in enumerate(sorted(open_, key=lambda domain: int(shares[domain]) - shares[domain])):
+            quotas[domain] = min(available[domain], quotas[domain] + int(shares[domain]) + (place < spare))
     return quotas
 
 

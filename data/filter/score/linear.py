@@ -3,9 +3,10 @@
 A record is two vectors of hashed n-grams, one of its prompt and one of its answer, with the weights
 (1 + log count) * idf and length 1 (Salton and Buckley 1988), and the figures of both. Five models each learn from four
 fifths of the labelled records, and score the other fifth; a sixth learns from all and scores the rest. Each is scaled
-to mean 0 and standard deviation 1 on the same records, so that scores of different models compare.
+to mean 0 and standard deviation 1 on the same records, so that scores of different models compare. Features of a
+reference model, if any, are further figures, with a weight of their own.
 Shapes: N records, T n-grams of all records, L labelled records, M = FOLDS + 1 models, C = 2^(BITS + 1) columns, K
-figures.
+figures, S features of a reference model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from core.errors import ConfigError
 from core.files import read_json, write_bytes, write_json
 from data.filter.input.records import Record
-from data.filter.score.features import BITS, FIGURES, VERSION, features_of
+from data.filter.score.features import BITS, FIGURES, VERSION, ReferenceFeatures, features_of
 from data.filter.score.scorer import Direction
 from data.filter.screen.normalise import canonical
 from data.filter.store import writing
@@ -43,6 +44,8 @@ _LIMIT = 4.0
 _PENALTIES = np.logspace(-3, 3, 13)
 _LINEAR, _SQUARED = 0.4, 0.1
 """Weights of all figures together and of their squares, if that of the n-grams of a prompt is 1."""
+_REFERENCE = 0.3
+"""Weight of all features of a reference model together."""
 _TYPES = {
     "idf_C": np.float32,
     "familiar_C": np.bool_,
@@ -65,15 +68,12 @@ def identity(record: Record) -> int:
 
 @dataclass(frozen=True)
 class Vectors:
-    """`rows_T` and `columns_T` [T], `values_T` [T]; `figures_NK`; `familiar_N`: the fraction of the n-grams of a record
-    that are familiar.
-    """
+    """`rows_T` and `columns_T` [T], `values_T` [T]; `figures_NK`."""
 
     rows_T: NDArray[np.int64]
     columns_T: NDArray[np.int64]
     values_T: Floats
     figures_NK: Floats
-    familiar_N: Floats
 
     @property
     def matrix(self) -> Any:
@@ -94,11 +94,15 @@ def counts_of(records: Sequence[Record]) -> tuple[NDArray[np.int64], NDArray[np.
 
 @dataclass(frozen=True)
 class Weighting:
-    """Statistics of the corpus, fitted without labels. `figures_2K`: mean and standard deviation of each figure."""
+    """Statistics of the corpus, fitted without labels. `figures_2K`, `reference_2S`: mean and standard deviation of
+    each figure, and of each feature of the model `reference`.
+    """
 
     idf_C: NDArray[np.float32]
     familiar_C: NDArray[np.bool_]
     figures_2K: NDArray[np.float32]
+    reference_2S: NDArray[np.float32] | None = None
+    reference: ReferenceFeatures | None = None
 
     @classmethod
     def fitted(cls, records: Iterable[Sequence[Record]]) -> Weighting:
@@ -113,9 +117,17 @@ class Weighting:
         familiar = np.zeros(COLUMNS, bool)
         for side in (slice(None, 1 << BITS), slice(1 << BITS, None)):
             familiar[side][np.argsort(-total[side], kind="stable")[:FAMILIAR]] = True
-        spread = figures_NF.std(axis=0)
-        statistics = np.stack([figures_NF.mean(axis=0), np.where(spread > 1e-9, spread, 1)])
-        return cls(idf.astype(np.float32), familiar & (total > 1), statistics.astype(np.float32))
+        return cls(idf.astype(np.float32), familiar & (total > 1), _statistics(figures_NF))
+
+    def beside(self, reference: ReferenceFeatures, records: Sequence[Record]) -> Weighting:
+        """Add the features of a reference model, which are scaled on these records."""
+        return replace(self, reference=reference, reference_2S=_statistics(reference.of(records).astype(np.float64)))
+
+    def coverage(self, records: Sequence[Record]) -> Floats:
+        """Return the fraction of the n-grams of each record that are familiar [N]."""
+        rows, columns, counts, _ = counts_of(records)
+        seen = np.bincount(rows, counts * self.familiar_C[columns], len(records))
+        return np.asarray(seen / np.maximum(np.bincount(rows, counts, len(records)), 1))
 
     def vectors(self, records: Sequence[Record]) -> Vectors:
         """Weigh the features of records. Those of a record do not depend on the others."""
@@ -123,12 +135,24 @@ class Weighting:
         values = (1 + np.log(counts)) * self.idf_C[columns]
         sides = 2 * rows + (columns >> BITS)
         norms = np.sqrt(np.bincount(sides, values * values, 2 * len(records)))
-        scaled = np.clip((figures - self.figures_2K[0]) / self.figures_2K[1], -_LIMIT, _LIMIT)
+        scaled = _scaled(figures, self.figures_2K)
         squared = np.clip(scaled * scaled - 1, -_LIMIT, _LIMIT) / 2
         both = np.concatenate([np.sqrt(_LINEAR) * scaled, np.sqrt(_SQUARED) * squared], axis=1)
-        seen = np.bincount(rows, counts * self.familiar_C[columns], len(records))
-        shares = seen / np.maximum(np.bincount(rows, counts, len(records)), 1)
-        return Vectors(rows, columns, values / norms[sides], both / np.sqrt(figures.shape[1]), shares)
+        both /= np.sqrt(figures.shape[1])
+        if self.reference is not None and self.reference_2S is not None:
+            found = _scaled(self.reference.of(records), self.reference_2S)
+            both = np.concatenate([both, found * np.sqrt(_REFERENCE / found.shape[1])], axis=1)
+        return Vectors(rows, columns, values / norms[sides], both)
+
+
+def _statistics(figures_NK: Floats) -> NDArray[np.float32]:
+    spread = figures_NK.std(axis=0)
+    return np.stack([figures_NK.mean(axis=0), np.where(spread > 1e-9, spread, 1)]).astype(np.float32)
+
+
+def _scaled(figures_NK: NDArray[Any], statistics_2K: NDArray[np.float32]) -> Floats:
+    scaled = (figures_NK.astype(np.float64) - statistics_2K[0]) / statistics_2K[1]
+    return np.clip(scaled, -_LIMIT, _LIMIT)
 
 
 @dataclass(frozen=True)
@@ -154,13 +178,14 @@ class LinearModel:
         dense[:, self.columns] = self.weights
         object.__setattr__(self, "_dense_MC", dense)
 
-    def score(self, records: Sequence[Record]) -> Floats:
-        """Return the scores [N]. A score does not depend on the other records, to the bit."""
-        parts = [self._score(records[begin : begin + _BATCH]) for begin in range(0, len(records), _BATCH)]
-        return np.concatenate(parts) if parts else np.empty(0)
-
-    def _score(self, records: Sequence[Record]) -> Floats:
-        return self.predict(self.weighting.vectors(records), self.models_of(records))
+    def score(self, records: Sequence[Record]) -> tuple[Floats, NDArray[np.int64]]:
+        """Return the scores [N] and the models that gave them [N]. A score does not depend on the other records, to the
+        bit.
+        """
+        models = self.models_of(records)
+        batches = [slice(begin, begin + _BATCH) for begin in range(0, len(records), _BATCH)]
+        parts = [self.predict(self.weighting.vectors(records[mine]), models[mine]) for mine in batches]
+        return np.concatenate([np.empty(0), *parts]), models
 
     def models_of(self, records: Sequence[Record]) -> NDArray[np.int64]:
         """Return the model of each record: that of its fold if it is labelled, else the last."""
@@ -180,7 +205,7 @@ class LinearModel:
         owners = (self.weighting, self)
         return {
             name: np.ascontiguousarray(getattr(next(one for one in owners if hasattr(one, name)), name), kind)
-            for name, kind in _TYPES.items()
+            for name, kind in _types(self.weighting.reference).items()
         }
 
     @property
@@ -189,6 +214,8 @@ class LinearModel:
         digest = hashlib.sha256(VERSION.encode())
         for name, array in self.arrays.items():
             digest.update(f"{name} {array.shape}".encode() + array.tobytes())
+        if self.weighting.reference is not None:
+            digest.update(self.weighting.reference.fingerprint.encode())
         return digest.hexdigest()
 
     def save(self, directory: Path) -> None:
@@ -198,11 +225,22 @@ class LinearModel:
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
             write_bytes(directory / ARRAYS, content.getvalue())
-            write_json(directory / FACTS, {"features": VERSION, "fingerprint": self.fingerprint, **self.facts})
+            made_by = {} if (one := self.weighting.reference) is None else {"reference": one.facts}
+            write_json(
+                directory / FACTS, {"features": VERSION, "fingerprint": self.fingerprint, **made_by, **self.facts}
+            )
 
 
-def load(directory: Path) -> LinearModel:
-    """Read a stored model. Raises `ConfigError` under `model` if there is none, or it is damaged."""
+def _types(reference: ReferenceFeatures | None) -> dict[str, Any]:
+    return _TYPES if reference is None else {**_TYPES, "reference_2S": np.float32}
+
+
+def load(directory: Path, reference: ReferenceFeatures | None = None) -> LinearModel:
+    """Read a stored model. `reference`: the model that computed its features, if it has features of one.
+
+    Raises `ConfigError` under `model` if there is no stored model, or it is damaged, and under `features` or
+    `reference` if it learned from other features.
+    """
     advice = ["the output directory of leviathan filter scorer.kind=learned"]
     try:
         facts = read_json(
@@ -210,14 +248,13 @@ def load(directory: Path) -> LinearModel:
         )
         if facts["features"] != VERSION:
             raise ValueError(f"it was stored by another version ({facts['features']}, not {VERSION}): learn it again")
+        _check_reference(facts.get("reference"), reference)
         if facts["direction"] not in Direction.__members__:
             raise ValueError(f"direction is {facts['direction']!r}")
         with np.load(directory / ARRAYS) as stored:  # refuses pickled objects
-            found = {name: stored[name] for name in _TYPES}
-        for name, kind in _TYPES.items():
-            if found[name].dtype != kind:
-                raise ValueError(f"{name} is {found[name].dtype}")
-        model = _model(found, {key: value for key, value in facts.items() if key not in ("features", "fingerprint")})
+            found = {name: stored[name].astype(kind, casting="no") for name, kind in _types(reference).items()}
+        own = ("features", "fingerprint", "reference")
+        model = _model(found, {key: value for key, value in facts.items() if key not in own}, reference)
         if model.fingerprint != facts["fingerprint"]:
             raise ValueError(f"{ARRAYS} does not belong to {FACTS}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
@@ -227,16 +264,35 @@ def load(directory: Path) -> LinearModel:
     return model
 
 
-def _model(found: dict[str, NDArray[Any]], facts: dict[str, Any]) -> LinearModel:
-    own = {name: array for name, array in found.items() if name not in ("idf_C", "familiar_C", "figures_2K")}
-    columns, models, figures = len(own["columns"]), FOLDS + 1, 4 * len(FIGURES)
+def _check_reference(stored: Any, given: ReferenceFeatures | None) -> None:
+    """Raise `ConfigError` unless a stored model's features are those of the model that is given."""
+    if stored is None:
+        if given is not None:
+            raise ConfigError("features", given.kind, "the stored scorer learned from n-grams alone", ["ngrams"])
+        return
+    features, name, fingerprint = (str(stored[key]) for key in ("features", "model", "fingerprint"))
+    learned = f"the stored scorer learned from features ({features}) of {name}"
+    if given is None or given.kind.value != features:
+        kind = "ngrams" if given is None else given.kind.value
+        raise ConfigError("features", kind, learned, [f"{features} with scorer.reference={name}"])
+    if given.fingerprint != fingerprint:
+        reason = f"is another model, or reads another scorer.seq_len: {learned}"
+        raise ConfigError("reference", given.name, reason, [name])
+
+
+def _model(found: dict[str, NDArray[Any]], facts: dict[str, Any], reference: ReferenceFeatures | None) -> LinearModel:
+    of_weighting = {"idf_C", "familiar_C", "figures_2K", "reference_2S"}
+    own = {name: array for name, array in found.items() if name not in of_weighting}
+    weighting = Weighting(**{name: found[name] for name in found.keys() & of_weighting}, reference=reference)
+    columns, models, figures = len(own["columns"]), FOLDS + 1, 2 * len(FIGURES)
+    of_reference = 0 if weighting.reference_2S is None else weighting.reference_2S.shape[-1]
     shapes = {
         "idf_C": (COLUMNS,),
         "familiar_C": (COLUMNS,),
-        "figures_2K": (2, figures // 2),
+        "figures_2K": (2, figures),
         "columns": (columns,),
         "weights": (models, columns),
-        "figure_weights": (models, figures),
+        "figure_weights": (models, 2 * figures + of_reference),
         "offsets_M": (models,),
         "folds_L": own["identities_L"].shape,
     }
@@ -245,7 +301,7 @@ def _model(found: dict[str, NDArray[Any]], facts: dict[str, Any]) -> LinearModel
             raise ValueError(f"{name} has the shape {found[name].shape}, not {shape}")
     if not len(own["identities_L"]) or (own["folds_L"] >= FOLDS).any() or not np.isfinite(own["weights"]).all():
         raise ValueError("its numbers are out of range")
-    return LinearModel(Weighting(found["idf_C"], found["familiar_C"], found["figures_2K"]), facts=facts, **own)
+    return LinearModel(weighting, facts=facts, **own)
 
 
 def learn(
@@ -262,11 +318,9 @@ def learn(
     from threadpoolctl import threadpool_limits
 
     identities = np.array([identity(record) for record in records], np.uint64)
-    order = np.argsort(identities)
-    folds = np.empty(len(order), np.int64)
-    folds[order] = np.arange(len(order)) % FOLDS
-    names = {record.domain: number for number, record in enumerate(records)}
-    domains = np.array([names[record.domain] for record in records])
+    domains = np.unique([record.domain for record in records], return_inverse=True)[1]
+    folds, order = np.empty(len(domains), np.int64), np.argsort(identities)
+    folds[np.lexsort((identities, domains))] = np.arange(len(domains)) % FOLDS  # each domain is in all folds
     vectors, others = weighting.vectors(records), weighting.vectors(reference)
     matrix, figures, scaled_on = vectors.matrix, vectors.figures_NK, others.matrix
     weights, of_figures, offsets = [], [], []

@@ -98,9 +98,19 @@ class StoredScorer(Protocol):
     report: Callable[[str], None]
 
 
+def stored_parts(scorer: Scorer) -> list[StoredScorer]:
+    """Return the scorer, or those of its members, that store what they learned."""
+    return [one for one in getattr(scorer, "members", (scorer,)) if isinstance(one, StoredScorer)]
+
+
 TokenLosses = Callable[[Sequence[tuple[str, str]]], list[NDArray[np.float32]]]
 """Returns, for each pair of texts, the loss in nats of each token of the second text given the first text, which may be
 empty. Scorers receive models in this form, so that `data` need not import the models' code.
+"""
+
+TextFeatures = Callable[[Sequence[tuple[str, str]]], tuple[NDArray[np.float32], int]]
+"""Returns features [N, S] of N pairs of prompt and answer, and the number of pairs that were cut to the model's
+context. The features of a pair do not depend on the other pairs, to the bit. Those of an empty text are zeros.
 """
 
 FOLDS = 2

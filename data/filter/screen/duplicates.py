@@ -39,14 +39,13 @@ _ODD_64 = np.uint64(0x9E3779B97F4A7C15)
 
 @dataclass(frozen=True)
 class Signatures:
-    """Signatures of N records. `exact_N2`: 128-bit hash of the canonical text. `near_NP`: the PLACES minima of MinHash.
-    `near_possible_N`: false for a record with too few words, whose minima are all 0. `passed_N`: false for a record
-    that is dropped for another reason. It is not compared.
+    """Signatures of N records. `exact_N2`: 128-bit hash of the canonical text. `near_NP`: the PLACES minima of MinHash,
+    all 0 for a record with too few words. `passed_N`: false for a record that is dropped for another reason. It is not
+    compared.
     """
 
     exact_N2: NDArray[np.uint64]
     near_NP: NDArray[np.uint32]
-    near_possible_N: NDArray[np.bool_]
     passed_N: NDArray[np.bool_]
 
 
@@ -57,7 +56,6 @@ def signatures(texts: Sequence[str], pictures: Sequence[Sequence[str]] | None = 
     """
     exact = np.zeros((len(texts), 2), np.uint64)
     near = np.zeros((len(texts), PLACES), np.uint32)
-    possible = np.zeros(len(texts), np.bool_)
     factors, offsets = _permutations()
     for row, text in enumerate(texts):
         digests = pictures[row] if pictures is not None else ()
@@ -67,9 +65,8 @@ def signatures(texts: Sequence[str], pictures: Sequence[Sequence[str]] | None = 
             continue
         runs = np.unique(ngram_hashes(words(text), SHINGLE))
         if len(runs):
-            possible[row] = True
             near[row] = _minima((runs >> np.uint64(32)).astype(np.uint32), factors, offsets)
-    return Signatures(exact, near, possible, np.ones(len(texts), np.bool_))
+    return Signatures(exact, near, np.ones(len(texts), np.bool_))
 
 
 def ngram_hashes(found: Sequence[str], length: int) -> NDArray[np.uint64]:
@@ -151,9 +148,7 @@ class DuplicateSearch:
     def _near_signatures(self, block: int) -> NDArray[np.uint32]:
         """Return the minima of a block. They are 0 for records that are not compared."""
         found = [self.signatures(shard) for shard in self.disk.blocks[block]]
-        near = np.concatenate(
-            [np.where((one.near_possible_N & one.passed_N)[:, None], one.near_NP, 0) for one in found]
-        )
+        near = np.concatenate([np.where(one.passed_N[:, None], one.near_NP, 0) for one in found])
         start = int(self.disk.starts[block])
         near[self._exact_copies(start, len(near))[0] - start] = 0
         return near

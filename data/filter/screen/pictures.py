@@ -6,19 +6,20 @@ JPEGs, 76% of JPEGs of quality 40 (62% of scenes, whose grounds are plain), and 
 2% at each border. Of 1,200 different pictures at most 2 are taken for copies: plain grounds of one colour with one
 small thing at the same place. By the hashes alone, all pictures of one colour would be.
 
-Shapes: N records of a shard, P pictures of all records.
+Shapes: P pictures of all records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.filter.input.records import Reason
+from data.filter.input.records import Reason, RecordPicture
 from data.images.phash import COLOUR_BYTES, near_duplicates, set_bits
 
 _APART = 0.25
@@ -28,53 +29,43 @@ their mean. Cutting 2% at each border gives at most 0.22, and most different pic
 
 
 @dataclass(frozen=True)
-class PictureSignatures:
-    """Pictures of a shard, in order. `counts_N`: the number of each record, 0 to leave it out. `sha256`: of the bytes.
-    `hashes`: uint64. `colours`: uint8, `COLOUR_BYTES` each.
-    """
-
-    counts_N: NDArray[np.int64]
-    sha256: Sequence[str]
-    hashes: NDArray[np.uint64]
-    colours: NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
 class Copy:
-    """Why a duplicate is dropped. `of`: the record that is kept, as an index over all records in (shard, row) order."""
+    """Why a duplicate is dropped. `of`: the index of the document that is kept."""
 
     reason: Reason
     of: int
 
 
-def find_picture_duplicates(shards: Sequence[PictureSignatures], distance: int) -> list[list[Copy | None]]:
-    """Find the documents each of whose pictures an earlier document has that is not such a document itself.
+def find_picture_duplicates(documents: Iterable[Sequence[RecordPicture]], distance: int) -> list[Copy | None]:
+    """Find the documents each of whose pictures an earlier document has that is not such a document itself. To leave a
+    document out, omit its pictures.
 
     `Copy.of` is the document with the first picture. The reason is `duplicate_pictures` if the bytes of all are the
     same, else `near_duplicate_pictures`.
     """
-    hashes = np.concatenate([shard.hashes for shard in shards]) if shards else np.zeros(0, np.uint64)
-    colours = np.concatenate([shard.colours for shard in shards]) if shards else np.zeros((0, COLOUR_BYTES), np.uint8)
-    first_P = _first_alike(hashes, colours, distance).tolist()
-    digests = [digest for shard in shards for digest in shard.sha256]
+    digests_of: list[list[str]] = []
+    hashes, colours = array("Q"), bytearray()
+    for pictures in documents:
+        digests_of.append([picture.sha256 for picture in pictures])
+        hashes.extend(picture.hash for picture in pictures)
+        colours += b"".join(picture.colours for picture in pictures)
+    colours_PC = np.frombuffer(colours, np.uint8).reshape(-1, COLOUR_BYTES)
+    first = iter(_first_alike(np.array(hashes, np.uint64), colours_PC, distance).tolist())
     owners: dict[int, int] = {}
     kept: set[str] = set()
     copies: list[Copy | None] = []
-    begin = 0
-    for row, count in enumerate(count for shard in shards for count in shard.counts_N.tolist()):
-        mine, own = first_P[begin : begin + count], digests[begin : begin + count]
-        begin += count
-        if count and all(one in owners for one in mine):
-            exact = all(digest in kept for digest in own)
+    for row, digests in enumerate(digests_of):
+        mine = list(islice(first, len(digests)))
+        if mine and owners.keys() >= set(mine):
+            exact = kept.issuperset(digests)
             reason = Reason.duplicate_pictures if exact else Reason.near_duplicate_pictures
             copies.append(Copy(reason, owners[mine[0]]))
             continue
         copies.append(None)
-        kept.update(own)
+        kept.update(digests)
         for one in mine:
             owners.setdefault(one, row)
-    left = iter(copies)
-    return [list(islice(left, len(shard.counts_N))) for shard in shards]
+    return copies
 
 
 def _first_alike(hashes: NDArray[np.uint64], colours: NDArray[np.uint8], distance: int) -> NDArray[np.intp]:

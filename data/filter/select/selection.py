@@ -180,7 +180,7 @@ class Thresholds:
         score = score_bits(shard.score)
         steps = (
             (Reason.hard, self.hard, self.group(shard), score, shard.hash),
-            (Reason.revived, self.revived, shard.domain, 0, shuffled(shard.hash)),
+            (Reason.revived, self.revived, shard.domain, 0, second_hash(shard.hash)),
             (Reason.protected, self.floor, shard.domain, score, shard.hash),
         )
         for reason, keys, group, first, second in steps:
@@ -213,8 +213,8 @@ def score_bits(score: Floats) -> Integers:
     return quantise(score) + _LARGEST + 1
 
 
-def shuffled(hash_: Hashes) -> Hashes:
-    """Return the hash with its halves exchanged, for a second random choice: the high bits already decide ties."""
+def second_hash(hash_: Hashes) -> Hashes:
+    """Return the hash with its halves exchanged, for another random choice: the high bits already decide ties."""
     return (hash_ << np.uint64(32)) | (hash_ >> np.uint64(32))
 
 
@@ -347,7 +347,7 @@ class _Key:
 
 
 _BY_SCORE = _Key(lambda shard: (score_bits(shard.score), shard.hash), (_SCORE_BITS, _HASH_BITS))
-_AT_RANDOM = _Key(lambda shard: (shuffled(shard.hash),), (_HASH_BITS,))
+_AT_RANDOM = _Key(lambda shard: (second_hash(shard.hash),), (_HASH_BITS,))
 _domain = attrgetter("domain")
 
 

@@ -22,7 +22,7 @@ from data.filter.select.selection import (
     ThresholdKeys,
     score_bits,
     screen,
-    shuffled,
+    second_hash,
 )
 
 _STEP = 0.5
@@ -69,7 +69,7 @@ class StreamSelector:
         easy, rate, weight, score = codes == CODE[Reason.easy], self.rate, batch.weight, score_bits(batch.score)
         # if records below the threshold are revived with this probability, they are a fraction `revive` of the kept
         probability = self.revive * rate / (1 - (1 - self.revive) * rate) if self.revive else 0.0
-        revived = easy & (shuffled(batch.hash) < np.uint64(min(probability, 1.0) * (2**64 - 1025)))
+        revived = easy & (second_hash(batch.hash) < np.uint64(min(probability, 1.0) * (2**64 - 1025)))
         # revived records are kept regardless of the threshold, so count them before it moves
         given = int(weight[revived | (codes == CODE[Reason.protected])].sum())
         self.seen += int(weight.sum())

@@ -255,8 +255,45 @@ def test_changed_settings_are_refused_by_name(tmp_path):
             filtered(source, tmp_path / "out", **{"scorer": scorer, **settings})
         assert "\n" not in str(caught.value)
     write_lines(source, prose(41))
-    with pytest.raises(ConfigError, match=r"records: was made with input=\w+ \(now \w+\)"):
+    with pytest.raises(ConfigError, match=r"records: the input changed since it was made; remove that folder"):
         filtered(source, tmp_path / "out", scorer)
+
+
+def test_a_run_without_scores_does_not_block_its_correction(tmp_path):
+    """Another scorer reuses the stages, and another input discards them. Control: scores are not given up so easily."""
+
+    class Unfit(FixedScorer):
+        def fit(self, records: Any) -> None:
+            raise ConfigError("scorer", None, "needs labels")
+
+    def stamps() -> list[int]:
+        stages = [tmp_path / "out" / "stages" / name for name in ("records", "screened", "duplicates")]
+        return [path.stat().st_mtime_ns for stage in stages for path in sorted(stage.iterdir())]
+
+    source, unfit = write_lines(tmp_path / "in.jsonl", prose(40)), Unfit(lambda record: 0.0, "unfit")
+    for count in (40, 41, 41):
+        write_lines(source, prose(count))
+        with pytest.raises(ConfigError, match="needs labels"):
+            filtered(source, tmp_path / "out", unfit)
+    assert {path.name.split("-")[0] for path in (tmp_path / "out" / "stages").iterdir()} == {
+        "records",
+        "screened",
+        "duplicates",
+        "scored",
+    }
+    scorer = FixedScorer(lambda record: len(record.text))
+    aside = sorted(path for path in (tmp_path / "out" / "stages").iterdir() if path.name.startswith("records"))
+    made = max(aside, key=lambda path: path.stat().st_mtime_ns).stat().st_ino
+    filtered(source, tmp_path / "out", scorer)
+    assert (tmp_path / "out" / "stages" / "records").stat().st_ino == made, "read once"
+    left = {path.name for path in (tmp_path / "out" / "stages").iterdir() if not path.name.startswith("scored-")}
+    assert left == {"records", "screened", "duplicates", "scored", "decisions"}
+    shutil.rmtree(tmp_path / "out" / "stages" / "decisions")
+    before = stamps()
+    write_lines(source, prose(42))
+    with pytest.raises(ConfigError, match="the input changed since"):
+        filtered(source, tmp_path / "out", scorer)
+    assert stamps() == before
 
 
 @pytest.mark.parametrize(("number", "advice"), [(errno.EROFS, "make it writable, or"), (errno.EIO, "fix that and run")])
@@ -355,3 +392,39 @@ def test_what_is_harder_than_clean_text_is_noise(tmp_path, small_shards):
     shutil.rmtree(tmp_path / "out" / "stages" / "decisions")
     scorer.score = lambda records: pytest.fail("stored scores are used")  # type: ignore[method-assign]
     assert run("out", records) == rows
+
+
+def test_other_clean_text_is_scored(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", prose(60))
+    for limit in (180, 150):
+        clean = [Record(str(n), "c", "c", "x" * n) for n in range(100, limit)]
+        scorer = FixedScorer(lambda record: len(record.text))
+        select = SelectConfig(clean="clean", noise_quantile=1.0)
+        shutil.rmtree(tmp_path / "out" / "stages" / "decisions", ignore_errors=True)
+        done = Filter(replace(job(source, tmp_path / "out", scorer=scorer, select=select), clean=clean))
+        done.run()
+        write_outputs(done, tmp_path / "out")
+        noise = {row["id"] for row in rows_of(done) if row["reason"] == "noise"}
+        assert noise == {row["id"] for row in rows_of(done) if row["score"] >= limit} and noise
+
+
+def test_unanswered_clean_text_is_asked_again(tmp_path):
+    source, answering = write_lines(tmp_path / "in.jsonl", prose(40)), range(10)
+    clean = [Record(str(n), "c", "c", "x" * (100 + n)) for n in range(40)]
+    scorer = FixedScorer(lambda one: len(one.text) if one.source != "c" or int(one.id) in answering else np.nan)
+    scorer.reasons = {}
+    for count in (10, 40):
+        answering = range(count)
+        done = Filter(replace(job(source, tmp_path / "out", scorer=scorer), clean=clean))
+        done.run()
+    assert done._noise() > 137, "the limit is that of all clean text"
+
+
+def test_labels_of_copies_are_those_of_the_proof(tmp_path):
+    rows = prose(80)
+    labelled = [{**row, "level": number % 5} for number, row in enumerate(rows)]
+    source = write_lines(tmp_path / "in.jsonl", [{**row, "level": None} for row in rows] + labelled)
+    done = Filter(job(source, tmp_path / "out", scorer=FixedScorer(lambda record: len(record.text)), label_key="level"))
+    done.run()
+    assert len([one for one in done.passed() if one.label is not None]) == 80
+    assert done.proof and done.proof["labels"]["records"] == 80

@@ -74,7 +74,7 @@ def test_explains_a_record(out, refused, capsys):
         value = float(threshold.split()[1])
         assert (row["score"] >= value - 1e-3) if kept else (row["score"] <= value + 1e-3), "its own threshold"
     assert refused("filter", "explain=pairs.jsonl:121", f"out={out}").startswith(
-        "explain=pairs.jsonl:121: no record has this name; try pairs.jsonl:"
+        "explain=pairs.jsonl:121: no record has this name; there are 120 records, pairs.jsonl:1 to pairs.jsonl:120"
     )
     line = refused("filter", "explain=x", f"out={out}/none")
     assert line.endswith("holds no finished filter run (scores.parquet is missing)")
@@ -85,7 +85,9 @@ def test_prints_a_summary_and_warnings(tmp_path, capsys):
     source = write_lines(tmp_path / "in.jsonl", [first, first, *others, {"no": 1}])
     assert main(["filter", f"input={source}", "unit=documents", f"out={tmp_path / 'out'}"]) == 0
     *_, summary, warning, page = capsys.readouterr().out.splitlines()
-    assert summary.startswith("kept 20 of 41 records; dropped 19 easy, 1 malformed, 1 duplicate")
+    assert summary.startswith(
+        "kept 20 of 41 records (51.3% of the documents that passed the gates); dropped 19 easy, 1 malformed, 1 duplicate"
+    )
     assert warning == "warning: 1 record of 41 could not be read; see the examples."
     assert page == f"audit: {tmp_path / 'out' / 'audit.html'}"
 
@@ -162,7 +164,7 @@ def test_impossible_rules_are_rejected_before_scoring(pairs, tmp_path, refused, 
     if "languages" in word:
         pytest.importorskip("py3langid")
     assert refused("filter", *arguments(pairs, tmp_path / "out"), word).startswith(message)
-    made = [path.name for path in (tmp_path / "out" / "stages").glob("*")]
+    made = [path.name.split("-")[0] for path in (tmp_path / "out" / "stages").glob("*")]
     assert made == (["records"] if "select" in word else [])
 
 

@@ -58,7 +58,7 @@ def test_the_page_shows_small_pictures(tmp_path, capsys, monkeypatch):
     assert main(["filter", f"input={source}", "unit=documents", TILES, f"out={out}"]) == 0
     said = capsys.readouterr().out
     assert "1 duplicate pictures" in said
-    assert "Scorers see the text alone: 14 records have 18 pictures, of which " in said
+    assert "Scorers see the text alone: 14 records with 18 pictures, " in said
     page, audit = (out / "audit.html").read_text(), json.loads((out / "audit.json").read_text())
     sources = Sources()
     sources.feed(page)

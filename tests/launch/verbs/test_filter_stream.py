@@ -13,7 +13,7 @@ import pytest
 
 from core.errors import ConfigError
 from launch.cli import main
-from tests.support.filtering import prose
+from tests.support.filtering import FixedScorer, prose
 
 
 @pytest.fixture
@@ -94,6 +94,21 @@ def test_a_model_trained_on_the_stream_is_rejected(stream, tmp_path, capsys, mon
     monkeypatch.setattr("launch.filter.run.MODELS", SimpleNamespace(check_unseen=check_unseen))
     assert stream(lines_of(prose(70)), "scorer.kind=loss", "scorer.model=a-run") == (2, [])
     assert "scorer.model=a-run: was trained on these 64" in capsys.readouterr().err
+
+
+def test_an_empty_stream_has_a_whole_last_line(stream, tmp_path, capsys):
+    assert stream([], "scorer.kind=random") == (0, [])
+    assert "kept 0 of 0 lines (nothing was scored; keep=0.5)\n" in capsys.readouterr().out
+
+
+def test_the_cost_of_the_first_lines_is_said(stream, tmp_path, capsys, monkeypatch):
+    class Costly(FixedScorer):
+        def cost(self, records) -> str:
+            return f"{len(records())} requests"
+
+    monkeypatch.setattr("launch.filter.run.make_scorer", lambda *given: Costly(lambda record: 1.0))
+    assert stream(lines_of(prose(70)), "scorer.kind=random")[0] == 0
+    assert capsys.readouterr().out.splitlines()[0] == "the first 64 records: 64 requests"
 
 
 def test_an_existing_output_is_not_overwritten(stream, tmp_path, capsys):

@@ -141,6 +141,12 @@ def test_warns(kind):
     assert kind in kinds(WARNED[kind]())
 
 
+def test_a_domain_that_shrinks_is_named_alone():
+    fallen = decisions(np.arange(90.0), ["easy"] * 80 + ["hard"] * 10, "code")
+    (text,) = [one["text"] for one in audited(halved(900), fallen)["warnings"] if one["kind"] == "mix"]
+    assert "code 9" in text and "web" not in text
+
+
 def test_does_not_warn_just_inside_the_limits():
     """No warning for ordinary results, one unscored record, one document too many, a floor or a protected domain."""
     assert audited(halved(400, domain=["web", "code"] * 200))["warnings"] == []

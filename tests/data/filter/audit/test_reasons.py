@@ -15,7 +15,8 @@ from data.filter.audit.outputs import write_audit_of
 from data.filter.config import ContaminationConfig, DuplicateConfig, OnError, SelectConfig
 from data.filter.explain import explain
 from data.filter.pipeline import Filter
-from tests.support.filtering import filtered, job, kept, prose, rows_of, write_lines, write_outputs
+from data.filter.score.scorer import Direction
+from tests.support.filtering import FixedScorer, filtered, job, kept, prose, rows_of, write_lines, write_outputs
 
 PAIR = {"prompt_key": "text", "response_key": "other"}
 CHANGED_KEYS = {
@@ -168,6 +169,14 @@ def test_each_bucket_of_a_domain_has_its_threshold(tmp_path):
         bucket = thresholds[row["domain"]]["buckets"][row["bucket"]]
         among = f"for records of its domain with {bucket['length']:,} scored bytes or more"
         assert explain(tmp_path / "out", row["id"]).endswith(f"\nthreshold {bucket['score']:.4f} {among}")
+
+
+def test_a_score_of_quality_is_explained_as_better_or_worse(tmp_path):
+    scorer = FixedScorer(lambda record: float(record.id.split(":")[1]))
+    scorer.direction = Direction.quality
+    filtered(write_lines(tmp_path / "in.jsonl", prose(10)), tmp_path / "out", scorer)
+    for row, reason in ((1, "dropped, worse"), (10, "kept, better")):
+        assert explain(tmp_path / "out", f"in.jsonl:{row}").splitlines()[0].endswith(reason)
 
 
 def test_without_deduplication_no_signatures_are_read(tmp_path, monkeypatch):

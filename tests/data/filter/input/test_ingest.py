@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+from collections.abc import Callable
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import pytest
 from core.errors import ConfigError, DataError
 from data import files
 from data.files import json_lines
+from data.filter import runs
 from data.filter.config import InputConfig
 from data.filter.input import ingest, readers
 from data.filter.input.ingest import Ingest, scan
@@ -56,11 +60,16 @@ def lines(count: int) -> bytes:
 
 
 def ingested(
-    source: Path, out: Path, workers: Workers | None = None, fails: bool = False, **keys: Any
+    source: Path,
+    out: Path,
+    workers: Workers | None = None,
+    fails: bool = False,
+    report: Callable[[str], Any] = str,
+    **keys: Any,
 ) -> dict[str, bytes]:
     workers = workers or OneWorker()
     stage = StageStore(out, "key", {})
-    Ingest(stage, scan(input_parts(InputConfig(input=str(source), **keys)), workers), workers, 7, fails).run(str)
+    Ingest(stage, scan(input_parts(InputConfig(input=str(source), **keys)), workers), workers, 7, fails).run(report)
     assert sum(stage.shards.values()) and not (out / "sorted").exists()
     return {name: stage.path(name).read_bytes() for name in stage.shards}
 
@@ -123,12 +132,18 @@ def test_each_range_is_hashed_by_one_rank(tmp_path, monkeypatch):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"note 50", b"note 05"))
     assert scan(parts, OneWorker())[0].fingerprint != before
+    path.with_name("other.jsonl").write_bytes(content)
+    other = input_parts(InputConfig(input=str(path.with_name("other.jsonl"))))
+    assert scan(other, OneWorker())[0].fingerprint != before, "ids are file and line"
 
 
-def test_a_kill_while_reading_changes_nothing(tmp_path, monkeypatch):
-    """A shard that is missing in the middle is made again; a manifest is written only when all are there."""
+@pytest.mark.parametrize("size", [100, 1000])
+def test_a_kill_while_reading_changes_nothing(tmp_path, monkeypatch, size):
+    """A shard that is missing in the middle is made again, also if others begin in its piece. A manifest is written
+    only when all are there.
+    """
     path = write_input(tmp_path, "jsonl")
-    monkeypatch.setattr(readers, "_RANGE_BYTES", 100)
+    monkeypatch.setattr(readers, "_RANGE_BYTES", size)
     whole = ingested(path, tmp_path / "whole")
     real = StageStore.write
     for deadly in range(len(whole)):
@@ -147,14 +162,15 @@ def test_a_kill_while_reading_changes_nothing(tmp_path, monkeypatch):
         assert ingested(path, out) == whole
 
 
-def test_a_file_that_shrinks_meanwhile_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("left", [50, 59])
+def test_a_file_that_shrinks_meanwhile_is_refused(tmp_path, monkeypatch, left):
     path = write_input(tmp_path, "jsonl")
     monkeypatch.setattr(readers, "_RANGE_BYTES", 100)
     real = ingest.scan
 
     def cut(*args: Any) -> Any:
         found = real(*args)
-        path.write_bytes(lines(50))
+        path.write_bytes(lines(left))
         return found
 
     monkeypatch.setitem(globals(), "scan", cut)
@@ -172,14 +188,85 @@ def test_a_line_that_is_too_long_is_named_in_any_range(tmp_path, monkeypatch):
             on_threads(workers, partial(ingested, path, tmp_path / f"{workers}"))
 
 
+def test_a_lost_shard_of_a_file_without_pieces_is_made_again(tmp_path):
+    path, out = write_input(tmp_path, "jsonl.gz"), tmp_path / "out"
+    whole = ingested(path, out)
+    (out / "manifest.json").unlink()
+    (out / f"{list(whole)[3]}.parquet").unlink()
+    assert ingested(path, out) == whole
+
+
+def test_a_damaged_table_and_a_missing_id_are_named(tmp_path, monkeypatch):
+    path = write_input(tmp_path, "parquet")
+    monkeypatch.setattr(readers, "_RANGE_BYTES", 100)
+    with pytest.raises(ConfigError, match=r"no 'name'; it has 'text'; try id_key=$"):
+        ingested(path, tmp_path / "out", id_key="name")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match=r"in\.parquet: cannot be read: "):
+        ingested(path, tmp_path / "out")
+
+
 def test_ids_that_come_twice_are_named_by_any_rank(tmp_path, monkeypatch):
     path = tmp_path / "in.jsonl"
     names = [f"n{number}" for number in range(60)]
-    names[40], names[50], names[55] = "n3", "n10", "n3"
+    names[42], names[50], names[55] = "n7", "n10", "n7"  # both 7 and 42 begin a shard
     path.write_text("".join(json.dumps({"text": "t", "id": name}) + "\n" for name in names))
     monkeypatch.setattr(readers, "_RANGE_BYTES", 100)
+    monkeypatch.setattr(runs, "RANGE_ENTRIES", 10)
     for count in (1, 2, 4):
         out = tmp_path / f"{count}"
-        with pytest.raises(ConfigError, match=r"two records are called 'n3': in\.jsonl:4 and in\.jsonl:41; make"):
+        with pytest.raises(ConfigError, match=r"two records are called 'n7': in\.jsonl:8 and in\.jsonl:43; make"):
             on_threads(count, partial(ingested, path, out, id_key="id"))
         assert count > 1 or not out.exists(), "another id_key is not a changed input"
+
+
+def labelled(folder: Path, labels: list[Any], **keys: Any) -> tuple[list[Any], list[Any], list[str]]:
+    """Return the texts and the labels that the stage has, and what was reported."""
+    path, reports = folder / "in.jsonl", []
+    path.write_text("".join(json.dumps({"text": f"t{n}", "level": one}) + "\n" for n, one in enumerate(labels)))
+    ingested(path, folder / "out", report=reports.append, label_key="level", **keys)
+    rows = [
+        row
+        for file in sorted((folder / "out").glob("*.parquet"))
+        for row in pyarrow.parquet.read_table(file).to_pylist()
+    ]
+    assert not any(row["problem"] for row in rows)
+    return [row["text"] for row in rows], [row.get("label") for row in rows], reports
+
+
+def test_what_is_no_number_is_no_label_and_drops_no_text(tmp_path):
+    labels = [1, 2.5, math.nan, None, "Level 3", 10**400, math.inf, True, [4], -0.0, *range(5)]
+    texts, found, reports = labelled(tmp_path, labels, fails=True)
+    assert texts == [f"t{number}" for number in range(15)]
+    assert found == [1.0, 2.5, *[None] * 7, -0.0, *map(float, range(5))]
+    assert reports[0] == (
+        "warning: 5 values of label_key=level are not numbers and do not count, "
+        "such as 'Level 3' in in.jsonl:5; write 3 instead of 'Level 3'"
+    )
+    assert len(reports) == 2
+
+
+def test_gaps_in_a_column_of_labels_are_not_reported(tmp_path):
+    assert labelled(tmp_path, [math.nan, None, 3])[1:] == ([None, None, 3.0], ["read 3 records of 1 part"])
+
+
+def test_decimals_are_labels(tmp_path):
+    rows = [{"text": "t", "level": Decimal("1.5")}, {"text": "t", "level": None}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
+    (record, other) = input_parts(InputConfig(input=str(tmp_path), label_key="level"))[0].records()
+    assert (record.label, record.bad_label, other.label, other.bad_label) == (1.5, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("level", "message"),
+    [
+        ("Level 3", "such as 'Level 3' in in.jsonl:1; write 3 instead of 'Level 3'$"),
+        ("3 of 5", "such as '3 of 5' in in.jsonl:1; write finite numbers$"),
+        (True, "such as True in in.jsonl:1; write 0 and 1$"),
+        (10**400, r"such as 10+\.\.\.0+ in in.jsonl:1; write finite numbers$"),
+        (math.nan, "the keys of the first record are 'text', 'level'; try null$"),
+    ],
+)
+def test_columns_without_numbers_are_rejected(tmp_path, level, message):
+    with pytest.raises(ConfigError, match=f"^label_key=level: no record has a number under it; {message}"):
+        labelled(tmp_path, [level] * 3)

@@ -15,7 +15,7 @@ import pytest
 
 from core.errors import ConfigError
 from data.filter.config import InputConfig
-from data.filter.input.readers import MalformedRecord, clean_records, input_parts
+from data.filter.input.readers import MalformedRecord, clean_records, input_parts, read_record
 from data.filter.input.records import Record
 from tests.support.filtering import filtered, prose, write_lines
 
@@ -73,6 +73,11 @@ def test_columns_of_parquet_are_kept_or_refused_by_name(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"took": timedelta(1)}]), path)
     with pytest.raises(ConfigError, match=r"^input=table\.parquet:0: the column 'took' holds a timedelta, .*drop that"):
         read(path)
+
+
+def test_half_of_a_surrogate_pair_stays_escaped():
+    record = read_record(InputConfig(input=""), {"text": "é", "note": "\ud800"}, "in.parquet:0")
+    assert isinstance(record, Record) and record.raw == r'{"text": "\u00e9", "note": "\ud800"}'
 
 
 def test_a_folder_for_the_datasets_library(tmp_path):

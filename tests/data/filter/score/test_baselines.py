@@ -90,3 +90,8 @@ def test_ensemble_errors_and_properties():
     mixed = EnsembleScorer([LengthScorer(), learnable])
     assert mixed.direction is Direction.mixed
     assert EnsembleScorer([LengthScorer(), RandomScorer()]).fingerprint != mixed.fingerprint
+
+
+def test_the_order_of_members_is_in_the_fingerprint():
+    one, two = (FixedScorer(lambda record: 1.0, name) for name in "ab")
+    assert EnsembleScorer([one, two]).fingerprint != EnsembleScorer([two, one]).fingerprint, "fixed[0] is another"

@@ -322,3 +322,15 @@ def test_passwords_and_broken_keys_are_not_shown(monkeypatch):
     with pytest.raises(ConfigError, match="key_variable=BROKEN") as caught:
         Endpoint("http://host/v1", "m", "BROKEN")
     assert "sk-" not in str(caught.value)
+
+
+def test_an_unreadable_answer_is_requested_once(server, tmp_path):
+    config = ScorerConfig(ScorerKind.judge, url=server.url, judge="grader", answers=str(tmp_path))
+    record, sent = Record("1", "d", "s", "question 1? ANSWER", len("question 1?")), []
+    (key,) = JudgeScorer(config).requests(record)
+    JudgeScorer(config).endpoint.cache.refresh()  # makes the file
+    JudgeScorer(config).endpoint.cache.add(key, "four")  # stored when the form was another
+    for _ in range(3):
+        assert JudgeScorer(config).score([record]).tolist() == [3]
+        sent.append(len(server.requests))
+    assert sent == [1, 1, 1], "the answer that was stored last counts"

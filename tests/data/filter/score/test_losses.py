@@ -94,7 +94,7 @@ def test_the_factory_builds_every_kind(kind, tmp_path):
         del needed["model"]  # which would be a stored scorer
     members = [ScorerConfig(ScorerKind.random), ScorerConfig()]
     config = ScorerConfig(kind, seq_len=7, members=members, **needed)
-    scorer = make_scorer(config, Models(open_model, Mock()), tmp_path)
+    scorer = make_scorer(config, Models(open_model, Mock(), Mock()), tmp_path)
     assert scorer.name == ("ngram" if kind is ScorerKind.auto else kind.name) and scorer.fingerprint
     assert opened == [(needed[key], 7) for key in kind.traits.needs if key in ("model", "reference")]
     assert (type(scorer).fit is not Scorer.fit) == kind.traits.reads_all_first
@@ -103,7 +103,7 @@ def test_the_factory_builds_every_kind(kind, tmp_path):
             replace(config, **{key: None})
     if not kind.traits.takes_window:
         with pytest.raises(ConfigError, match=f"window=3: has no effect on {kind.name}"):
-            make_scorer(replace(config, window=3), Models(open_model, Mock()), tmp_path)
+            make_scorer(replace(config, window=3), Models(open_model, Mock(), Mock()), tmp_path)
 
 
 def test_the_factory_passes_settings_on(tmp_path):
@@ -116,6 +116,6 @@ def test_the_factory_passes_settings_on(tmp_path):
 def test_the_factory_rejects_impossible_settings(tmp_path):
     config = ScorerConfig(ScorerKind.loss, model="m")
     missing = Mock(side_effect=ConfigError("", "m", "no such run"))
-    for models, message in ((Models(missing, Mock()), "model=m: no such run"), (None, "needs a model")):
+    for models, message in ((Models(missing, Mock(), Mock()), "model=m: no such run"), (None, "needs a model")):
         with pytest.raises(ConfigError, match=message):
             make_scorer(config, models, tmp_path)

@@ -150,8 +150,17 @@ def test_a_bucket_leads_on_from_what_it_has_reached():
     alike = [int((near[a] == near[b]).sum()) / PLACES for a, b in ((0, 1), (1, 2), (0, 2))]
     assert min(alike[:2]) >= 0.8 > alike[2] and 24 // half < count
     exact = np.arange(6, dtype=np.uint64).reshape(3, 2)
-    found = find([Signatures(exact, near, np.ones(3, bool), np.ones(3, bool))])
+    found = find([Signatures(exact, near, np.ones(3, bool))])
     assert found == [None, (Reason.near_duplicate, 0), (Reason.near_duplicate, 0)]
+
+
+def test_records_of_a_bucket_are_alike_from_the_threshold_on():
+    """Record 1 agrees with record 0 in exactly as many positions as are needed, record 2 in one fewer."""
+    near = np.tile(np.arange(PLACES, dtype=np.uint32), (3, 1))
+    near[1, 100:] += 1000
+    near[2, 99:] += 2000
+    pairs = duplicates._connected(np.arange(3, dtype=np.uint64), near.__getitem__, 100)
+    assert pairs.T.tolist() == [[0, 1]]
 
 
 def test_bands_miss_one_percent_at_most_at_the_threshold():
@@ -164,7 +173,6 @@ def test_bands_miss_one_percent_at_most_at_the_threshold():
 def test_signatures_are_the_same_everywhere():
     """Signatures are stored on disk, so a change of their values would invalidate the stored ones."""
     found = signatures(["The quick brown fox jumps over the lazy dog.", ""])
-    assert found.near_possible_N.tolist() == [True, False]
     assert found.near_NP[1].tolist() == [0] * PLACES
     assert int(found.exact_N2[0, 0]) == 0xDE074E6569D22F4B
     assert int(found.near_NP[0].astype(np.uint64).sum()) == 100725610202
@@ -201,19 +209,18 @@ def planted(seed: int, count: int = 80) -> list[Signatures]:
     possible, passed = chance.random((2, count)) < 0.9
     near[~possible] = 0
     cuts = np.sort(chance.integers(0, count, 12))
-    return [Signatures(*one) for one in zip(*(np.split(a, cuts) for a in (exact, near, possible, passed)), strict=True)]
+    return [Signatures(*one) for one in zip(*(np.split(a, cuts) for a in (exact, near, passed)), strict=True)]
 
 
 def oracle(shards: Sequence[Signatures], config: DuplicateConfig) -> Found:
     """Compare all pairs, in memory."""
-    exact, near, possible, passed = (
-        np.concatenate([getattr(shard, name) for shard in shards])
-        for name in ("exact_N2", "near_NP", "near_possible_N", "passed_N")
+    exact, near, passed = (
+        np.concatenate([getattr(shard, name) for shard in shards]) for name in ("exact_N2", "near_NP", "passed_N")
     )
     count, group = len(exact), list(range(len(exact)))
     same = (exact[:, None] == exact[None]).all(2) & passed[:, None] & passed & config.exact
     is_exact = [bool(same[row, :row].any()) for row in range(count)]
-    compared = possible & passed & ~np.array(is_exact)
+    compared = near.any(1) & passed & ~np.array(is_exact)
     agree = (near[:, None] == near[None]) & (compared[:, None] & compared)[..., None]
     number, width = duplicates.bands(config.near or 0.8)
     in_a_band = agree[..., : number * width].reshape(count, count, number, width).all(3).any(2)

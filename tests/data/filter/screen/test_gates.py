@@ -152,6 +152,20 @@ def test_check_notices_a_gate_that_is_off(plant, off, clean):
     assert_planted_is_rejected(Gates(GateConfig()), plant, texts)
 
 
+def test_short_prompts_pass_unless_shuffled(gates, clean):
+    """Of pieces of 120 to 199 characters, which the promise leaves out. Control: documents have the stricter bound."""
+    chance, answer = random.Random(0), ENGLISH
+    texts = [text[: chance.randrange(120, PROMISED_CHARACTERS)].strip() for text in clean(PROMISED_CHARACTERS)]
+
+    def scrambled(texts: list[str], is_prompt: bool) -> float:
+        records = [replace(record(f"{text}\n\n{answer}"), answer_start=len(text) + 2) for text in texts]
+        found = map(gates, records if is_prompt else map(record, texts))
+        return sum(reason is Reason.scrambled for reason in found) / len(texts)
+
+    assert scrambled(texts, True) < 0.005 < scrambled(texts, False)
+    assert scrambled(["".join(chance.sample(text, len(text))) for text in texts[:200]], True) > 0.65
+
+
 def test_without_gates_everything_but_nothing_passes(clean):
     config = GateConfig(min_characters=None, repetition=False, non_text=False, scrambled=False)
     chance, gates = random.Random(0), Gates(config)
@@ -188,6 +202,7 @@ def tables() -> dict[str, str]:
         "csv": "\n".join(f"2020-{chance.choice(['Jan', 'Mar'])}-{row},{chance.random():.5f},N{row}" for row in rows),
         "hexadecimal": "\n".join(" ".join(f"{chance.randint(0, 255):02x}" for _ in range(16)) for _ in rows),
         "json": json.dumps([{"id": row, "name": chance.choice(["anna", "bob"]), "p": chance.random()} for row in rows]),
+        "parts": " ".join(f"{chance.choice(string.ascii_uppercase)}{chance.randrange(10**8):08d}" for _ in rows),
         "formulas": r"\frac{d}{dx}\left(\sqrt{x^2+1}\right)=\frac{x}{\sqrt{x^2+1}},\quad\int_0^\infty e^{-x^2}\,dx="
         r"\frac{\sqrt{\pi}}{2},\quad\sum_{n=1}^{\infty}\frac{1}{n^2}=\frac{\pi^2}{6},\quad\lim_{x\to 0}\frac{x}{2x}",
     }
@@ -227,7 +242,9 @@ def test_length_is_bounded_both_ways():
     assert gates(record(ENGLISH + ENGLISH)) is Reason.too_long
 
 
-@pytest.mark.parametrize("text", ["\ud800" * 300, "a\x00" * 300, "\U0010ffff" * 300, "x" + " " * 500 + "y"])
+@pytest.mark.parametrize(
+    "text", ["\ud800" * 300, "a\x00" * 300, "\U0010ffff" * 300, "x" + " " * 500 + "y", "a few" + " " * 300 + "words"]
+)
 def test_odd_characters_do_not_stop_it(text, gates):
     assert gates(record(text)) in GARBAGE
 

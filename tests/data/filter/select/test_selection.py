@@ -238,6 +238,14 @@ def test_protected_domains_are_whole_and_floors_hold():
     assert KEPT[codes[few]].sum() <= 1 and KEPT[codes[shard.domain == 2]].sum() == 0, "control: without a floor"
 
 
+@pytest.mark.parametrize(("unit", "keep"), [("documents", 0.2), ("tokens", 0.03)])
+def test_a_floor_counts_documents_and_the_revived(unit, keep):
+    shard = replace(records(100, 3, unit=unit), domain=np.zeros(100, np.int64))
+    _, codes = decide(shard, FilterRules(keep=keep, select=SelectConfig(revive=0.5, floor=20)))
+    assert KEPT[codes].sum() == 20 and (codes == CODE[Reason.revived]).any()
+    assert (codes == CODE[Reason.protected]).any() == (unit == "tokens")
+
+
 def test_rates_of_single_domains():
     shard = records(3000, 11, unit="tokens")
     rules = FilterRules(keep=0.5, select=SelectConfig(domains={"prose": 0.2, "few": 0.0}))
