@@ -74,7 +74,8 @@ class TransformerEngine:
         from transformer_engine.pytorch.module.base import _2X_ACC_DGRAD, _2X_ACC_FPROP, _2X_ACC_WGRAD
         from transformer_engine.pytorch.quantization import RecipeState
 
-        self.recipe, self.compute_dtype, self.token_multiple = recipe, compute_dtype, recipe.multiple
+        self.recipe, self.compute_dtype = recipe, compute_dtype
+        self.token_multiple, self.joint_multiple = recipe.multiple, recipe.joint_multiple
         if recipe is Recipe.mxfp8:
             scaling: Any = MXFP8BlockScaling()
             splits = _2X_ACC_FPROP, _2X_ACC_DGRAD, _2X_ACC_WGRAD
@@ -98,11 +99,11 @@ class TransformerEngine:
         # TE's kernels quantise columns in square tiles, or with one scale, only together with the rows
         beside = operand is Operand.weight or self.recipe is Recipe.tensorwise
         quantizer.set_usage(rowwise=rows or beside, columnwise=columns)
-        if groups is not None:
-            parts = tex.split_quantize(x[: sum(groups.host)], groups.host, [quantizer] * len(groups.host))
-        else:
-            parts = [quantizer(matrix) for matrix in (x if x.dim() == 3 else [x])]
-        return QuantisedParts(tuple(parts), x.shape)
+        if groups is None and x.dim() == 2:
+            return QuantisedParts((quantizer(x),), x.shape)
+        counts = [x.shape[1]] * len(x) if groups is None else groups.host
+        used = x.flatten(0, -2)[: sum(counts)]
+        return QuantisedParts(tuple(tex.split_quantize(used, counts, [quantizer] * len(counts))), x.shape)
 
     def forward(self, x: QuantisedParts, w: QuantisedParts, groups: Groups | None) -> Tensor:
         return self._product(w, x, "TN", groups, (x.shape[0], w.shape[-2]))
