@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from precision.gemm import Groups
 from precision.native_gemm import NativeGemm
 from precision.quantised_weights import QuantisedWeights
 from precision.resolve import LayerGemms
+from tests.support import tiny
 from train.optim.config import Moments, OptimizerConfig
 from train.optim.optimizer import elementwise
 
@@ -194,3 +198,38 @@ def test_a_step_of_the_optimizer_refreshes_bfloat16_copies(config):
     before = gemm.narrowed(w).clone()
     elementwise([{"params": [w]}], config).step()
     assert torch.equal(gemm.narrowed(w), w.bfloat16()) and not torch.equal(gemm.narrowed(w), before)
+
+
+def trained(
+    root: Path, name: str, corpus: list[str], patches: dict[str, Any], layout: str
+) -> list[tuple[float, float]]:
+    """Return losses and gradient norms of three steps."""
+    options = ["precision=bf16", "precision.backend=emulated", "precision.recipe=blockwise", "optimizer.lr=0.01"]
+    with mock.patch.multiple(QuantisedWeights, **patches) if patches else nullcontext():
+        run = tiny.trainer(root, name, [*corpus, *options, *layout.split()])
+        metrics = [run.train_step(step) for step in range(3)]
+    return [(one.loss.item(), one.gradient_norm.item()) for one in metrics]
+
+
+def nothing_kept(*args: Any) -> None:
+    return None
+
+
+LAYOUTS = {"": 1, "parallel.dp_shard=2": 2, "parallel.pp=2 parallel.dp_shard=2": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kept_weights_change_no_bit_of_a_run(layout, tmp_path, small_corpus, ranks):
+    found = ranks(LAYOUTS[layout], trained, tmp_path, "kept", small_corpus, {}, layout)
+    wanted = ranks(LAYOUTS[layout], trained, tmp_path, "anew", small_corpus, {"owners": nothing_kept}, layout)
+    assert found == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, broken", [("", "_state"), ("parallel.pp=2 parallel.dp_shard=2", "forget")])
+def test_stale_weights_change_a_run(layout, broken, tmp_path, small_corpus, ranks):
+    count = LAYOUTS[layout]
+    found = ranks(count, trained, tmp_path, "stale", small_corpus, {broken: nothing_kept}, layout)
+    wanted = ranks(count, trained, tmp_path, "kept", small_corpus, {}, layout)
+    assert found != wanted
