@@ -153,6 +153,27 @@ def test_activations_are_saved_as_fp8_columns(recipe, extension):
     assert sum(t.numel() * t.element_size() for t in columns) < 1.1 * x.numel()
 
 
+def calls_of_experts(module: Any, recipe: Recipe, experts: int, extension: Extension) -> tuple[int, int]:
+    """Return how often two micro-batches of a step quantise and multiply."""
+    products, w = make(recipe, module), draw(experts, 32, D, dtype=torch.float32).requires_grad_()
+    extension.calls.clear()
+    for _ in range(2):
+        x = draw(32 * experts, D).requires_grad_()
+        products.linear(x, w, Groups(torch.tensor([32] * experts))).sum().backward()
+    return len(extension.quantised()), len(extension.products())
+
+
+@pytest.mark.parametrize("recipe", RECIPES[:1] + [pytest.param(one, marks=pytest.mark.slow) for one in RECIPES[1:]])
+def test_calls_do_not_grow_with_experts(recipe, extension):
+    assert {calls_of_experts(backend, recipe, experts, extension) for experts in (8, 128)} == {(5, 6)}
+
+
+def test_experts_quantised_one_by_one_are_counted(extension):
+    together = "tuple(tex.split_quantize(used, counts, [quantizer] * len(counts)))"
+    one_by_one = mutant(together, "tuple(map(quantizer, used.split(counts)))")
+    assert calls_of_experts(one_by_one, Recipe.blockwise, 8, extension) == (8 * 5, 6)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recomputation_quantises_again(recipe, extension):
     products, w = make(recipe), draw(F, D, dtype=torch.float32).requires_grad_()
