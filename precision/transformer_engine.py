@@ -4,7 +4,8 @@ Only this file imports TE, and only inside functions: TE is optional and does no
 names that are not public in TE and therefore needs one exact version. Tests (`tests/precision`) compare its calls with
 the sources of that version. `unavailable` checks TE against the emulation on the device before a run begins.
 
-Experts never share a scale. One grouped GEMM multiplies all experts, with token counts on the host. TE does not detect
+Experts never share a scale. One call quantises the rows or matrices of all experts, and one grouped GEMM multiplies
+them, with token counts on the host. Within these calls TE still launches kernels for each expert. TE does not detect
 inf: its kernels give a tile with inf the scale 1 and saturate (NaN stays NaN).
 
 Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
@@ -29,6 +30,10 @@ from precision.fp8_tiles import Tiled
 from precision.gemm import Groups
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.mxfp8)
+EXPERTS = (
+    "experts wait for their token counts on the host, once per MoE layer: the grouped matmul that need not (cuBLASLt "
+    "13.3 on Blackwell; on Hopper 13.5 for tensorwise, 13.6 for blockwise) is not used"
+)
 VERSION = "2.20.2"
 INSTALL = f'pip install --no-build-isolation "transformer-engine[pytorch]=={VERSION}", after installing torch for CUDA'
 
