@@ -6,7 +6,9 @@ The layer is Llama 4 Scout's MoE layer in bfloat16 on meta tensors, with the cod
 backward of a micro-batch of 8,192 tokens. It is not the first of its step, so gradients are added, and weights are not
 cast. `launches` are those of packed rows of 1, 8 and 32 documents. `saved_bytes` are those that a token keeps from the
 forward to the backward pass, its input among them, for each kind of recomputation. `loss_peak_bytes` is the peak of
-head and loss without the weight and its gradient.
+head and loss without the weight and its gradient. `quantise_calls` and `product_calls` are the calls of an FP8 library
+for a micro-batch, for 8 and 128 experts, and `weight_quantise_calls` those for the weights in a step of 1 and 4
+micro-batches, all with the blockwise recipe.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from bench.counting import Counter
+from bench.counting import Counter, Float8Calls
 from core.files import write_json
 from model.attention.plan import ForwardContext
 from model.config import ModelConfig
@@ -29,34 +33,51 @@ from model.transformer import Layer, Stack
 from parallel import activation_checkpoint
 from parallel.layout import Recompute
 from precision.config import Compute, PrecisionConfig
+from precision.fp8_linear import Float8Gemm, Operand
 from precision.resolve import resolve
 
 TOKENS = 8192
 DOCUMENTS = (1, 8, 32)
+EXPERTS = (8, 128)
+MICRO_BATCHES = (1, 4)
 GPU, META = torch.device("cuda"), torch.device("meta")
 SCOUT = ModelConfig()
 BFLOAT16 = resolve(PrecisionConfig(compute=Compute.bfloat16), GPU)
 
 
 class LayerCase:
-    """One layer on meta tensors. Its parameters have gradients, as after the first micro-batch of a step."""
+    """One layer on meta tensors. Its parameters have gradients, as after the first micro-batch of a step. `float8`:
+    the FP8 library, or None.
+    """
 
-    def __init__(self, model: ModelConfig = SCOUT, recompute: Recompute = Recompute.none, index: int = 0) -> None:
+    def __init__(
+        self,
+        model: ModelConfig = SCOUT,
+        recompute: Recompute = Recompute.none,
+        index: int = 0,
+        float8: Float8Calls | None = None,
+    ) -> None:
         blocks = model.blocks
         BFLOAT16.clock.tick()
+        gemms = BFLOAT16.at(index, len(blocks))
+        if float8 is not None:
+            gemms = replace(gemms, float8=lambda products, name: Float8Gemm(float8, name))
         with META:
-            layer = Layer(model, blocks[index], BFLOAT16.at(index, len(blocks)))
+            layer = Layer(model, blocks[index], gemms)
         self.model, self.stack = model, Stack(None, {str(index): layer}, None, None)
         activation_checkpoint.apply(self.stack, recompute)  # type: ignore[arg-type]
-        self(1)
+        self(1, collect=False)
 
-    def __call__(self, documents: int, tokens: int = TOKENS) -> tuple[Counter, int]:
-        """Run a micro-batch. Return its counts, and the bytes that are alive between forward and backward pass."""
+    def __call__(self, documents: int, tokens: int = TOKENS, collect: bool = True) -> tuple[Counter, int]:
+        """Run a micro-batch. Return its counts, and the bytes that are alive between forward and backward pass, which
+        are exact after garbage is collected.
+        """
         positions_BT = torch.arange(tokens // documents).repeat(documents)[None]
         context = ForwardContext(positions_BT, META, float(tokens))
         context.prepare(self.model, torch.bfloat16, BFLOAT16.attention)
         x_BTD = torch.empty(1, tokens, self.model.hidden_size, device=META, dtype=torch.bfloat16, requires_grad=True)
-        gc.collect()
+        if collect:
+            gc.collect()
         with Counter() as counter:
             y_BTD = self.stack(x_BTD, context)
             counter.forget(y_BTD)
@@ -74,6 +95,26 @@ def launches(model: ModelConfig = SCOUT) -> dict[int, Counter]:
 def saved_bytes() -> dict[str, float]:
     """Return the bytes per token that a layer keeps, for each kind of recomputation."""
     return {mode.value: LayerCase(recompute=mode)(DOCUMENTS[-1])[1] / TOKENS for mode in Recompute}
+
+
+def quantise_calls(model: ModelConfig = SCOUT) -> Float8Calls:
+    """Return the calls of an FP8 library for a micro-batch that is not the first of its step."""
+    library = Float8Calls()
+    case = LayerCase(model, float8=library)
+    library.clear()
+    case(1, collect=False)
+    return library
+
+
+def weight_quantise_calls(micro_batches: int, model: ModelConfig = SCOUT) -> int:
+    """Return the calls that quantise a layer's weights in a step of so many micro-batches."""
+    library = Float8Calls()
+    case = LayerCase(model, float8=library)
+    library.clear()
+    increment_version(case.stack.parameters())  # as the optimizer does
+    for _ in range(micro_batches):
+        case(1, collect=False)
+    return library.quantised[Operand.weight]
 
 
 class _Half:
@@ -103,6 +144,7 @@ def loss_peak_bytes(ranks: int = 1) -> int:
 
 def report() -> dict[str, Any]:
     counts = launches()
+    float8 = {str(experts): quantise_calls(replace(SCOUT, num_experts=experts)) for experts in EXPERTS}
     return {
         "launches": {str(documents): counter.launches.total() for documents, counter in counts.items()},
         "operators": dict(counts[DOCUMENTS[-1]].launches.most_common()),
@@ -110,6 +152,9 @@ def report() -> dict[str, Any]:
         "saved_bytes": saved_bytes(),
         "loss_peak_bytes": loss_peak_bytes(),
         "loss_peak_bytes_tp2": loss_peak_bytes(2),
+        "quantise_calls": {experts: calls.quantised.total() for experts, calls in float8.items()},
+        "product_calls": {experts: calls.products for experts, calls in float8.items()},
+        "weight_quantise_calls": {str(count): weight_quantise_calls(count) for count in MICRO_BATCHES},
     }
 
 

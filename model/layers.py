@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.kernels import StepKernels, kernels_for
 from model.roles import Role
+from precision.fp8_linear import Float8Gemm
 from precision.gemm import Groups
 from precision.native_gemm import NativeGemm
 from precision.resolve import LayerGemms
@@ -32,7 +33,7 @@ class _Projection(nn.Module):
     @property
     def joins(self) -> bool:
         """Whether its matmul may be computed jointly with others: see `joint`."""
-        return isinstance(self.gemm, NativeGemm)
+        return isinstance(self.gemm, NativeGemm | Float8Gemm)
 
 
 class Linear(_Projection):
@@ -46,12 +47,12 @@ class Linear(_Projection):
 
 
 def joint(x_TD: Tensor, parts: Sequence[Linear]) -> Tensor:
-    """Return the results of several layers, concatenated, as one matmul that reads the input once. All have the same
-    backend of plain matmuls.
+    """Return the results of several layers, concatenated, as one matmul that reads the input once. All have backends of
+    the same kind.
     """
     gemm = parts[0].gemm
-    assert isinstance(gemm, NativeGemm)
-    return gemm.linear(x_TD, gemm.copies.joint([part.weight for part in parts]))
+    assert isinstance(gemm, NativeGemm | Float8Gemm)
+    return gemm.joint(x_TD, [part.weight for part in parts])
 
 
 class GroupedLinear(_Projection):
@@ -79,12 +80,11 @@ class GroupedGateUp(_Projection):
 
 
 def gated_product(gate_up: Tensor, down: _Projection, kernels: StepKernels, groups: Groups | None = None) -> Tensor:
-    """Return `down` of the SwiGLU of the two halves of each row. Where matmuls are joined, only `gate_up` is saved, and
-    the backward pass computes the SwiGLU again, which costs less than its memory.
+    """Return `down` of the SwiGLU of the two halves of each row. Where plain matmuls are joined, only `gate_up` is
+    saved, and the backward pass computes the SwiGLU again, which costs less than its memory.
     """
-    if not (kernels.joins and down.joins and torch.is_grad_enabled()):
+    if not (kernels.joins and isinstance(down.gemm, NativeGemm) and torch.is_grad_enabled()):
         return down.gemm.linear(kernels.swiglu_halves(gate_up), down.weight, groups)
-    assert isinstance(down.gemm, NativeGemm)
     flat = gate_up.flatten(0, -2)
     y: Tensor = _GatedProduct.apply(flat, down.gemm.copies.narrow(down.weight), groups, down.gemm, kernels)
     return y.unflatten(0, gate_up.shape[:-1])

@@ -75,6 +75,13 @@ class Recipe(Enum):
         """Both dimensions of every operand must be multiples of this."""
         return 32 if self is Recipe.mxfp8 else 16
 
+    @property
+    def joint_multiple(self) -> int | None:
+        """No scale spans two matrices [F, D] that are stacked along F, nor the gradients of their outputs, if F is a
+        multiple of this. None if a scale spans all of F.
+        """
+        return {Recipe.blockwise: 128, Recipe.mxfp8: 32}.get(self)
+
 
 class KernelKind(Enum):
     """Kernels of the memory-bound steps: norms, rotation, permutation of tokens by expert, and SwiGLU. `torch`:

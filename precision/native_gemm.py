@@ -5,6 +5,7 @@ Shapes: E experts, C routed tokens (sorted by expert), M, N, K sides of matrices
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class NativeGemm:
         if _loops(x, *w.shape) or cpu_gemm.is_large(w, w.shape):
             return _NativeProduct.apply(x, w, groups)
         return F.grouped_mm(x, w.transpose(1, 2), offs=groups.ends_E)
+
+    def joint(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Return the results of `linear` with each of the matrices [F, D], concatenated, as one matmul."""
+        return self.linear(x, self.copies.joint(list(weights)))
 
     def narrowed(self, w: Tensor) -> Tensor:
         return self.copies.plain(w)

@@ -21,6 +21,8 @@ from precision.weight_copies import WeightClock
 
 class Float8Library(Protocol):
     RECIPES: tuple[Recipe, ...]
+    EXPERTS: str
+    """How it multiplies experts, if that costs time."""
 
     def unavailable(self, recipe: Recipe, device: torch.device) -> list[str]:
         """Return every reason why this recipe is unavailable on this device, with the remedy; empty if available."""
@@ -93,7 +95,9 @@ class Precision:
             return self.config.compute.value
         kinds = ", ".join(products.value for products in self.config.fp8_products)
         library = FLOAT8_LIBRARIES[self.config.backend]
-        return f"FP8 {self.recipe.value} by {library.version()} for {kinds}; the rest {self.config.compute.value}"
+        said = f"FP8 {self.recipe.value} by {library.version()} for {kinds}; the rest {self.config.compute.value}"
+        slow = library.EXPERTS if Products.expert in self.config.fp8_products else ""
+        return f"{said}; {slow}" if slow else said
 
 
 CPU = torch.device("cpu")

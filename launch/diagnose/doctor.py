@@ -22,7 +22,8 @@ from core.config import load
 from core.files import read_json
 from launch.diagnose.machine import FEW_FILES, cores, driver, free_space
 from parallel.layout import ParallelConfig
-from precision.resolve import availability
+from precision.config import Backend
+from precision.resolve import FLOAT8_LIBRARIES, availability
 from train.config import RunConfig, TrainConfig
 from train.run_directory import RunDirectory, write_config
 
@@ -103,6 +104,8 @@ def _precision_lines(found: dict[str, dict[str, list[str]]]) -> Iterator[tuple[s
     for backend, recipes in found.items():
         supported = [recipe for recipe, reasons in recipes.items() if not reasons]
         yield f"FP8 by {backend}", ", ".join(supported) or "none"
+        if supported and (slow := FLOAT8_LIBRARIES[Backend(backend)].EXPERTS):
+            yield "", slow
         refusals: dict[str, list[str]] = {}
         for recipe, reasons in recipes.items():
             for reason in reasons:

@@ -20,6 +20,7 @@ from model.kernels.heads import HeadStep, scale_queries, turn
 from model.layers import Linear, RMSNorm, joint
 from model.roles import Role
 from precision.config import AttentionKind
+from precision.native_gemm import NativeGemm
 from precision.resolve import LayerGemms
 
 
@@ -107,7 +108,7 @@ class Attention(nn.Module):
         """Return what `_projections` returns, with heads of queries and keys in one tensor. If the cache keeps matrices
         and no norm comes between, they are multiplied as one.
         """
-        if context.cache is not None and self._joins:
+        if context.cache is not None and self._joins and isinstance(self.query.gemm, NativeGemm):
             weight = context.cache.joined(self, self._joined_weights)
             if weight is not None:
                 heads_BTHK = self.query.gemm.linear(x_BTD, weight).unflatten(-1, (-1, self.model.head_dim))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from bench.counting import Counter
 from model import moe
 from model.attention import layer as attention
 from parallel.layout import Recompute
+from precision.fp8_linear import Operand
+from precision.quantised_weights import QuantisedWeights
 from precision.weight_copies import WeightCopies
 
 
@@ -66,6 +69,27 @@ def test_the_loss_never_holds_all_logits(monkeypatch):
     assert max(budget.loss_peak_bytes(), budget.loss_peak_bytes(2)) <= 0.6e9
     monkeypatch.setattr("model.head._BLOCK_BYTES", 1 << 40)
     assert budget.loss_peak_bytes() > 1.5e9
+
+
+def test_float8_calls_do_not_grow_with_experts():
+    calls = {experts: budget.quantise_calls(replace(budget.SCOUT, num_experts=experts)) for experts in budget.EXPERTS}
+    quantised = {experts: found.quantised for experts, found in calls.items()}
+    assert quantised[8] == quantised[128] == {Operand.activation: 6, Operand.gradient: 6}
+    assert calls[8].products == calls[128].products == 18
+
+
+def test_an_input_quantised_for_each_layer_is_counted(monkeypatch):
+    monkeypatch.setattr("model.layers._Projection.joins", False)
+    assert budget.quantise_calls().quantised == {Operand.activation: 9, Operand.gradient: 9}
+
+
+def test_weights_are_quantised_once_per_step():
+    assert {budget.weight_quantise_calls(count) for count in budget.MICRO_BATCHES} == {6}
+
+
+def test_weights_quantised_by_each_micro_batch_are_counted(monkeypatch):
+    monkeypatch.setattr(QuantisedWeights, "owners", lambda *args: None)
+    assert [budget.weight_quantise_calls(count) for count in budget.MICRO_BATCHES] == [12, 48]
 
 
 def test_the_counter_sees_what_a_gpu_would_do():
