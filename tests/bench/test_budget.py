@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,7 +12,8 @@ from bench import budget
 from bench.counting import Counter
 from model import moe
 from model.attention import layer as attention
-from parallel.layout import Recompute
+from parallel import expert_parallel
+from parallel.layout import DispatchMethod, Recompute
 from precision.weight_copies import WeightCopies
 
 
@@ -45,6 +47,20 @@ def test_a_wait_for_the_device_is_counted(monkeypatch):
     assert budget.LayerCase()(1)[0].syncs == {"_local_scalar_dense": 1}
 
 
+@pytest.mark.parametrize("dispatch", [DispatchMethod.all_to_all, DispatchMethod.all_gather])
+def test_expert_parallelism_waits_once(monkeypatch, dispatch):
+    assert budget.syncs_ep(dispatch).syncs == {"_to_copy": 1}
+
+    def counting(*args: Any) -> Any:
+        rows = honest(*args)
+        rows.groups.counts_E.tolist()
+        return rows
+
+    honest = expert_parallel.permute_by_expert
+    monkeypatch.setattr(expert_parallel, "permute_by_expert", counting)
+    assert budget.syncs_ep(dispatch).syncs["_to_copy"] > 1, "the control"
+
+
 def test_a_second_cast_of_weights_exceeds_the_budget(monkeypatch):
     before = budget.LayerCase()(1)
     monkeypatch.setattr(WeightCopies, "narrow", lambda copies, w: w.to(copies.dtype))
@@ -66,6 +82,21 @@ def test_the_loss_never_holds_all_logits(monkeypatch):
     assert max(budget.loss_peak_bytes(), budget.loss_peak_bytes(2)) <= 0.6e9
     monkeypatch.setattr("model.head._BLOCK_BYTES", 1 << 40)
     assert budget.loss_peak_bytes() > 1.5e9
+
+
+def test_copies_that_make_the_host_wait_are_counted():
+    x, host = torch.empty(3, device="meta"), torch.zeros(3)
+    with Counter(values=lambda x: torch.full(x.shape, 7.0)) as counter:
+        assert x.tolist() == [7, 7, 7]
+        host.to("meta")
+        x.copy_(host)
+    assert counter.syncs == {"_to_copy": 2, "copy_": 1}
+    with Counter() as counter:
+        host.to("meta", non_blocking=True)
+        x.copy_(host, non_blocking=True)
+        x.to("meta", torch.float64)
+        host.to(torch.float64)
+    assert not counter.syncs
 
 
 def test_the_counter_sees_what_a_gpu_would_do():
