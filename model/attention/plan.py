@@ -101,11 +101,9 @@ class ForwardContext:
         one, int32 on the device, and the length of the longest.
         """
         if chunk not in self._borders:
-            starts_BT = (self._host_positions if chunk is None else self._host_positions % chunk) == 0
-            starts_BT[:, 0] = True
-            ends = torch.cat([starts_BT.flatten().nonzero()[:, 0], torch.tensor([starts_BT.numel()])]).int()
+            ends = piece_borders(self._host_positions, chunk)
             longest = int(ends.diff().max())
-            self._borders[chunk] = ends.to(self.positions_BT.device, non_blocking=True), longest
+            self._borders[chunk] = ends.int().to(self.positions_BT.device, non_blocking=True), longest
         return self._borders[chunk]
 
     def rotation(self, model: ModelConfig, layer: LayerConfig, dtype: torch.dtype) -> Tensor:
@@ -162,6 +160,15 @@ class ForwardContext:
         segments_BT = starts_BT.to(self.positions_BT.device).cumsum(1)
         same = segments_BT[:, :, None] == segments_BT[:, None, :]
         return same.tril()[:, None]
+
+
+def piece_borders(positions_BT: Tensor, chunk: int | None) -> Tensor:
+    """Return where each document begins among the positions of all sequences or, with `chunk`, each chunk of one, and
+    the end of the last, int64. All on the host.
+    """
+    starts_BT = (positions_BT if chunk is None else positions_BT % chunk) == 0
+    starts_BT[:, 0] = True
+    return torch.cat([starts_BT.flatten().nonzero()[:, 0], torch.tensor([starts_BT.numel()])])
 
 
 def on_grid(length: int, chunk: int) -> Tensor:
