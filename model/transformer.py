@@ -111,7 +111,7 @@ class Transformer(Stack):
             else VisionEncoder(config.vision, config.hidden_size, ends, precision.compute_dtype),
         )
         self.config = config
-        self.compute_dtype = precision.compute_dtype
+        self.compute_dtype, self.attention = precision.compute_dtype, precision.attention
 
     def forward(self, x: Tensor, context: ForwardContext | None = None, pixels: Tensor | None = None) -> Tensor:
         """Map token ids [B, T] to logits [B, T, V]. Without a context, each sequence is one document.

@@ -36,6 +36,8 @@ class StepBatches:
         self.chunks = list(dict.fromkeys(layer.attention_chunk_size for layer in config.model.blocks))
         self.lengths: dict[int | None, float] = {}
         """Lengths of the documents between the last two calls of `read`, for `training_flops`."""
+        self.prepare: Callable[[Batch, int], None] = lambda batch, micro_batch_size: None
+        """Prepares a batch for its step further: see `Engine.prepare`."""
         self.window = OnlineWindow() if config.online.every else None
         self._prefetcher = Prefetcher(self._make, config.data.prefetch)
         self._reset()
@@ -98,6 +100,7 @@ class StepBatches:
         phase = self.phase(step)
         batch = self._sequences_of(step, phase)
         load_tiles(batch.images, self.meshes, phase.micro_batch_size)
+        self.prepare(batch, phase.micro_batch_size)
         return batch
 
     def _sequences_of(self, step: int, phase: Phase) -> Batch:

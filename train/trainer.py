@@ -89,6 +89,7 @@ class Trainer:
         begun = world.from_main(lambda: bool(committed(directory.checkpoints)))
         source = None if begun else run_source(config, log)
         self.engine = objective_engine(config, corpus, self.meshes, world.device)
+        self.batches.prepare = self.engine.prepare
         placed = self.engine.placed
         self.balancer = Balancer(placed.model, partial(self.meshes.world.sum, purpose="balance"))
         progress = self.checkpointer.restore(self.engine.state())

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from core.memory import upload
 from model.attention.rope import frequencies, rotation
 from model.attention.segments import Segment, SegmentRun, document_bounds, plan_segments
 from model.config import LayerConfig, ModelConfig
@@ -71,7 +72,7 @@ class ForwardContext:
         self, positions_BT: Tensor, device: torch.device | None = None, routed_tokens: Tensor | float | None = None
     ) -> None:
         self._host_positions = positions_BT.cpu()
-        self.positions_BT = positions_BT.to(device) if device is not None else positions_BT
+        self.positions_BT = upload(positions_BT, device)
         self.routed_tokens = routed_tokens
         self.images: Images | None = None
         """The images of the micro-batch; None: it has none."""
@@ -103,7 +104,7 @@ class ForwardContext:
         if chunk not in self._borders:
             ends = piece_borders(self._host_positions, chunk)
             longest = int(ends.diff().max())
-            self._borders[chunk] = ends.int().to(self.positions_BT.device, non_blocking=True), longest
+            self._borders[chunk] = upload(ends.int(), self.positions_BT.device), longest
         return self._borders[chunk]
 
     def rotation(self, model: ModelConfig, layer: LayerConfig, dtype: torch.dtype) -> Tensor:
@@ -114,7 +115,7 @@ class ForwardContext:
         if key not in self._rotations:
             chunk = layer.attention_chunk_size
             positions = self.positions_BT if chunk is None else self.positions_BT % chunk
-            table = frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+            table = frequencies(model.head_dim, model.rope_theta, model.rope_scaling, positions.device)
             self._rotations[key] = rotation(positions, table, dtype)
         return self._rotations[key]
 
@@ -127,15 +128,28 @@ class ForwardContext:
             self._temperature = (1 + model.temperature_scale * torch.log1p(steps))[:, :, None, None]
         return self._temperature.to(at_least_float32(dtype))
 
+    def prepare_attention(self, model: ModelConfig, attention: AttentionKind) -> None:
+        """Do the work of attention that reads positions on the host, for every chunk size of the model."""
+        for chunk in {layer.attention_chunk_size for layer in model.blocks}:
+            match attention:
+                case AttentionKind.varlen:
+                    self.borders(chunk)
+                case AttentionKind.segments:
+                    self.plan(chunk)
+                case AttentionKind.auto:
+                    raise ValueError("attention=auto: `resolve` it first")
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors on the device that exist so far."""
+        masks = [plan.mask for plan in self._plans.values() if plan.mask is not None]
+        return [self.positions_BT, *(ends for ends, _ in self._borders.values()), *masks]
+
     def prepare(
         self, model: ModelConfig, dtype: torch.dtype, attention: AttentionKind = AttentionKind.segments
     ) -> None:
         """Build everything that the layers need, so that traced code only reads it, and no layer waits for the host."""
+        self.prepare_attention(model, attention)
         for layer in model.blocks:
-            if attention is AttentionKind.varlen:
-                self.borders(layer.attention_chunk_size)
-            else:
-                self.plan(layer.attention_chunk_size)
             if layer.rope:
                 self.rotation(model, layer, dtype)
             if layer.temperature:
@@ -157,7 +171,7 @@ class ForwardContext:
         return AttentionPlan(segments=plan_segments(document_bounds(starts), whole, whole))
 
     def _document_mask(self, starts_BT: Tensor) -> Tensor:
-        segments_BT = starts_BT.to(self.positions_BT.device).cumsum(1)
+        segments_BT = upload(starts_BT, self.positions_BT.device).cumsum(1)
         same = segments_BT[:, :, None] == segments_BT[:, None, :]
         return same.tril()[:, None]
 
@@ -181,7 +195,7 @@ def _blocked(starts_BT: Tensor, chunk: int, device: torch.device) -> AttentionPl
     needed only if a chunk crosses a block boundary.
     """
     halo = not bool(starts_BT[:, ::chunk].all())
-    segments_BT = starts_BT.to(device).cumsum(1)
+    segments_BT = upload(starts_BT, device).cumsum(1)
     queries = blocks(segments_BT, chunk, fill=-1)
     keys = queries
     if halo:  # a chunk is at most one block long, so one previous block is enough
