@@ -39,7 +39,7 @@ def parallelize(
     meshes: Meshes,
     precision: PrecisionConfig,
 ) -> None:
-    """Apply TP, CP, EP, activation checkpointing, compile, then FSDP2, in place. Order matters.
+    """Apply TP, CP, EP, compile, activation checkpointing, then FSDP2, in place. Order matters.
 
     `stacks` are this rank's pipeline stages: `runtime.split_stages`. Names of modules and parameters do not change.
     """
@@ -49,9 +49,9 @@ def parallelize(
     context_parallel.apply(model, meshes.cp)
     expert_parallel.apply(model, meshes)
     _count_whole_sequences(model, meshes)
-    activation_checkpoint.apply(model, layout.recompute)
     if layout.compile:
-        compile.apply(model)
+        compile.apply(model, traces_whole=compile.traces_whole(layout, precision, model.attention))
+    activation_checkpoint.apply(model, layout.recompute, layout.compile)
     if layout.engine is EngineKind.fsdp2:
         fsdp.apply(model, stacks, specs, meshes, precision)
 
@@ -93,6 +93,7 @@ class ParallelModel(ParallelNetwork):
         """
         shard = self.context_shard(positions_BT.shape[1])
         context = shard.sequence_context(positions_BT, self.device, routed_tokens)
+        context.is_static = self.meshes.layout.compile
         if self.attention is AttentionKind.varlen:
             context.prepare_attention(self.model.config, self.attention)
         if not ahead:

@@ -84,6 +84,10 @@ class ForwardContext:
         """Keys and values of earlier passes, for generation; None: every sequence is whole."""
         self.labels_BT: Tensor | None = None
         """Labels, for which the model returns the losses instead of logits; negative ones have none."""
+        self.is_static = False
+        """Whether compiled layers read the plans, which must not be compiled again for each batch. The longest document
+        is then taken to be a whole sequence or chunk, and the number of documents is a dynamic size.
+        """
         self.last_B: Tensor | None = None
         """The position of each sequence for which alone logits are computed; None: for all."""
         self._plans: dict[int | None, AttentionPlan] = {}
@@ -99,12 +103,18 @@ class ForwardContext:
 
     def borders(self, chunk: int | None) -> tuple[Tensor, int]:
         """Return the first positions of documents and chunks among those of all sequences, with the end of the last
-        one, int32 on the device, and the length of the longest.
+        one, int32 on the device, and a length that none exceeds: that of the longest.
         """
         if chunk not in self._borders:
             ends = piece_borders(self._host_positions, chunk)
-            longest = int(ends.diff().max())
-            self._borders[chunk] = upload(ends.int(), self.positions_BT.device), longest
+            ends_on_device = upload(ends.int(), self.positions_BT.device)
+            if self.is_static:
+                length = self._host_positions.shape[1]
+                longest = min(length, chunk or length)
+                torch._dynamo.mark_dynamic(ends_on_device, 0)
+            else:
+                longest = int(ends.diff().max())
+            self._borders[chunk] = ends_on_device, longest
         return self._borders[chunk]
 
     def rotation(self, model: ModelConfig, layer: LayerConfig, dtype: torch.dtype) -> Tensor:

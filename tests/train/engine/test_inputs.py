@@ -154,7 +154,7 @@ def test_an_event_recorded_too_early_is_noticed(engine, monkeypatch):
 
 def test_unrecorded_memory_is_noticed(engine, monkeypatch):
     everything = StepInputs.tensors.fget
-    monkeypatch.setattr(StepInputs, "tensors", property(lambda inputs: everything(inputs)[:-1] + [inputs.tokens_BT]))
+    monkeypatch.setattr(StepInputs, "tensors", property(lambda inputs: [*everything(inputs)[:-1], inputs.tokens_BT]))
     assert len(races(engine, monkeypatch).unrecorded()) == 1
 
 
