@@ -97,7 +97,7 @@ def test_a_configuration_that_compiles_nothing_is_rejected(monkeypatch):
         if layer.is_moe:
             layer.ffn.shared = None
     compiled(model, Recompute.none)
-    with pytest.raises(ConfigError, match="parallel.compile=true: nothing could be compiled: .*; try false"):
+    with pytest.raises(ConfigError, match=r"parallel\.compile=true: nothing could be compiled: .*; try false"):
         run(model, PACKINGS[0], torch.device("cpu"))
 
 
