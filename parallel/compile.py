@@ -65,7 +65,7 @@ def apply(model: Transformer, backend: str = "inductor", traces_whole: bool = Fa
         if isinstance(layer.ffn, MixtureOfExperts):
             layer.attend = compiled(layer.attend)  # type: ignore[method-assign]
             if layer.ffn.shared is not None:
-                layer.ffn.shared.forward = compiled(layer.ffn.shared.forward)
+                layer.ffn.shared.forward = compiled(layer.ffn.shared.forward)  # type: ignore[method-assign]
         else:
             layer.forward = compiled(layer.forward)  # type: ignore[method-assign]
     if model.vision is not None:

@@ -131,6 +131,7 @@ def races(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Races:
         one = batch()
         engine.prepare(one, MICRO)
         assert isinstance(one.ahead, StepInputs) and len(one.ahead.tensors) == 2 + 2 * (1 + 2), "two chunk sizes"
+        assert not any(context._rotations for context in one.ahead.contexts), "a later step may have another theta"
         step(engine, one)
         assert one.ahead is None and cuda.current.seen
     return checker
