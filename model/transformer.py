@@ -42,11 +42,13 @@ class Layer(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         h_BTD, z_BTD = self.attend(x_BTD, context)
-        return h_BTD.add(self.ffn(z_BTD, context) if self.is_moe else self.ffn(z_BTD), alpha=self.multiplier)
+        y_BTD = self.ffn(z_BTD, context) if self.is_moe else self.ffn(z_BTD)
+        return h_BTD.add(y_BTD, alpha=self.multiplier)
 
     def attend(self, x_BTD: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """Return the hidden states after attention, and the input of the feed-forward part."""
-        h_BTD = x_BTD.add(self.attention(self.attention_norm(x_BTD), context), alpha=self.multiplier)
+        y_BTD = self.attention(self.attention_norm(x_BTD), context)
+        h_BTD = x_BTD.add(y_BTD, alpha=self.multiplier)  # torch.compile cannot resume inside a call of a builtin
         return h_BTD, self.ffn_norm(h_BTD)
 
 
