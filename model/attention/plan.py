@@ -140,7 +140,7 @@ class ForwardContext:
 
     def prepare_attention(self, model: ModelConfig, attention: AttentionKind) -> None:
         """Do the work of attention that reads positions on the host, for every chunk size of the model."""
-        for chunk in {layer.attention_chunk_size for layer in model.blocks}:
+        for chunk in dict.fromkeys(layer.attention_chunk_size for layer in model.blocks):
             match attention:
                 case AttentionKind.varlen:
                     self.borders(chunk)

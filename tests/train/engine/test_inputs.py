@@ -149,7 +149,7 @@ def test_a_forgotten_wait_is_noticed(engine, monkeypatch):
 
 
 def test_an_event_recorded_too_early_is_noticed(engine, monkeypatch):
-    monkeypatch.setattr(Stream, "record_event", lambda stream: (stream, stream.time - 1))
+    monkeypatch.setattr(Stream, "record_event", lambda stream: (stream, stream.time // 2))
     assert races(engine, monkeypatch).found
 
 
