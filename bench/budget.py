@@ -9,6 +9,8 @@ forward to the backward pass, its input among them, for each kind of recomputati
 head and loss without the weight and its gradient. `quantise_calls` and `product_calls` are the calls of an FP8 library
 for a micro-batch, for 8 and 128 experts, and `weight_quantise_calls` those for the weights in a step of 1 and 4
 micro-batches, all with the blockwise recipe.
+`syncs_ep`: host synchronisations of the layer as one of eight ranks
+of expert parallelism, without a network: routing is balanced, and a copy to the host gives its counts.
 """
 
 from __future__ import annotations
@@ -16,22 +18,28 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bench.counting import Counter, Float8Calls
 from core.files import write_json
 from model.attention.plan import ForwardContext
 from model.config import ModelConfig
 from model.head import Head
+from model.moe import Experts, MixtureOfExperts
 from model.roles import Role
 from model.transformer import Layer, Stack
-from parallel import activation_checkpoint
-from parallel.layout import Recompute
+from parallel import activation_checkpoint, expert_parallel
+from parallel.layout import DispatchMethod, ParallelConfig, Recompute
+from parallel.mesh import meshes_of_rank
 from precision.config import Compute, PrecisionConfig
 from precision.fp8_linear import Float8Gemm, Operand
 from precision.resolve import resolve
@@ -40,6 +48,7 @@ TOKENS = 8192
 DOCUMENTS = (1, 8, 32)
 EXPERTS = (8, 128)
 MICRO_BATCHES = (1, 4)
+RANKS = 8
 GPU, META = torch.device("cuda"), torch.device("meta")
 SCOUT = ModelConfig()
 BFLOAT16 = resolve(PrecisionConfig(compute=Compute.bfloat16), GPU)
@@ -56,7 +65,10 @@ class LayerCase:
         recompute: Recompute = Recompute.none,
         index: int = 0,
         float8: Float8Calls | None = None,
+        change: Callable[[Layer], None] = lambda layer: None,
+        values: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        """`change` distributes the layer; `values`: see `Counter`."""
         blocks = model.blocks
         BFLOAT16.clock.tick()
         gemms = BFLOAT16.at(index, len(blocks))
@@ -64,6 +76,8 @@ class LayerCase:
             gemms = replace(gemms, float8=lambda products, name: Float8Gemm(float8, name))
         with META:
             layer = Layer(model, blocks[index], gemms)
+            change(layer)
+        self.values = values
         self.model, self.stack = model, Stack(None, {str(index): layer}, None, None)
         activation_checkpoint.apply(self.stack, recompute)  # type: ignore[arg-type]
         self(1, collect=False)
@@ -78,12 +92,37 @@ class LayerCase:
         x_BTD = torch.empty(1, tokens, self.model.hidden_size, device=META, dtype=torch.bfloat16, requires_grad=True)
         if collect:
             gc.collect()
-        with Counter() as counter:
+        with Counter(values=self.values) as counter:
             y_BTD = self.stack(x_BTD, context)
             counter.forget(y_BTD)
             kept = counter.live + x_BTD.nbytes
             y_BTD.backward(torch.empty_like(y_BTD))
         return counter, kept
+
+
+def syncs_ep(dispatch: DispatchMethod = DispatchMethod.all_to_all) -> Counter:
+    """Return the counts of an MoE layer as one of `RANKS` ranks over which its experts are split."""
+    local = SCOUT.num_experts // RANKS
+
+    def split(layer: Layer) -> None:
+        assert isinstance(layer.ffn, MixtureOfExperts)
+        layer.ffn.experts = Experts(local, SCOUT.hidden_size, SCOUT.expert_hidden_size, BFLOAT16.plain)
+        meshes = meshes_of_rank(ParallelConfig(ep=RANKS, dispatch=dispatch).resolve(RANKS), 0)
+        meshes = replace(meshes, experts=replace(meshes.experts, group=dist.group.WORLD))
+        expert_parallel.apply(SimpleNamespace(layers={"0": layer}, config=SCOUT), meshes)  # type: ignore[arg-type]
+
+    def balanced(counts: Tensor) -> Tensor:
+        """Return what the host reads of counts [E], or [1 + E, N] after the counts that are sent to each rank."""
+        slots = TOKENS * SCOUT.router.top_k
+        if counts.dim() == 1:
+            return torch.full(counts.shape, slots * RANKS // SCOUT.num_experts)
+        return torch.tensor([slots // RANKS] + [slots // SCOUT.num_experts] * local)[:, None].expand(counts.shape)
+
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    try:
+        return LayerCase(change=split, values=balanced)(DOCUMENTS[-1])[0]
+    finally:
+        dist.destroy_process_group()
 
 
 def launches(model: ModelConfig = SCOUT) -> dict[int, Counter]:
@@ -149,6 +188,7 @@ def report() -> dict[str, Any]:
         "launches": {str(documents): counter.launches.total() for documents, counter in counts.items()},
         "operators": dict(counts[DOCUMENTS[-1]].launches.most_common()),
         "syncs": sum(counter.syncs.total() for counter in counts.values()),
+        "syncs_ep": syncs_ep().syncs.total(),
         "saved_bytes": saved_bytes(),
         "loss_peak_bytes": loss_peak_bytes(),
         "loss_peak_bytes_tp2": loss_peak_bytes(2),

@@ -33,14 +33,20 @@ conversion of dq.
 _SYNCHRONISES = {"_local_scalar_dense", "nonzero", "masked_select", "unique2", "_unique2", "unique_dim", "equal"}
 
 
+def _ones_on_host(x: Tensor) -> Tensor:
+    return torch.ones(x.shape, dtype=x.dtype)
+
+
 class Counter(TorchDispatchMode):
     """Counts the operators that run under it. `launches` [operator] and `syncs` [operator]; `live` and `peak`: bytes of
     the tensors that they made and that are still alive, without those whose shape is `ignored`.
+
+    A copy from meta tensors to the host gets the values that `values` returns: by default ones.
     """
 
-    def __init__(self, ignored: Sequence[torch.Size] = ()) -> None:
+    def __init__(self, ignored: Sequence[torch.Size] = (), values: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
-        self.ignored = set(ignored)
+        self.ignored, self.values = set(ignored), values or _ones_on_host
         self.launches: Counts[str] = Counts()
         self.syncs: Counts[str] = Counts()
         self.peak = 0
@@ -52,9 +58,12 @@ class Counter(TorchDispatchMode):
         if name == "_local_scalar_dense" and args[0].device.type == "meta":
             self.syncs[name] += 1
             return 1  # a value must come back; which one does not matter here
+        if name == "_to_copy" and args[0].device.type == "meta" and _to_host(kwargs.get("device")):
+            self.syncs[name] += 1
+            return self.values(args[0])
         result = operation(*args, **kwargs)
         on_host = _on_host(args, result)
-        if (name in _SYNCHRONISES and not on_host) or _copies_to_host(name, args, result):
+        if (name in _SYNCHRONISES and not on_host) or _waits_for_copy(name, args, kwargs):
             self.syncs[name] += 1
         if not on_host and not _is_view(operation) and name not in _ALLOCATIONS:
             self.launches[name] += _LAUNCHES.get(name, 1)
@@ -88,10 +97,21 @@ def _on_host(args: Any, result: Any) -> bool:
     return all(tensor.device.type != "meta" for tensor in (*_tensors(args), *_tensors(result)))
 
 
-def _copies_to_host(name: str, args: Any, result: Any) -> bool:
+def _to_host(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cpu"
+
+
+def _waits_for_copy(name: str, args: Any, kwargs: Any) -> bool:
+    """Return whether the host waits for a copy: one from the device, or one to the device that is not asked to run
+    on its own.
+    """
     given = [tensor.device.type for tensor in _tensors(args)]
-    found = [tensor.device.type for tensor in _tensors(result)]
-    return name in ("_to_copy", "copy_") and ("meta" in given) and ("cpu" in found or given[:1] == ["cpu"])
+    if name == "copy_":
+        waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+        return given == ["cpu", "meta"] or (given == ["meta", "cpu"] and waits and args[1].dim() > 0)
+    target = kwargs.get("device")
+    uploads = name == "_to_copy" and given == ["cpu"] and target is not None and torch.device(target).type == "meta"
+    return uploads and not kwargs.get("non_blocking", False)
 
 
 def _is_view(operation: Any) -> bool:

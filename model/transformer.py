@@ -41,9 +41,15 @@ class Layer(nn.Module):
         )
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
-        h_BTD = x_BTD.add(self.attention(self.attention_norm(x_BTD), context), alpha=self.multiplier)
-        z_BTD = self.ffn_norm(h_BTD)
-        return h_BTD.add(self.ffn(z_BTD, context) if self.is_moe else self.ffn(z_BTD), alpha=self.multiplier)
+        h_BTD, z_BTD = self.attend(x_BTD, context)
+        y_BTD = self.ffn(z_BTD, context) if self.is_moe else self.ffn(z_BTD)
+        return h_BTD.add(y_BTD, alpha=self.multiplier)
+
+    def attend(self, x_BTD: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Return the hidden states after attention, and the input of the feed-forward part."""
+        y_BTD = self.attention(self.attention_norm(x_BTD), context)
+        h_BTD = x_BTD.add(y_BTD, alpha=self.multiplier)  # torch.compile cannot resume inside a call of a builtin
+        return h_BTD, self.ffn_norm(h_BTD)
 
 
 class Stack(nn.Module):
@@ -112,6 +118,7 @@ class Transformer(Stack):
         )
         self.config = config
         self.compute_dtype, self.clock = precision.compute_dtype, precision.clock
+        self.attention = precision.attention
 
     def forward(self, x: Tensor, context: ForwardContext | None = None, pixels: Tensor | None = None) -> Tensor:
         """Map token ids [B, T] to logits [B, T, V]. Without a context, each sequence is one document.

@@ -26,11 +26,12 @@ from parallel.layout import Recompute
 from parallel.tensor_parallel import GatherScatter
 
 
-def apply(model: Network, mode: Recompute) -> None:
+def apply(model: Network, mode: Recompute, compiled: bool = False) -> None:
     """Recompute activations of a model's layers. Names of modules and parameters do not change.
 
     Layers of the vision encoder are recomputed whole in both modes. Keeping their matmuls and attention would keep most
-    of their activations.
+    of their activations. In `compiled` layers, `selective` applies to the routed experts only: in the rest the compiler
+    chooses by a minimal cut of its graph.
     """
     if mode is Recompute.none:
         return
@@ -43,7 +44,21 @@ def apply(model: Network, mode: Recompute) -> None:
         if mode is Recompute.full:
             layer.forward = partial(whole, layer.forward)  # type: ignore[method-assign]
         else:
-            _select(layer)
+            _select_experts(layer) if compiled else _select(layer)
+
+
+def _select_experts(layer: Layer) -> None:
+    """Mark what the routed experts of a layer compute again."""
+    remade, ffn = Remade(), layer.ffn
+    if isinstance(ffn, MixtureOfExperts):
+        _experts_again(remade, ffn)
+        ffn.forward = partial(remade.run, ffn.forward)  # type: ignore[method-assign]
+
+
+def _experts_again(remade: Remade, ffn: MixtureOfExperts) -> None:
+    _swiglu_again(remade, ffn.experts)
+    if isinstance(ffn.dispatch, LocalDispatcher):
+        remade.wrap(ffn.dispatch.kernels, "permute")
 
 
 def _select(layer: Layer) -> None:
@@ -54,9 +69,7 @@ def _select(layer: Layer) -> None:
     parts: list[Any] = [layer.attention]
     if isinstance(ffn, MixtureOfExperts):
         parts += [] if ffn.shared is None else [ffn.shared]
-        _swiglu_again(remade, ffn.experts)
-        if isinstance(ffn.dispatch, LocalDispatcher):
-            remade.wrap(ffn.dispatch.kernels, "permute")
+        _experts_again(remade, ffn)
     else:
         parts.append(ffn)
     for part in parts:

@@ -111,7 +111,7 @@ class ParallelConfig:
     recompute: Recompute = Recompute.none
     """Recomputing saves memory for activations, and costs time."""
     compile: bool = False
-    """Apply torch.compile to each layer."""
+    """Apply torch.compile to the dense half of each layer."""
     schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
     """Used if pp > 1."""
     stages_per_rank: int | None = None

@@ -28,7 +28,7 @@ from parallel.pipeline import runtime
 from parallel.sharding import ShardSpec
 from parallel.vision import exchange
 from parallel.vision.ahead import EncodedStep
-from precision.config import PrecisionConfig
+from precision.config import AttentionKind, PrecisionConfig
 from precision.resolve import Precision, resolve
 
 
@@ -39,7 +39,7 @@ def parallelize(
     meshes: Meshes,
     precision: PrecisionConfig,
 ) -> None:
-    """Apply TP, CP, EP, activation checkpointing, compile, then FSDP2, in place. Order matters.
+    """Apply TP, CP, EP, compile, activation checkpointing, then FSDP2, in place. Order matters.
 
     `stacks` are this rank's pipeline stages: `runtime.split_stages`. Names of modules and parameters do not change.
     """
@@ -49,9 +49,9 @@ def parallelize(
     context_parallel.apply(model, meshes.cp)
     expert_parallel.apply(model, meshes)
     _count_whole_sequences(model, meshes)
-    activation_checkpoint.apply(model, layout.recompute)
     if layout.compile:
-        compile.apply(model)
+        compile.apply(model, traces_whole=compile.traces_whole(layout, precision, model.attention))
+    activation_checkpoint.apply(model, layout.recompute, layout.compile)
     if layout.engine is EngineKind.fsdp2:
         fsdp.apply(model, stacks, specs, meshes, precision)
 
@@ -85,13 +85,30 @@ class ParallelModel(ParallelNetwork):
         unit = split_unit(self.model.config, seq_len)
         return ContextShard(self.meshes.cp, seq_len, unit, self.meshes.layout.cp_method)
 
-    def sequence_context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> ForwardContext:
-        """Return the `ForwardContext` for this rank's positions, made from the positions of whole sequences."""
+    def sequence_context(
+        self, positions_BT: Tensor, routed_tokens: float | None = None, ahead: bool = False
+    ) -> ForwardContext:
+        """Return the `ForwardContext` for this rank's positions, made from the positions of whole sequences. `ahead`:
+        of a later step, in which the model's settings may have changed; call `prepare` then.
+        """
         shard = self.context_shard(positions_BT.shape[1])
         context = shard.sequence_context(positions_BT, self.device, routed_tokens)
-        if self.meshes.layout.compile:
-            context.prepare(self.model.config, self.model.compute_dtype)
+        context.is_static = self.meshes.layout.compile
+        if self.attention is AttentionKind.varlen:
+            context.prepare_attention(self.model.config, self.attention)
+        if not ahead:
+            self.prepare(context)
         return context
+
+    @property
+    def attention(self) -> AttentionKind:
+        """The kernels of attention: parts of sequences attend by segments."""
+        return self.model.attention if self.meshes.cp.size == 1 else AttentionKind.segments
+
+    def prepare(self, context: ForwardContext) -> None:
+        """Build the tables that compiled layers read, on the current stream, with the model's present settings."""
+        if self.meshes.layout.compile:
+            context.prepare(self.model.config, self.model.compute_dtype, self.attention)
 
     def images(
         self, rows_BT: Tensor, tiles: int, pixels_N3SS: Tensor, greys: Tensor | None = None, ranks: int = 1

@@ -10,6 +10,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from core.memory import upload
 from data.images.batch import MODALITIES
 from data.loader import IGNORED, Batch
 from parallel.context_parallel import ContextShard
@@ -29,7 +30,9 @@ class BatchLoss:
         self.meshes, self.masks, counted_BT = meshes, deque[Tensor](), labels_BT != IGNORED
         tokens = counted_BT.sum() * meshes.counts_tokens
         if batch.images is not None:
-            with_images_BT = share.take(batch.images.documents_with_images(batch.positions_BT)).to(labels_BT.device)
+            with_images_BT = upload(
+                share.take(batch.images.documents_with_images(batch.positions_BT)), labels_BT.device
+            )
             masks_BMT = torch.stack([with_images_BT, ~with_images_BT], 1)
             self.masks.extend(masks_BMT.split(micro_batch_size))
             tokens_M = (masks_BMT & counted_BT[:, None]).sum((0, 2)) * meshes.counts_tokens

@@ -14,9 +14,13 @@ from model.config import RopePairing, RopeScaling
 from precision.gemm import at_least_float32, widened
 
 
-def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
-    """Return the angle per position of each pair in radians, float64 [K/2] (Su et al. 2021, section 3.2.2)."""
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
+def frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None, device: torch.device | None = None
+) -> Tensor:
+    """Return the angle per position of each pair in radians, float64 [K/2] (Su et al. 2021, section 3.2.2). They are
+    computed on the device, since a copy from the host would make the step wait.
+    """
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
     plain = theta ** (-pairs / head_dim)
     return plain if scaling is None else _scaled(plain, scaling)
 
@@ -37,7 +41,7 @@ def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
 
 def rotation(positions_BT: Tensor, frequencies_K2: Tensor, dtype: torch.dtype) -> Tensor:
     """Return cosine and sine of the angle of each pair at each position, [B, T, 1, K/2, 2]. Angles are float64."""
-    angles = positions_BT.to(torch.float64)[:, :, None, None] * frequencies_K2.to(positions_BT.device)
+    angles = positions_BT.to(torch.float64)[:, :, None, None] * frequencies_K2
     return cos_and_sin(angles, dtype)
 
 

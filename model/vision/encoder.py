@@ -148,7 +148,7 @@ def tile_rotation(config: VisionConfig, device: torch.device, dtype: torch.dtype
     """
     side = config.patches_per_side
     place = torch.arange(config.patches, device=device)
-    turns = frequencies(config.head_dim // 2, config.rope_theta).to(device)
+    turns = frequencies(config.head_dim // 2, config.rope_theta, device=device)
     angles = torch.cat([(xy + 1)[:, None] * turns for xy in (place % side, place // side)], dim=1)
     angles = F.pad(angles, (0, 0, 0, 1))[None, :, None]
     return cos_and_sin(angles, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,7 +13,8 @@ from bench import budget
 from bench.counting import Counter
 from model import moe
 from model.attention import layer as attention
-from parallel.layout import Recompute
+from parallel import expert_parallel
+from parallel.layout import DispatchMethod, Recompute
 from precision.fp8_linear import Operand
 from precision.quantised_weights import QuantisedWeights
 from precision.weight_copies import WeightCopies
@@ -46,6 +48,20 @@ def test_a_wait_for_the_device_is_counted(monkeypatch):
     honest = moe.dispatch_rows
     monkeypatch.setattr(moe, "dispatch_rows", waiting)
     assert budget.LayerCase()(1)[0].syncs == {"_local_scalar_dense": 1}
+
+
+@pytest.mark.parametrize("dispatch", [DispatchMethod.all_to_all, DispatchMethod.all_gather])
+def test_expert_parallelism_waits_once(monkeypatch, dispatch):
+    assert budget.syncs_ep(dispatch).syncs == {"_to_copy": 1}
+
+    def counting(*args: Any) -> Any:
+        rows = honest(*args)
+        rows.groups.counts_E.tolist()
+        return rows
+
+    honest = expert_parallel.permute_by_expert
+    monkeypatch.setattr(expert_parallel, "permute_by_expert", counting)
+    assert budget.syncs_ep(dispatch).syncs["_to_copy"] > 1, "the control"
 
 
 def test_a_second_cast_of_weights_exceeds_the_budget(monkeypatch):
@@ -90,6 +106,21 @@ def test_weights_are_quantised_once_per_step():
 def test_weights_quantised_by_each_micro_batch_are_counted(monkeypatch):
     monkeypatch.setattr(QuantisedWeights, "owners", lambda *args: None)
     assert [budget.weight_quantise_calls(count) for count in budget.MICRO_BATCHES] == [12, 48]
+
+
+def test_copies_that_make_the_host_wait_are_counted():
+    x, host = torch.empty(3, device="meta"), torch.zeros(3)
+    with Counter(values=lambda x: torch.full(x.shape, 7.0)) as counter:
+        assert x.tolist() == [7, 7, 7]
+        host.to("meta")
+        x.copy_(host)
+    assert counter.syncs == {"_to_copy": 2, "copy_": 1}
+    with Counter() as counter:
+        host.to("meta", non_blocking=True)
+        x.copy_(host, non_blocking=True)
+        x.to("meta", torch.float64)
+        host.to(torch.float64)
+    assert not counter.syncs
 
 
 def test_the_counter_sees_what_a_gpu_would_do():
