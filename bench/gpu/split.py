@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from functools import cache
 
 import torch
 from torch.autograd import DeviceType
@@ -36,6 +37,7 @@ Span = tuple[str, float, float]
 """Name, begin and end in milliseconds."""
 
 
+@cache
 def class_of(name: str) -> KernelClass:
     lowered = name.lower()
     found = (kind for kind, pattern in PATTERNS.items() if re.search(pattern, lowered))
