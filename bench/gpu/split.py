@@ -1,12 +1,21 @@
-"""Divide the time of a piece of work into classes of kernels, by the names that torch.profiler reports."""
+"""Divide the time of a piece of work into classes of kernels, by the names that torch.profiler reports.
+
+    python -m bench.gpu.split runs/NAME/profile/*.trace.json
+
+prints the milliseconds of each class in traces that `profile.steps` of a run on a GPU wrote.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -82,3 +91,27 @@ def observed(work: Callable[[], object], device: torch.device) -> tuple[list[Spa
 def launched(spans: Sequence[Span]) -> int:
     """Return the number of kernels, copies and fills that the GPU ran. Copies from and to the host are not counted."""
     return sum("HtoD" not in name and "DtoH" not in name for name, _, _ in spans)
+
+
+def of_trace(path: Path) -> tuple[list[Span], float]:
+    """Return the kernels of a trace in Chrome's format, and the milliseconds from its first event to its last."""
+    events = [one for one in json.loads(path.read_text())["traceEvents"] if one.get("ph") == "X" and one.get("dur")]
+    spans = [(one["name"], one["ts"] / 1e3, (one["ts"] + one["dur"]) / 1e3) for one in events if _on_gpu(one)]
+    ends = [one["ts"] + one["dur"] for one in events]
+    return spans, (max(ends) - min(one["ts"] for one in events)) / 1e3 if events else 0.0
+
+
+def _on_gpu(event: dict[str, Any]) -> bool:
+    return event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+def main(paths: list[str]) -> None:
+    for path in map(Path, paths):
+        spans, wall_ms = of_trace(path)
+        print(f"{path}: {wall_ms:.1f} ms, {launched(spans)} launches")
+        for kind, ms in divided(spans, wall_ms).items():
+            print(f"  {kind.value:<14} {ms:10.2f} ms  {ms / max(wall_ms, 1e-9):6.1%}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import checks
+from bench.gpu import checks, split
 from bench.gpu.__main__ import SECTIONS, in_new_process, main, measure
 from bench.gpu.attention import flex
 from bench.gpu.clock import Timing, distance
@@ -247,6 +247,20 @@ def test_kernels_are_divided_into_classes():
     found = divided(spans, wall_ms=10.0)
     assert [found[kind] for kind in KernelClass] == [0.0, 4.0, 4.0, 1.5, 2.5]
     assert launched(spans) == 3
+
+
+def test_a_trace_of_a_run_is_divided(tmp_path, capsys):
+    kernels = [("kernel", "gemm", 1e3, 4e3), ("kernel", "add", 6e3, 1e3), ("gpu_memcpy", "Memcpy DtoD", 7e3, 1e3)]
+    events = [{"ph": "X", "cat": c, "name": n, "ts": t, "dur": d} for c, n, t, d in kernels]
+    events += [{"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0.0, "dur": 10e3}, {"ph": "M", "name": "x"}]
+    path = tmp_path / "step.trace.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    split.main([str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("step.trace.json: 10.0 ms, 3 launches")
+    assert [line.split() for line in lines[3:]] == [
+        ["products", "4.00", "ms", "40.0%"], ["elementwise", "2.00", "ms", "20.0%"], ["host", "4.00", "ms", "40.0%"],
+    ]  # fmt: skip
 
 
 def test_the_loss_is_compared_by_blocks(monkeypatch):
