@@ -219,6 +219,7 @@ def _runs(row: list[int]) -> list[list[int]]:
     return [row[begin:end] for begin, end in pairwise([*starts, len(row)])]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_sees_the_same_keys():
     parts, (q, k, v, _) = (positions(64) == 0).cumsum(1), inputs(64, torch.float32)
     with torch.no_grad():

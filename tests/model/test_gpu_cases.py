@@ -5,16 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import budget
 from bench.gpu.split import observed
 from model import head
 from model.attention import layer as attention
 from model.attention.plan import ForwardContext
-from parallel.layout import Recompute
 from precision.config import Compute, PrecisionConfig
 from precision.resolve import resolve
 from tests.model.test_gpu_path import flash
-from tests.test_gpu_kernels import LAYER, layer_step, loss_error, model_error, small_blocks, training_step, varlen_error
+from tests.test_gpu_kernels import layer_step, loss_error, model_error, small_blocks, training_step, varlen_error
 
 
 @pytest.mark.parametrize("chunk", [None, 5], ids=["documents", "chunks"])
@@ -39,8 +37,7 @@ def test_a_model_is_compared():
 
 
 def test_a_layer_and_a_step_run():
-    layer_step("cpu", 32)()
+    layer_step("cpu", 8, tokens=128)()
     step = training_step("cpu")
     spans, wall_ms = observed(step, torch.device("cpu"))
     assert {name for name, _, _ in spans} >= {"aten::mm", "aten::add_"} and wall_ms > 0
-    assert budget.LayerCase(LAYER, Recompute.none)(32, 1024)[0].launches.total() > 50
