@@ -32,7 +32,7 @@ TINY = {"tiny": (64, HeadStep(4, 2, 16, norm_eps=1e-5))}
 
 
 @dataclass(frozen=True)
-class _Step:
+class _KernelStep:
     """What a step computes, the tensors that get gradients, and the bytes that it has to move at least."""
 
     compute: Callable[[StepKernels], Tensor | tuple[Tensor, ...]]
@@ -72,8 +72,8 @@ def _of_heads(bench: Bench, name: str, tokens: int, width: int, step: HeadStep) 
     x, gain = bench.random(1, tokens, width, seed=1).requires_grad_(), torch.ones(width, device=bench.device)
     gain.requires_grad_()
     steps = {
-        "rotation and norm of heads": _Step(lambda k: k.heads(qkv, step, turns, None), [qkv], 10 * qkv.numel()),
-        "norm": _Step(lambda k: k.rms_norm(x, gain, 1e-5), [x, gain], 10 * x.numel()),
+        "rotation and norm of heads": _KernelStep(lambda k: k.heads(qkv, step, turns, None), [qkv], 10 * qkv.numel()),
+        "norm": _KernelStep(lambda k: k.rms_norm(x, gain, 1e-5), [x, gain], 10 * x.numel()),
     }
     yield from _compared(bench, name, {"D": width, "H": count, "K": step.head_dim}, tokens, None, steps)
 
@@ -88,21 +88,21 @@ def _of_experts(bench: Bench, moe: MoEShape, tokens: int) -> Iterator[BenchRow]:
     both_C2F = bench.random(count, 2 * hidden, seed=2).requires_grad_()
     one, many, moved = (2 * width * n for n in (tokens, count, tokens + count))  # bytes, in bfloat16
     steps = {
-        "permute": _Step(lambda k: k.permute(x_TD, rows), [x_TD], 2 * moved),
-        "permute, weighted": _Step(
+        "permute": _KernelStep(lambda k: k.permute(x_TD, rows), [x_TD], 2 * moved),
+        "permute, weighted": _KernelStep(
             lambda k: k.permute(x_TD, rows, weights_TK), [x_TD, weights_TK], 2 * moved + one
         ),
-        "unpermute": _Step(lambda k: k.unpermute(y_CD, rows), [y_CD], 2 * moved),
-        "unpermute, weighted": _Step(
+        "unpermute": _KernelStep(lambda k: k.unpermute(y_CD, rows), [y_CD], 2 * moved),
+        "unpermute, weighted": _KernelStep(
             lambda k: k.unpermute(y_CD, rows, weights_TK), [y_CD, weights_TK], 2 * moved + many
         ),
-        "SwiGLU": _Step(lambda k: k.swiglu_halves(both_C2F), [both_C2F], 16 * count * hidden),
+        "SwiGLU": _KernelStep(lambda k: k.swiglu_halves(both_C2F), [both_C2F], 16 * count * hidden),
     }  # fmt: skip
     yield from _compared(bench, moe.name, {"D": width, "F": hidden, "K": top_k, "C": count}, tokens, "routed", steps)
 
 
 def _compared(
-    bench: Bench, name: str, shape: dict[str, int | str], tokens: int, load: str | None, steps: dict[str, _Step]
+    bench: Bench, name: str, shape: dict[str, int | str], tokens: int, load: str | None, steps: dict[str, _KernelStep]
 ) -> Iterator[BenchRow]:
     # a dry run without Triton's interpreter times PyTorch twice, so that this code at least runs
     stands_in = bench.no_triton is not None

@@ -34,7 +34,7 @@ DIFFERENT_TOKENS = 0.05
 """Largest fraction of tokens routed differently: peers compute router scores in bfloat16, we in float32."""
 
 
-class LayerCase:
+class TimedLayer:
     """A layer, its input and an upstream gradient; calling it runs forward and backward."""
 
     def __init__(
@@ -67,18 +67,18 @@ class LayerSetting:
         name = f"{self.moe.name}, {what}"
         return BenchRow("layers", name, side, "forward+backward", self.moe.shape, self.tokens, **more)
 
-    def ours(self, config: ModelConfig, precision: PrecisionConfig) -> LayerCase:
+    def ours(self, config: ModelConfig, precision: PrecisionConfig) -> TimedLayer:
         layer = sharing(self.base, config, self.bench, precision)
         context = ForwardContext(torch.arange(self.tokens).expand(1, -1), self.bench.device)
-        return LayerCase(lambda x: layer(x, context), list(layer.parameters()), self.x, self.grad)
+        return TimedLayer(lambda x: layer(x, context), list(layer.parameters()), self.x, self.grad)
 
-    def dense(self, precision: PrecisionConfig) -> LayerCase:
+    def dense(self, precision: PrecisionConfig) -> TimedLayer:
         roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
         products = resolve(precision, self.bench.device).plain
         with torch.device(self.bench.device):
             layer = GatedMLP(self.moe.width, self.moe.active_width, roles, products).to(torch.bfloat16)
         _fill(layer, self.bench)
-        return LayerCase(layer, list(layer.parameters()), self.x, self.grad)
+        return TimedLayer(layer, list(layer.parameters()), self.x, self.grad)
 
 
 def layers(bench: Bench) -> Iterator[BenchJob]:
@@ -172,7 +172,7 @@ def _against(make: Callable[[], LayerSetting], name: str, peer: Peer) -> Iterato
     plain = bench.with_kernels({PLAIN: bench.precisions[PLAIN]})
     sides = {side: setting.ours(config, precision) for side, precision in plain.items()}
     block = peer.make(setting.base, router, False)
-    theirs = LayerCase(block.forward, block.parameters, setting.x, setting.grad)
+    theirs = TimedLayer(block.forward, block.parameters, setting.x, setting.grad)
     with torch.no_grad():
         a, b = (case.layer(case.x).float() for case in (sides[PLAIN], theirs))
     worst_T = (a - b).abs().amax(-1) / b.abs().max()

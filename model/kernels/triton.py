@@ -194,7 +194,7 @@ def _heads(
     out, inverse = _heads_results(qkv, rotation, scale, h, g, width, halves, eps, c)
     if len(qkv):
         given = qkv, rotation, scale, out, inverse if eps >= 0 else None
-        _heads_kernels()[0][(len(qkv),)](*given, eps, c, **_head_sizes(qkv, h, g, width, halves))
+        _heads_kernel()[(len(qkv),)](*given, eps, c, **_head_sizes(qkv, h, g, width, halves))
     return out, inverse
 
 
@@ -212,7 +212,7 @@ def _heads_backward(
     grad = _heads_gradient(q, k, v, rotation, scale, out, inverse, h, g, width, halves, eps, c)
     if len(grad):
         given = q, k, v, rotation, scale, out, inverse, grad, c
-        _heads_kernels()[1][(len(grad),)](*given, **_head_sizes(q, h, g, width, halves))
+        _heads_backward_kernel()[(len(grad),)](*given, **_head_sizes(q, h, g, width, halves))
     return grad
 
 
@@ -398,8 +398,8 @@ def _swiglu_kernels() -> tuple[Any, Any]:
 
 
 @cache
-def _heads_kernels() -> tuple[Any, Any]:
-    """Build the kernels of the forward and the backward pass. A program processes all heads of a token."""
+def _heads_kernel() -> Any:
+    """Build the kernel of the forward pass. A program processes all heads of a token."""
     import triton
     import triton.language as tl
 
@@ -436,6 +436,15 @@ def _heads_kernels() -> tuple[Any, Any]:
                 x = tl.where(turned, x * root, x)
             x = tl.where(head < H, x * factor, x)
             tl.store(out + places, x, mask=here)
+
+    return heads
+
+
+@cache
+def _heads_backward_kernel() -> Any:
+    """Build the kernel of the backward pass."""
+    import triton
+    import triton.language as tl
 
     @triton.jit
     def heads_backward(  # type: ignore[no-untyped-def]
@@ -482,4 +491,4 @@ def _heads_kernels() -> tuple[Any, Any]:
                         d = tl.reshape(pairs, [BLOCK, K])
                 tl.store(grad + places, d, mask=here)
 
-    return heads, heads_backward
+    return heads_backward

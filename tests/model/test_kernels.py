@@ -89,7 +89,10 @@ KERNELS = {
 """Each entry has the name of a kernel and the arguments that are None, with its compile-time constants."""
 
 
-@pytest.mark.parametrize("dtype, capability", [("bf16", 90), ("fp32", 90), ("fp64", 90), ("bf16", 100)])
+WIDE = [pytest.param(dtype, 90, marks=pytest.mark.slow) for dtype in ("fp32", "fp64")]
+
+
+@pytest.mark.parametrize("dtype, capability", [("bf16", 90), ("bf16", 100), *WIDE])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, kernel, dtype, capability):
     """The compiler may reject code that the interpreter accepts. Machine code must have 16-byte loads and no spills."""
@@ -101,7 +104,12 @@ def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, kernel, dtype, capabil
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = KERNELS[kernel] | {"WIDE": tl.float64 if dtype == "fp64" else tl.float32}
     name, *missing = kernel.split()
-    made = (*kernels._permute_kernels(), *kernels._swiglu_kernels(), *kernels._heads_kernels())
+    made = (
+        *kernels._permute_kernels(),
+        *kernels._swiglu_kernels(),
+        kernels._heads_kernel(),
+        kernels._heads_backward_kernel(),
+    )
     jitted = next(one for one in made if one.fn.__name__ == name)
     constants = {n: sizes.get(n) for n in jitted.arg_names if n in sizes or n in missing}
     fixed = FIXED | dict.fromkeys(TABLES, "*fp64" if dtype == "fp64" else "*fp32")
