@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from bench.gpu import checks, split
 from bench.gpu.__main__ import SECTIONS, in_new_process, main, measure
-from bench.gpu.attention import flex
+from bench.gpu.attention import attention, flex
 from bench.gpu.clock import Timing, distance
 from bench.gpu.context import DENSE, PLAIN, TRITON, Bench
 from bench.gpu.documents import count, keys_per_token, packed_flops, packed_positions
@@ -270,3 +271,14 @@ def test_the_loss_is_compared_by_blocks(monkeypatch):
     assert not [row for row in rows if row.failed] and [row for row in rows if row.ratio and row.against == WHOLE]
     monkeypatch.setattr("model.head._added", lambda one, other: one)
     assert next(row for row in measure("head", bench())).failed
+
+
+@pytest.mark.parametrize("version, kind", [("2.11.0+cu130", "segments"), ("2.13.0", "varlen")])
+def test_the_attention_that_a_gpu_can_run_is_measured(monkeypatch, version, kind):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    here = Bench(torch.device("cuda"), False, time.monotonic() + 60)
+    monkeypatch.setattr(Bench, "_recipes", [])
+    assert here.precisions[PLAIN].attention.value == kind
+    first = next(attention(here))
+    lacking = [row.missing for row in first.measure()] if kind == "segments" else []
+    assert (first.name == "varlen") is bool(lacking) and all("pip install 'torch>=2.12'" in line for line in lacking)
