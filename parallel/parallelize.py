@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError
+from model.attention.limits import check_heads
 from model.attention.plan import ForwardContext
 from model.config import ModelConfig
 from model.init import reset_buffers
@@ -162,6 +163,7 @@ def build(
     """Build, distribute and initialise a model. Each rank allocates only its own part. Parameters of `frozen` roles
     have `requires_grad=False`, by which engines and optimizers know them.
     """
+    check_heads(config, precision, device)
     layout, model = meshes.layout, on_meta(config, precision, resolve(precision, device))
     freeze(model, frozen)
     stacks = runtime.split_stages(model, meshes)
@@ -222,6 +224,7 @@ def resolve_layout(
     expert_parallel.check(layout.dispatch, precision.compute_dtype)
     zero12.check(layout, precision.master_dtype, moments, muon, model.has_experts, precision.uses_float8)
     check_float8(model, precision, layout)
+    check_heads(model, precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return layout
 
 

@@ -101,6 +101,8 @@ class Precision:
 
 
 CPU = torch.device("cpu")
+VARLEN_SINCE = "2.12"
+"""The first version of torch whose `varlen_attn` has `enable_gqa`; 2.11 has `window_size` only."""
 
 
 def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
@@ -131,11 +133,18 @@ def _kernels(config: PrecisionConfig, device: torch.device) -> KernelKind:
 
 
 def _attention(config: PrecisionConfig, device: torch.device) -> AttentionKind:
-    reason = no_varlen(config, device)
-    if config.attention is AttentionKind.varlen and reason:
+    if not wants_varlen(config, device):
+        return AttentionKind.segments
+    if reason := no_varlen(config, device):
         raise ConfigError("precision.attention", config.attention, reason, [AttentionKind.segments.value])
-    wanted = config.attention is not AttentionKind.segments
-    return AttentionKind.varlen if wanted and not reason else AttentionKind.segments
+    return AttentionKind.varlen
+
+
+def wants_varlen(config: PrecisionConfig, device: torch.device) -> bool:
+    """Return whether flash attention of varying lengths is asked for: by name, or by `auto` in bfloat16 on a GPU."""
+    if config.attention is AttentionKind.auto:
+        return device.type == "cuda" and config.compute is Compute.bfloat16
+    return config.attention is AttentionKind.varlen
 
 
 def no_varlen(config: PrecisionConfig, device: torch.device) -> str | None:
@@ -144,6 +153,9 @@ def no_varlen(config: PrecisionConfig, device: torch.device) -> str | None:
         return "flash attention of varying lengths runs on GPUs only"
     if config.compute is not Compute.bfloat16:
         return f"flash attention has no {config.compute.value}: add precision.compute=bfloat16"
+    if torch.__version__ < VARLEN_SINCE:
+        missing = f"torch {torch.__version__} has no flash attention of varying lengths with grouped heads"
+        return f"{missing}: pip install 'torch>={VARLEN_SINCE}'"
     if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < (8, 0):
         return f"flash attention needs a GPU of compute capability 8.0 or later; this one has {found[0]}.{found[1]}"
     return None

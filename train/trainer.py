@@ -25,6 +25,7 @@ from core.process import ending_with_parent
 from data.corpus import Corpus, check_found
 from data.filter.audit.outputs import keep_audit
 from data.tokenizer import vocabulary_fingerprint
+from model.attention.limits import slower_heads
 from model.load_balance import Balancer
 from parallel.comm.world import World, connect, device_of_rank, numbers_of_rank, wait_for
 from parallel.deepspeed.config import Offload
@@ -102,8 +103,11 @@ class Trainer:
             self.engine.written()
             copy_selection_biases(placed.model, source, log)
             compare_vocabularies(source, self.vocabulary, log)
+        precision = resolve(config.precision, world.device)
         if config.precision.uses_float8:
-            log(str(resolve(config.precision, world.device)))
+            log(str(precision))
+        if line := slower_heads(config.model, precision):
+            log(line)
         placed.model.set_rope_config(phase_of(config, self.step).model)
         world.from_main(lambda: directory.trim_metrics(self.step))
         self.callbacks = make_callbacks(self)
