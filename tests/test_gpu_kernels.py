@@ -139,6 +139,7 @@ def training_step(device: str) -> Callable[[], None]:
     initialise(model, SMALL, 1)
     model = model.to(where)
     optimizer = optimizer_of(model, OptimizerConfig())
+    model.clock.tick()
     tokens = torch.randint(SMALL.vocab_size, rows.shape, generator=torch.Generator().manual_seed(0)).to(where)
     context = ForwardContext(rows, where, float(rows.numel()))
     context.prepare(SMALL, torch.bfloat16, precision.attention)
@@ -148,6 +149,7 @@ def training_step(device: str) -> Callable[[], None]:
         for _ in range(2):
             model(tokens, context).sum().backward()
         optimizer.step()
+        model.clock.tick()
         optimizer.zero_grad(set_to_none=True)
 
     step()

@@ -95,6 +95,7 @@ class Training:
         optimizer = OptimizerConfig(lr=lr, moments=moments)
         self.optimizer = make_optimizer(self.placed.model, self.placed.specs, optimizer, meshes)
         self.balancer = Balancer(self.placed.model)
+        self.placed.model.clock.tick()
 
     def step(self, tokens_BT: Tensor, micro_batches: int = 1, positions_BT: Tensor | None = None) -> Tensor:
         """Return the mean loss per predicted token. `positions_BT`: positions in packed documents, on the host; None:
@@ -115,6 +116,7 @@ class Training:
         norm = gradient_norm(gradients, self.placed.meshes.world, self.placed.device)
         scale_gradients(self.placed.model, (1.0 / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
+        self.placed.model.clock.tick()
         self.optimizer.zero_grad(set_to_none=True)
         self.balancer.step()
         return total
