@@ -29,15 +29,15 @@ BENCHES: dict[str, tuple[str, dict[str, str]]] = {
     "moe_growth": ("bench.moe_layer:run_growth", {}),
     "moe_growth_tuned": ("bench.moe_layer:run_growth", NO_REMAPPING),
     "loading": ("bench.data.loading:run", {}),
-    "checkpoint": ("bench.checkpoint:run", {}),
-    "offload": ("bench.offload:run", {}),
+    "checkpoint": ("bench.run.checkpoint:run", {}),
+    "offload": ("bench.run.offload:run", {}),
     "bubble": ("bench.pipeline.bubble:run", {}),
-    "startup": ("bench.startup:run", {}),
+    "startup": ("bench.run.startup:run", {}),
     "images": ("bench.vision.images:run", {}),
     "vision_encoder": ("bench.vision.encoder:run", {}),
     "filtering": ("bench.data.filtering:run", {}),
     "selection": ("bench.data.selection:run", {}),
-    "generation": ("bench.generation:run", {}),
+    "generation": ("bench.run.generation:run", {}),
 }
 RESULTS = Path(__file__).with_name("RESULTS.md")
 

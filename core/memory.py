@@ -1,10 +1,14 @@
-"""Memory that this process may still allocate."""
+"""The host's memory: what this process may still allocate, and copies of it to a device."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _VERSION_2 = ("memory.max", "memory.current")
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
@@ -18,6 +22,16 @@ def available_memory(root: Path = Path("/")) -> int:
     except (OSError, StopIteration):  # not Linux: use the installed memory
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(0, min([machine, *_allowances(root)]))
+
+
+def upload(x: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """Copy a tensor to a device without waiting for it: to a GPU, through pinned memory. Returns `x` itself if it is on
+    the device already, or if there is none.
+    """
+    if device is None or x.device == device:
+        return x
+    on_host = device.type == "cuda" and x.device.type == "cpu"
+    return (x.pin_memory() if on_host else x).to(device, non_blocking=True)
 
 
 def _allowances(root: Path) -> Iterator[int]:

@@ -41,6 +41,8 @@ class Batch:
     sources_B: Tensor
     images: BatchImages | None = None
     """The images, or None if no source has any."""
+    ahead: object | None = None
+    """What an engine has prepared of the whole batch ahead of its step."""
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

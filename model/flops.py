@@ -2,15 +2,19 @@
 
 Convention: a multiply-add counts as 2 FLOPs, and the backward pass as twice the forward pass. Recomputation is not
 counted. A frozen matrix has no gradient, which saves a third. Attention counts causal pairs only: on average half the
-sequence per query, or half the chunk in chunked layers. The head is counted; the embedding, norms, activations and
+document per query, or half the chunk in chunked layers. The head is counted; the embedding, norms, activations and
 softmax are not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from model.attention.plan import piece_borders
 from model.config import FeedForward, LayerConfig, ModelConfig, QKNorm
 from model.roles import Role
 from model.vision.config import VisionConfig
@@ -28,16 +32,38 @@ class Flops:
         return self.matrices + self.attention
 
 
-def training_flops(model: ModelConfig, seq_len: int, frozen: AbstractSet[Role] = frozenset()) -> Flops:
-    """Return the FLOPs per token for sequences of one document each. Attention in packed documents needs fewer.
-    Gradients are assumed to pass through every layer of the decoder.
+Lengths = int | Mapping[int | None, float]
+"""Length of documents in tokens: that of all, or the mean over tokens of the length of their document (key None), or of
+their chunk of it (key: the chunk size). Such a mean is the sum of the squared lengths, divided by the tokens.
+"""
+
+
+def mean_lengths(squares: Mapping[int | None, int], tokens: int) -> dict[int | None, float]:
+    """Return `Lengths` of documents whose `squared_lengths` are known for each chunk size."""
+    return {chunk: total / max(tokens, 1) for chunk, total in squares.items()}
+
+
+def squared_lengths(positions_BT: Tensor, chunk: int | None) -> int:
+    """Return the sum of the squared lengths of packed documents, or of their chunks. Twice the query-key pairs that a
+    layer with this chunk size computes for them. `positions_BT` on the host: see `ForwardContext`.
+    """
+    return int(piece_borders(positions_BT, chunk).diff().square().sum())
+
+
+def training_flops(model: ModelConfig, lengths: Lengths, frozen: AbstractSet[Role] = frozenset()) -> Flops:
+    """Return the FLOPs per token for documents of these lengths. Gradients are assumed to pass through every layer of
+    the decoder.
     """
     head = model.hidden_size * model.vocab_size
     active = head + sum(active_parameters(model, layer) for layer in model.blocks)
     still = head if (Role.embedding if model.tie_embeddings else Role.head) in frozen else 0
     for layer in model.blocks if frozen else ():
         still += sum(size for role, size in active_matrices(model, layer).items() if role in frozen)
-    reach = sum(min(seq_len, layer.attention_chunk_size or seq_len) for layer in model.blocks)
+    chunks = [layer.attention_chunk_size for layer in model.blocks]
+    if isinstance(lengths, int):
+        reach = float(sum(min(lengths, chunk or lengths) for chunk in chunks))
+    else:
+        reach = sum(lengths[chunk] for chunk in chunks)
     return Flops(matrices=6.0 * active - 2.0 * still, attention=6.0 * reach * model.num_heads * model.head_dim)
 
 

@@ -5,14 +5,18 @@ Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.kernels import kernels_for
+from model.kernels import StepKernels, kernels_for
 from model.roles import Role
-from precision.config import Products
-from precision.gemm import Groups, at_least_float32, widened
+from precision.fp8_linear import Float8Gemm
+from precision.gemm import Groups
+from precision.native_gemm import NativeGemm
 from precision.resolve import LayerGemms
 
 
@@ -26,6 +30,11 @@ class _Projection(nn.Module):
         self.roles = {"weight": role}
         self.gemm = gemms.of(role.products, role.value)
 
+    @property
+    def joins(self) -> bool:
+        """Whether its matmul may be computed jointly with others: see `joint`."""
+        return isinstance(self.gemm, NativeGemm | Float8Gemm)
+
 
 class Linear(_Projection):
     """y = x W^T without bias; weight [F, D]."""
@@ -35,6 +44,15 @@ class Linear(_Projection):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.gemm.linear(x_TD, self.weight)
+
+
+def joint(x_TD: Tensor, parts: Sequence[Linear]) -> Tensor:
+    """Return the results of several layers, concatenated, as one matmul that reads the input once. All have backends of
+    the same kind.
+    """
+    gemm = parts[0].gemm
+    assert isinstance(gemm, NativeGemm | Float8Gemm)
+    return gemm.joint(x_TD, [part.weight for part in parts])
 
 
 class GroupedLinear(_Projection):
@@ -61,6 +79,39 @@ class GroupedGateUp(_Projection):
         return self.gemm.linear(x_CD, self.weight.flatten(1, 2), groups)
 
 
+def gated_product(gate_up: Tensor, down: _Projection, kernels: StepKernels, groups: Groups | None = None) -> Tensor:
+    """Return `down` of the SwiGLU of the two halves of each row. Where plain matmuls are joined, only `gate_up` is
+    saved, and the backward pass computes the SwiGLU again, which costs less than its memory.
+    """
+    if not (kernels.joins and isinstance(down.gemm, NativeGemm) and torch.is_grad_enabled()):
+        return down.gemm.linear(kernels.swiglu_halves(gate_up), down.weight, groups)
+    flat = gate_up.flatten(0, -2)
+    y: Tensor = _GatedProduct.apply(flat, down.gemm.copies.narrow(down.weight), groups, down.gemm, kernels)
+    return y.unflatten(0, gate_up.shape[:-1])
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, gate_up: Tensor, w: Tensor, groups: Groups | None, gemm: NativeGemm, kernels: StepKernels
+    ) -> Tensor:
+        ctx.save_for_backward(gate_up, w)
+        ctx.groups, ctx.gemm, ctx.kernels = groups, gemm, kernels
+        return gemm.linear(kernels.swiglu_forward(*gate_up.chunk(2, -1))[0], w, groups)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        gate_up, w = ctx.saved_tensors
+        groups, gemm, kernels, grad = ctx.groups, ctx.gemm, ctx.kernels, grads[0].contiguous()
+        halves = gate_up.chunk(2, -1)
+        inner, silu = kernels.swiglu_forward(*halves)
+        grad_w = gemm.weight_gradient(grad, inner, groups) if ctx.needs_input_grad[1] else None
+        del inner
+        result = torch.empty_like(gate_up)
+        kernels.swiglu_backward(gemm.input_gradient(grad, w, groups), (silu, *halves), result.chunk(2, -1))
+        return result, grad_w, None, None, None
+
+
 class Embedding(nn.Module):
     """Token embeddings; weight [V, D]."""
 
@@ -74,40 +125,18 @@ class Embedding(nn.Module):
         return F.embedding(tokens_BT, self.weight).to(self.dtype)
 
 
-class TiedHead(nn.Module):
-    """y = x W^T with the embedding's weight W [V, D], which is a parameter of the embedding only."""
-
-    def __init__(self, table: Embedding, gemms: LayerGemms) -> None:
-        super().__init__()
-        self.gemm = gemms.of(Products.head, Role.head.value)
-        self._table = (table,)  # in a tuple it does not become a submodule
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.gemm.linear(x_TD, self._table[0].weight)
-
-
 class RMSNorm(nn.Module):
-    """x / rms(x) in at least float32, cast back, times the gain (Zhang & Sennrich 2019) and a constant `scale`."""
+    """x / rms(x) in at least float32, times the gain (Zhang & Sennrich 2019) and a constant `scale`."""
 
-    def __init__(self, size: int, eps: float, role: Role, scale: float = 1.0) -> None:
+    def __init__(self, size: int, eps: float, role: Role, gemms: LayerGemms, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.roles = {"weight": role}
-        self.eps, self.scale = eps, scale
+        self.eps, self.scale, self.kernels = eps, scale, kernels_for(gemms.kernels)
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = self.weight
-        if x.dtype is gain.dtype is at_least_float32(x.dtype) and not torch.is_grad_enabled():
-            y = torch.rms_norm(x, gain.shape, gain, self.eps)  # the same in one call
-        else:
-            y = rms_normalise(x, self.eps) * gain.to(x.dtype)
+        y = self.kernels.rms_norm(x, self.weight, self.eps)
         return y if self.scale == 1 else y * self.scale
-
-
-def rms_normalise(x: Tensor, eps: float) -> Tensor:
-    """Apply an RMS norm without a gain over the last dimension in at least float32. The result has the dtype of `x`."""
-    y = torch.rms_norm(widened(x), x.shape[-1:], None, eps)
-    return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 class GatedMLP(nn.Module):
@@ -122,4 +151,9 @@ class GatedMLP(nn.Module):
         self.kernels = kernels_for(gemms.kernels)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        if self.kernels.joins and self.gate.joins:
+            return gated_product(self.gate_and_up(x_TD), self.down, self.kernels)
         return self.down(self.kernels.swiglu(self.gate(x_TD), self.up(x_TD)))
+
+    def gate_and_up(self, x_TD: Tensor) -> Tensor:
+        return joint(x_TD, [self.gate, self.up])

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from model.attention.plan import ForwardContext
 from model.config import BalanceConfig, ModelConfig, RouterConfig, WeightsOn
-from model.kernels import MoEKernels, SortedSlots, TorchKernels, kernels_for
-from model.layers import GatedMLP, GroupedGateUp, GroupedLinear
+from model.kernels import StepKernels, TorchKernels, kernels_for
+from model.kernels.moe import SortedSlots
+from model.layers import GatedMLP, GroupedGateUp, GroupedLinear, gated_product
 from model.load_balance import RouterBalance
 from model.roles import Role
 from model.router_scores import scores
@@ -99,7 +100,7 @@ class LocalDispatcher:
     experts: int
     weights_on: WeightsOn
     token_multiple: int = 1
-    kernels: MoEKernels = field(default_factory=TorchKernels)
+    kernels: StepKernels = field(default_factory=TorchKernels)
 
     def __call__(self, x_TD: Tensor, routing: TopKRouting) -> Dispatched:
         slots = routing.experts_TK
@@ -161,7 +162,7 @@ def permute_by_expert(experts_TK: Tensor, experts: int, multiple: int = 1) -> So
 
 
 def dispatch_rows(
-    kernels: MoEKernels, rows: SortedSlots, x_TD: Tensor, weights_TK: Tensor, weights_on: WeightsOn
+    kernels: StepKernels, rows: SortedSlots, x_TD: Tensor, weights_TK: Tensor, weights_on: WeightsOn
 ) -> Dispatched:
     """Permute tokens to `rows` on this device.
 
@@ -188,7 +189,7 @@ class Experts(nn.Module):
         return self.down.gemm.token_multiple
 
     def forward(self, x_CD: Tensor, groups: Groups) -> Tensor:
-        return self.down(self.kernels.swiglu_halves(self.gate_up(x_CD, groups)), groups)
+        return gated_product(self.gate_up(x_CD, groups), self.down, self.kernels, groups)
 
 
 class MixtureOfExperts(nn.Module):

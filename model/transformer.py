@@ -14,7 +14,8 @@ from core.errors import DataError
 from model.attention.layer import Attention
 from model.attention.plan import ForwardContext
 from model.config import FeedForward, LayerConfig, ModelConfig
-from model.layers import Embedding, GatedMLP, Linear, RMSNorm, TiedHead
+from model.head import Head, TiedHead
+from model.layers import Embedding, GatedMLP, RMSNorm
 from model.moe import MixtureOfExperts
 from model.roles import Role
 from model.vision.encoder import VisionEncoder
@@ -27,9 +28,9 @@ class Layer(nn.Module):
 
     def __init__(self, model: ModelConfig, layer: LayerConfig, gemms: LayerGemms) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm)
+        self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm, gemms)
         self.attention = Attention(model, layer, gemms)
-        self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm)
+        self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm, gemms)
         self.is_moe = layer.feed_forward is FeedForward.moe
         self.multiplier = model.multipliers.residual
         roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
@@ -40,9 +41,15 @@ class Layer(nn.Module):
         )
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
-        h_BTD = x_BTD.add(self.attention(self.attention_norm(x_BTD), context), alpha=self.multiplier)
-        z_BTD = self.ffn_norm(h_BTD)
-        return h_BTD.add(self.ffn(z_BTD, context) if self.is_moe else self.ffn(z_BTD), alpha=self.multiplier)
+        h_BTD, z_BTD = self.attend(x_BTD, context)
+        y_BTD = self.ffn(z_BTD, context) if self.is_moe else self.ffn(z_BTD)
+        return h_BTD.add(y_BTD, alpha=self.multiplier)
+
+    def attend(self, x_BTD: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Return the hidden states after attention, and the input of the feed-forward part."""
+        y_BTD = self.attention(self.attention_norm(x_BTD), context)
+        h_BTD = x_BTD.add(y_BTD, alpha=self.multiplier)  # torch.compile cannot resume inside a call of a builtin
+        return h_BTD, self.ffn_norm(h_BTD)
 
 
 class Stack(nn.Module):
@@ -57,7 +64,7 @@ class Stack(nn.Module):
         embedding: Embedding | None,
         layers: dict[str, Layer],
         final_norm: RMSNorm | None,
-        head: Linear | TiedHead | None,
+        head: Head | TiedHead | None,
         vision: VisionEncoder | None = None,
     ) -> None:
         super().__init__()
@@ -68,8 +75,8 @@ class Stack(nn.Module):
         self.head = head
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
-        """Map token ids [B, T] to logits [B, T, V], or [B, 1, V] with `context.last_B`. Without a context, each
-        sequence is one document.
+        """Map token ids [B, T] to logits [B, T, V], or [B, 1, V] with `context.last_B`, or to the losses [B, T] of
+        `context.labels_BT`. Without a context, each sequence is one document.
         """
         context = context or _one_document(x)
         x_BTD = x if self.embedding is None else self._embed(x, self.embedding, context)
@@ -79,7 +86,7 @@ class Stack(nn.Module):
             return x_BTD
         if context.last_B is not None:
             x_BTD = x_BTD.take_along_dim(context.last_B[:, None, None], 1)
-        return self.head(self.final_norm(x_BTD))
+        return self.head(self.final_norm(x_BTD), context.labels_BT)
 
     def _embed(self, tokens_BT: Tensor, embedding: Embedding, context: ForwardContext) -> Tensor:
         x_BTD = embedding(tokens_BT)
@@ -101,16 +108,17 @@ class Transformer(Stack):
         super().__init__(
             embedding,
             {str(i): Layer(config, layer, precision.at(i, len(blocks))) for i, layer in enumerate(blocks)},
-            RMSNorm(config.hidden_size, config.norm_eps, Role.final_norm, config.multipliers.logits),
+            RMSNorm(config.hidden_size, config.norm_eps, Role.final_norm, ends, config.multipliers.logits),
             TiedHead(embedding, ends)
             if config.tie_embeddings
-            else Linear(config.hidden_size, config.vocab_size, Role.head, ends),
+            else Head(config.hidden_size, config.vocab_size, Role.head, ends),
             None
             if config.vision is None
             else VisionEncoder(config.vision, config.hidden_size, ends, precision.compute_dtype),
         )
         self.config = config
-        self.compute_dtype = precision.compute_dtype
+        self.compute_dtype, self.clock = precision.compute_dtype, precision.clock
+        self.attention = precision.attention
 
     def forward(self, x: Tensor, context: ForwardContext | None = None, pixels: Tensor | None = None) -> Tensor:
         """Map token ids [B, T] to logits [B, T, V]. Without a context, each sequence is one document.

@@ -1,90 +1,160 @@
-"""Activation checkpointing: the backward pass recomputes activations that were not kept (Chen et al. 2016)."""
+"""Recompute activations in the backward pass instead of keeping them (Chen et al. 2016).
+
+`full` checkpoints whole layers. `selective` keeps what is dear, the results of matmuls, attention and exchanges, and
+computes again what follows from them by memory-bound steps: norms, the rows of experts, SwiGLU, gathered sequences, and
+the first product of a shared expert.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
-from model.moe import MixtureOfExperts
+from model.layers import GatedMLP
+from model.moe import LocalDispatcher, MixtureOfExperts
 from model.transformer import Layer
 from model.vision.towers import Network
 from parallel.layout import Recompute
-from precision import cpu_gemm
-
-_KEPT = frozenset(
-    {
-        torch.ops.aten.mm.default,
-        torch.ops.aten._grouped_mm.default,
-        torch.ops.aten._scaled_mm.default,
-        torch.ops.aten._scaled_mm_v2.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        *cpu_gemm.PRODUCTS,
-    }
-)
-"""Operations whose results `selective` keeps, as the costliest to recompute: matmuls and attention."""
+from parallel.tensor_parallel import GatherScatter
 
 
-def apply(model: Network, mode: Recompute, gathers: bool = False) -> None:
-    """Checkpoint the layers of a model in place. Names of modules and parameters do not change.
-
-    `full` recomputes whole layers. `selective` recomputes attention, experts and dense feed-forward parts separately,
-    except the operations in `_KEPT`. It keeps the inputs of these parts, so no token is sent to its experts again. (No
-    part may contain an FSDP2 unit: torch 2.13 finds a kept result by the number of preceding calls of its operation,
-    and the hooks of an inner unit issue other operations in the recomputation.)
+def apply(model: Network, mode: Recompute, compiled: bool = False) -> None:
+    """Recompute activations of a model's layers. Names of modules and parameters do not change.
 
     Layers of the vision encoder are recomputed whole in both modes. Keeping their matmuls and attention would keep most
-    of their activations. `gathers`: hooks of modules inside these parts gather parameters, as in DeepSpeed's stage 3.
+    of their activations. In `compiled` layers, `selective` applies to the routed experts only: in the rest the compiler
+    chooses by a minimal cut of its graph.
     """
     if mode is Recompute.none:
         return
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    whole = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if model.vision is not None:
-        for layer in model.vision.layers.values():
-            layer.forward = partial(checkpoint, layer.forward, **options)
-    if mode is Recompute.selective:
-        contexts = partial(create_selective_checkpoint_contexts, _policy)
-        options["context_fn"] = partial(_without_hooks, contexts) if gathers else contexts
+        for encoder_layer in model.vision.layers.values():
+            encoder_layer.forward = partial(whole, encoder_layer.forward)
     for layer in model.layers.values():
         assert isinstance(layer, Layer)
-        modules: list[Any] = [layer] if mode is Recompute.full else _parts(layer)
-        for module in modules:
-            module.forward = partial(checkpoint, module.forward, **options)
+        if mode is Recompute.full:
+            layer.forward = partial(whole, layer.forward)  # type: ignore[method-assign]
+        else:
+            _select_experts(layer) if compiled else _select(layer)
 
 
-def _parts(layer: Layer) -> list[nn.Module]:
-    if not isinstance(layer.ffn, MixtureOfExperts):
-        return [layer.attention, layer.ffn]
-    shared = [] if layer.ffn.shared is None else [layer.ffn.shared]
-    return [layer.attention, layer.ffn.experts, *shared]
+def _select_experts(layer: Layer) -> None:
+    """Mark what the routed experts of a layer compute again."""
+    remade, ffn = Remade(), layer.ffn
+    if isinstance(ffn, MixtureOfExperts):
+        _experts_again(remade, ffn)
+        ffn.forward = partial(remade.run, ffn.forward)  # type: ignore[method-assign]
 
 
-def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _experts_again(remade: Remade, ffn: MixtureOfExperts) -> None:
+    _swiglu_again(remade, ffn.experts)
+    if isinstance(ffn.dispatch, LocalDispatcher):
+        remade.wrap(ffn.dispatch.kernels, "permute")
 
 
-def _without_hooks(contexts: Any) -> tuple[Any, Any]:
-    """Return the contexts of a forward pass and its recomputation, whose hooks may issue other operations."""
-    keeping, reusing = contexts()
-    return keeping, _ReuseKept(reusing)
+def _select(layer: Layer) -> None:
+    """Mark what a layer computes again in its backward pass."""
+    remade, ffn = Remade(), layer.ffn
+    for norm in (layer.attention_norm, layer.ffn_norm):
+        remade.wrap(norm, "forward", norm)
+    parts: list[Any] = [layer.attention]
+    if isinstance(ffn, MixtureOfExperts):
+        parts += [] if ffn.shared is None else [ffn.shared]
+        _experts_again(remade, ffn)
+    else:
+        parts.append(ffn)
+    for part in parts:
+        if isinstance(part.forward, GatherScatter):
+            remade.wrap(part.forward, "gather")
+        if isinstance(part, GatedMLP):
+            _swiglu_again(remade, part)
+    layer.forward = partial(remade.run, layer.forward)  # type: ignore[method-assign]
 
 
-class _ReuseKept(TorchDispatchMode):
-    """Pass to torch's mode the operations in `_KEPT` alone. It refuses others that the forward pass did not issue, such
-    as gathering parameters that were prefetched there. With torch.compile it would need rules of its own.
+def _swiglu_again(remade: Remade, module: Any) -> None:
+    if isinstance(module, GatedMLP) and module.kernels.joins:
+        remade.wrap(module, "gate_and_up")
+    for name in ("swiglu", "swiglu_halves"):
+        remade.wrap(module.kernels, name)
+
+
+class Remade:
+    """Tensors that autograd does not keep, because a function of kept tensors makes them again, bit by bit.
+
+    A tensor is made once for all operations that saved it, and freed after the last of them.
     """
 
-    def __init__(self, reusing: Any) -> None:
-        super().__init__()
-        self.reusing = reusing
+    def __init__(self) -> None:
+        self._makers: dict[int, tuple[StorageWeakRef, _Maker]] = {}
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operation in _KEPT:
-            return self.reusing.__torch_dispatch__(operation, types, args, kwargs or {})
-        return operation(*args, **(kwargs or {}))
+    def wrap(self, owner: Any, name: str, again: Callable[..., Tensor] | None = None) -> None:
+        """Make the results of a method again with `again`: by default with the method itself."""
+        compute = getattr(owner, name)
+        setattr(owner, name, partial(self._computed, compute, again or compute))
+
+    def run(self, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Run a layer's forward pass."""
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        try:
+            with saved_tensors_hooks(self._pack, _unpack):
+                return forward(*args)
+        finally:
+            self._makers.clear()
+
+    def _computed(self, compute: Callable[..., Tensor], again: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
+        result = compute(*args, **kwargs)
+        if torch.is_grad_enabled():
+            # arguments may be tensors that are made again themselves
+            kept = [self._pack(arg) if isinstance(arg, Tensor) else arg for arg in args]
+            reference = StorageWeakRef(result.untyped_storage())  # keeps the key from being used again
+            self._makers[reference.cdata] = reference, _Maker(partial(again, **kwargs), kept)
+        return result
+
+    def _pack(self, x: Tensor) -> Any:
+        found = self._makers.get(x.untyped_storage()._cdata)
+        if found is None:
+            return x.detach() if x.requires_grad and not x.is_leaf else x
+        maker = found[1]
+        maker.wanted += 1
+        return _View(maker, x.shape, x.stride(), int(x.storage_offset()))
+
+
+@dataclass
+class _Maker:
+    """Makes a tensor of kept arguments. `wanted`: how many saved views of it were not read yet."""
+
+    compute: Callable[..., Tensor]
+    args: list[Any]
+    wanted: int = 0
+    made: Tensor | None = None
+
+    def take(self) -> Tensor:
+        if self.made is None:
+            with torch.no_grad():
+                self.made = self.compute(*(_unpack(arg) for arg in self.args))
+        made, self.wanted = self.made, self.wanted - 1
+        if self.wanted <= 0:
+            self.made = None
+        return made
+
+
+@dataclass(frozen=True)
+class _View:
+    maker: _Maker
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _unpack(kept: Any) -> Any:
+    return kept.maker.take().as_strided(kept.shape, kept.stride, kept.offset) if isinstance(kept, _View) else kept

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from core.errors import ConfigError
 from model.config import WeightsOn
-from model.kernels import MoEKernels
+from model.kernels import StepKernels
 from model.moe import Dispatched, MixtureOfExperts, TopKRouting, dispatch_rows, permute_by_expert
 from model.transformer import Transformer
 from parallel.comm.collectives import all_gather, all_gather_no_grad, all_to_all, reduce_scatter
@@ -80,7 +80,7 @@ class _Dispatcher:
     """Number of virtual experts on one rank."""
     weights_on: WeightsOn
     token_multiple: int
-    kernels: MoEKernels
+    kernels: StepKernels
     buffer: Callable[[int], Any] | None = None
     """Returns DeepEP's buffer for tokens of the given number of bytes."""
 

@@ -6,7 +6,7 @@ experts are sharded over a mesh of their own, because expert parallelism already
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from parallel.layout import Reduce
 from parallel.mesh import MeshAxis, Meshes
 from parallel.sharding import ShardSpec
 from precision.config import PrecisionConfig
+from precision.fp8_linear import Float8Gemm
 
 
 def apply(
@@ -71,6 +72,28 @@ def apply(
     if model.vision is not None and model.vision not in {stack.vision for stack in stacks.values()}:
         for one in (*model.vision.layers.values(), model.vision):
             shard(one, meshes.dense, policy)
+    if keep:
+        for stack in stacks.values():
+            _keep_quantised(stack)
+
+
+def _keep_quantised(stack: Stack) -> None:
+    """Keep FP8 weights as long as the parameters stay gathered, which is all micro-batches of a step. Where each pass
+    gathers parameters, each quantises what it reads, rows or columns, and keeps nothing.
+    """
+    for _, group in units(stack):
+        owners = [parameter._module_info.module for parameter in group.fsdp_params] if group is not None else []
+        gemms = [owner.gemm for owner in owners if isinstance(getattr(owner, "gemm", None), Float8Gemm)]
+        for gemm in gemms:
+            gemm.weights.keep_while_gathered()
+        if gemms:
+            group._to_sharded = partial(_free, gemms, group._to_sharded)
+
+
+def _free(gemms: Sequence[Float8Gemm], to_sharded: Callable[[], None]) -> None:
+    for gemm in gemms:
+        gemm.weights.forget()
+    to_sharded()
 
 
 def release(stacks: Mapping[int, Stack]) -> None:

@@ -20,8 +20,8 @@ DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp")
 
 
 class Recompute(Enum):
-    """What the backward pass of a layer recomputes. `none`: nothing. `selective`: all but matmuls, attention and the
-    tokens sent to experts. `full`: everything.
+    """What the backward pass of a layer recomputes. `none`: nothing. `selective`: memory-bound steps, and the first
+    matmul of a dense feed-forward layer or shared expert. `full`: everything.
     """
 
     none = "none"
@@ -31,7 +31,7 @@ class Recompute(Enum):
     @property
     def repeats_attention(self) -> bool:
         """Whether the backward pass runs the collectives of attention's forward pass again."""
-        return self is not Recompute.none
+        return self is Recompute.full
 
 
 class DispatchMethod(Enum):
@@ -111,7 +111,7 @@ class ParallelConfig:
     recompute: Recompute = Recompute.none
     """Recomputing saves memory for activations, and costs time."""
     compile: bool = False
-    """Apply torch.compile to each layer."""
+    """Apply torch.compile to the dense half of each layer."""
     schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
     """Used if pp > 1."""
     stages_per_rank: int | None = None

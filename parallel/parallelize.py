@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError
+from model.attention.limits import check_heads
 from model.attention.plan import ForwardContext
 from model.config import ModelConfig
 from model.init import reset_buffers
@@ -28,7 +29,7 @@ from parallel.pipeline import runtime
 from parallel.sharding import ShardSpec
 from parallel.vision import exchange
 from parallel.vision.ahead import EncodedStep
-from precision.config import PrecisionConfig
+from precision.config import AttentionKind, PrecisionConfig
 from precision.resolve import Precision, resolve
 
 
@@ -39,7 +40,7 @@ def parallelize(
     meshes: Meshes,
     precision: PrecisionConfig,
 ) -> None:
-    """Apply TP, CP, EP, activation checkpointing, compile, then FSDP2, in place. Order matters.
+    """Apply TP, CP, EP, compile, activation checkpointing, then FSDP2, in place. Order matters.
 
     `stacks` are this rank's pipeline stages: `runtime.split_stages`. Names of modules and parameters do not change.
     """
@@ -49,9 +50,9 @@ def parallelize(
     context_parallel.apply(model, meshes.cp)
     expert_parallel.apply(model, meshes)
     _count_whole_sequences(model, meshes)
-    activation_checkpoint.apply(model, layout.recompute, gathers=layout.zero_stage == 3)
     if layout.compile:
-        compile.apply(model)
+        compile.apply(model, traces_whole=compile.traces_whole(layout, precision, model.attention))
+    activation_checkpoint.apply(model, layout.recompute, layout.compile)
     if layout.engine is EngineKind.fsdp2:
         fsdp.apply(model, stacks, specs, meshes, precision)
 
@@ -85,13 +86,30 @@ class ParallelModel(ParallelNetwork):
         unit = split_unit(self.model.config, seq_len)
         return ContextShard(self.meshes.cp, seq_len, unit, self.meshes.layout.cp_method)
 
-    def sequence_context(self, positions_BT: Tensor, routed_tokens: float | None = None) -> ForwardContext:
-        """Return the `ForwardContext` for this rank's positions, made from the positions of whole sequences."""
+    def sequence_context(
+        self, positions_BT: Tensor, routed_tokens: float | None = None, ahead: bool = False
+    ) -> ForwardContext:
+        """Return the `ForwardContext` for this rank's positions, made from the positions of whole sequences. `ahead`:
+        of a later step, in which the model's settings may have changed; call `prepare` then.
+        """
         shard = self.context_shard(positions_BT.shape[1])
         context = shard.sequence_context(positions_BT, self.device, routed_tokens)
-        if self.meshes.layout.compile:
-            context.prepare(self.model.config, self.model.compute_dtype)
+        context.is_static = self.meshes.layout.compile
+        if self.attention is AttentionKind.varlen:
+            context.prepare_attention(self.model.config, self.attention)
+        if not ahead:
+            self.prepare(context)
         return context
+
+    @property
+    def attention(self) -> AttentionKind:
+        """The kernels of attention: parts of sequences attend by segments."""
+        return self.model.attention if self.meshes.cp.size == 1 else AttentionKind.segments
+
+    def prepare(self, context: ForwardContext) -> None:
+        """Build the tables that compiled layers read, on the current stream, with the model's present settings."""
+        if self.meshes.layout.compile:
+            context.prepare(self.model.config, self.model.compute_dtype, self.attention)
 
     def images(
         self, rows_BT: Tensor, tiles: int, pixels_N3SS: Tensor, greys: Tensor | None = None, ranks: int = 1
@@ -123,8 +141,10 @@ class ParallelModel(ParallelNetwork):
         return EncodedStep(encoder, images, micro_batches, self.device)
 
     @torch.no_grad()
-    def logits(self, tokens_BT: Tensor, context: ForwardContext) -> Tensor | None:
-        """Run a forward pass over this rank's part of the sequences. Returns None if another rank has the head."""
+    def outputs(self, tokens_BT: Tensor, context: ForwardContext) -> Tensor | None:
+        """Run a forward pass over this rank's part of the sequences. Returns logits, or the losses of the context's
+        labels; None if another rank has the head.
+        """
         if context.images is not None and (encoded := self.encode_ahead(context.images, 1)):
             (context.images,) = encoded.micro_batches()
         if self.meshes.pp.size > 1:
@@ -143,6 +163,7 @@ def build(
     """Build, distribute and initialise a model. Each rank allocates only its own part. Parameters of `frozen` roles
     have `requires_grad=False`, by which engines and optimizers know them.
     """
+    check_heads(config, precision, device)
     layout, model = meshes.layout, on_meta(config, precision, resolve(precision, device))
     freeze(model, frozen)
     stacks = runtime.split_stages(model, meshes)
@@ -203,6 +224,7 @@ def resolve_layout(
     expert_parallel.check(layout.dispatch, precision.compute_dtype)
     zero12.check(layout, precision.master_dtype, moments, muon, model.has_experts, precision.uses_float8)
     check_float8(model, precision, layout)
+    check_heads(model, precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return layout
 
 

@@ -10,10 +10,12 @@ Shapes: B batch, T sequence, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,7 +32,7 @@ _ACTIVATIONS = "activations"
 
 def apply(model: Transformer, axis: MeshAxis) -> None:
     """Wrap the forward passes of a model whose parameters have their local shapes already. The resulting logits are
-    sharded along the vocabulary: see `parallel.vocab_parallel_loss`.
+    sharded along the vocabulary: `VocabAxis` computes their loss.
     """
     if axis.size == 1:
         return
@@ -39,30 +41,52 @@ def apply(model: Transformer, axis: MeshAxis) -> None:
     for layer in model.layers.values():
         assert isinstance(layer, Layer)
         attention, feed_forward = layer.attention, layer.ffn
-        _wrap(attention, partial(_gather_compute_scatter, attention.forward, axis, 1))
+        _wrap(attention, GatherScatter(attention.forward, axis, 1))
         if attention.layer.qk_norm is QKNorm.full:
             for norm in (attention.query_norm, attention.key_norm):
                 _wrap(norm, partial(_normalise_heads, norm, axis))
         if not isinstance(feed_forward, MixtureOfExperts):
-            _wrap(feed_forward, partial(_gather_compute_scatter, feed_forward.forward, axis, 1))
+            _wrap(feed_forward, GatherScatter(feed_forward.forward, axis, 1))
         elif feed_forward.shared is not None:
-            _wrap(feed_forward.shared, partial(_gather_compute_scatter, feed_forward.shared.forward, axis, 0))
+            _wrap(feed_forward.shared, GatherScatter(feed_forward.shared.forward, axis, 0))
     if model.head is not None:
         _wrap(model.head, partial(_gather_compute, model.head.forward, axis))
+        model.head.shard = VocabAxis(axis, axis.rank * len(model.head.table))
 
 
 def _wrap(module: Any, forward: Callable[..., Tensor]) -> None:
     module.forward = forward
 
 
-def _gather_compute_scatter(forward: Callable[..., Tensor], axis: MeshAxis, dim: int, x: Tensor, *rest: Any) -> Tensor:
-    """Gather `x` along `dim`, compute this rank's partial result, and reduce-scatter it along `dim`."""
-    whole = collectives.all_gather(x, axis, dim, _ACTIVATIONS)
-    return collectives.reduce_scatter(forward(whole, *rest), axis, dim, _ACTIVATIONS)
+class GatherScatter:
+    """Gathers `x` along `dim`, computes this rank's partial result, and reduce-scatters it along `dim`."""
+
+    def __init__(self, forward: Callable[..., Tensor], axis: MeshAxis, dim: int) -> None:
+        self.forward, self.axis, self.dim = forward, axis, dim
+
+    def __call__(self, x: Tensor, *rest: Any) -> Tensor:
+        return collectives.reduce_scatter(self.forward(self.gather(x), *rest), self.axis, self.dim, _ACTIVATIONS)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return collectives.all_gather(x, self.axis, self.dim, _ACTIVATIONS)
 
 
-def _gather_compute(forward: Callable[[Tensor], Tensor], axis: MeshAxis, x_BTD: Tensor) -> Tensor:
-    return forward(collectives.all_gather(x_BTD, axis, 1, _ACTIVATIONS))
+def _gather_compute(forward: Callable[..., Tensor], axis: MeshAxis, x_BTD: Tensor, *rest: Any) -> Tensor:
+    return forward(collectives.all_gather(x_BTD, axis, 1, _ACTIVATIONS), *rest)
+
+
+@dataclass(frozen=True)
+class VocabAxis:
+    """The vocabulary, sharded over the ranks of an axis. `start`: the id of this rank's first word."""
+
+    axis: MeshAxis
+    start: int
+
+    def max(self, x: Tensor) -> None:
+        self.axis.reduce(x, "loss", dist.ReduceOp.MAX)
+
+    def sum(self, x: Tensor) -> None:
+        self.axis.sum(x, "loss")
 
 
 def _embed(embedding: Embedding, axis: MeshAxis, tokens_BT: Tensor) -> Tensor:

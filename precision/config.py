@@ -75,12 +75,32 @@ class Recipe(Enum):
         """Both dimensions of every operand must be multiples of this."""
         return 32 if self is Recipe.mxfp8 else 16
 
+    @property
+    def joint_multiple(self) -> int | None:
+        """No scale spans two matrices [F, D] that are stacked along F, nor the gradients of their outputs, if F is a
+        multiple of this. None if a scale spans all of F.
+        """
+        return {Recipe.blockwise: 128, Recipe.mxfp8: 32}.get(self)
+
 
 class KernelKind(Enum):
-    """Kernels that permute tokens by expert and compute SwiGLU: PyTorch's, or single-pass Triton kernels on GPUs."""
+    """Kernels of the memory-bound steps: norms, rotation, permutation of tokens by expert, and SwiGLU. `torch`:
+    PyTorch's operations. `triton`: kernels that read and write the data once, on GPUs. `auto`: Triton's on GPUs.
+    """
 
+    auto = "auto"
     torch = "torch"
     triton = "triton"
+
+
+class AttentionKind(Enum):
+    """Kernels of attention. `varlen`: one call of flash attention for all documents of a micro-batch, on GPUs.
+    `segments`: PyTorch's attention, for each part of a document. `auto`: `varlen` in bfloat16 on GPUs.
+    """
+
+    auto = "auto"
+    varlen = "varlen"
+    segments = "segments"
 
 
 class Products(Enum):
@@ -121,7 +141,8 @@ class PrecisionConfig:
     """Number of layers at the start of the model that keep the compute dtype under an FP8 backend."""
     bf16_last_layers: int = 0
     """Number of layers at the end of the model that keep the compute dtype under an FP8 backend."""
-    kernels: KernelKind = KernelKind.torch
+    kernels: KernelKind = KernelKind.auto
+    attention: AttentionKind = AttentionKind.auto
 
     def __post_init__(self) -> None:
         check_numbers(self, not_negative=("bf16_first_layers", "bf16_last_layers"))

@@ -14,6 +14,7 @@ from precision.fp8_tiles import QuantisedRows, TiledArithmetic
 from precision.gemm import at_least_float32
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwise, Recipe.mxfp8)
+EXPERTS = ""
 
 
 class EmulatedArithmetic(TiledArithmetic):

@@ -161,7 +161,7 @@ class TiledArithmetic:
 
     def __init__(self, recipe: Recipe, compute_dtype: torch.dtype) -> None:
         self.recipe, self.compute_dtype = recipe, compute_dtype
-        self.token_multiple = recipe.multiple
+        self.token_multiple, self.joint_multiple = recipe.multiple, recipe.joint_multiple
 
     def multiply(self, a: QuantisedRows, b: QuantisedRows) -> Tensor:
         """Return a b^T in the compute dtype: [R, N] from [R, K] and [N, K]. No dimension is 0."""

@@ -19,6 +19,7 @@ from precision.fp8_linear import LARGEST_ERROR, Operand
 from precision.fp8_tiles import QuantisedRows, TiledArithmetic, quantise, tiling
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.rowwise)
+EXPERTS = "experts are multiplied one by one, which is slow: precision.backend=te multiplies them in one call"
 
 
 class TorchFloat8(TiledArithmetic):

@@ -58,6 +58,10 @@ class GemmBackend(Protocol):
         """
         ...
 
+    def narrowed(self, w: Tensor) -> Tensor:
+        """Return a weight in the compute dtype, without a gradient."""
+        ...
+
     # Input and weight gradients are separate, for pipelines that defer weight gradients.
 
     def input_gradient(self, grad: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:

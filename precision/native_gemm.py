@@ -5,6 +5,7 @@ Shapes: E experts, C routed tokens (sorted by expert), M, N, K sides of matrices
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,24 +14,28 @@ from torch import Tensor
 
 from precision import cpu_gemm
 from precision.gemm import Groups
+from precision.weight_copies import WeightClock, WeightCopies
 
 _FEW_ROWS = 16
 """Rows up to which `cpu_gemm.multiply_few_rows` multiplies them."""
 
 
 class NativeGemm:
-    """Casts both operands to the compute dtype and multiplies. The cast is part of the autograd graph, so gradients of
-    bf16 matmuls accumulate in the dtype of the master weights, fp32.
+    """Casts both operands to the compute dtype and multiplies. Gradients of bf16 matmuls accumulate in the dtype of the
+    master weights, fp32.
     """
 
     token_multiple = 1
 
-    def __init__(self, compute_dtype: torch.dtype) -> None:
+    def __init__(self, compute_dtype: torch.dtype, clock: WeightClock | None = None) -> None:
         self.compute_dtype = compute_dtype
+        self.copies = WeightCopies(compute_dtype, clock)
 
     def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
+        if x.dtype.itemsize < self.compute_dtype.itemsize and groups is None and torch.is_grad_enabled():
+            return _WidenedProduct.apply(x, w.to(self.compute_dtype))
         if x.dtype is not self.compute_dtype or w.dtype is not self.compute_dtype:  # a call costs more than this
-            x, w = x.to(self.compute_dtype), w.to(self.compute_dtype)
+            x, w = x.to(self.compute_dtype), self.copies.narrow(w)
         if groups is None:
             if not torch.is_grad_enabled() and x.numel() <= _FEW_ROWS * w.shape[1]:
                 return cpu_gemm.multiply_few_rows(x, w)
@@ -42,6 +47,13 @@ class NativeGemm:
         if _loops(x, *w.shape) or cpu_gemm.is_large(w, w.shape):
             return _NativeProduct.apply(x, w, groups)
         return F.grouped_mm(x, w.transpose(1, 2), offs=groups.ends_E)
+
+    def joint(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Return the results of `linear` with each of the matrices [F, D], concatenated, as one matmul."""
+        return self.linear(x, self.copies.joint(list(weights)))
+
+    def narrowed(self, w: Tensor) -> Tensor:
+        return self.copies.plain(w)
 
     def input_gradient(self, grad: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
         return _input_gradient(grad.to(self.compute_dtype), w.to(self.compute_dtype), groups)
@@ -65,6 +77,22 @@ class _NativeProduct(torch.autograd.Function):
         needs_x, needs_w, _ = ctx.needs_input_grad
         grad_x = _input_gradient(grad, w, groups) if needs_x else None
         return grad_x, _weight_gradient(grad, x, groups) if needs_w else None, None
+
+
+class _WidenedProduct(torch.autograd.Function):
+    """Multiplies in the wide dtype of `w`, and saves the narrow input: half of its bytes for bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return F.linear(x.to(w.dtype), w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, w = ctx.saved_tensors
+        needs_x, needs_w = ctx.needs_input_grad
+        grad_x = _input_gradient(grads[0], w, None).to(x.dtype) if needs_x else None
+        return grad_x, _weight_gradient(grads[0], x.to(w.dtype), None) if needs_w else None
 
 
 def _input_gradient(grad: Tensor, w: Tensor, groups: Groups | None) -> Tensor:

@@ -12,14 +12,17 @@ import torch
 
 from core.errors import ConfigError
 from precision import fp8_emulated, fp8_torch, transformer_engine
-from precision.config import Backend, KernelKind, PrecisionConfig, Products, Recipe
+from precision.config import AttentionKind, Backend, Compute, KernelKind, PrecisionConfig, Products, Recipe
 from precision.fp8_linear import Arithmetic, Float8Gemm
 from precision.gemm import GemmBackend
 from precision.native_gemm import NativeGemm
+from precision.weight_copies import WeightClock
 
 
 class Float8Library(Protocol):
     RECIPES: tuple[Recipe, ...]
+    EXPERTS: str
+    """How it multiplies experts, if that costs time."""
 
     def unavailable(self, recipe: Recipe, device: torch.device) -> list[str]:
         """Return every reason why this recipe is unavailable on this device, with the remedy; empty if available."""
@@ -44,6 +47,7 @@ class LayerGemms:
     plain: GemmBackend
     float8: Callable[[Products, str], GemmBackend | None] = field(default=lambda products, name: None)
     kernels: KernelKind = KernelKind.torch
+    attention: AttentionKind = AttentionKind.segments
 
     def of(self, products: Products, name: str) -> GemmBackend:
         """Return the backend of one module; `name` names the module in errors."""
@@ -52,10 +56,16 @@ class LayerGemms:
 
 @dataclass(frozen=True)
 class Precision:
-    """GEMM backends of a run. `recipe`: the FP8 recipe, with `auto` resolved; None without FP8."""
+    """GEMM backends of a run. `recipe`: the FP8 recipe, with `auto` resolved; None without FP8. `kernels` and
+    `attention`: those of the configuration, with `auto` resolved.
+    """
 
     config: PrecisionConfig
     recipe: Recipe | None = None
+    kernels: KernelKind = KernelKind.torch
+    attention: AttentionKind = AttentionKind.segments
+    clock: WeightClock = field(default_factory=WeightClock, compare=False)
+    """Ticks when an engine writes weights of the models that are made with these backends."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -64,7 +74,7 @@ class Precision:
     @property
     def plain(self) -> LayerGemms:
         """Backends of the modules outside the layers."""
-        return LayerGemms(NativeGemm(self.compute_dtype), kernels=self.config.kernels)
+        return LayerGemms(NativeGemm(self.compute_dtype, self.clock), kernels=self.kernels, attention=self.attention)
 
     def at(self, layer: int, layers: int) -> LayerGemms:
         """Return the backends of layer number `layer` (from 0) out of `layers`."""
@@ -85,18 +95,24 @@ class Precision:
             return self.config.compute.value
         kinds = ", ".join(products.value for products in self.config.fp8_products)
         library = FLOAT8_LIBRARIES[self.config.backend]
-        return f"FP8 {self.recipe.value} by {library.version()} for {kinds}; the rest {self.config.compute.value}"
+        said = f"FP8 {self.recipe.value} by {library.version()} for {kinds}; the rest {self.config.compute.value}"
+        slow = library.EXPERTS if Products.expert in self.config.fp8_products else ""
+        return f"{said}; {slow}" if slow else said
 
 
 CPU = torch.device("cpu")
+VARLEN_SINCE = "2.12"
+"""The first version of torch whose `varlen_attn` has `enable_gqa`; 2.11 has `window_size` only."""
 
 
 def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
     """Return the backends for `config` on `device`. Raises `ConfigError` with every reason if one is unavailable."""
-    if config.kernels is KernelKind.triton and (reason := no_triton(device)):
-        raise ConfigError("precision.kernels", config.kernels, reason, [KernelKind.torch.value])
+    return Precision(config, _recipe(config, device), _kernels(config, device), _attention(config, device))
+
+
+def _recipe(config: PrecisionConfig, device: torch.device) -> Recipe | None:
     if not config.uses_float8:
-        return Precision(config)
+        return None
     recipe = config.recipe.on(device)
     if reasons := unavailable(config.backend, recipe, device):
         backend = config.backend
@@ -105,7 +121,44 @@ def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
         reason = f"cannot do {recipe.value} here: {'; '.join(reasons)}"
         reason += f"; it can do {', '.join(known)}" if known else ""
         raise ConfigError("precision.backend", backend, reason, [*others, "native"])
-    return Precision(config, recipe)
+    return recipe
+
+
+def _kernels(config: PrecisionConfig, device: torch.device) -> KernelKind:
+    if config.kernels is KernelKind.auto and device.type != "cuda":
+        return KernelKind.torch
+    if config.kernels is not KernelKind.torch and (reason := no_triton(device)):
+        raise ConfigError("precision.kernels", config.kernels, reason, [KernelKind.torch.value])
+    return KernelKind.torch if config.kernels is KernelKind.torch else KernelKind.triton
+
+
+def _attention(config: PrecisionConfig, device: torch.device) -> AttentionKind:
+    if not wants_varlen(config, device):
+        return AttentionKind.segments
+    if reason := no_varlen(config, device):
+        raise ConfigError("precision.attention", config.attention, reason, [AttentionKind.segments.value])
+    return AttentionKind.varlen
+
+
+def wants_varlen(config: PrecisionConfig, device: torch.device) -> bool:
+    """Return whether flash attention of varying lengths is asked for: by name, or by `auto` in bfloat16 on a GPU."""
+    if config.attention is AttentionKind.auto:
+        return device.type == "cuda" and config.compute is Compute.bfloat16
+    return config.attention is AttentionKind.varlen
+
+
+def no_varlen(config: PrecisionConfig, device: torch.device) -> str | None:
+    """Return why flash attention of varying lengths cannot run, or None."""
+    if device.type != "cuda":
+        return "flash attention of varying lengths runs on GPUs only"
+    if config.compute is not Compute.bfloat16:
+        return f"flash attention has no {config.compute.value}: add precision.compute=bfloat16"
+    if torch.__version__ < VARLEN_SINCE:
+        missing = f"torch {torch.__version__} has no flash attention of varying lengths with grouped heads"
+        return f"{missing}: pip install 'torch>={VARLEN_SINCE}'"
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"flash attention needs a GPU of compute capability 8.0 or later; this one has {found[0]}.{found[1]}"
+    return None
 
 
 def no_triton(device: torch.device) -> str | None:

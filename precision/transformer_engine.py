@@ -4,7 +4,8 @@ Only this file imports TE, and only inside functions: TE is optional and does no
 names that are not public in TE and therefore needs one exact version. Tests (`tests/precision`) compare its calls with
 the sources of that version. `unavailable` checks TE against the emulation on the device before a run begins.
 
-Experts never share a scale. One grouped GEMM multiplies all experts, with token counts on the host. TE does not detect
+Experts never share a scale. One call quantises the rows or matrices of all experts, and one grouped GEMM multiplies
+them, with token counts on the host. Within these calls TE still launches kernels for each expert. TE does not detect
 inf: its kernels give a tile with inf the scale 1 and saturate (NaN stays NaN).
 
 Shapes: T tokens, D input size, F output size, E experts, C routed tokens (sorted by expert).
@@ -29,6 +30,10 @@ from precision.fp8_tiles import Tiled
 from precision.gemm import Groups
 
 RECIPES: tuple[Recipe, ...] = (Recipe.blockwise, Recipe.tensorwise, Recipe.mxfp8)
+EXPERTS = (
+    "experts wait for their token counts on the host, once per MoE layer: the grouped matmul that need not (cuBLASLt "
+    "13.3 on Blackwell; on Hopper 13.5 for tensorwise, 13.6 for blockwise) is not used"
+)
 VERSION = "2.20.2"
 INSTALL = f'pip install --no-build-isolation "transformer-engine[pytorch]=={VERSION}", after installing torch for CUDA'
 
@@ -74,7 +79,8 @@ class TransformerEngine:
         from transformer_engine.pytorch.module.base import _2X_ACC_DGRAD, _2X_ACC_FPROP, _2X_ACC_WGRAD
         from transformer_engine.pytorch.quantization import RecipeState
 
-        self.recipe, self.compute_dtype, self.token_multiple = recipe, compute_dtype, recipe.multiple
+        self.recipe, self.compute_dtype = recipe, compute_dtype
+        self.token_multiple, self.joint_multiple = recipe.multiple, recipe.joint_multiple
         if recipe is Recipe.mxfp8:
             scaling: Any = MXFP8BlockScaling()
             splits = _2X_ACC_FPROP, _2X_ACC_DGRAD, _2X_ACC_WGRAD
@@ -98,11 +104,11 @@ class TransformerEngine:
         # TE's kernels quantise columns in square tiles, or with one scale, only together with the rows
         beside = operand is Operand.weight or self.recipe is Recipe.tensorwise
         quantizer.set_usage(rowwise=rows or beside, columnwise=columns)
-        if groups is not None:
-            parts = tex.split_quantize(x[: sum(groups.host)], groups.host, [quantizer] * len(groups.host))
-        else:
-            parts = [quantizer(matrix) for matrix in (x if x.dim() == 3 else [x])]
-        return QuantisedParts(tuple(parts), x.shape)
+        if groups is None and x.dim() == 2:
+            return QuantisedParts((quantizer(x),), x.shape)
+        counts = [x.shape[1]] * len(x) if groups is None else groups.host
+        used = x.flatten(0, -2)[: sum(counts)]
+        return QuantisedParts(tuple(tex.split_quantize(used, counts, [quantizer] * len(counts))), x.shape)
 
     def forward(self, x: QuantisedParts, w: QuantisedParts, groups: Groups | None) -> Tensor:
         return self._product(w, x, "TN", groups, (x.shape[0], w.shape[-2]))

@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.loader import IGNORED, Batch, Loader
 from data.prefetch import Prefetcher
+from model.flops import mean_lengths, squared_lengths
 from parallel.mesh import Meshes
 from train.config import Phase, TrainConfig
 from train.engine.images import load_tiles, local_sequences
@@ -23,11 +25,19 @@ class StepBatches:
     global batch. Of its images, each rank decodes the tiles that it encodes.
     """
 
+    _squares: dict[int | None, int]
+    _sequences: Tensor
+
     def __init__(
         self, config: TrainConfig, phases: Sequence[Phase], loaders: Mapping[str, Loader], meshes: Meshes, eos_id: int
     ) -> None:
         self.phases, self.loaders, self.meshes, self.axis, self.eos_id = phases, loaders, meshes, meshes.dp, eos_id
         self.sources = next(iter(loaders.values())).corpus.sources
+        self.chunks = list(dict.fromkeys(layer.attention_chunk_size for layer in config.model.blocks))
+        self.lengths: dict[int | None, float] = {}
+        """Lengths of the documents between the last two calls of `read`, for `training_flops`."""
+        self.prepare: Callable[[Batch, int], None] = lambda batch, micro_batch_size: None
+        """Prepares a batch for its step further: see `Engine.prepare`."""
         self.window = OnlineWindow() if config.online.every else None
         self._prefetcher = Prefetcher(self._make, config.data.prefetch)
         self._reset()
@@ -45,6 +55,8 @@ class StepBatches:
         batch = self._prefetcher.get(step, self._known_until(step))
         self.waited_s += time.perf_counter() - begin
         self._positions += batch.labels_BT.numel()
+        for chunk in self.chunks:
+            self._squares[chunk] += squared_lengths(batch.positions_BT, chunk)
         self._labelled += int((batch.labels_BT != IGNORED).sum())
         ends = batch.tokens_BT == self.eos_id
         self._padding += int((ends[:, 1:] & ends[:, :-1]).sum())  # EOS after EOS occurs only as padding
@@ -66,13 +78,18 @@ class StepBatches:
             "padding_share": round(self._padding / max(self._positions, 1), 6),
             "source_shares": {name: round(count / total, 4) for name, count in counts},
         }
+        positions = self._positions
         if next(iter(self.loaders.values())).corpus.images is not None:
-            seen = torch.tensor([self._tiles, self._image_tokens], device=device)
-            if not self.meshes.layout.vision.over_data_parallel:  # else each rank has seen all
-                self.axis.sum(seen, "metrics")
-            tiles, tokens = seen.tolist()
-            share = round(tokens / max(self._positions * self.axis.size, 1), 6)
+            positions *= self.axis.size
+            saw_all = self.meshes.layout.vision.over_data_parallel
+            seen = [n * (self.axis.rank == 0 or not saw_all) for n in (self._tiles, self._image_tokens)]
+            figures = torch.tensor([*seen, *self._squares.values()], device=device)
+            self.axis.sum(figures, "metrics")
+            tiles, tokens, *squares = figures.tolist()
+            self._squares = dict(zip(self._squares, squares, strict=True))
+            share = round(tokens / max(positions, 1), 6)
             line |= {"tiles": tiles, "image_tokens": tokens, "image_token_share": share}
+        self.lengths = mean_lengths(self._squares, positions)
         self._reset()
         return line
 
@@ -83,6 +100,7 @@ class StepBatches:
         phase = self.phase(step)
         batch = self._sequences_of(step, phase)
         load_tiles(batch.images, self.meshes, phase.micro_batch_size)
+        self.prepare(batch, phase.micro_batch_size)
         return batch
 
     def _sequences_of(self, step: int, phase: Phase) -> Batch:
@@ -106,4 +124,5 @@ class StepBatches:
         self.waited_s = 0.0
         """Seconds that steps have waited for their batches since the last `read`."""
         self._positions = self._labelled = self._padding = self._tiles = self._image_tokens = 0
+        self._squares = dict.fromkeys(self.chunks, 0)
         self._sequences = torch.zeros(len(self.sources), dtype=torch.int64)

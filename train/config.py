@@ -86,6 +86,10 @@ class TrainingConfig:
     """Roles that keep their initial weights (`embedding`, `router`, ...), or the groups `vision`, `encoder` (the same
     without the projector) and `decoder`.
     """
+    deterministic: bool = False
+    """Repeat results to the bit on GPUs, too: the same run on the same GPUs, ranks and versions. It costs speed, mostly
+    in the backward pass of attention. CPUs always do.
+    """
     objective: Objective = Objective.language
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
 

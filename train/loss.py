@@ -1,6 +1,6 @@
 """Compute the language-model loss as a sum over tokens, divided by the global number of tokens.
 
-Shapes: B batch, T sequence, V vocabulary, M modalities: documents with images, and of text alone.
+Shapes: B batch, T sequence, M modalities: documents with images, and of text alone.
 """
 
 from __future__ import annotations
@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections import deque
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from core.memory import upload
 from data.images.batch import MODALITIES
 from data.loader import IGNORED, Batch
-from parallel import vocab_parallel_loss
 from parallel.context_parallel import ContextShard
-from parallel.mesh import MeshAxis, Meshes
-from precision.gemm import widened
+from parallel.mesh import Meshes
 
 
 class BatchLoss:
@@ -32,7 +30,9 @@ class BatchLoss:
         self.meshes, self.masks, counted_BT = meshes, deque[Tensor](), labels_BT != IGNORED
         tokens = counted_BT.sum() * meshes.counts_tokens
         if batch.images is not None:
-            with_images_BT = share.take(batch.images.documents_with_images(batch.positions_BT)).to(labels_BT.device)
+            with_images_BT = upload(
+                share.take(batch.images.documents_with_images(batch.positions_BT)), labels_BT.device
+            )
             masks_BMT = torch.stack([with_images_BT, ~with_images_BT], 1)
             self.masks.extend(masks_BMT.split(micro_batch_size))
             tokens_M = (masks_BMT & counted_BT[:, None]).sum((0, 2)) * meshes.counts_tokens
@@ -41,9 +41,9 @@ class BatchLoss:
         meshes.world.sum(tokens, "loss")
         self.tokens = tokens  # of the global batch, followed by those of each modality
 
-    def __call__(self, logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-        """Return the part of the loss that is due to a micro-batch on this rank."""
-        losses_BT, tokens = token_losses(logits_BTV, labels_BT, self.meshes.tp), self.tokens
+    def __call__(self, losses_BT: Tensor) -> Tensor:
+        """Return the part of the loss that is due to a micro-batch on this rank, given the losses of its tokens."""
+        tokens = self.tokens
         if tokens.dim():
             tokens = tokens[0]
             self.nats_M += (losses_BT.detach()[:, None] * self.masks.popleft()).sum((0, 2), dtype=torch.float64)
@@ -61,15 +61,3 @@ class BatchLoss:
         sums = torch.cat([total[None], self.nats_M]) * is_counted
         self.meshes.world.sum(sums, "loss")
         return sums[0], dict(zip(MODALITIES, (sums[1:] / self.tokens[1:]).unbind(), strict=True))
-
-
-def token_losses(logits_BTV: Tensor, labels_BT: Tensor, tp: MeshAxis | None = None) -> Tensor:
-    """Return the cross-entropy of each position [B, T] in nats, in at least float32; 0 where the label is ignored.
-
-    Under tensor parallelism the logits are this rank's part of the vocabulary, and all ranks of the axis get the same.
-    """
-    wide = widened(logits_BTV)
-    if tp is not None and tp.size > 1:
-        return vocab_parallel_loss.token_losses(wide, labels_BT.clamp_min(0), tp) * (labels_BT != IGNORED)
-    losses = F.cross_entropy(wide.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view_as(labels_BT)

@@ -24,13 +24,29 @@ from core.errors import Diverged
 from core.files import append_json_line, append_text
 from core.process import say
 from model.config import ModelConfig
-from model.flops import training_flops, vision_flops
+from model.flops import Lengths, training_flops, vision_flops
 from model.roles import Role
 from train.config import LoggingConfig, Wandb
 from train.engine.base import StepResult
 
-PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "H800": 989.5e12, "A100": 312e12, "B200": 2250e12, "GB200": 2500e12}
-"""Dense bf16 peak FLOPS by a part of the device's name, from the vendors' data sheets."""
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.5e12,
+    "NVIDIA H100 PCIe": 756.5e12,
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA H800": 989.5e12,
+    "NVIDIA H200": 989.5e12,
+    "NVIDIA H200 NVL": 835.5e12,
+    "NVIDIA GH200 480GB": 989.5e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+}
+"""Dense bf16 peak FLOPS by the device's name, from the vendors' data sheets. Cards of one chip differ in clock and
+power, and a slice of a GPU (MIG) has a name of its own, so only the whole name counts.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +77,7 @@ def peak_flops(device: torch.device) -> float | None:
     """Return the device's dense bf16 peak in FLOPS, or None if it is unknown (as for a CPU); MFU is then None."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in sorted(PEAK_FLOPS.items(), key=lambda i: -len(i[0])) if key in name), None)
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -123,23 +138,23 @@ class Throughput:
         self.peak = None if peak is None else peak * world_size
         self.seconds = self.tokens = 0.0
 
-    def read(self, seconds: float, tokens: int, seq_len: int, tiles: int = 0) -> tuple[float, float | None]:
-        """Return tokens per second and MFU of an interval in which `tiles` tiles were encoded. `seconds` exclude pauses
-        for evaluation and saving.
+    def read(self, seconds: float, tokens: int, lengths: Lengths, tiles: int = 0) -> tuple[float, float | None]:
+        """Return tokens per second and MFU of an interval in which `tiles` tiles were encoded. `lengths`: those of its
+        documents. `seconds` exclude pauses for evaluation and saving.
         """
         self.seconds += seconds
         self.tokens += tokens
         rate, encoded = tokens / max(seconds, 1e-9), tiles / max(seconds, 1e-9)
-        flops = rate * self._decoder(seq_len) + encoded * self._encoder
+        flops = rate * self._decoder(lengths) + encoded * self._encoder
         return rate, None if self.peak is None else flops / self.peak
 
-    def encoder_share(self, tokens: int, seq_len: int, tiles: int) -> float:
+    def encoder_share(self, tokens: int, lengths: Lengths, tiles: int) -> float:
         """Return the fraction of the FLOPs of `tokens` tokens and `tiles` tiles that the vision encoder takes."""
         encoder = tiles * self._encoder
-        return encoder / max(tokens * self._decoder(seq_len) + encoder, 1.0)
+        return encoder / max(tokens * self._decoder(lengths) + encoder, 1.0)
 
-    def _decoder(self, seq_len: int) -> float:
-        return training_flops(self.model, seq_len, self.frozen).total
+    def _decoder(self, lengths: Lengths) -> float:
+        return training_flops(self.model, lengths, self.frozen).total
 
     @property
     def _encoder(self) -> float:

@@ -49,6 +49,8 @@ FREE = (
     "precision.bf16_first_layers",
     "precision.bf16_last_layers",
     "precision.kernels",
+    "precision.attention",
+    "training.deterministic",
     "training.micro_batch_size",
     "phases.*.micro_batch_size",
     "data.tokens",  # a checkpoint names the tokens that it was trained on by their hash

@@ -25,6 +25,7 @@ from core.process import ending_with_parent
 from data.corpus import Corpus, check_found
 from data.filter.audit.outputs import keep_audit
 from data.tokenizer import vocabulary_fingerprint
+from model.attention.limits import slower_heads
 from model.load_balance import Balancer
 from parallel.comm.world import World, connect, device_of_rank, numbers_of_rank, wait_for
 from parallel.deepspeed.config import Offload
@@ -43,6 +44,7 @@ from train.checkpoint.manager import Checkpointer
 from train.config import Objective, Phase, TrainConfig, check, phase_of, phases
 from train.corpus import check_same_data, get_corpus, keep_tokenizer, run_loaders, source_weights, with_image_tokens
 from train.engine.base import optimizer_step
+from train.engine.deterministic import make_deterministic
 from train.engine.memory import check_memory
 from train.engine.objective import objective_engine
 from train.environment import environment
@@ -88,6 +90,7 @@ class Trainer:
         begun = world.from_main(lambda: bool(committed(directory.checkpoints)))
         source = None if begun else run_source(config, log)
         self.engine = objective_engine(config, corpus, self.meshes, world.device)
+        self.batches.prepare = self.engine.prepare
         placed = self.engine.placed
         self.balancer = Balancer(placed.model, partial(self.meshes.world.sum, purpose="balance"))
         progress = self.checkpointer.restore(self.engine.state())
@@ -100,8 +103,11 @@ class Trainer:
             self.engine.written()
             copy_selection_biases(placed.model, source, log)
             compare_vocabularies(source, self.vocabulary, log)
+        precision = resolve(config.precision, world.device)
         if config.precision.uses_float8:
-            log(str(resolve(config.precision, world.device)))
+            log(str(precision))
+        if line := slower_heads(config.model, precision):
+            log(line)
         placed.model.set_rope_config(phase_of(config, self.step).model)
         world.from_main(lambda: directory.trim_metrics(self.step))
         self.callbacks = make_callbacks(self)
@@ -254,6 +260,8 @@ def run(config: TrainConfig) -> int:
     """Run the verb `train` on this rank: check, prepare, train. Returns the exit code."""
     config = absolute(hyperparameters.resolve(config))
     layout = check(config, numbers_of_rank()[1])
+    if config.training.deterministic:
+        make_deterministic()  # before the first use of a GPU
     check_memory(config, layout, device_of_rank())
     list(imported_callbacks(config))
     if config.run.name is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":

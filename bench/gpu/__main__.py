@@ -16,21 +16,23 @@ from threading import Timer
 import torch
 
 import bench.gpu
-from bench.gpu import attention, kernels, layers, products, training
+from bench.gpu import attention, checks, head, kernels, layers, products, training
 from bench.gpu.context import Bench, BenchJob
 from bench.gpu.record import BenchRecord, BenchRow, judged, machine, tables
 
 SECTIONS: dict[str, Callable[[Bench], Iterator[BenchJob]]] = {
+    "tests": checks.checks,
     "ceilings": products.ceilings,
     "kernels": kernels.kernels,
-    "layers": layers.layers,
     "step": training.step,
-    "loss": training.loss,
+    "layers": layers.layers,
     "attention": attention.attention,
+    "head": head.head,
+    "loss": training.loss,
     "dense": products.dense,
     "grouped": products.grouped,
 }
-"""Jobs by section, the most important sections first: if time runs out, the last are skipped."""
+"""Jobs by section, tests and then the most important sections first: if time runs out, the last are skipped."""
 GRACE_S = 60
 """Seconds after the deadline in which a section may finish a row, before its process is killed."""
 

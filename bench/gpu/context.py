@@ -12,13 +12,13 @@ import torch
 
 from bench.gpu.clock import Clock
 from bench.gpu.record import BenchRow
-from precision.config import Backend, Compute, KernelKind, ParamDtype, PrecisionConfig
-from precision.resolve import FLOAT8_LIBRARIES, no_triton, unavailable
+from precision.config import AttentionKind, Backend, Compute, KernelKind, ParamDtype, PrecisionConfig
+from precision.resolve import FLOAT8_LIBRARIES, no_triton, no_varlen, unavailable
 
 PLAIN = "bf16"
 DENSE = "dense, equal active parameters"
 TRITON = ", Triton"
-"""Suffix of the names of sides that permute tokens and compute SwiGLU with Triton kernels."""
+"""Suffix of the names of sides with Triton kernels: the default on GPUs."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,14 @@ class Bench:
     @cached_property
     def precisions(self) -> dict[str, PrecisionConfig]:
         """bfloat16 and the available FP8 recipes, by name. Weights are in bfloat16."""
-        plain = PrecisionConfig(Compute.bfloat16, ParamDtype.bfloat16)
-        return {PLAIN: plain} | {name: config for name, config, reasons in self._recipes if not reasons}
+        plain = self._with_attention(PrecisionConfig(Compute.bfloat16, ParamDtype.bfloat16))
+        found = {name: self._with_attention(config) for name, config, reasons in self._recipes if not reasons}
+        return {PLAIN: plain} | found
+
+    def _with_attention(self, config: PrecisionConfig) -> PrecisionConfig:
+        """Choose segments where flash attention of varying lengths cannot run; the section `attention` says why."""
+        lacks = no_varlen(config, self.device)
+        return replace(config, attention=AttentionKind.segments if lacks else AttentionKind.varlen)
 
     @property
     def missing(self) -> dict[str, str]:
@@ -71,6 +77,11 @@ class Bench:
     def no_triton(self) -> str | None:
         """The reason why Triton kernels are not available, or None."""
         return no_triton(self.device)
+
+    @property
+    def default_kernels(self) -> str:
+        """The suffix of sides with the kernels that a run uses by default. Floors apply to these alone."""
+        return "" if self.no_triton else TRITON
 
     def with_kernels(self, sides: dict[str, PrecisionConfig]) -> dict[str, PrecisionConfig]:
         """Return each side with PyTorch kernels and, if they are available, also with Triton kernels."""

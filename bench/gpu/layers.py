@@ -34,7 +34,7 @@ DIFFERENT_TOKENS = 0.05
 """Largest fraction of tokens routed differently: peers compute router scores in bfloat16, we in float32."""
 
 
-class LayerCase:
+class TimedLayer:
     """A layer, its input and an upstream gradient; calling it runs forward and backward."""
 
     def __init__(
@@ -67,18 +67,18 @@ class LayerSetting:
         name = f"{self.moe.name}, {what}"
         return BenchRow("layers", name, side, "forward+backward", self.moe.shape, self.tokens, **more)
 
-    def ours(self, config: ModelConfig, precision: PrecisionConfig) -> LayerCase:
+    def ours(self, config: ModelConfig, precision: PrecisionConfig) -> TimedLayer:
         layer = sharing(self.base, config, self.bench, precision)
         context = ForwardContext(torch.arange(self.tokens).expand(1, -1), self.bench.device)
-        return LayerCase(lambda x: layer(x, context), list(layer.parameters()), self.x, self.grad)
+        return TimedLayer(lambda x: layer(x, context), list(layer.parameters()), self.x, self.grad)
 
-    def dense(self, precision: PrecisionConfig) -> LayerCase:
+    def dense(self, precision: PrecisionConfig) -> TimedLayer:
         roles = (Role.dense_gate, Role.dense_up, Role.dense_down)
         products = resolve(precision, self.bench.device).plain
         with torch.device(self.bench.device):
             layer = GatedMLP(self.moe.width, self.moe.active_width, roles, products).to(torch.bfloat16)
         _fill(layer, self.bench)
-        return LayerCase(layer, list(layer.parameters()), self.x, self.grad)
+        return TimedLayer(layer, list(layer.parameters()), self.x, self.grad)
 
 
 def layers(bench: Bench) -> Iterator[BenchJob]:
@@ -87,6 +87,7 @@ def layers(bench: Bench) -> Iterator[BenchJob]:
     for moe in moe_shapes(bench.dry, bench.memory_bytes):
         setting = cache(partial(_setting, bench, moe))  # made by the first job that uses it, freed with the last
         yield BenchJob(moe.name, partial(_ourselves, setting))
+        yield BenchJob(f"{moe.name}, routed", partial(_by_load, setting))
         for name, peer in GROUPED.items():
             yield BenchJob(f"{moe.name}, {name}", partial(_against, setting, name, peer))
 
@@ -117,14 +118,28 @@ def _ourselves(make: Callable[[], LayerSetting]) -> Iterator[BenchRow]:
     yield from _judged(setting, timings)
 
 
+def _by_load(make: Callable[[], LayerSetting]) -> Iterator[BenchRow]:
+    """Compare the layer with its own routing, of random tokens by a random router, with balanced experts."""
+    setting = make()
+    bench, moe = setting.bench, setting.moe
+    ((side, precision),) = list(bench.with_kernels({PLAIN: bench.precisions[PLAIN]}).items())[-1:]
+    loads = {"balanced": moe.config(force_balanced=True), "routed": moe.config()}
+    cases = {load: setting.ours(config, precision) for load, config in loads.items()}
+    timings = dict(zip(cases, bench.clock.turns(list(cases.values())), strict=True))
+    for load, timing in timings.items():
+        ratio, against = (timing.over(timings["balanced"]), "balanced") if load == "routed" else (None, None)
+        more = {"flops": moe.flops(setting.tokens), "ratio": ratio, "against": against}
+        yield setting.row("layer by load", side, ms=timing.ms, spread=timing.spread, load=load, **more)
+
+
 def _judged(setting: LayerSetting, timings: dict[str, Timing]) -> Iterator[BenchRow]:
     """Yield a row per side, then ratios: bfloat16 to the dense layer, FP8 to bfloat16, Triton to PyTorch kernels."""
-    moe, tokens = setting.moe, setting.tokens
+    moe, tokens, default = setting.moe, setting.tokens, setting.bench.default_kernels
     is_llama4 = moe.name.startswith("Llama 4")
     for side, timing in timings.items():
         products = side.removesuffix(TRITON)
         flops = 6.0 * tokens * 3 * moe.width * moe.active_width if products == DENSE else moe.flops(tokens)
-        goal = {"floor": 450.0, "moonshot": 600.0} if is_llama4 and products == PLAIN else {}
+        goal = {"floor": 450.0, "moonshot": 600.0} if is_llama4 and side == PLAIN + default else {}
         load = None if products == DENSE else "balanced"
         yield setting.row("layer", side, ms=timing.ms, spread=timing.spread, flops=flops, load=load, **goal)
     for side, timing in timings.items():
@@ -132,11 +147,13 @@ def _judged(setting: LayerSetting, timings: dict[str, Timing]) -> Iterator[Bench
         kernels = side.removeprefix(products)
         plain = timings.get(PLAIN + kernels)
         if products == PLAIN:
-            goal, dense = {"floor": 1.30, "moonshot": 1.12, "at_most": True}, DENSE + kernels
+            goal = {"floor": 1.30, "moonshot": 1.12, "at_most": True} if kernels == default else {}
+            dense = DENSE + kernels
             ratio = timing.over(timings[dense])
             yield setting.row("time ratio", side, load="balanced", ratio=ratio, against=dense, **goal)
         elif plain is not None and products != DENSE:
-            goal, ratio = {"floor": 1.3, "moonshot": 1.6} if is_llama4 else {}, plain.over(timing)
+            goal = {"floor": 1.3, "moonshot": 1.6} if is_llama4 and kernels == default else {}
+            ratio = plain.over(timing)
             yield setting.row("speed ratio", side, load="balanced", ratio=ratio, against=PLAIN + kernels, **goal)
         if kernels and products in timings and products != DENSE:
             ratio = timings[products].over(timing)
@@ -155,7 +172,7 @@ def _against(make: Callable[[], LayerSetting], name: str, peer: Peer) -> Iterato
     plain = bench.with_kernels({PLAIN: bench.precisions[PLAIN]})
     sides = {side: setting.ours(config, precision) for side, precision in plain.items()}
     block = peer.make(setting.base, router, False)
-    theirs = LayerCase(block.forward, block.parameters, setting.x, setting.grad)
+    theirs = TimedLayer(block.forward, block.parameters, setting.x, setting.grad)
     with torch.no_grad():
         a, b = (case.layer(case.x).float() for case in (sides[PLAIN], theirs))
     worst_T = (a - b).abs().amax(-1) / b.abs().max()

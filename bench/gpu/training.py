@@ -9,20 +9,21 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu.clock import Timing
 from bench.gpu.context import DENSE, PLAIN, Bench, BenchJob
+from bench.gpu.documents import count, packed_flops, packed_positions
 from bench.gpu.record import BenchRow
 from bench.gpu.shapes import LLAMA4
+from bench.gpu.split import Span, divided, observed
 from model.config import BalanceConfig, ModelConfig, QKNorm, RouterConfig, Score, WeightsOn
-from model.flops import count_parameters, training_flops
+from model.flops import count_parameters
 from model.load_balance import Balancer
 from parallel.grad_norm import gradient_norm, scale_gradients
 from parallel.layout import Layout
@@ -94,69 +95,114 @@ class Training:
         optimizer = OptimizerConfig(lr=lr, moments=moments)
         self.optimizer = make_optimizer(self.placed.model, self.placed.specs, optimizer, meshes)
         self.balancer = Balancer(self.placed.model)
+        self.placed.model.clock.tick()
 
-    def step(self, tokens_BT: Tensor, micro_batches: int = 1) -> Tensor:
-        """Return the mean loss per predicted token."""
+    def step(self, tokens_BT: Tensor, micro_batches: int = 1, positions_BT: Tensor | None = None) -> Tensor:
+        """Return the mean loss per predicted token. `positions_BT`: positions in packed documents, on the host; None:
+        each sequence is one document.
+        """
         rows, length = tokens_BT.shape[0] // micro_batches, tokens_BT.shape[1] - 1
-        positions_BT, tokens = torch.arange(length).expand(rows, -1), tokens_BT.shape[0] * length
+        if positions_BT is None:
+            positions_BT = torch.arange(length).expand(len(tokens_BT), -1)
+        tokens = tokens_BT.shape[0] * length
         total = torch.zeros((), device=tokens_BT.device)
-        for part_BT in tokens_BT.split(rows):
-            context = self.placed.sequence_context(positions_BT, float(tokens))
-            logits_BTV = self.placed.model(part_BT[:, :-1], context)
-            wide, labels = logits_BTV.float().flatten(0, 1), part_BT[:, 1:].flatten()
-            loss = F.cross_entropy(wide, labels, reduction="sum") / tokens
+        for part_BT, places_BT in zip(tokens_BT.split(rows), positions_BT.split(rows), strict=True):
+            context = self.placed.sequence_context(places_BT, float(tokens))
+            context.labels_BT = part_BT[:, 1:]
+            loss = self.placed.model(part_BT[:, :-1], context).sum() / tokens
             loss.backward()
             total += loss.detach()
         gradients = local_gradients(self.placed.model, self.placed.specs)
         norm = gradient_norm(gradients, self.placed.meshes.world, self.placed.device)
         scale_gradients(self.placed.model, (1.0 / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.step()
+        self.placed.model.clock.tick()
         self.optimizer.zero_grad(set_to_none=True)
         self.balancer.step()
         return total
 
 
-def step(bench: Bench) -> Iterator[BenchJob]:
-    """Time steps with float32 master weights and balanced experts. Moments are in bfloat16 on GPUs of up to 100 GB.
+@dataclass(frozen=True)
+class _Load:
+    """What a step trains on. `balanced`: every expert gets as many tokens; otherwise the router chooses. `packed`:
+    documents of log-normal lengths; otherwise a sequence is one document.
+    """
 
-    bfloat16 runs with PyTorch and with Triton kernels, FP8 only with the kernels that were faster in bfloat16.
+    balanced: bool
+    packed: bool = True
+
+    def __str__(self) -> str:
+        return "packed documents" if self.packed else "whole sequences"
+
+    def of(self, config: ModelConfig) -> ModelConfig:
+        return replace(config, router=replace(config.router, force_balanced=self.balanced))
+
+
+def step(bench: Bench) -> Iterator[BenchJob]:
+    """Time steps with float32 master weights. Moments are in bfloat16 on GPUs of up to 100 GB.
+
+    bfloat16 runs with PyTorch and with Triton kernels, FP8 only with the kernels that were faster in bfloat16. Packed
+    documents come with balanced experts and with the router's own choice, in the default kernels only.
     """
     fine = replace(TINY, router=FINE.router, num_experts=16) if bench.dry else FINE
     masters = {name: replace(config, param_dtype=ParamDtype.master) for name, config in bench.precisions.items()}
     took: dict[KernelKind, float] = {}
+    default = PLAIN + bench.default_kernels
+    for side, precision in bench.with_kernels({PLAIN: masters.pop(PLAIN)}).items():
+        work = partial(_beside, bench, fine, side, precision, took)
+        yield BenchJob(f"fine-grained, {side}", work)
+        if side == default:
+            for load in (_Load(balanced=False), _Load(balanced=True, packed=False)):
+                yield BenchJob(f"fine-grained, {load}, {side}", partial(_split, bench, fine, side, precision, load))
     for side, precision in bench.with_kernels(masters).items():
-        if precision.uses_float8 and precision.kernels is not min(took, key=took.__getitem__, default=KernelKind.torch):
-            continue
-        yield BenchJob(f"fine-grained, {side}", partial(_beside, bench, fine, side, precision, took))
+        if precision.kernels is min(took, key=took.__getitem__, default=KernelKind.torch):
+            work = partial(_split, bench, fine, side, precision, _Load(balanced=True))
+            yield BenchJob(f"fine-grained, {side}", work)
+
+
+def _split(bench: Bench, fine: ModelConfig, side: str, precision: PrecisionConfig, load: _Load) -> Iterator[BenchRow]:
+    """Time a step, then profile one, and yield the milliseconds of each class of kernels."""
+    row, spans, wall_ms = _step(bench, f"fine-grained MoE, {load}", fine, side, precision, load)
+    yield row
+    for kind, ms in divided(spans, wall_ms).items():
+        name, note = f"{row.name}: {kind.value}", f"{ms / wall_ms:.1%} of a step under the profiler"
+        yield BenchRow("step", name, side, "split", row.shape, row.tokens, row.load, ms=ms, note=note)
 
 
 def _beside(
     bench: Bench, fine: ModelConfig, side: str, precision: PrecisionConfig, took: dict[KernelKind, float]
 ) -> Iterator[BenchRow]:
-    """Time an MoE model and then, in bfloat16, a dense model; both do not fit in memory at once. `took`: bfloat16's
-    time per token with each kind of kernels. This function adds its measurement to it.
+    """Time an MoE model and then a dense model; both do not fit in memory at once. `took`: the time per token with each
+    kind of kernels. This function adds its measurement to it.
     """
-    row = _step(bench, "fine-grained MoE", fine, side, precision)
-    yield row
-    if not precision.uses_float8 and row.ms and row.tokens:
-        took[precision.kernels] = row.ms / row.tokens
-        bench.clear()
-        width = fine.router.top_k * fine.expert_hidden_size + fine.shared_hidden_size
-        dense = _step(bench, DENSE, replace(fine, moe_every=0, dense_hidden_size=width), side, precision)
-        yield dense
-        ratio = row.ms / row.tokens / (dense.ms / dense.tokens) if dense.ms and dense.tokens else None
-        goal: dict[str, Any] = {"floor": 1.30, "moonshot": 1.12, "at_most": True}
-        yield replace(
-            row, ms=None, flops=None, memory_bytes=None, note="time per token", ratio=ratio, against=DENSE, **goal
-        )
+    load = _Load(balanced=True)
+    row, *others = _split(bench, fine, side, precision, load)
+    yield from (row, *others)
+    if not row.ms or not row.tokens:
+        return
+    took[precision.kernels] = row.ms / row.tokens
+    bench.clear()
+    width = fine.router.top_k * fine.expert_hidden_size + fine.shared_hidden_size
+    dense, *_ = _step(bench, DENSE, replace(fine, moe_every=0, dense_hidden_size=width), side, precision, load)
+    yield dense
+    ratio = row.ms / row.tokens / (dense.ms / dense.tokens) if dense.ms and dense.tokens else None
+    goal = (1.30, 1.12) if side == PLAIN + bench.default_kernels else (None, None)
+    yield replace(
+        row, ms=None, flops=None, memory_bytes=None, note="time per token", ratio=ratio, against=DENSE, floor=goal[0],
+        moonshot=goal[1], at_most=True,
+    )  # fmt: skip
 
 
-def _step(bench: Bench, name: str, config: ModelConfig, side: str, precision: PrecisionConfig) -> BenchRow:
+Measured = tuple[BenchRow, list[Span], float]
+"""A row, and the kernels and the milliseconds of one step under the profiler."""
+
+
+def _step(bench: Bench, name: str, config: ModelConfig, side: str, precision: PrecisionConfig, load: _Load) -> Measured:
     """Time a step with the largest micro-batch that fits."""
-    length, rows = (64, 1) if bench.dry else (4096, 4)
+    length, rows = (64, 1) if bench.dry else (8192, 2)
     while True:
         try:
-            return _measured(bench, name, config, side, precision, rows, length)
+            return _measured(bench, name, load.of(config), side, precision, load, rows, length)
         except torch.OutOfMemoryError:
             if rows == 1:
                 raise
@@ -165,44 +211,52 @@ def _step(bench: Bench, name: str, config: ModelConfig, side: str, precision: Pr
 
 
 def _measured(
-    bench: Bench, name: str, config: ModelConfig, side: str, precision: PrecisionConfig, rows: int, length: int
-) -> BenchRow:
+    bench: Bench, name: str, config: ModelConfig, side: str, precision: PrecisionConfig, load: _Load, rows: int,
+    length: int,
+) -> Measured:  # fmt: skip
     moments = Moments.float32 if bench.memory_bytes > 100e9 else Moments.bfloat16
-    training = Training(config, precision, bench, moments, lr=1e-4)
-    generator = torch.Generator().manual_seed(0)
-    times: list[float] = []
+    training, sequences = Training(config, precision, bench, moments, lr=1e-4), MICRO_BATCHES * rows
+    positions = packed_positions(sequences, length) if load.packed else torch.arange(length).repeat(sequences, 1)
+    generator, times = torch.Generator().manual_seed(0), list[float]()
     while len(times) < (2 if bench.dry else 5 if sum(times) > MOST_MS else 12):
-        batch = torch.randint(config.vocab_size, (MICRO_BATCHES * rows, length + 1), generator=generator)
-        batch = batch.to(bench.device)
+        batch = _zipf(config.vocab_size, (sequences, length + 1), generator).to(bench.device)
         _wait(bench)
         begin = time.perf_counter()
-        found = training.step(batch, MICRO_BATCHES)
+        found = training.step(batch, MICRO_BATCHES, positions)
         _wait(bench)
         times.append((time.perf_counter() - begin) * 1e3)
     timing, last_loss = Timing(times[1 if bench.dry else 3 :]), float(found)
-    parameters, tokens = count_parameters(config), MICRO_BATCHES * rows * length
-    flops = training_flops(config, length).total * tokens
+    peak = bench.peak_bytes
+    parts = 1 if bench.dry else MICRO_BATCHES  # the profiler is slow to read the many operators of a CPU
+    some, places = batch[: parts * rows], positions[: parts * rows]
+    spans, wall_ms = observed(lambda: training.step(some, parts, places), bench.device)
+    parameters, tokens = count_parameters(config), sequences * length
+    flops = packed_flops(config, positions) * tokens
     shape: dict[str, int | str] = {"B": rows, "T": length, "micro_batches": MICRO_BATCHES}
-    shape |= {"total": parameters.total, "active": parameters.active}
-    goal: dict[str, Any] = {"floor": 300.0, "moonshot": 400.0} if not precision.uses_float8 and config.moe_every else {}
+    shape |= {"documents": count(positions), "total": parameters.total, "active": parameters.active}
+    is_default = side == PLAIN + bench.default_kernels and load == _Load(balanced=True)
+    goal: dict[str, Any] = {"floor": 300.0, "moonshot": 400.0} if config.moe_every and is_default else {}
     speed, mfu = tokens / timing.ms * 1e3, flops / timing.ms / 1e9 / PEAK_TFLOPS
-    return BenchRow(
-        "step",
-        name,
-        side,
-        "step",
-        shape,
-        tokens,
-        "balanced" if config.moe_every else None,
-        ms=timing.ms,
-        spread=timing.spread,
-        flops=flops,
-        memory_bytes=bench.peak_bytes,
-        failed=None if math.isfinite(last_loss) else "the loss is not finite",
+    row = BenchRow(
+        "step", name, side, "step", shape, tokens, _load_name(config, load), ms=timing.ms, spread=timing.spread,
+        flops=flops, memory_bytes=peak, failed=None if math.isfinite(last_loss) else "the loss is not finite",
         note=f"{parameters.active / 1e9:.2f} B active of {parameters.total / 1e9:.2f} B, {speed:,.0f} tokens/s, "
         f"MFU {mfu:.1%} of {PEAK_TFLOPS:.0f}, moments in {moments.value}",
         **goal,
-    )
+    )  # fmt: skip
+    return row, spans, wall_ms
+
+
+def _load_name(config: ModelConfig, load: _Load) -> str | None:
+    if not config.moe_every:
+        return None
+    return "balanced" if load.balanced else "routed"
+
+
+def _zipf(words: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Return token ids [B, T] with Zipf's frequencies, as in text, so that experts get different numbers of tokens."""
+    weights = 1 / torch.arange(1, words + 1, dtype=torch.float32)
+    return torch.multinomial(weights, shape[0] * shape[1], replacement=True, generator=generator).view(shape)
 
 
 def _wait(bench: Bench) -> None:

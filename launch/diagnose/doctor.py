@@ -22,14 +22,15 @@ from core.config import load
 from core.files import read_json
 from launch.diagnose.machine import FEW_FILES, cores, driver, free_space
 from parallel.layout import ParallelConfig
-from precision.resolve import availability
+from precision.config import Backend, Compute, PrecisionConfig
+from precision.resolve import FLOAT8_LIBRARIES, availability, no_triton, no_varlen
 from train.config import RunConfig, TrainConfig
 from train.run_directory import RunDirectory, write_config
 
 OPTIONAL = {
     "transformers": "make bench compares with it",
     "lm-eval": "evaluate runs its tasks",
-    "triton": "precision.kernels=triton",
+    "triton": "GPUs need it, unless precision.kernels=torch",
 }
 SHARED_MEMORY = Path("/dev/shm")
 SMALL_SHARED_MEMORY = 1 << 30
@@ -57,6 +58,7 @@ def examine(folders: list[Path]) -> dict[str, Any]:
     packages = {name: _version(name) for name in _required()}
     optional = {name: _version(name) for name in OPTIONAL}
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {
         "machine": {
             "python": platform.python_version(),
@@ -68,7 +70,11 @@ def examine(folders: list[Path]) -> dict[str, Any]:
         },
         "cuda": {"toolkit": torch.version.cuda, "driver": driver()},
         "devices": _devices(),
-        "precision": availability(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "precision": availability(device),
+        "kernels": {
+            "flash attention": no_varlen(PrecisionConfig(Compute.bfloat16), device),
+            "Triton kernels": no_triton(device),
+        },
         "backends": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
         "packages": packages,
         "optional": optional,
@@ -103,6 +109,8 @@ def _precision_lines(found: dict[str, dict[str, list[str]]]) -> Iterator[tuple[s
     for backend, recipes in found.items():
         supported = [recipe for recipe, reasons in recipes.items() if not reasons]
         yield f"FP8 by {backend}", ", ".join(supported) or "none"
+        if supported and (slow := FLOAT8_LIBRARIES[Backend(backend)].EXPERTS):
+            yield "", slow
         refusals: dict[str, list[str]] = {}
         for recipe, reasons in recipes.items():
             for reason in reasons:
@@ -136,6 +144,7 @@ def table(found: dict[str, Any]) -> str:
         *((f"CUDA {part}", version or "none") for part, version in found["cuda"].items()),
         *((name, "yes" if available else "no") for name, available in found["backends"].items()),
         *_precision_lines(found["precision"]),
+        *((name, "no: " + reason if reason else "yes") for name, reason in found["kernels"].items()),
         *((name, version or "missing") for name, version in {**found["packages"], **found["optional"]}.items()),
     ]
     for path, disk in found["disk"].items():

@@ -5,18 +5,21 @@ Shapes: B batch, T sequence, D hidden size, H query heads, G key/value heads, K 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from model.attention.plan import AttentionPlan, ForwardContext, blocks
-from model.attention.rope import rotate
 from model.attention.segments import attend_segments
 from model.config import LayerConfig, ModelConfig, QKNorm
-from model.layers import Linear, RMSNorm, rms_normalise
+from model.kernels import kernels_for
+from model.kernels.heads import HeadStep, scale_queries, turn
+from model.layers import Linear, RMSNorm, joint
 from model.roles import Role
+from precision.config import AttentionKind
 from precision.native_gemm import NativeGemm
 from precision.resolve import LayerGemms
 
@@ -38,34 +41,57 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, layer: LayerConfig, gemms: LayerGemms) -> None:
         super().__init__()
         self.model, self.layer = model, layer
-        self.attend: Attend = local_attention
+        self.attend: Attend = varlen_attention if gemms.attention is AttentionKind.varlen else local_attention
+        self.kernels = kernels_for(gemms.kernels)
         query_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         self.query = Linear(model.hidden_size, query_size, Role.query, gemms)
         self.key = Linear(model.hidden_size, kv_size, Role.key, gemms)
         self.value = Linear(model.hidden_size, kv_size, Role.value, gemms)
         self.output = Linear(query_size, model.hidden_size, Role.attention_output, gemms)
-        plain = all(isinstance(part.gemm, NativeGemm) for part in (self.query, self.key, self.value))
-        self._joins = plain and layer.qk_norm in (QKNorm.none, QKNorm.weightless)
         sizes = {QKNorm.per_head: (model.head_dim, model.head_dim), QKNorm.full: (query_size, kv_size)}
-        if layer.qk_norm in sizes:
-            self.query_norm, self.key_norm = (RMSNorm(n, model.norm_eps, Role.qk_norm) for n in sizes[layer.qk_norm])
+        self._has_gains = layer.qk_norm in sizes
+        if self._has_gains:
+            self.query_norm, self.key_norm = (
+                RMSNorm(n, model.norm_eps, Role.qk_norm, gemms) for n in sizes[layer.qk_norm]
+            )
 
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
+        dtype, chunk = self.query.gemm.compute_dtype, self.layer.attention_chunk_size
+        rotation = context.rotation(self.model, self.layer, dtype) if self.layer.rope else None
+        temperature = context.temperature(self.model, dtype) if self.layer.temperature else None
+        q_BTHK, k_BTGK, v_BTGK = self._heads(x_BTD, context, rotation, temperature)
+        if context.cache is not None:
+            k_BTGK, v_BTGK = context.cache.extend(self, chunk, k_BTGK, v_BTGK)
+        return self.output(self.attend(q_BTHK, k_BTGK, v_BTGK, context, chunk).flatten(-2))
+
+    def _heads(
+        self, x_BTD: Tensor, context: ForwardContext, rotation: Tensor | None, temperature: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return heads of queries, keys and values as attention takes them."""
+        step = self._step()
+        if self.kernels.joins:
+            joins = self._joins
+            parts = [self.query, self.key, self.value]
+            row = joint(x_BTD, parts) if joins else torch.cat([x.flatten(-2) for x in self._projections(x_BTD)], -1)
+            return self.kernels.heads(row, step, rotation, temperature)
         if x_BTD.shape[1] > 1:
             q_BTHK, k_BTGK, v_BTGK = self._projections(x_BTD)
-            q_BTHK, k_BTGK = (self._turn(x, context) for x in (q_BTHK, k_BTGK))
+            q_BTHK, k_BTGK = (turn(x, step, rotation) for x in (q_BTHK, k_BTGK))
         else:  # in generation the number of operations counts, not that of bytes
-            qk_BTHK, v_BTGK = self._joined_projections(x_BTD, context)
-            sizes = [qk_BTHK.shape[2] - v_BTGK.shape[2], v_BTGK.shape[2]]
-            q_BTHK, k_BTGK = self._turn(qk_BTHK, context).split(sizes, 2)
-        if self.model.multipliers.attention != 1:
-            q_BTHK = q_BTHK * self.model.multipliers.attention
-        if self.layer.temperature:
-            q_BTHK = (q_BTHK * context.temperature(self.model, q_BTHK.dtype)).to(q_BTHK.dtype)
-        if context.cache is not None:
-            k_BTGK, v_BTGK = context.cache.extend(self, self.layer.attention_chunk_size, k_BTGK, v_BTGK)
-        y_BTHK = self.attend(q_BTHK, k_BTGK, v_BTGK, context, self.layer.attention_chunk_size)
-        return self.output(y_BTHK.flatten(-2))
+            qk_BTHK, v_BTGK = self._joined_projections(x_BTD, context, step)
+            q_BTHK, k_BTGK = turn(qk_BTHK, step, rotation).split(step.heads[:2], 2)
+        return scale_queries(q_BTHK, step, temperature), k_BTGK, v_BTGK
+
+    def _step(self) -> HeadStep:
+        """Return what is done to the heads of this rank between the projections and attention."""
+        model = self.model
+        heads, groups = (part.weight.shape[0] // model.head_dim for part in (self.query, self.key))
+        eps = model.norm_eps if self.layer.qk_norm is QKNorm.weightless else None
+        return HeadStep(heads, groups, model.head_dim, model.rope_pairing, eps, model.multipliers.attention)
+
+    @property
+    def _joins(self) -> bool:
+        return not self._has_gains and all(part.joins for part in (self.query, self.key, self.value))
 
     def _projections(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return heads of queries, keys and values before rotation. Norms with a gain are applied."""
@@ -78,16 +104,16 @@ class Attention(nn.Module):
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         return q_BTHK, k_BTGK, self.value(x_BTD).unflatten(-1, heads)
 
-    def _joined_projections(self, x_BTD: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+    def _joined_projections(self, x_BTD: Tensor, context: ForwardContext, step: HeadStep) -> tuple[Tensor, Tensor]:
         """Return what `_projections` returns, with heads of queries and keys in one tensor. If the cache keeps matrices
         and no norm comes between, they are multiplied as one.
         """
-        if context.cache is not None and self._joins:
+        if context.cache is not None and self._joins and isinstance(self.query.gemm, NativeGemm):
             weight = context.cache.joined(self, self._joined_weights)
             if weight is not None:
                 heads_BTHK = self.query.gemm.linear(x_BTD, weight).unflatten(-1, (-1, self.model.head_dim))
-                groups = self.model.num_kv_heads
-                qk_BTHK, v_BTGK = heads_BTHK.split([self.model.num_heads + groups, groups], 2)
+                groups = step.num_kv_heads
+                qk_BTHK, v_BTGK = heads_BTHK.split([step.num_heads + groups, groups], 2)
                 return qk_BTHK, v_BTGK
         q_BTHK, k_BTGK, v_BTGK = self._projections(x_BTD)
         return torch.cat([q_BTHK, k_BTGK], 2), v_BTGK
@@ -96,12 +122,18 @@ class Attention(nn.Module):
         weights: list[Tensor] = [part.weight for part in (self.query, self.key, self.value)]
         return torch.cat(weights).to(self.query.gemm.compute_dtype)
 
-    def _turn(self, x_BTHK: Tensor, context: ForwardContext) -> Tensor:
-        """Rotate heads of queries or keys by their positions, and normalise them without a gain, as the layer says."""
-        if self.layer.rope:
-            rotation = context.rotation(self.model, self.layer, x_BTHK.dtype)
-            x_BTHK = rotate(x_BTHK, rotation, self.model.rope_pairing)
-        return rms_normalise(x_BTHK, self.model.norm_eps) if self.layer.qk_norm is QKNorm.weightless else x_BTHK
+
+def varlen_attention(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, context: ForwardContext, chunk: int | None
+) -> Tensor:
+    """Attend to whole sequences in one call of flash attention, whatever the number of documents and chunks."""
+    if context.cache is not None:
+        return local_attention(q_BTHK, k_BTGK, v_BTGK, context, chunk)
+    ends, longest = context.borders(chunk)
+    q, k, v = (x.flatten(0, 1) for x in (q_BTHK, k_BTGK, v_BTGK))
+    grouped = q.shape[1] != k.shape[1]
+    y: Any = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+    return y.view(q_BTHK.shape)
 
 
 def local_attention(

@@ -15,10 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from core.memory import upload
 from model.attention.rope import frequencies, rotation
 from model.attention.segments import Segment, SegmentRun, document_bounds, plan_segments
 from model.config import LayerConfig, ModelConfig
 from model.vision.fusion import Images
+from precision.config import AttentionKind
 from precision.gemm import at_least_float32
 
 SEGMENTED_FROM = 512
@@ -70,7 +72,7 @@ class ForwardContext:
         self, positions_BT: Tensor, device: torch.device | None = None, routed_tokens: Tensor | float | None = None
     ) -> None:
         self._host_positions = positions_BT.cpu()
-        self.positions_BT = positions_BT.to(device) if device is not None else positions_BT
+        self.positions_BT = upload(positions_BT, device)
         self.routed_tokens = routed_tokens
         self.images: Images | None = None
         """The images of the micro-batch; None: it has none."""
@@ -80,9 +82,16 @@ class ForwardContext:
         """
         self.cache: KeyValueStore | None = None
         """Keys and values of earlier passes, for generation; None: every sequence is whole."""
+        self.labels_BT: Tensor | None = None
+        """Labels, for which the model returns the losses instead of logits; negative ones have none."""
+        self.is_static = False
+        """Whether compiled layers read the plans, which must not be compiled again for each batch. The longest document
+        is then taken to be a whole sequence or chunk, and the number of documents is a dynamic size.
+        """
         self.last_B: Tensor | None = None
         """The position of each sequence for which alone logits are computed; None: for all."""
         self._plans: dict[int | None, AttentionPlan] = {}
+        self._borders: dict[int | None, tuple[Tensor, int]] = {}
         self._rotations: dict[tuple[int | None, torch.dtype], Tensor] = {}
         self._temperature: Tensor | None = None  # float64, cast at use
 
@@ -92,15 +101,31 @@ class ForwardContext:
             self._plans[chunk] = self._make_plan(chunk)
         return self._plans[chunk]
 
+    def borders(self, chunk: int | None) -> tuple[Tensor, int]:
+        """Return the first positions of documents and chunks among those of all sequences, with the end of the last
+        one, int32 on the device, and a length that none exceeds: that of the longest.
+        """
+        if chunk not in self._borders:
+            ends = piece_borders(self._host_positions, chunk)
+            ends_on_device = upload(ends.int(), self.positions_BT.device)
+            if self.is_static:
+                length = self._host_positions.shape[1]
+                longest = min(length, chunk or length)
+                torch._dynamo.mark_dynamic(ends_on_device, 0)
+            else:
+                longest = int(ends.diff().max())
+            self._borders[chunk] = ends_on_device, longest
+        return self._borders[chunk]
+
     def rotation(self, model: ModelConfig, layer: LayerConfig, dtype: torch.dtype) -> Tensor:
-        """Return the rotary factors, complex [B, T, 1, K/2]. In a chunked layer angles restart with each chunk. This
-        leaves the scores unchanged and keeps their precision at positions in the millions.
+        """Return cosines and sines, [B, T, 1, K/2, 2]. In a chunked layer angles restart with each chunk. This leaves
+        the scores unchanged and keeps their precision at positions in the millions.
         """
         key = (layer.attention_chunk_size, dtype)
         if key not in self._rotations:
             chunk = layer.attention_chunk_size
             positions = self.positions_BT if chunk is None else self.positions_BT % chunk
-            table = frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+            table = frequencies(model.head_dim, model.rope_theta, model.rope_scaling, positions.device)
             self._rotations[key] = rotation(positions, table, dtype)
         return self._rotations[key]
 
@@ -113,10 +138,28 @@ class ForwardContext:
             self._temperature = (1 + model.temperature_scale * torch.log1p(steps))[:, :, None, None]
         return self._temperature.to(at_least_float32(dtype))
 
-    def prepare(self, model: ModelConfig, dtype: torch.dtype) -> None:
-        """Build everything that the layers need, so that traced code only reads it."""
+    def prepare_attention(self, model: ModelConfig, attention: AttentionKind) -> None:
+        """Do the work of attention that reads positions on the host, for every chunk size of the model."""
+        for chunk in dict.fromkeys(layer.attention_chunk_size for layer in model.blocks):
+            match attention:
+                case AttentionKind.varlen:
+                    self.borders(chunk)
+                case AttentionKind.segments:
+                    self.plan(chunk)
+                case AttentionKind.auto:
+                    raise ValueError("attention=auto: `resolve` it first")
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors on the device that exist so far."""
+        masks = [plan.mask for plan in self._plans.values() if plan.mask is not None]
+        return [self.positions_BT, *(ends for ends, _ in self._borders.values()), *masks]
+
+    def prepare(
+        self, model: ModelConfig, dtype: torch.dtype, attention: AttentionKind = AttentionKind.segments
+    ) -> None:
+        """Build everything that the layers need, so that traced code only reads it, and no layer waits for the host."""
+        self.prepare_attention(model, attention)
         for layer in model.blocks:
-            self.plan(layer.attention_chunk_size)
             if layer.rope:
                 self.rotation(model, layer, dtype)
             if layer.temperature:
@@ -138,9 +181,18 @@ class ForwardContext:
         return AttentionPlan(segments=plan_segments(document_bounds(starts), whole, whole))
 
     def _document_mask(self, starts_BT: Tensor) -> Tensor:
-        segments_BT = starts_BT.to(self.positions_BT.device).cumsum(1)
+        segments_BT = upload(starts_BT, self.positions_BT.device).cumsum(1)
         same = segments_BT[:, :, None] == segments_BT[:, None, :]
         return same.tril()[:, None]
+
+
+def piece_borders(positions_BT: Tensor, chunk: int | None) -> Tensor:
+    """Return where each document begins among the positions of all sequences or, with `chunk`, each chunk of one, and
+    the end of the last, int64. All on the host.
+    """
+    starts_BT = (positions_BT if chunk is None else positions_BT % chunk) == 0
+    starts_BT[:, 0] = True
+    return torch.cat([starts_BT.flatten().nonzero()[:, 0], torch.tensor([starts_BT.numel()])])
 
 
 def on_grid(length: int, chunk: int) -> Tensor:
@@ -153,7 +205,7 @@ def _blocked(starts_BT: Tensor, chunk: int, device: torch.device) -> AttentionPl
     needed only if a chunk crosses a block boundary.
     """
     halo = not bool(starts_BT[:, ::chunk].all())
-    segments_BT = starts_BT.to(device).cumsum(1)
+    segments_BT = upload(starts_BT, device).cumsum(1)
     queries = blocks(segments_BT, chunk, fill=-1)
     keys = queries
     if halo:  # a chunk is at most one block long, so one previous block is enough

@@ -14,9 +14,13 @@ from model.config import RopePairing, RopeScaling
 from precision.gemm import at_least_float32, widened
 
 
-def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
-    """Return the angle per position of each pair in radians, float64 [K/2] (Su et al. 2021, section 3.2.2)."""
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
+def frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None, device: torch.device | None = None
+) -> Tensor:
+    """Return the angle per position of each pair in radians, float64 [K/2] (Su et al. 2021, section 3.2.2). They are
+    computed on the device, since a copy from the host would make the step wait.
+    """
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
     plain = theta ** (-pairs / head_dim)
     return plain if scaling is None else _scaled(plain, scaling)
 
@@ -36,17 +40,29 @@ def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotation(positions_BT: Tensor, frequencies_K2: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the unit complex numbers [B, T, 1, K/2] that rotate each pair at each position. Angles are float64."""
-    angles = positions_BT.to(torch.float64)[:, :, None, None] * frequencies_K2.to(positions_BT.device)
-    real = at_least_float32(dtype)
-    return torch.complex(angles.cos().to(real), angles.sin().to(real))
+    """Return cosine and sine of the angle of each pair at each position, [B, T, 1, K/2, 2]. Angles are float64."""
+    angles = positions_BT.to(torch.float64)[:, :, None, None] * frequencies_K2
+    return cos_and_sin(angles, dtype)
 
 
-def rotate(x_BTHK: Tensor, rotation_BT1K2: Tensor, pairing: RopePairing = RopePairing.adjacent) -> Tensor:
+def cos_and_sin(angles: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return cosine and sine of each angle in at least float32, in a last dimension of 2."""
+    return torch.stack([angles.cos(), angles.sin()], -1).to(at_least_float32(dtype))
+
+
+def rotate(x_BTHK: Tensor, rotation_BT1K22: Tensor, pairing: RopePairing = RopePairing.adjacent) -> Tensor:
     """Rotate each pair of `x` in at least float32. The result has the dtype of `x`."""
     wide = widened(x_BTHK)
-    if pairing is RopePairing.halves:
-        turned = torch.complex(*wide.chunk(2, dim=-1)) * rotation_BT1K2
-        return torch.cat([turned.real, turned.imag], dim=-1).to(x_BTHK.dtype)
+    halves = pairing is RopePairing.halves
+    if torch.compiler.is_compiling():  # Inductor cannot generate code for complex numbers
+        first, second = wide.chunk(2, dim=-1) if halves else wide.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = rotation_BT1K22.unbind(-1)
+        turned = [first * cos - second * sin, first * sin + second * cos]
+        both = torch.cat(turned, -1) if halves else torch.stack(turned, -1).flatten(-2)
+        return both.to(x_BTHK.dtype)
+    turns = torch.view_as_complex(rotation_BT1K22)
+    if halves:
+        turned_BTHK2 = torch.complex(*wide.chunk(2, dim=-1)) * turns
+        return torch.cat([turned_BTHK2.real, turned_BTHK2.imag], dim=-1).to(x_BTHK.dtype)
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation_BT1K2).flatten(-2).to(x_BTHK.dtype)
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x_BTHK.dtype)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import DataError
+from core.memory import upload
 from model.vision.config import CHANNELS, VisionConfig
 
 
@@ -46,7 +47,7 @@ class Images:
 
     def normalised(self, tiles_N3SS: Tensor) -> Tensor:
         """Return pixels for the encoder, on the device."""
-        return tiles_N3SS if self.greys is None else self.greys[tiles_N3SS.to(self.greys.device).int()]
+        return tiles_N3SS if self.greys is None else self.greys[upload(tiles_N3SS, self.greys.device).int()]
 
     def deliver(self, rows_MD: Tensor) -> Tensor:
         """Return the rows that `rows_BT` numbers, from the rows of all tiles."""

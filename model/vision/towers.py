@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from core.errors import ConfigError
 from model.config import FeedForward, ModelConfig
+from model.head import Head
 from model.init import initialise
-from model.layers import Embedding, Linear, RMSNorm
+from model.layers import Embedding, RMSNorm
 from model.roles import Role
 from model.transformer import Layer, Stack, Transformer, set_rope_config
 from model.vision.encoder import VisionEncoder
@@ -49,13 +50,14 @@ class ContrastiveTowers(nn.Module):
             reason = "the text tower of a contrastive model has dense layers only"
             raise ConfigError("model.moe_every", config.moe_every, reason, [0])
         dtype, ends, count = precision.compute_dtype, precision.plain, len(config.blocks)
+        self.clock = precision.clock
         self.config, self.compute_dtype = config, dtype
         self.vision = VisionEncoder(config.vision, feature_size, ends, dtype)
         self.text = Stack(
             Embedding(config.vocab_size, config.hidden_size, dtype),
             {str(i): Layer(config, layer, precision.at(i, count)) for i, layer in enumerate(config.blocks)},
-            RMSNorm(config.hidden_size, config.norm_eps, Role.final_norm),
-            Linear(config.hidden_size, feature_size, Role.head, ends),
+            RMSNorm(config.hidden_size, config.norm_eps, Role.final_norm, precision.plain),
+            Head(config.hidden_size, feature_size, Role.head, ends),
         )
         self.log_scale, self.bias = nn.Parameter(torch.empty(1)), None
         self.roles, self.constants = {"log_scale": Role.logit_scale}, {"log_scale": log_scale}

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import TiedHead
+from model.head import TiedHead
 from model.transformer import Transformer
 from parallel.comm.collectives import reduce_scatter_single
 from parallel.deepspeed.config import Offload, ParameterOffload

@@ -56,6 +56,7 @@ class DeferringProducts:
         self.inner, self.total, self.deferred = inner, total, deferred
         self.compute_dtype, self.token_multiple = inner.compute_dtype, inner.token_multiple
         self.input_gradient, self.weight_gradient = inner.input_gradient, inner.weight_gradient
+        self.narrowed = inner.narrowed
 
     def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
         if torch.is_grad_enabled() and w.requires_grad:

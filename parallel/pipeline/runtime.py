@@ -28,6 +28,7 @@ from parallel.mesh import MeshAxis, Meshes
 from parallel.pipeline import deferred_wgrad
 from parallel.pipeline.deferred_wgrad import Deferred
 from parallel.pipeline.stages import PipelineSchedule, Stages
+from precision.gemm import at_least_float32
 
 SCHEDULES: dict[PipelineSchedule, Any] = {
     PipelineSchedule.gpipe: pipelining.ScheduleGPipe,
@@ -38,7 +39,7 @@ SCHEDULES: dict[PipelineSchedule, Any] = {
     PipelineSchedule.dualpipev: pipelining.ScheduleDualPipeV,
 }
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor], Tensor]
 
 
 class StageStack(Stack):
@@ -101,11 +102,9 @@ class Pipeline:
             self.deferred = {number: deferred_wgrad.apply(stack) for number, stack in stacks.items()}
         self._schedules: dict[tuple[int, int, int], Any] = {}
 
-    def forward_backward(
-        self, tokens_BT: Tensor, labels_BT: Tensor, contexts: Sequence[ForwardContext], loss: Loss
-    ) -> Tensor:
-        """Compute the gradients of all micro-batches, one for each of `contexts`. Returns the sum of their `loss` (of
-        logits and labels), a scalar on the device: zero if another rank has the head.
+    def forward_backward(self, tokens_BT: Tensor, contexts: Sequence[ForwardContext], loss: Loss) -> Tensor:
+        """Compute the gradients of all micro-batches, one for each of `contexts`, which have the labels. Returns the
+        sum of their `loss` (of the losses of tokens), a scalar on the device: zero if another rank has the head.
         """
         key = (len(contexts), len(tokens_BT) // len(contexts), tokens_BT.shape[1])
         if key not in self._schedules:
@@ -114,7 +113,7 @@ class Pipeline:
         _set_contexts(self.stacks, contexts)
         losses: list[Tensor] = []
         inputs = (tokens_BT,) if 0 in self.stacks else ()
-        target = labels_BT if self.has_head else None
+        target = tokens_BT if self.has_head else None  # torch's schedules call the loss only with a target
         self._schedules[key].step(*inputs, target=target, losses=losses, return_outputs=False)
         if not losses:
             return torch.zeros((), dtype=torch.float64, device=self.device)
@@ -124,11 +123,11 @@ class Pipeline:
         """Make the schedule for micro-batches of this shape. Stages are given their shapes: torch would infer missing
         shapes by running the model, and the routers would count the dummy tokens.
         """
-        layout, config = self.meshes.layout, self.model.config
+        layout = self.meshes.layout
         hidden = hidden_states(self.model, layout, size, length)
         tokens = torch.empty(size, length, dtype=torch.int64, device="meta")
-        logits_shape = (size, length, config.vocab_size // layout.tp)
-        logits = torch.empty(logits_shape, dtype=hidden.dtype, device="meta", requires_grad=True)
+        wide = at_least_float32(hidden.dtype)
+        losses = torch.empty(size, length, dtype=wide, device="meta", requires_grad=True)
         stages = [
             _CountedStage(
                 stack,
@@ -136,7 +135,7 @@ class Pipeline:
                 len(self.plan),
                 self.device,
                 input_args=tokens if number == 0 else hidden,
-                output_args=logits if number == len(self.plan) - 1 else hidden,
+                output_args=losses if number == len(self.plan) - 1 else hidden,
                 group=self.meshes.pp.group,
                 dw_builder=self.deferred[number].take if number in self.deferred else None,
             )
@@ -148,7 +147,7 @@ class Pipeline:
         made = SCHEDULES[layout.schedule](
             stages[0] if single else stages,
             n_microbatches=micro_batches,
-            loss_fn=lambda output, target: self._loss(output, target),
+            loss_fn=lambda output, target: self._loss(output),
             scale_grads=False,
         )
         if not single:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from core.memory import upload
 from model.vision.config import CHANNELS
 from model.vision.encoder import VisionEncoder
 from model.vision.fusion import EncodedImages, Images
@@ -53,7 +54,7 @@ class EncodedStep:
         """Yield the images of each micro-batch."""
         start = 0
         for part_BT, leaf_MD in zip(self._parts, self._leaves, strict=True):
-            numbers_BT = torch.where(part_BT < 0, -1, part_BT - start).to(self.device)
+            numbers_BT = upload(torch.where(part_BT < 0, -1, part_BT - start), self.device)
             yield EncodedImages(self.images.tiles_N3SS[:0], numbers_BT, rows_MD=leaf_MD)
             start += len(leaf_MD)
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.memory import upload
 from model.vision.fusion import Images
 from parallel.comm.collectives import all_to_all
 from parallel.context_parallel import ContextShard
@@ -83,7 +84,7 @@ def spread(
     places += [sequences[0][:, :0]] * (axis.size - len(places))  # later stages have no positions
     here_BT = places[axis.rank].contiguous()
     if axis.size == 1 or tiles == 0:
-        return Images(pixels_N3SS, here_BT.to(where), greys)
+        return Images(pixels_N3SS, upload(here_BT, where), greys)
     shown = [place[place >= 0].unique() for place in places]  # ascending, and so in the order of the sending ranks
     first, last = share.start * tokens_per_tile, share.stop * tokens_per_tile
     chosen = [rows[(rows >= first) & (rows < last)] - first for rows in shown]
@@ -92,10 +93,10 @@ def spread(
     numbers_BT = torch.searchsorted(shown[axis.rank], here_BT)
     return SpreadImages(
         pixels_N3SS,
-        torch.where(here_BT < 0, -1, numbers_BT).to(where),
+        upload(torch.where(here_BT < 0, -1, numbers_BT), where),
         greys,
         axis=axis,
-        chosen_M=torch.cat(chosen).to(device),
+        chosen_M=upload(torch.cat(chosen), device),
         send=[len(rows) for rows in chosen],
         receive=torch.bincount(senders, minlength=axis.size).tolist(),
     )

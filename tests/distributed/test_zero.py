@@ -249,7 +249,7 @@ def read_between_steps(root: Path, overrides: list[str]) -> tuple[list[float], l
     placed, tokens_BT = run.engine.placed, torch.arange(48)[None]
     losses, logits = [], []
     for step in range(3):
-        logits.append(placed.logits(tokens_BT, placed.sequence_context(torch.arange(48)[None])))
+        logits.append(placed.outputs(tokens_BT, placed.sequence_context(torch.arange(48)[None])))
         losses.append(run.train_step(step).loss.item())
     if isinstance(run.engine, ZeroEngine):
         with pytest.raises(ValueError, match="has no gradient"):

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import RouterConfig
-from model.flops import training_flops, vision_flops, vision_parameters
+from model.flops import mean_lengths, squared_lengths, training_flops, vision_flops, vision_parameters
 from model.vision.config import VisionConfig
 from model.vision.encoder import VisionEncoder
 from precision.config import PrecisionConfig
@@ -36,6 +36,22 @@ def test_attention_counts_causal_pairs_within_the_chunk():
     pairs = 3 * 16 / 2 + 1 * 64 / 2  # mean keys per query: half of 16 in three layers, half of 64 in one
     assert training_flops(SMALL, 64).attention == 3 * (2 * 2 * pairs * inner)
     assert training_flops(SMALL, 8).attention == 3 * (2 * 2 * 4 * 8 / 2 * inner)
+
+
+def test_attention_of_packed_documents_counts_their_squares():
+    """Rows of 30 + 34 and of 64 tokens: (30^2 + 34^2 + 64^2) / 128 = 48.0625. Chunks of 16: 1 + 2 + 4 whole ones,
+    with rests of 14 and 2: (1 + 2 + 4) * 16^2 + 14^2 + 2^2 = 1992.
+    """
+    positions = torch.stack([torch.cat([torch.arange(30), torch.arange(34)]), torch.arange(64)])
+    squares = {chunk: squared_lengths(positions, chunk) for chunk in (None, 16)}
+    assert squares == {None: 900 + 1156 + 4096, 16: 7 * 256 + 196 + 4}
+    lengths, inner = mean_lengths(squares, positions.numel()), SMALL.num_heads * SMALL.head_dim
+    assert lengths == {None: 48.0625, 16: 15.5625}
+    found = training_flops(SMALL, lengths)
+    assert found.attention == 6 * inner * (3 * 15.5625 + 48.0625) < training_flops(SMALL, 64).attention, "the control"
+    assert found.matrices == training_flops(SMALL, 64).matrices
+    whole = {chunk: squared_lengths(positions[1:], chunk) / 64 for chunk in (None, 16)}
+    assert training_flops(SMALL, whole) == training_flops(SMALL, 64)
 
 
 def test_flops_of_the_vision_encoder_per_tile():

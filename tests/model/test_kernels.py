@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import ConfigError
-from model import kernels
 from model.kernels import TorchKernels
+from model.kernels import triton as kernels
 from precision.config import KernelKind, PrecisionConfig
 from precision.resolve import resolve
 from tests.conftest import ROOT
+from tests.support.head_cases import FLAWS, STEPS
 from tests.support.kernel_cases import BREAKS, CASES, GATES
 
 
@@ -51,37 +52,78 @@ def test_broken_kernels_are_noticed(interpreted, what, side):
     assert max(interpreted["broken"][what][side].values()) > 0.1
 
 
-POINTERS = {"x", "y", "rows", "tokens", "grad", "gate", "up", "out", "to_gate", "to_up"}
+@pytest.mark.parametrize("dtype", GATES)
+@pytest.mark.parametrize("name", STEPS)
+def test_heads_match_the_reference(interpreted, name, dtype):
+    found = interpreted["heads"][f"{name}, {dtype}"]
+    assert len(found) == 8
+    assert {key: error for key, error in found.items() if not error < 2 * GATES[dtype]} == {}
+
+
+@pytest.mark.parametrize("what", FLAWS)
+def test_broken_heads_are_noticed(interpreted, what):
+    found = interpreted["flawed"][what]
+    assert max(found["q"], found["gradient"]) > 0.1
+
+
+POINTERS = {"x", "y", "rows", "tokens", "grad", "gate", "up", "out", "to_gate", "to_up", "qkv", "to_q", "to_k", "to_v"}
 FIXED = {"weights": "*fp32", "found": "*fp32", "source": "*i64", "place": "*i64", "is_padding": "*u8"}
+TABLES = {"rotation", "scale", "inverse"}
+"""Arguments in at least float32."""
+
+PERMUTE = {"WIDTH": 5120, "K": 3, "SLOTS": 4, "BLOCK": 1024}
+HEADS = {"H": 40, "G": 8, "K": 128, "HALVES": False, "BLOCK": 16, "EPS": 1e-5, "CONSTANT": 1.0}
+KERNELS = {
+    "spread": PERMUTE,
+    "spread y found": PERMUTE,
+    "spread y found weights is_padding": PERMUTE,
+    "collect": PERMUTE,
+    "collect x found weights": PERMUTE,
+    "swiglu": PERMUTE,
+    "swiglu_backward": PERMUTE,
+    "heads": HEADS | {"HALVES": True},
+    "heads scale": HEADS,
+    "heads_backward": HEADS,
+    "heads_backward scale out inverse": HEADS | {"HALVES": True},
+}
+"""Each entry has the name of a kernel and the arguments that are None, with its compile-time constants."""
 
 
-KERNELS = ["spread", "spread y found", "spread y found weights is_padding", "collect", "collect x found weights"]
-KERNELS += ["swiglu", "swiglu_backward"]
-"""Each entry has the name of a kernel and the arguments that are None."""
+WIDE = [pytest.param(dtype, 90, marks=pytest.mark.slow) for dtype in ("fp32", "fp64")]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
+@pytest.mark.parametrize("dtype, capability", [("bf16", 90), ("bf16", 100), *WIDE])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, kernel, dtype):
-    """The compiler may reject code that the interpreter accepts. Hopper machine code must have 16-byte loads."""
+def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, kernel, dtype, capability):
+    """The compiler may reject code that the interpreter accepts. Machine code must have 16-byte loads and no spills."""
     import triton.language as tl
+    from triton import backends
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes = KERNELS[kernel] | {"WIDE": tl.float64 if dtype == "fp64" else tl.float32}
     name, *missing = kernel.split()
-    made = (*kernels._permute_kernels(), *kernels._swiglu_kernels())
-    kernel = next(one for one in made if one.fn.__name__ == name)
-    sizes = {"WIDTH": 5120, "K": 3, "SLOTS": 4, "BLOCK": 1024, "WIDE": tl.float64 if dtype == "fp64" else tl.float32}
-    constants = {n: sizes.get(n) for n in kernel.arg_names if n in sizes or n in missing}
-    types = {n: FIXED.get(n, f"*{dtype}" if n in POINTERS else "i32") for n in kernel.arg_names}
+    made = (
+        *kernels._permute_kernels(),
+        *kernels._swiglu_kernels(),
+        kernels._heads_kernel(),
+        kernels._heads_backward_kernel(),
+    )
+    jitted = next(one for one in made if one.fn.__name__ == name)
+    constants = {n: sizes.get(n) for n in jitted.arg_names if n in sizes or n in missing}
+    fixed = FIXED | dict.fromkeys(TABLES, "*fp64" if dtype == "fp64" else "*fp32")
+    types = {n: fixed.get(n, f"*{dtype}" if n in POINTERS else "i32") for n in jitted.arg_names}
     types |= dict.fromkeys(constants, "constexpr")
-    even = [i for i, n in enumerate(kernel.arg_names) if types[n] not in ("constexpr", "*u8")]
-    source = ASTSource(kernel, types, constants, {(i,): [["tt.divisibility", 16]] for i in even})
-    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert compiled.asm["cubin"]
+    even = [i for i, n in enumerate(jitted.arg_names) if types[n] not in ("constexpr", "*u8")]
+    source = ASTSource(jitted, types, constants, {(i,): [["tt.divisibility", 16]] for i in even})
+    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
     wide = r"ld\.global\.v2\.b64" if dtype == "fp64" else r"ld\.global\.v4\.b32"
     assert re.search(wide, compiled.asm["ptx"])
+    (tmp_path / "cubin").write_bytes(compiled.asm["cubin"])
+    tool = os.path.join(os.path.dirname(backends.__file__), "nvidia", "bin", "cuobjdump")
+    used = subprocess.run([tool, "-res-usage", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
+    assert re.search(r"STACK:0 .*LOCAL:0", used), used
 
 
 def test_unavailable_kernels_are_rejected_with_a_fix(monkeypatch):

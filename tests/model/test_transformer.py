@@ -12,10 +12,10 @@ from model.attention.plan import ForwardContext
 from model.attention.rope import frequencies
 from model.config import BalanceConfig, InitConfig, ModelConfig, QKNorm, RopeScaling, RouterConfig, Score, WeightsOn
 from model.flops import count_parameters
-from model.layers import rms_normalise
+from model.kernels.heads import rms_normalise
 from model.roles import registry
 from model.transformer import Transformer
-from tests.support import reference_model
+from tests.model import reference_model
 from tests.support.models import build, small
 
 SMALL = small(attention_chunk_size=5, temperature_floor=3.0, init=InitConfig(std=1.0, fan_in=True))

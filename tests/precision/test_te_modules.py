@@ -143,10 +143,10 @@ def by_us(recipe: Recipe, x: Tensor, w: Tensor, grad: Tensor) -> list[Tensor]:
 
 
 def comparable(calls: list[Any]) -> tuple[list[Product], list[Quantised]]:
-    """Return the matmuls, and how activations and gradients were quantised. Omit weights: TE quantises them once, the
-    backend in each pass. The order of scales (`optimize_for_gemm`) matters only for MXFP8.
+    """Return the matmuls, and how activations and gradients were quantised. Omit weights: TE quantises experts one by
+    one, the backend all in one call. The order of scales (`optimize_for_gemm`) matters only for MXFP8.
     """
-    operands = [c for c in calls if isinstance(c, Quantised) and c.shape != (F, D)]
+    operands = [c for c in calls if isinstance(c, Quantised) and c.shape not in ((F, D), (E * F, D))]
     plain = [replace(c, optimize_for_gemm=c.optimize_for_gemm and c.quantizer == "MXFP8Quantizer") for c in operands]
     return [c for c in calls if isinstance(c, Product)], plain
 

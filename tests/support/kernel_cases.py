@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels import MoEKernels, SortedSlots, TorchKernels, TritonKernels
+from model.kernels import StepKernels, TorchKernels, TritonKernels
+from model.kernels.moe import SortedSlots
 from model.moe import permute_by_expert
+from tests.support.head_cases import FLAWS, STEPS, head_errors
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ BREAKS = ("places", "weights", "padding", "gate")
 """Errors that `figures` can plant."""
 
 
-def figures(case: Case, kernels: MoEKernels, device: str, broken: str = "") -> dict[str, float]:
+def figures(case: Case, kernels: StepKernels, device: str, broken: str = "") -> dict[str, float]:
     """Return the error of each result and gradient against the reference, relative to the largest value."""
     wanted = results(case, _Plain(), torch.float64, "cpu")
     found = results(case, kernels, getattr(torch, case.dtype), device, broken)
@@ -134,11 +136,19 @@ def _zero(weights_TK: Tensor | None) -> Tensor | int:
 
 
 def main() -> None:
-    sides: dict[str, MoEKernels] = {"torch": TorchKernels(), "triton": TritonKernels()}
+    sides: dict[str, StepKernels] = {"torch": TorchKernels(), "triton": TritonKernels()}
     found = {name: {side: figures(case, sides[side], "cpu") for side in sides} for name, case in CASES.items()}
     case = CASES["top-2, padded"]
     broken = {what: {side: figures(case, sides[side], "cpu", what) for side in sides} for what in BREAKS}
-    print(json.dumps({"cases": found, "broken": broken}))
+    heads = {
+        f"{name}, {dtype}": head_errors(name, TritonKernels(), getattr(torch, dtype), "cpu")
+        for name in STEPS
+        for dtype in GATES
+    }
+    flawed = {
+        what: head_errors("normalised, temperature", TritonKernels(), torch.float32, "cpu", what) for what in FLAWS
+    }
+    print(json.dumps({"cases": found, "broken": broken, "heads": heads, "flawed": flawed}))
 
 
 if __name__ == "__main__":

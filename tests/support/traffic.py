@@ -81,7 +81,7 @@ class _Step:
         for layer in model.blocks:
             yield key, 2 * (part + whole) + again * part + layer_again * whole  # attention
             if layer.qk_norm is QKNorm.full:
-                yield key, (2 + again) * 2 * self.tokens * self.wide  # sums of squares of queries and keys
+                yield key, (2 + layer_again) * 2 * self.tokens * self.wide  # sums of squares of queries and keys
             if layer.feed_forward is not FeedForward.moe or model.shared_hidden_size:
                 yield key, 2 * (part + whole) + again * part  # the last operation of a layer is not recomputed
             yield ("tp", "balance"), self.balance(layer)

@@ -18,6 +18,7 @@ import torch
 from core.errors import CheckpointError
 from launch.cli import main
 from model.attention.plan import ForwardContext
+from model.head import token_losses
 from model.moe import Router
 from parallel.comm.world import World, connect
 from tests.support.tiny import EXACT, TINY, trainer
@@ -27,7 +28,6 @@ from train.config import phases
 from train.engine.fsdp import TorchEngine
 from train.eval.config import GenerateConfig
 from train.eval.generate import continue_tokens
-from train.loss import token_losses
 from train.metrics import expert_load, peak_memory_bytes
 from train.run_directory import MARKER, committed
 from train.signals import SignalFlag
@@ -253,8 +253,8 @@ def test_memory_is_in_bytes():
 
 
 def test_the_loss_of_narrow_logits_is_computed_wide():
-    logits = torch.randn(1, 3, 50, generator=torch.Generator().manual_seed(0)).bfloat16() * 3
-    labels = torch.tensor([[4, 5, 6]])
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16() * 3
+    labels = torch.tensor([4, 5, 6])
     assert torch.equal(token_losses(logits, labels), token_losses(logits.float(), labels))
 
 

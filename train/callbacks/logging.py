@@ -68,12 +68,12 @@ class LoggingCallback(Callback):
 
     def _line(self, steps: int, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
         trainer = self.trainer
-        seq_len, tokens = trainer.phase(steps - 1).seq_len, metrics.tokens - self._tokens
-        data = trainer.batches.read(trainer.world.device)
+        tokens, data = metrics.tokens - self._tokens, trainer.batches.read(trainer.world.device)
+        lengths = trainer.batches.lengths
         if "tiles" in data:
             data["tiles_per_second"] = round(data["tiles"] / max(seconds, 1e-9), 2)
-            data["encoder_flops_share"] = round(self.throughput.encoder_share(tokens, seq_len, data["tiles"]), 4)
-        rate, mfu = self.throughput.read(seconds, tokens, seq_len, data.get("tiles", 0))
+            data["encoder_flops_share"] = round(self.throughput.encoder_share(tokens, lengths, data["tiles"]), 4)
+        rate, mfu = self.throughput.read(seconds, tokens, lengths, data.get("tiles", 0))
         line: dict[str, Any] = {
             "step": steps,
             "tokens": metrics.tokens,

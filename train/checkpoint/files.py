@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from core.errors import CheckpointError
 from core.files import is_local, open_raw, write_all
@@ -102,9 +103,10 @@ def read_bytes(path: Path, start: int, into: Tensor) -> None:
 
 
 def _memory(tensor: Tensor) -> memoryview:
-    """Return a view of a contiguous CPU tensor's memory as bytes."""
+    """Return a view of a contiguous CPU tensor's memory as bytes, to be written."""
     if not tensor.numel():
         return memoryview(b"")
+    increment_version(tensor)  # PyTorch does not see the write, but copies of a weight must be refreshed
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from core.memory import upload
 from data.images.tiles import GREYS
 from data.loader import Batch
 from parallel.vision.towers import ParallelTowers
@@ -57,12 +58,12 @@ def pair_batches(batch: Batch, ids: PairTokens, placed: ParallelTowers, micro_ba
     texts_BT, last_B = ids.captions(batch.tokens_BT)
     sides = batch.images.pixels, texts_BT.split(micro_batch_size), last_B.split(micro_batch_size)
     for one in zip(*sides, strict=True):
-        yield PairBatch(*(side.to(placed.device) for side in one))
+        yield PairBatch(*(upload(side, placed.device) for side in one))
 
 
 def features(placed: ParallelTowers, pairs: PairBatch) -> tuple[Tensor, Tensor]:
     """Return the features of images and of captions, both [B, E]."""
-    pixels_B3SS = torch.tensor(GREYS, device=placed.device)[pairs.tiles_B3SS.int()]
+    pixels_B3SS = upload(torch.tensor(GREYS), placed.device)[pairs.tiles_B3SS.int()]
     towers = placed.model
     return towers.image_features(pixels_B3SS), towers.text_features(pairs.texts_BT, pairs.last_B)
 

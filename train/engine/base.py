@@ -17,6 +17,7 @@ from parallel.pipeline.runtime import Pipeline
 from parallel.sharding import LocalShard
 from train.checkpoint.state import TensorShard
 from train.engine.images import give_images, image_positions
+from train.engine.inputs import AheadCopies, StepInputs, step_inputs
 from train.loss import BatchLoss
 
 
@@ -48,6 +49,12 @@ class Engine(ABC):
 
         Returns the loss of the global batch: a scalar on the device, equal on every rank.
         """
+
+    def prepare(self, batch: Batch, micro_batch_size: int) -> None:
+        """Start to copy a batch to the device ahead of its step. The thread that makes batches calls it. By default
+        nothing is copied ahead.
+        """
+        batch.ahead = None
 
     @abstractmethod
     def complete_gradients(self) -> None:
@@ -101,6 +108,7 @@ class LanguageEngine(Engine):
     def __init__(self, placed: ParallelModel) -> None:
         super().__init__(placed)
         self.pipeline = None
+        self.copies = AheadCopies(placed) if self.device.type == "cuda" else None
         if self.meshes.pp.size > 1:
             self.pipeline = Pipeline(placed.model, placed.stacks, self.meshes, self.device)
 
@@ -109,25 +117,24 @@ class LanguageEngine(Engine):
 
         Returns the mean loss over the labelled tokens of the global batch: a scalar on the device, equal on every rank.
         """
-        meshes, share = self.meshes, self.placed.context_shard(batch.tokens_BT.shape[1])
-        labels_BT = share.take(batch.labels_BT).to(self.device)
-        loss = BatchLoss(batch, labels_BT, share, micro_batch_size, meshes)
-        routed = float(batch.tokens_BT.numel() * meshes.dp.size)
-        contexts = [
-            self.placed.sequence_context(part_BT, routed) for part_BT in batch.positions_BT.split(micro_batch_size)
-        ]
+        inputs = self._inputs(batch, micro_batch_size)
+        tokens_BT, labels_BT, contexts = inputs.tokens_BT, inputs.labels_BT, inputs.contexts
+        share = self.placed.context_shard(batch.tokens_BT.shape[1])
+        loss = BatchLoss(batch, labels_BT, share, micro_batch_size, self.meshes)
         encoded = give_images(self.placed, batch.images, micro_batch_size, contexts)
-        tokens_BT = share.take(batch.tokens_BT).to(self.device)
         if batch.images is not None:
             is_image_BT = image_positions(self.placed, batch.images)
             for context, part_BT in zip(contexts, is_image_BT.split(micro_batch_size), strict=True):
                 context.is_image_BT = part_BT
+        for context, wanted_BT in zip(contexts, labels_BT.split(micro_batch_size), strict=True):
+            context.labels_BT = wanted_BT
+            self.placed.prepare(context)
         if self.pipeline is not None:
-            total = self.pipeline.forward_backward(tokens_BT, labels_BT, contexts, loss)
+            total = self.pipeline.forward_backward(tokens_BT, contexts, loss)
         else:
             total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for part_BT, wanted_BT, context in _micro_batches(tokens_BT, labels_BT, contexts, micro_batch_size):
-                one = loss(self.placed.model(part_BT, context), wanted_BT)
+            for part_BT, context in _micro_batches(tokens_BT, contexts, micro_batch_size):
+                one = loss(self.placed.model(part_BT, context))
                 one.backward()
                 total += one.detach()
                 self.after_backward(context is contexts[-1])
@@ -136,6 +143,17 @@ class LanguageEngine(Engine):
         self.complete_gradients()
         total, self.modality_losses = loss.reduce(total)
         return total
+
+    def prepare(self, batch: Batch, micro_batch_size: int) -> None:
+        if self.copies is not None:
+            batch.ahead = self.copies.prepare(batch, micro_batch_size)
+
+    def _inputs(self, batch: Batch, micro_batch_size: int) -> StepInputs:
+        """Return what `prepare` has copied, once, or copy it now."""
+        ahead, batch.ahead = batch.ahead, None
+        if self.copies is not None and isinstance(ahead, StepInputs) and ahead.micro_batch_size == micro_batch_size:
+            return self.copies.take(ahead)
+        return step_inputs(self.placed, batch, micro_batch_size)
 
     def after_backward(self, last: bool) -> None:
         """Run after the backward pass of each micro-batch. It is not called with a pipeline."""
@@ -160,6 +178,6 @@ def optimizer_step(
 
 
 def _micro_batches(
-    tokens_BT: Tensor, labels_BT: Tensor, contexts: list[ForwardContext], size: int
-) -> Iterator[tuple[Tensor, Tensor, ForwardContext]]:
-    return zip(tokens_BT.split(size), labels_BT.split(size), contexts, strict=True)
+    tokens_BT: Tensor, contexts: list[ForwardContext], size: int
+) -> Iterator[tuple[Tensor, ForwardContext]]:
+    return zip(tokens_BT.split(size), contexts, strict=True)

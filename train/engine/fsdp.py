@@ -21,6 +21,7 @@ class InPlaceEngine(Engine):
     def __init__(self, placed: ParallelNetwork, config: OptimizerConfig) -> None:
         super().__init__(placed)
         self.optimizer = make_optimizer(placed.model, placed.specs, config, placed.meshes)
+        self.written()
 
     def complete_gradients(self) -> None:
         sum_partial_gradients(self.placed.model, self.placed.specs)
@@ -34,6 +35,7 @@ class InPlaceEngine(Engine):
     def step(self, learning_rate_factor: float) -> None:
         set_learning_rate(self.optimizer.param_groups, learning_rate_factor)
         self.optimizer.step()
+        self.placed.model.clock.tick()
         self.optimizer.zero_grad(set_to_none=True)
 
     def gradients(self) -> Iterator[LocalShard]:
@@ -48,7 +50,7 @@ class InPlaceEngine(Engine):
         return run_state(placed.model, self.optimizer, placed.specs, self.meshes.is_first_of_stage)
 
     def written(self) -> None:
-        return
+        self.placed.model.clock.tick()
 
 
 class TorchEngine(InPlaceEngine, LanguageEngine):

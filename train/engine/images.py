@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from core.memory import upload
 from data.images.batch import BatchImages
 from data.images.tiles import GREYS
 from data.loader import Batch
@@ -26,7 +27,7 @@ def batch_images(placed: ParallelModel, images: BatchImages | None, micro_batch_
     """
     if images is None or placed.model.vision is None:
         return []
-    greys = torch.tensor(GREYS, device=placed.device)
+    greys = upload(torch.tensor(GREYS), placed.device)
     return [
         placed.images(rows_BT, len(tiles), pixels_N3SS, greys, images.ranks)
         for (rows_BT, tiles), pixels_N3SS in zip(
@@ -40,7 +41,7 @@ def image_positions(placed: ParallelModel, images: BatchImages) -> Tensor:
     rank's part of the sequence after the splits of cp and tp.
     """
     tp, share = placed.meshes.tp, placed.context_shard(images.local_rows_BT.shape[1])
-    return (share.take(images.local_rows_BT) >= 0).chunk(tp.size, 1)[tp.rank].to(placed.device)
+    return upload((share.take(images.local_rows_BT) >= 0).chunk(tp.size, 1)[tp.rank], placed.device)
 
 
 def load_tiles(images: BatchImages | None, meshes: Meshes, micro_batch_size: int) -> None:

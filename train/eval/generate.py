@@ -26,10 +26,10 @@ from model.attention.cache import KeyValueCache
 from model.attention.plan import ForwardContext
 from model.vision.config import CHANNELS
 from model.vision.fusion import Images
+from parallel.comm.collectives import all_gather_no_grad
 from parallel.comm.world import World
 from parallel.parallelize import ParallelModel
 from parallel.vision.exchange import tile_share
-from parallel.vocab_parallel_loss import whole_logits
 from train.eval.config import GenerateConfig
 from train.eval.pictures import PicturePrompt
 
@@ -267,7 +267,7 @@ def placed_model(placed: ParallelModel, context: int) -> CachedModel | None:
         return None
 
     def forward(tokens_BT: Tensor, given: ForwardContext) -> Tensor:
-        found = placed.logits(tokens_BT.to(placed.device), given)
+        found = placed.outputs(tokens_BT.to(placed.device), given)
         assert found is not None
         return found
 
@@ -306,14 +306,15 @@ def sequence_logits(
         images = _no_tiles(placed, tokens_BT)
     if images is not None:
         context.images = _spread(placed, _lengthened(images, tokens_BT.shape[1]))
-    logits_BTV = placed.logits(share.take(tokens_BT).to(placed.device), context)
+    logits_BTV = placed.outputs(share.take(tokens_BT).to(placed.device), context)
     dtype = torch.promote_types(placed.model.compute_dtype, torch.float32)
     found_BTV = torch.zeros(count, length - first, placed.model.config.vocab_size, dtype=dtype, device=placed.device)
     if logits_BTV is not None:
         here_T = share.take(positions_BT)[0]
         wanted = ((here_T >= first) & (here_T < length)).nonzero()[:, 0]
         at = (here_T[wanted] - first).to(placed.device)
-        found_BTV[:, at] = whole_logits(logits_BTV[:, wanted.to(placed.device)], meshes.tp).to(dtype)
+        part_BTV = logits_BTV[:, wanted.to(placed.device)]
+        found_BTV[:, at] = all_gather_no_grad(part_BTV, meshes.tp, part_BTV.dim() - 1, "logits").to(dtype)
     for axis in (meshes.cp, meshes.pp):  # the other ranks have zeros
         axis.sum(found_BTV, "logits")
     return found_BTV

@@ -25,7 +25,7 @@ from parallel.fsdp import release
 from parallel.mesh import MeshAxis
 from parallel.parallelize import ParallelModel
 from train.engine.images import batch_images, load_tiles
-from train.loss import IGNORED, token_losses
+from train.loss import IGNORED
 
 Take = Callable[[int, int], Batch]
 """Returns sequences [start, stop) as a batch."""
@@ -180,18 +180,15 @@ def _padded(batch: Batch | None, full: Batch) -> Batch:
 
 def batch_losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None:
     """Return losses and labels [B, T] of this rank's part of a batch, or None if another rank returns the same part."""
-    if (found := _logits(placed, batch)) is None:
-        return None
-    logits_BTV, labels_BT = found
-    losses_BT = token_losses(logits_BTV, labels_BT, placed.meshes.tp)
-    return (losses_BT, labels_BT) if placed.meshes.tp.rank == 0 else None
+    found = _forward(placed, batch, losses=True)
+    return found if placed.meshes.tp.rank == 0 else None
 
 
 def predictions(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None:
     """Return the likeliest next tokens and the labels [B, T] of this rank's part of a batch, or None if another rank
     returns the same part.
     """
-    if (found := _logits(placed, batch)) is None:
+    if (found := _forward(placed, batch)) is None:
         return None
     logits_BTV, labels_BT = found
     highest_BT, tokens_BT = logits_BTV.max(-1)
@@ -203,18 +200,20 @@ def predictions(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | 
     return (tokens_BT, labels_BT) if axis.rank == 0 else None
 
 
-def _logits(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None:
-    """Return logits and labels of this rank's part of a batch, or None if another rank has the head."""
+def _forward(placed: ParallelModel, batch: Batch, losses: bool = False) -> tuple[Tensor, Tensor] | None:
+    """Return logits, or the losses of labels, and the labels of this rank's part of a batch; None if another rank has
+    the head.
+    """
     shard = placed.context_shard(batch.tokens_BT.shape[1])
     context = placed.sequence_context(batch.positions_BT)
     if batch.images is not None:
         if not batch.images.pixels:
             load_tiles(batch.images, placed.meshes, len(batch.tokens_BT))
         context.images = next(iter(batch_images(placed, batch.images, len(batch.tokens_BT))), None)
-    logits_BTV = placed.logits(shard.take(batch.tokens_BT).to(placed.device), context)
-    if logits_BTV is None:
-        return None
-    return logits_BTV, shard.take(batch.labels_BT).to(placed.device)
+    labels_BT = shard.take(batch.labels_BT).to(placed.device)
+    context.labels_BT = labels_BT if losses else None
+    found = placed.outputs(shard.take(batch.tokens_BT).to(placed.device), context)
+    return None if found is None else (found, labels_BT)
 
 
 def _sums(placed: ParallelModel, batch: Batch, bytes_V: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from model.roles import Role
 from model.vision.towers import Network
@@ -60,7 +61,16 @@ def elementwise(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.moments is Moments.bfloat16:
         return AdamWBF16(groups, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
+    fused = torch.optim.AdamW(groups, fused=True, **options)
+    fused.register_step_post_hook(_new_versions)
+    return fused
+
+
+def _new_versions(optimizer: torch.optim.Optimizer, *args: Any) -> None:
+    """Give parameters a new version, as any other write in place does: the fused step does not (torch 2.13). Copies of
+    weights are refreshed when their version has changed.
+    """
+    increment_version(parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], factor: float) -> None:

@@ -161,7 +161,7 @@ def encoded_and_sent(parallel: ParallelConfig) -> tuple[list[int], int, Tensor |
     context = placed.sequence_context(batch.positions_BT)
     (context.images,) = batch_images(placed, batch.images, 4)
     meshes.traffic.take()
-    logits = placed.logits(placed.context_shard(SEQ_LEN).take(batch.tokens_BT), context)
+    logits = placed.outputs(placed.context_shard(SEQ_LEN).take(batch.tokens_BT), context)
     sent = sum(size for (_, purpose), size in meshes.traffic.take().items() if purpose == PURPOSE)
     return list(tile_share(meshes, 6)), sent, logits
 

@@ -101,13 +101,13 @@ def transposed_patches(tiles_N3SS, size):
 
 def swapped_axes(config, device, dtype):
     found = honest_rotation(config, device, dtype)
-    return torch.cat(found.chunk(2, dim=-1)[::-1], dim=-1)
+    return torch.cat(found.chunk(2, dim=-2)[::-1], dim=-2)
 
 
 def from_zero(config, device, dtype):
-    found = honest_rotation(config, device, dtype)
+    found = torch.view_as_complex(honest_rotation(config, device, dtype))
     one = found[:, :1]  # the first patch has row 1 and column 1
-    return torch.cat([found[:, :-1] * one.conj(), found[:, -1:]], dim=1)
+    return torch.view_as_real(torch.cat([found[:, :-1] * one.conj(), found[:, -1:]], dim=1))
 
 
 encoder_file_patches, honest_rotation = encoder_file.patches, encoder_file.tile_rotation

@@ -49,7 +49,7 @@ def memory(root: str, where: str) -> None:
 
 
 def resident(root: str, where: str) -> tuple[int, int]:
-    code = f"from bench.offload import memory; memory({root!r}, {where!r})"
+    code = f"from bench.run.offload import memory; memory({root!r}, {where!r})"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     words = next(line for line in said.splitlines() if line.startswith("MEMORY")).split()
     return int(words[1]), int(words[2])

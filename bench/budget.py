@@ -1,0 +1,213 @@
+"""Count what a layer and the loss cost on a GPU, without one: launches, host synchronisations and bytes.
+
+    python -m bench.budget [--json FILE]
+
+The layer is Llama 4 Scout's MoE layer in bfloat16 on meta tensors, with the code that runs on GPUs: forward and
+backward of a micro-batch of 8,192 tokens. It is not the first of its step, so gradients are added, and weights are not
+cast. `launches` are those of packed rows of 1, 8 and 32 documents. `saved_bytes` are those that a token keeps from the
+forward to the backward pass, its input among them, for each kind of recomputation. `loss_peak_bytes` is the peak of
+head and loss without the weight and its gradient. `quantise_calls` and `product_calls` are the calls of an FP8 library
+for a micro-batch, for 8 and 128 experts, and `weight_quantise_calls` those for the weights in a step of 1 and 4
+micro-batches, all with the blockwise recipe.
+`syncs_ep`: host synchronisations of the layer as one of eight ranks
+of expert parallelism, without a network: routing is balanced, and a copy to the host gives its counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from bench.counting import Counter, Float8Calls
+from core.files import write_json
+from model.attention.plan import ForwardContext
+from model.config import ModelConfig
+from model.head import Head
+from model.moe import Experts, MixtureOfExperts
+from model.roles import Role
+from model.transformer import Layer, Stack
+from parallel import activation_checkpoint, expert_parallel
+from parallel.layout import DispatchMethod, ParallelConfig, Recompute
+from parallel.mesh import meshes_of_rank
+from precision.config import Compute, PrecisionConfig
+from precision.fp8_linear import Float8Gemm, Operand
+from precision.resolve import resolve
+
+TOKENS = 8192
+DOCUMENTS = (1, 8, 32)
+EXPERTS = (8, 128)
+MICRO_BATCHES = (1, 4)
+RANKS = 8
+GPU, META = torch.device("cuda"), torch.device("meta")
+SCOUT = ModelConfig()
+BFLOAT16 = resolve(PrecisionConfig(compute=Compute.bfloat16), GPU)
+
+
+class LayerCase:
+    """One layer on meta tensors. Its parameters have gradients, as after the first micro-batch of a step. `float8`:
+    the FP8 library, or None.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig = SCOUT,
+        recompute: Recompute = Recompute.none,
+        index: int = 0,
+        float8: Float8Calls | None = None,
+        change: Callable[[Layer], None] = lambda layer: None,
+        values: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """`change` distributes the layer; `values`: see `Counter`."""
+        blocks = model.blocks
+        BFLOAT16.clock.tick()
+        gemms = BFLOAT16.at(index, len(blocks))
+        if float8 is not None:
+            gemms = replace(gemms, float8=lambda products, name: Float8Gemm(float8, name))
+        with META:
+            layer = Layer(model, blocks[index], gemms)
+            change(layer)
+        self.values = values
+        self.model, self.stack = model, Stack(None, {str(index): layer}, None, None)
+        activation_checkpoint.apply(self.stack, recompute)  # type: ignore[arg-type]
+        self(1, collect=False)
+
+    def __call__(self, documents: int, tokens: int = TOKENS, collect: bool = True) -> tuple[Counter, int]:
+        """Run a micro-batch. Return its counts, and the bytes that are alive between forward and backward pass, which
+        are exact after garbage is collected.
+        """
+        positions_BT = torch.arange(tokens // documents).repeat(documents)[None]
+        context = ForwardContext(positions_BT, META, float(tokens))
+        context.prepare(self.model, torch.bfloat16, BFLOAT16.attention)
+        x_BTD = torch.empty(1, tokens, self.model.hidden_size, device=META, dtype=torch.bfloat16, requires_grad=True)
+        if collect:
+            gc.collect()
+        with Counter(values=self.values) as counter:
+            y_BTD = self.stack(x_BTD, context)
+            counter.forget(y_BTD)
+            kept = counter.live + x_BTD.nbytes
+            y_BTD.backward(torch.empty_like(y_BTD))
+        return counter, kept
+
+
+def syncs_ep(dispatch: DispatchMethod = DispatchMethod.all_to_all) -> Counter:
+    """Return the counts of an MoE layer as one of `RANKS` ranks over which its experts are split."""
+    local = SCOUT.num_experts // RANKS
+
+    def split(layer: Layer) -> None:
+        assert isinstance(layer.ffn, MixtureOfExperts)
+        layer.ffn.experts = Experts(local, SCOUT.hidden_size, SCOUT.expert_hidden_size, BFLOAT16.plain)
+        meshes = meshes_of_rank(ParallelConfig(ep=RANKS, dispatch=dispatch).resolve(RANKS), 0)
+        meshes = replace(meshes, experts=replace(meshes.experts, group=dist.group.WORLD))
+        expert_parallel.apply(SimpleNamespace(layers={"0": layer}, config=SCOUT), meshes)  # type: ignore[arg-type]
+
+    def balanced(counts: Tensor) -> Tensor:
+        """Return what the host reads of counts [E], or [1 + E, N] after the counts that are sent to each rank."""
+        slots = TOKENS * SCOUT.router.top_k
+        if counts.dim() == 1:
+            return torch.full(counts.shape, slots * RANKS // SCOUT.num_experts)
+        return torch.tensor([slots // RANKS] + [slots // SCOUT.num_experts] * local)[:, None].expand(counts.shape)
+
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    try:
+        return LayerCase(change=split, values=balanced)(DOCUMENTS[-1])[0]
+    finally:
+        dist.destroy_process_group()
+
+
+def launches(model: ModelConfig = SCOUT) -> dict[int, Counter]:
+    """Return the counts of a layer for packed rows of 1, 8 and 32 documents."""
+    case = LayerCase(model)
+    return {documents: case(documents)[0] for documents in DOCUMENTS}
+
+
+def saved_bytes() -> dict[str, float]:
+    """Return the bytes per token that a layer keeps, for each kind of recomputation."""
+    return {mode.value: LayerCase(recompute=mode)(DOCUMENTS[-1])[1] / TOKENS for mode in Recompute}
+
+
+def quantise_calls(model: ModelConfig = SCOUT) -> Float8Calls:
+    """Return the calls of an FP8 library for a micro-batch that is not the first of its step."""
+    library = Float8Calls()
+    case = LayerCase(model, float8=library)
+    library.clear()
+    case(1, collect=False)
+    return library
+
+
+def weight_quantise_calls(micro_batches: int, model: ModelConfig = SCOUT) -> int:
+    """Return the calls that quantise a layer's weights in a step of so many micro-batches."""
+    library = Float8Calls()
+    case = LayerCase(model, float8=library)
+    library.clear()
+    increment_version(case.stack.parameters())  # as the optimizer does
+    for _ in range(micro_batches):
+        case(1, collect=False)
+    return library.quantised[Operand.weight]
+
+
+class _Half:
+    """Half of the vocabulary, as under tensor parallelism over two ranks; nothing is sent."""
+
+    start = 0
+
+    def max(self, x: Tensor) -> None: ...
+
+    def sum(self, x: Tensor) -> None: ...
+
+
+def loss_peak_bytes(ranks: int = 1) -> int:
+    """Return the peak of head and loss at the vocabulary of Llama 4, sharded over one or two ranks."""
+    BFLOAT16.clock.tick()
+    with META:
+        head = Head(SCOUT.hidden_size, SCOUT.vocab_size // ranks, Role.head, BFLOAT16.plain)
+        x_BTD = torch.empty(1, TOKENS, SCOUT.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        labels_BT = torch.zeros(1, TOKENS, dtype=torch.int64)
+    head.shard = _Half() if ranks > 1 else None
+    narrow = head.gemm.narrowed(head.weight)  # the copy of the optimizer step
+    with Counter(ignored=[head.weight.shape]) as counter:
+        head(x_BTD, labels_BT).sum().backward()
+    del narrow
+    return counter.peak
+
+
+def report() -> dict[str, Any]:
+    counts = launches()
+    float8 = {str(experts): quantise_calls(replace(SCOUT, num_experts=experts)) for experts in EXPERTS}
+    return {
+        "launches": {str(documents): counter.launches.total() for documents, counter in counts.items()},
+        "operators": dict(counts[DOCUMENTS[-1]].launches.most_common()),
+        "syncs": sum(counter.syncs.total() for counter in counts.values()),
+        "syncs_ep": syncs_ep().syncs.total(),
+        "saved_bytes": saved_bytes(),
+        "loss_peak_bytes": loss_peak_bytes(),
+        "loss_peak_bytes_tp2": loss_peak_bytes(2),
+        "quantise_calls": {experts: calls.quantised.total() for experts, calls in float8.items()},
+        "product_calls": {experts: calls.products for experts, calls in float8.items()},
+        "weight_quantise_calls": {str(count): weight_quantise_calls(count) for count in MICRO_BATCHES},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", help="file to write the counts to")
+    arguments = parser.parse_args()
+    found = report()
+    for key, value in found.items():
+        print(f"{key}: {json.dumps(value)}")
+    if arguments.json:
+        write_json(arguments.json, found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Print the counts of `bench.budget` beside earlier ones, as docs/performance.md has them: `python -m
+bench.budget_table`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench import budget
+
+LAUNCHES_BEFORE, SAVED_BEFORE, LOSS_BEFORE = {"1": 269, "8": 450, "32": 1074}, {"none": 294e3}, 20e9
+"""The counts of commit ed0cbce of 2026-11-26: the same layer on meta tensors; the peak of the loss by arithmetic."""
+MOST_LAUNCHES, MOST_SAVED, MOST_LOSS = 150, {"none": 185e3, "selective": 80e3, "full": 12e3}, 1.5e9
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the counts of `bench.budget.report` as a Markdown table."""
+    rows = [["what", "before", "now", "at most"], ["---", "---:", "---:", "---:"]]
+    for documents, count in found["launches"].items():
+        what = f"launches of a layer, {documents} document{'' if documents == '1' else 's'} a row"
+        rows.append([what, *(f"{x:,}" for x in (LAUNCHES_BEFORE[documents], count, MOST_LAUNCHES))])
+    rows.append(["host synchronisations of a layer", "", str(found["syncs"]), "0"])
+    for mode, count in found["saved_bytes"].items():
+        what = f"activations a token keeps in a layer, `recompute={mode}`"
+        rows.append([what, *(_in(1e3, "kB", 0, x) for x in (SAVED_BEFORE.get(mode), count, MOST_SAVED[mode]))])
+    what = "peak memory of head and loss"
+    rows.append([what, *(_in(1e9, "GB", 2, x) for x in (LOSS_BEFORE, found["loss_peak_bytes"], MOST_LOSS))])
+    rows.append([f"{what}, `tp=2`", *(_in(1e9, "GB", 2, x) for x in (None, found["loss_peak_bytes_tp2"], MOST_LOSS))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _in(unit: float, name: str, digits: int, value: float | None) -> str:
+    return "" if value is None else f"{value / unit:.{digits}f} {name}"
+
+
+if __name__ == "__main__":
+    print(table(budget.report()), end="")

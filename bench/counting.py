@@ -1,0 +1,178 @@
+"""Count what a GPU would have to do, without one: launches, host synchronisations and bytes, on meta tensors.
+
+`Counter` sees every operator below autograd. An operator that only makes a view or allocates memory launches nothing;
+those in `_LAUNCHES` launch several kernels on a GPU; any other counts as one launch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Counts
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from precision.config import Recipe
+from precision.fp8_linear import Operand
+from precision.gemm import Groups
+
+_ALLOCATIONS = {
+    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh",
+    "_unsafe_view", "_reshape_alias", "set_", "_local_scalar_dense",
+}  # fmt: skip
+_LAUNCHES = {"sort": 4, "cumsum": 2, "rms_norm": 2, "rms_norm_backward": 5, "topk": 2, "_varlen_attn_backward": 3}
+"""Kernels of operators that launch more than one, from torch 2.13's sources for CUDA: a radix sort of a few thousand
+int64 keys with their values; a scan and its initialisation; a norm and the cast of its gain; the gradients of its input
+and, in two steps, of its gain, with a cast before and one after; the flash backward pass with its preparation and its
+conversion of dq.
+"""
+_SYNCHRONISES = {"_local_scalar_dense", "nonzero", "masked_select", "unique2", "_unique2", "unique_dim", "equal"}
+
+
+def _ones_on_host(x: Tensor) -> Tensor:
+    return torch.ones(x.shape, dtype=x.dtype)
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operators that run under it. `launches` [operator] and `syncs` [operator]; `live` and `peak`: bytes of
+    the tensors that they made and that are still alive, without those whose shape is `ignored`.
+
+    A copy from meta tensors to the host gets the values that `values` returns: by default ones.
+    """
+
+    def __init__(self, ignored: Sequence[torch.Size] = (), values: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.ignored, self.values = set(ignored), values or _ones_on_host
+        self.launches: Counts[str] = Counts()
+        self.syncs: Counts[str] = Counts()
+        self.peak = 0
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = operation._schema.name.partition("::")[2]
+        if name == "_local_scalar_dense" and args[0].device.type == "meta":
+            self.syncs[name] += 1
+            return 1  # a value must come back; which one does not matter here
+        if name == "_to_copy" and args[0].device.type == "meta" and _to_host(kwargs.get("device")):
+            self.syncs[name] += 1
+            return self.values(args[0])
+        result = operation(*args, **kwargs)
+        on_host = _on_host(args, result)
+        if (name in _SYNCHRONISES and not on_host) or _waits_for_copy(name, args, kwargs):
+            self.syncs[name] += 1
+        if not on_host and not _is_view(operation) and name not in _ALLOCATIONS:
+            self.launches[name] += _LAUNCHES.get(name, 1)
+        given = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            self._note(tensor, given)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    @property
+    def live(self) -> int:
+        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        return sum(size for _, size in self._made.values())
+
+    def forget(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor no longer."""
+        self._made.pop(StorageWeakRef(tensor.untyped_storage()).cdata, None)
+
+    def _note(self, tensor: Tensor, given: set[int]) -> None:
+        reference = StorageWeakRef(tensor.untyped_storage())
+        if tensor.device.type == "meta" and reference.cdata not in given and tensor.shape not in self.ignored:
+            self._made[reference.cdata] = reference, tensor.untyped_storage().nbytes()
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [one for one in torch.utils._pytree.tree_leaves(value) if isinstance(one, Tensor)]
+
+
+def _on_host(args: Any, result: Any) -> bool:
+    """Return whether only tensors of the host take part. The device's are on meta."""
+    return all(tensor.device.type != "meta" for tensor in (*_tensors(args), *_tensors(result)))
+
+
+def _to_host(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cpu"
+
+
+def _waits_for_copy(name: str, args: Any, kwargs: Any) -> bool:
+    """Return whether the host waits for a copy: one from the device, or one to the device that is not asked to run
+    on its own.
+    """
+    given = [tensor.device.type for tensor in _tensors(args)]
+    if name == "copy_":
+        waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+        return given == ["cpu", "meta"] or (given == ["meta", "cpu"] and waits and args[1].dim() > 0)
+    target = kwargs.get("device")
+    uploads = name == "_to_copy" and given == ["cpu"] and target is not None and torch.device(target).type == "meta"
+    return uploads and not kwargs.get("non_blocking", False)
+
+
+def _is_view(operation: Any) -> bool:
+    returns = operation._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def launches_of(work: Callable[[], object]) -> Counter:
+    """Run `work` under a new counter."""
+    with Counter() as counter:
+        work()
+    return counter
+
+
+@dataclass(frozen=True)
+class Shell:
+    """An operand of which only the shape is known, with the tensors of its rows and columns, one byte per element."""
+
+    shape: torch.Size
+    parts: tuple[Tensor, ...]
+
+    def only_columns(self) -> Shell:
+        return Shell(self.shape, self.parts[-1:])
+
+    def tensors(self) -> list[Tensor | None]:
+        return list(self.parts)
+
+    def restored(self, tensors: Sequence[Tensor | None]) -> Shell:
+        return self
+
+
+class Float8Calls:
+    """An FP8 library that computes nothing: `precision.fp8_linear.Arithmetic` with the shapes of the blockwise recipe.
+    `quantised` [operand] and `products` count its calls. Transformer Engine's backend turns each into one call of its
+    library, whatever the number of experts (tests/precision).
+    """
+
+    compute_dtype = torch.bfloat16
+    token_multiple, joint_multiple = Recipe.blockwise.multiple, Recipe.blockwise.joint_multiple
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.quantised: Counts[Operand] = Counts()
+        self.products = 0
+
+    def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Shell:
+        self.quantised[operand] += 1
+        return Shell(x.shape, tuple(torch.empty_like(x, dtype=torch.uint8) for _ in range(rows + columns)))
+
+    def forward(self, x: Shell, w: Shell, groups: Groups | None) -> Tensor:
+        return self._product(x, x.shape[0], w.shape[-2])
+
+    def input_gradient(self, grad: Shell, w: Shell, groups: Groups | None) -> Tensor:
+        return self._product(grad, grad.shape[0], w.shape[-1])
+
+    def weight_gradient(self, grad: Shell, x: Shell, groups: Groups | None) -> Tensor:
+        experts = [] if groups is None else [len(groups.counts_E)]
+        return self._product(grad, *experts, grad.shape[-1], x.shape[-1])
+
+    def _product(self, operand: Shell, *shape: int) -> Tensor:
+        self.products += 1
+        return torch.empty(shape, dtype=self.compute_dtype, device=operand.parts[0].device)

@@ -1,0 +1,135 @@
+"""Hold what a GPU has to do for a layer and the loss: launches, host synchronisations, bytes. Controls break each once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import budget
+from bench.counting import Counter
+from model import moe
+from model.attention import layer as attention
+from parallel import expert_parallel
+from parallel.layout import DispatchMethod, Recompute
+from precision.fp8_linear import Operand
+from precision.quantised_weights import QuantisedWeights
+from precision.weight_copies import WeightCopies
+
+
+def test_launches_do_not_grow_with_documents():
+    counts = budget.launches()
+    total = {documents: counter.launches.total() for documents, counter in counts.items()}
+    assert total[32] <= 1.05 * total[1] and total[32] <= 125, counts[32].launches
+    assert not any(counter.syncs for counter in counts.values())
+
+
+def test_a_loop_over_documents_exceeds_the_budget(monkeypatch):
+    def loop(q: Tensor, k: Tensor, v: Tensor, ends: Any, *rest: Any, **options: Any) -> Tensor:
+        lengths = [len(q) // (len(ends) - 1)] * (len(ends) - 1)
+        parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([honest(*part, ends, *rest, **options) for part in parts])
+
+    honest = attention.varlen_attn
+    monkeypatch.setattr(attention, "varlen_attn", loop)
+    case = budget.LayerCase()
+    assert case(32)[0].launches.total() > 1.05 * case(1)[0].launches.total()
+
+
+def test_a_wait_for_the_device_is_counted(monkeypatch):
+    def waiting(*args: Any) -> Any:
+        found = honest(*args)
+        found.groups.counts_E.sum().item()
+        return found
+
+    honest = moe.dispatch_rows
+    monkeypatch.setattr(moe, "dispatch_rows", waiting)
+    assert budget.LayerCase()(1)[0].syncs == {"_local_scalar_dense": 1}
+
+
+@pytest.mark.parametrize("dispatch", [DispatchMethod.all_to_all, DispatchMethod.all_gather])
+def test_expert_parallelism_waits_once(monkeypatch, dispatch):
+    assert budget.syncs_ep(dispatch).syncs == {"_to_copy": 1}
+
+    def counting(*args: Any) -> Any:
+        rows = honest(*args)
+        rows.groups.counts_E.tolist()
+        return rows
+
+    honest = expert_parallel.permute_by_expert
+    monkeypatch.setattr(expert_parallel, "permute_by_expert", counting)
+    assert budget.syncs_ep(dispatch).syncs["_to_copy"] > 1, "the control"
+
+
+def test_a_second_cast_of_weights_exceeds_the_budget(monkeypatch):
+    before = budget.LayerCase()(1)
+    monkeypatch.setattr(WeightCopies, "narrow", lambda copies, w: w.to(copies.dtype))
+    after = budget.LayerCase()(1)
+    assert after[0].launches.total() > before[0].launches.total() + 3 and after[1] > 1.5 * before[1]
+
+
+def test_a_token_keeps_few_bytes():
+    kept = budget.saved_bytes()
+    assert kept["none"] <= 145e3 and kept["selective"] <= 80e3 and kept["full"] <= 12e3
+
+
+def test_keeping_what_is_cheap_exceeds_the_budget(monkeypatch):
+    monkeypatch.setattr("parallel.activation_checkpoint.Remade.wrap", lambda *args: None)
+    assert budget.LayerCase(recompute=Recompute.selective)(1)[1] / budget.TOKENS > 100e3
+
+
+def test_the_loss_never_holds_all_logits(monkeypatch):
+    assert max(budget.loss_peak_bytes(), budget.loss_peak_bytes(2)) <= 0.6e9
+    monkeypatch.setattr("model.head._BLOCK_BYTES", 1 << 40)
+    assert budget.loss_peak_bytes() > 1.5e9
+
+
+def test_float8_calls_do_not_grow_with_experts():
+    calls = {experts: budget.quantise_calls(replace(budget.SCOUT, num_experts=experts)) for experts in budget.EXPERTS}
+    quantised = {experts: found.quantised for experts, found in calls.items()}
+    assert quantised[8] == quantised[128] == {Operand.activation: 6, Operand.gradient: 6}
+    assert calls[8].products == calls[128].products == 18
+
+
+def test_an_input_quantised_for_each_layer_is_counted(monkeypatch):
+    monkeypatch.setattr("model.layers._Projection.joins", False)
+    assert budget.quantise_calls().quantised == {Operand.activation: 9, Operand.gradient: 9}
+
+
+def test_weights_are_quantised_once_per_step():
+    assert {budget.weight_quantise_calls(count) for count in budget.MICRO_BATCHES} == {6}
+
+
+def test_weights_quantised_by_each_micro_batch_are_counted(monkeypatch):
+    monkeypatch.setattr(QuantisedWeights, "owners", lambda *args: None)
+    assert [budget.weight_quantise_calls(count) for count in budget.MICRO_BATCHES] == [12, 48]
+
+
+def test_copies_that_make_the_host_wait_are_counted():
+    x, host = torch.empty(3, device="meta"), torch.zeros(3)
+    with Counter(values=lambda x: torch.full(x.shape, 7.0)) as counter:
+        assert x.tolist() == [7, 7, 7]
+        host.to("meta")
+        x.copy_(host)
+    assert counter.syncs == {"_to_copy": 2, "copy_": 1}
+    with Counter() as counter:
+        host.to("meta", non_blocking=True)
+        x.copy_(host, non_blocking=True)
+        x.to("meta", torch.float64)
+        host.to(torch.float64)
+    assert not counter.syncs
+
+
+def test_the_counter_sees_what_a_gpu_would_do():
+    x = torch.empty(4, 4, device="meta")
+    with Counter() as counter:
+        y = (x.view(16) + 1).view(4, 4).t()
+        y.add_(1)
+        torch.arange(3) + 1
+        z = torch.sort(x)
+        del z
+    assert counter.launches == {"add": 1, "add_": 1, "sort": 4} and not counter.syncs
+    assert counter.live == 64 and counter.peak == 64 + 64 + 128
