@@ -12,9 +12,6 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from model.attention.plan import piece_borders
 from model.config import FeedForward, LayerConfig, ModelConfig, QKNorm
 from model.roles import Role
 from model.vision.config import VisionConfig
@@ -39,15 +36,8 @@ their chunk of it (key: the chunk size). Such a mean is the sum of the squared l
 
 
 def mean_lengths(squares: Mapping[int | None, int], tokens: int) -> dict[int | None, float]:
-    """Return `Lengths` of documents whose `squared_lengths` are known for each chunk size."""
+    """Return `Lengths` of documents whose `attention.plan.squared_lengths` are known for each chunk size."""
     return {chunk: total / max(tokens, 1) for chunk, total in squares.items()}
-
-
-def squared_lengths(positions_BT: Tensor, chunk: int | None) -> int:
-    """Return the sum of the squared lengths of packed documents, or of their chunks. Twice the query-key pairs that a
-    layer with this chunk size computes for them. `positions_BT` on the host: see `ForwardContext`.
-    """
-    return int(piece_borders(positions_BT, chunk).diff().square().sum())
 
 
 def training_flops(model: ModelConfig, lengths: Lengths, frozen: AbstractSet[Role] = frozenset()) -> Flops:

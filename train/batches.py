@@ -12,7 +12,8 @@ from torch import Tensor
 
 from data.loader import IGNORED, Batch, Loader
 from data.prefetch import Prefetcher
-from model.flops import mean_lengths, squared_lengths
+from model.attention.plan import squared_lengths
+from model.flops import mean_lengths
 from parallel.mesh import Meshes
 from train.config import Phase, TrainConfig
 from train.engine.images import load_tiles, local_sequences

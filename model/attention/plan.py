@@ -195,6 +195,13 @@ def piece_borders(positions_BT: Tensor, chunk: int | None) -> Tensor:
     return torch.cat([starts_BT.flatten().nonzero()[:, 0], torch.tensor([starts_BT.numel()])])
 
 
+def squared_lengths(positions_BT: Tensor, chunk: int | None) -> int:
+    """Return the sum of the squared lengths of packed documents, or of their chunks. Twice the query-key pairs that a
+    layer with this chunk size computes for them. `positions_BT` on the host: see `ForwardContext`.
+    """
+    return int(piece_borders(positions_BT, chunk).diff().square().sum())
+
+
 def on_grid(length: int, chunk: int) -> Tensor:
     """Return whether a block begins at each position: bool [T], on the host."""
     return torch.arange(length) % chunk == 0

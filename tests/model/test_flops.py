@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.attention.plan import squared_lengths
 from model.config import RouterConfig
-from model.flops import mean_lengths, squared_lengths, training_flops, vision_flops, vision_parameters
+from model.flops import mean_lengths, training_flops, vision_flops, vision_parameters
 from model.vision.config import VisionConfig
 from model.vision.encoder import VisionEncoder
 from precision.config import PrecisionConfig
