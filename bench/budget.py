@@ -20,6 +20,7 @@ import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -200,7 +201,7 @@ def report() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", help="file to write the counts to")
+    parser.add_argument("--json", type=Path, help="file to write the counts to")
     arguments = parser.parse_args()
     found = report()
     for key, value in found.items():

@@ -24,11 +24,15 @@ _ALLOCATIONS = {
     "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh",
     "_unsafe_view", "_reshape_alias", "set_", "_local_scalar_dense",
 }  # fmt: skip
-_LAUNCHES = {"sort": 4, "cumsum": 2, "rms_norm": 2, "rms_norm_backward": 5, "topk": 2, "_varlen_attn_backward": 3}
-"""Kernels of operators that launch more than one, from torch 2.13's sources for CUDA: a radix sort of a few thousand
-int64 keys with their values; a scan and its initialisation; a norm and the cast of its gain; the gradients of its input
-and, in two steps, of its gain, with a cast before and one after; the flash backward pass with its preparation and its
-conversion of dq.
+_LAUNCHES = {
+    "sort": 11, "cumsum": 2, "rms_norm": 2, "rms_norm_backward": 5, "topk": 2, "dot": 2, "_grouped_mm": 2,
+    "_varlen_attn": 2, "_varlen_attn_backward": 5,
+}  # fmt: skip
+"""Kernels of operators that launch more than one, from torch 2.13's sources for CUDA (read, not measured): a stable
+radix sort of int64 keys with their values, eight passes and three preparations; a scan and its initialisation; a norm
+and the cast of its gain; the gradients of its input and, in two steps, of its gain, with a cast before and one after; a
+grouped matmul and the preparation of its pointers; flash attention and its random state; its backward pass with a
+preparation, the conversion of dq, and the sums of dk and dv over the query heads of a group.
 """
 _SYNCHRONISES = {"_local_scalar_dense", "nonzero", "masked_select", "unique2", "_unique2", "unique_dim", "equal"}
 

@@ -117,12 +117,12 @@ class Remade:
             # arguments may be tensors that are made again themselves
             kept = [self._pack(arg) if isinstance(arg, Tensor) else arg for arg in args]
             reference = StorageWeakRef(result.untyped_storage())  # keeps the key from being used again
-            self._makers[reference.cdata] = reference, _Maker(partial(again, **kwargs), kept)
+            self._makers[reference.cdata] = reference, _Maker(partial(again, **kwargs), kept, result.dtype)
         return result
 
     def _pack(self, x: Tensor) -> Any:
         found = self._makers.get(x.untyped_storage()._cdata)
-        if found is None:
+        if found is None or x.dtype is not found[1].dtype:
             return x.detach() if x.requires_grad and not x.is_leaf else x
         maker = found[1]
         maker.wanted += 1
@@ -135,6 +135,7 @@ class _Maker:
 
     compute: Callable[..., Tensor]
     args: list[Any]
+    dtype: torch.dtype
     wanted: int = 0
     made: Tensor | None = None
 

@@ -50,7 +50,10 @@ class NativeGemm:
 
     def joint(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """Return the results of `linear` with each of the matrices [F, D], concatenated, as one matmul."""
-        return self.linear(x, self.copies.joint(list(weights)))
+        if self.copies.keeps(weights) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return self.linear(x, self.copies.joint(list(weights)))
+        dtype = self.compute_dtype
+        return _JointProduct.apply(x.to(dtype), *(w.to(dtype) for w in weights))
 
     def narrowed(self, w: Tensor) -> Tensor:
         return self.copies.plain(w)
@@ -77,6 +80,26 @@ class _NativeProduct(torch.autograd.Function):
         needs_x, needs_w, _ = ctx.needs_input_grad
         grad_x = _input_gradient(grad, w, groups) if needs_x else None
         return grad_x, _weight_gradient(grad, x, groups) if needs_w else None, None
+
+
+class _JointProduct(torch.autograd.Function):
+    """Multiplies by stacked matrices, and stacks them again in the backward pass: under FSDP2 a stack that was saved
+    would keep a layer's weights after they are freed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, torch.cat(weights))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        needs_x, *needs_w = ctx.needs_input_grad
+        to_x = _input_gradient(grads[0], torch.cat(weights), None) if needs_x else None
+        if not any(needs_w):
+            return to_x, *(None for _ in weights)
+        return to_x, *_weight_gradient(grads[0], x, None).split([len(w) for w in weights])
 
 
 class _WidenedProduct(torch.autograd.Function):

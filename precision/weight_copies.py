@@ -1,11 +1,13 @@
 """Copies of weights in the dtype of the matmuls, refreshed when a weight has changed: once per optimizer step.
 
 Without them every micro-batch casts every weight again, and keeps the result until its backward pass. Under FSDP2 the
-gathered weights have the compute dtype already, so nothing is copied.
+gathered weights have the compute dtype already, so nothing is cast; matrices that are multiplied as one are stacked in
+each pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,10 +56,13 @@ class WeightCopies:
 
     def joint(self, weights: list[Tensor]) -> Tensor:
         """Return matrices [F, D] stacked along F in the compute dtype, differentiable."""
-        known = self.clock.ticks is not None and all(w.is_leaf and w.dtype is not self.dtype for w in weights)
-        if torch.compiler.is_compiling() or not known:
+        if torch.compiler.is_compiling() or not self.keeps(weights):
             return torch.cat([w.to(self.dtype) for w in weights])
         return _Narrowed.apply(self._copy(weights), *weights)
+
+    def keeps(self, weights: Sequence[Tensor]) -> bool:
+        """Return whether a copy of these stacked matrices would be kept."""
+        return self.clock.ticks is not None and all(w.is_leaf and w.dtype is not self.dtype for w in weights)
 
     @torch.no_grad()
     def _copy(self, weights: list[Tensor]) -> Tensor:

@@ -51,8 +51,12 @@ def cos_and_sin(angles: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rotate(x_BTHK: Tensor, rotation_BT1K22: Tensor, pairing: RopePairing = RopePairing.adjacent) -> Tensor:
-    """Rotate each pair of `x` in at least float32. The result has the dtype of `x`."""
+    """Rotate each pair of `x` in at least float32. The result has the dtype of `x`. The rotation may be complex instead
+    of cosine and sine.
+    """
     wide = widened(x_BTHK)
+    if rotation_BT1K22.is_complex():
+        rotation_BT1K22 = torch.view_as_real(rotation_BT1K22)
     halves = pairing is RopePairing.halves
     if torch.compiler.is_compiling():  # Inductor cannot generate code for complex numbers
         first, second = wide.chunk(2, dim=-1) if halves else wide.unflatten(-1, (-1, 2)).unbind(-1)

@@ -57,9 +57,9 @@ class VisionAttention(nn.Module):
         self.value = BiasedLinear(size, size, Role.vision_value, gemms)
         self.output = BiasedLinear(size, size, Role.vision_output, gemms)
 
-    def forward(self, x_NPC: Tensor, rotation_1P1K22: Tensor) -> Tensor:
+    def forward(self, x_NPC: Tensor, rotation_1P1K2: Tensor) -> Tensor:
         q, k, v = (part(x_NPC).unflatten(-1, (-1, self.head_dim)) for part in (self.query, self.key, self.value))
-        q, k, v = (x.transpose(1, 2) for x in (rotate(q, rotation_1P1K22), rotate(k, rotation_1P1K22), v))
+        q, k, v = (x.transpose(1, 2) for x in (rotate(q, rotation_1P1K2), rotate(k, rotation_1P1K2), v))
         # flash attention on CUDA refuses an empty batch (pytorch/pytorch#133780); the sum is empty as well
         y_NHPK = F.scaled_dot_product_attention(q, k, v) if len(x_NPC) else q + k + v
         return self.output(y_NHPK.transpose(1, 2).flatten(-2))
@@ -85,8 +85,8 @@ class VisionLayer(nn.Module):
         self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.mlp = VisionMLP(config, gemms)
 
-    def forward(self, x_NPC: Tensor, rotation_1P1K22: Tensor) -> Tensor:
-        h_NPC = x_NPC + self.attention(self.attention_norm(x_NPC), rotation_1P1K22)
+    def forward(self, x_NPC: Tensor, rotation_1P1K2: Tensor) -> Tensor:
+        h_NPC = x_NPC + self.attention(self.attention_norm(x_NPC), rotation_1P1K2)
         return h_NPC + self.mlp(self.mlp_norm(h_NPC))
 
 
@@ -116,9 +116,9 @@ class VisionEncoder(nn.Module):
         last_N1C = self.class_token.to(x_NPC.dtype).expand(len(x_NPC), 1, -1)
         x_NPC = torch.cat([x_NPC, last_N1C], dim=1) + self.positions.to(x_NPC.dtype)
         x_NPC = self.first_norm(x_NPC)
-        rotation_1P1K22 = tile_rotation(self.config, x_NPC.device, x_NPC.dtype)
+        rotation_1P1K2 = tile_rotation(self.config, x_NPC.device, x_NPC.dtype)
         for layer in self.layers.values():
-            x_NPC = layer(x_NPC, rotation_1P1K22)
+            x_NPC = layer(x_NPC, rotation_1P1K2)
         x_NPC = self.last_norm(x_NPC)[:, :-1]
         x_NQA = F.gelu(self.adapter_in(pixel_shuffle(x_NPC, self.config.patches_per_side)))
         # flattened before the matmul: FSDP2 warns of a module that returns a view
@@ -141,7 +141,7 @@ def pixel_shuffle(x_NPC: Tensor, side: int) -> Tensor:
 
 
 def tile_rotation(config: VisionConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the rotary factors of the patches and the class token, [1, P + 1, 1, K / 2, 2]: cosine and sine.
+    """Return the rotary factors of the patches and the class token, complex [1, P + 1, 1, K / 2].
 
     The first half of a head's pairs is rotated by the column, the second half by the row, both counted from 1. The
     class token is not rotated.
@@ -151,4 +151,5 @@ def tile_rotation(config: VisionConfig, device: torch.device, dtype: torch.dtype
     turns = frequencies(config.head_dim // 2, config.rope_theta, device=device)
     angles = torch.cat([(xy + 1)[:, None] * turns for xy in (place % side, place // side)], dim=1)
     angles = F.pad(angles, (0, 0, 0, 1))[None, :, None]
-    return cos_and_sin(angles, dtype)
+    # complex, since FSDP2 and ZeRO-3 would cast a real argument of a layer to bfloat16
+    return torch.view_as_complex(cos_and_sin(angles, dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from precision.weight_copies import WeightCopies
 def test_launches_do_not_grow_with_documents():
     counts = budget.launches()
     total = {documents: counter.launches.total() for documents, counter in counts.items()}
-    assert total[32] <= 1.05 * total[1] and total[32] <= 125, counts[32].launches
+    assert total[32] <= 1.05 * total[1] and total[32] <= 140, counts[32].launches
     assert not any(counter.syncs for counter in counts.values())
 
 
@@ -131,5 +132,17 @@ def test_the_counter_sees_what_a_gpu_would_do():
         torch.arange(3) + 1
         z = torch.sort(x)
         del z
-    assert counter.launches == {"add": 1, "add_": 1, "sort": 4} and not counter.syncs
+    assert counter.launches == {"add": 1, "add_": 1, "sort": 11} and not counter.syncs
     assert counter.live == 64 and counter.peak == 64 + 64 + 128
+
+
+def test_the_command_writes_its_counts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench.budget", "--json", str(tmp_path / "counts.json")])
+    budget.main()
+    found = json.loads((tmp_path / "counts.json").read_text())
+    assert found["launches"].keys() == {"1", "8", "32"} and found["syncs"] == 0 and found["syncs_ep"] == 1
+    assert found["saved_bytes"].keys() == {"none", "selective", "full"} and found["quantise_calls"].keys() == {
+        "8",
+        "128",
+    }
+    assert "loss_peak_bytes: " in capsys.readouterr().out

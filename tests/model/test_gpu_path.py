@@ -128,3 +128,19 @@ def test_activations_made_again_change_no_bit(monkeypatch, config):
         activation_checkpoint.apply(model, mode)
         found.append(outputs(model, PACKED, labels=True))
     assert all(torch.equal(one[name], found[0][name]) for one in found for name in one)
+
+
+def test_what_is_made_again_is_freed(monkeypatch):
+    taken: list[Any] = []
+
+    def noted(maker: Any) -> Tensor:
+        taken.append(maker)
+        return take(maker)
+
+    take = activation_checkpoint._Maker.take
+    monkeypatch.setattr(activation_checkpoint._Maker, "take", noted)
+    model = gpu_model(SMALL, monkeypatch)
+    activation_checkpoint.apply(model, Recompute.selective)
+    outputs(model, PACKED, labels=True)
+    assert taken and all(maker.made is None for maker in taken), "after its last use"
+    assert not any(layer.forward.func.__self__._makers for layer in model.layers.values()), "after the forward pass"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from precision.native_gemm import NativeGemm
 from precision.weight_copies import WeightClock, WeightCopies
 
 
@@ -63,3 +64,21 @@ def test_copies_die_with_their_weights(copies):
     del w
     gc.collect()
     assert not copies._kept
+
+
+def test_stacked_weights_are_not_kept_for_the_backward_pass():
+    """Under FSDP2 weights are gathered in the compute dtype, and freed between the passes."""
+    weights, kept = [nn.Parameter(weight(n, 4).detach().bfloat16()) for n in (8, 16)], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        y = NativeGemm(torch.bfloat16).joint(torch.ones(2, 4, dtype=torch.bfloat16), weights)
+    assert {x.data_ptr() for x in kept if len(x) > 2} == {w.data_ptr() for w in weights}
+    y.sum().backward()
+    assert all(bool((w.grad == 2).all()) for w in weights)
+
+
+def test_a_write_of_any_stacked_weight_refreshes_the_copy(copies):
+    weights = [weight(2, 4), weight(3, 4)]
+    copies.joint(weights)
+    with torch.no_grad():
+        weights[1].mul_(2)
+    assert torch.equal(copies.joint(weights), torch.cat([w.bfloat16() for w in weights]))

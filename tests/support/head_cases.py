@@ -44,7 +44,7 @@ def _results(
     heads = sum(step.heads)
     qkv = values(*batch, heads * step.head_dim).requires_grad_()
     grads = [values(*batch, count, step.head_dim) for count in step.heads]
-    positions = torch.arange(5).expand(batch) + (flaw == "rotation")
+    positions = torch.arange(5) + torch.tensor([[0], [4]]) + (flaw == "rotation")
     wide = torch.promote_types(dtype, torch.float32)
     turns = rotation(positions, frequencies(step.head_dim, 100.0), wide).to(device) if rotates else None
     scale = (1 + torch.arange(5.0)[None, :, None, None] * (flaw != "temperature")).to(device, wide) if scaled else None

@@ -17,6 +17,7 @@ from core.errors import ConfigError, DataError
 from model import huggingface
 from model.attention.plan import ForwardContext
 from model.tensor_source import whole
+from model.vision.config import VisionConfig
 from model.vision.encoder import BiasedLinear, LayerNorm, VisionEncoder
 from model.vision.fusion import images_of, no_images
 from tests.support import hf_models
@@ -101,13 +102,13 @@ def transposed_patches(tiles_N3SS, size):
 
 def swapped_axes(config, device, dtype):
     found = honest_rotation(config, device, dtype)
-    return torch.cat(found.chunk(2, dim=-2)[::-1], dim=-2)
+    return torch.cat(found.chunk(2, dim=-1)[::-1], dim=-1)
 
 
 def from_zero(config, device, dtype):
-    found = torch.view_as_complex(honest_rotation(config, device, dtype))
+    found = honest_rotation(config, device, dtype)
     one = found[:, :1]  # the first patch has row 1 and column 1
-    return torch.view_as_real(torch.cat([found[:, :-1] * one.conj(), found[:, -1:]], dim=1))
+    return torch.cat([found[:, :-1] * one.conj(), found[:, -1:]], dim=1)
 
 
 encoder_file_patches, honest_rotation = encoder_file.patches, encoder_file.tile_rotation
@@ -249,3 +250,8 @@ def test_an_empty_batch_gives_gradients_of_zero(tmp_path):
     assert all(p.grad is not None and not p.grad.any() for p in ours.vision.parameters())
     assert no_images(ours.config.vision, ours.embedding(tokens)).rows_BT.eq(-1).all()
     assert images_of(ours.config.vision, tokens, torch.zeros(0, 3, 28, 28)).rows_BT.eq(-1).all()
+
+
+def test_wrappers_cannot_cast_the_rotation():
+    """FSDP2 and ZeRO-3 cast floating-point arguments of a layer to bfloat16, but not complex ones."""
+    assert honest_rotation(VisionConfig(), torch.device("cpu"), torch.bfloat16).dtype is torch.complex64

@@ -1,0 +1,89 @@
+"""The loss by blocks of words equals cross-entropy: with ignored labels, and sharded over ranks (threads here)."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import head
+from model.head import IGNORED, Head
+from model.roles import Role
+from precision.config import Compute, PrecisionConfig
+from precision.resolve import resolve
+
+T, D, V = 7, 6, 40
+LABELS = torch.tensor([[3, IGNORED, 39, 20, 0, 19, IGNORED]])
+
+
+class ThreadShard:
+    """The part of the vocabulary of one of two threads."""
+
+    def __init__(self, start: int, place: int, seen: dict[int, Tensor], barrier: threading.Barrier) -> None:
+        self.start, self.place, self.seen, self.barrier = start, place, seen, barrier
+
+    def max(self, x: Tensor) -> None:
+        x.copy_(torch.maximum(*self._both(x)))
+
+    def sum(self, x: Tensor) -> None:
+        x.copy_(torch.add(*self._both(x)))
+
+    def _both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen[self.place] = x.clone()
+        self.barrier.wait(10)
+        both = self.seen[0], self.seen[1]
+        self.barrier.wait(10)
+        return both
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, w, grad = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((1, T, D), (V, D), (1, T))
+    )
+    return x, 3 * w, grad
+
+
+def wanted() -> list[Tensor]:
+    x, w, grad = inputs()
+    x.requires_grad_(), w.requires_grad_()
+    losses = F.cross_entropy((x @ w.t())[0], LABELS[0], reduction="none")[None]
+    return [losses.detach(), *torch.autograd.grad(losses, [x, w], grad)]
+
+
+def computed(rows: slice, shard: ThreadShard | None) -> list[Tensor]:
+    x, w, grad = inputs()
+    made = Head(D, len(w[rows]), Role.head, resolve(PrecisionConfig(Compute.float64)).plain)
+    made.weight = torch.nn.Parameter(w[rows].clone())
+    made.shard = shard
+    x.requires_grad_()
+    losses = made(x, LABELS)
+    return [losses.detach(), *torch.autograd.grad(losses, [x, made.weight], grad)]
+
+
+@pytest.fixture(params=[4 * T * 10, 1 << 30], ids=["by blocks", "whole logits"])
+def block_bytes(request, monkeypatch) -> None:
+    monkeypatch.setattr(head, "_MULTIPLE", 3)
+    monkeypatch.setattr(head, "_BLOCK_BYTES", request.param)
+
+
+def test_losses_by_blocks_are_cross_entropy(block_bytes):
+    for found, exact in zip(computed(slice(None), None), wanted(), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_losses_of_a_sharded_vocabulary_are_cross_entropy(block_bytes):
+    seen, barrier = {}, threading.Barrier(2)
+    halves = [slice(0, V // 2), slice(V // 2, V)]
+    shards = [ThreadShard(half.start, place, seen, barrier) for place, half in enumerate(halves)]
+    with ThreadPoolExecutor(2) as pool:
+        (losses, to_x, to_w), (same, more_x, more_w) = pool.map(computed, halves, shards)
+    exact = wanted()
+    found = [losses, to_x + more_x, torch.cat([to_w, more_w])]
+    assert torch.equal(losses, same)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
