@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from precision.weight_copies import parameter_of, state_of
+
 Owners = tuple[Tensor, ...]
 
 
@@ -47,12 +49,13 @@ class QuantisedWeights:
         """Return the parameters whose quantised form may be kept, or None. A weight may be a parameter in another
         shape.
         """
-        owners = tuple(w if w._base is None else w._base for w in weights)
-        for owner, w in zip(owners, weights, strict=True):
-            is_whole = owner.is_leaf and owner.numel() == w.numel() and w.is_contiguous()
-            if not is_whole or (w.dtype is self.dtype and not self.gathered):
+        owners = []
+        for w in weights:
+            owner = parameter_of(w)
+            if owner is None or (w.dtype is self.dtype and not self.gathered):
                 return None
-        return owners
+            owners.append(owner)
+        return tuple(owners)
 
     def rows(self, weights: Sequence[Tensor], owners: Owners | None, backward: bool) -> Any:
         """Return matrices [F, D] stacked along F, or the matrices [E, F, D] of experts, quantised along their rows.
@@ -80,7 +83,7 @@ class QuantisedWeights:
         return kept.quantised
 
     def _state(self, owners: Owners) -> list[tuple[int, int]]:
-        return [(owner._version, owner.data_ptr()) for owner in owners]
+        return state_of(owners)
 
 
 def _stacked(weights: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,17 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 
+def parameter_of(w: Tensor) -> Tensor | None:
+    """Return the parameter that `w` is in another shape, or None if it is a part of one or was computed."""
+    owner = w if w._base is None else w._base
+    return owner if owner.is_leaf and owner.numel() == w.numel() and w.is_contiguous() else None
+
+
+def state_of(weights: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return PyTorch's count of writes and the storage of each weight. What was made of it is stale if they change."""
+    return [(w._version, w.data_ptr()) for w in weights]
+
+
 @dataclass
 class WeightClock:
     """Counts the times at which an engine has written a model's weights. `ticks` is None where no engine does, and
@@ -48,9 +59,8 @@ class WeightCopies:
 
     def plain(self, w: Tensor) -> Tensor:
         """Return `w` in the compute dtype, without a gradient."""
-        owner = w if w._base is None else w._base
-        is_whole = owner.is_leaf and owner.numel() == w.numel() and w.is_contiguous()
-        if w.dtype is self.dtype or not is_whole or self.clock.ticks is None:
+        owner = parameter_of(w)
+        if w.dtype is self.dtype or owner is None or self.clock.ticks is None:
             return w.detach().to(self.dtype)
         return self._copy([owner]).view(w.shape)
 
@@ -67,7 +77,7 @@ class WeightCopies:
     @torch.no_grad()
     def _copy(self, weights: list[Tensor]) -> Tensor:
         """Return the stacked copy of these parameters, which is refreshed if one of them was written."""
-        state = self.clock.ticks, [(w._version, w.data_ptr()) for w in weights]
+        state = self.clock.ticks, state_of(weights)
         copies = self._kept.setdefault(weights[0], {})  # a weight may be stacked with others, or stand alone
         versions, copy = copies.get(len(weights), (None, None))
         shape = (sum(len(w) for w in weights), *weights[0].shape[1:])
