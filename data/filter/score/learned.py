@@ -27,7 +27,7 @@ from data.filter.config import ScorerConfig
 from data.filter.input.records import LABEL, Record
 from data.filter.score.features import VERSION, ReferenceFeatures
 from data.filter.score.linear import FACTS, LinearModel, Weighting, identity, learn, load
-from data.filter.score.scorer import CostlyScorer, Direction, Scorer, sample_key
+from data.filter.score.scorer import CostlyScorer, Direction, Scorer, key_of_content, sample_key
 
 CORPUS = 1 << 16
 """Records, those with the lowest hashes, to which the weights of words are fitted."""
@@ -179,7 +179,7 @@ class LearnedScorer(Scorer):
         for record in records:
             content = record.content
             digest.update(f"{content}{record.domain}\0{record.label}".encode())
-            key = int(content[8:24], 16)  # `sample_key`, without hashing the text again
+            key = key_of_content(content)
             counts[record.domain] += 1
             has_prompts |= bool(record.prompt)
             labelled[record.domain] += record.label is not None

@@ -123,7 +123,12 @@ def fold(record: Record) -> int:
 
 def sample_key(record: Record) -> int:
     """Return a 64-bit hash of the text for sampling. `fold` uses other digits of it, so a sample has both folds."""
-    return int(record.content[8:24], 16)
+    return key_of_content(record.content)
+
+
+def key_of_content(content: str) -> int:
+    """Return the `sample_key` of a record with this `Record.content`, which is a hash that takes time."""
+    return int(content[8:24], 16)
 
 
 def hardest_mean(losses: NDArray[Any], window: int | None = None) -> float:
