@@ -8,9 +8,8 @@ cast. `launches` are those of packed rows of 1, 8 and 32 documents. `saved_bytes
 forward to the backward pass, its input among them, for each kind of recomputation. `loss_peak_bytes` is the peak of
 head and loss without the weight and its gradient. `quantise_calls` and `product_calls` are the calls of an FP8 library
 for a micro-batch, for 8 and 128 experts, and `weight_quantise_calls` those for the weights in a step of 1 and 4
-micro-batches, all with the blockwise recipe.
-`syncs_ep`: host synchronisations of the layer as one of eight ranks
-of expert parallelism, without a network: routing is balanced, and a copy to the host gives its counts.
+micro-batches, all with the blockwise recipe. `syncs_ep` are the host synchronisations of the layer as one of eight
+ranks of expert parallelism, without a network: routing is balanced, and a copy to the host gives its counts.
 """
 
 from __future__ import annotations
@@ -147,7 +146,7 @@ def quantise_calls(model: ModelConfig = SCOUT) -> Float8Calls:
 
 
 def weight_quantise_calls(micro_batches: int, model: ModelConfig = SCOUT) -> int:
-    """Return the calls that quantise a layer's weights in a step of so many micro-batches."""
+    """Return the calls that quantise a layer's weights in a step of `micro_batches`."""
     library = Float8Calls()
     case = LayerCase(model, float8=library)
     library.clear()

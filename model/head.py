@@ -24,7 +24,7 @@ _BLOCK_BYTES = 128 << 20
 """Size of a block of logits in float32. Fewer logits are computed at once, and kept for the backward pass."""
 
 _MULTIPLE = 64
-"""Blocks have a multiple of so many words, which matmuls prefer."""
+"""The number of words of a block is a multiple of this, which matmuls prefer."""
 
 
 class VocabShard(Protocol):

@@ -32,7 +32,7 @@ GRAIN, INSTALL = "grain, shuffled over the memory map", "pip install grain==0.2.
 
 
 def hugging_face(path: Path, buffer: int = 0) -> Iterator[torch.Tensor]:
-    """Stream batches from a parquet file, in file order or through a shuffle buffer of so many sequences. Each Arrow
+    """Stream batches from a parquet file, in file order or through a shuffle buffer of `buffer` sequences. Each Arrow
     batch is converted as a whole.
     """
     import datasets

@@ -72,7 +72,7 @@ def _rank(out: Path, row: dict[str, Any]) -> str:
 
 
 def _threshold(bucket: dict[str, Any], buckets: int) -> str:
-    """Describe the threshold of a length bucket of a domain with so many `buckets`."""
+    """Describe the threshold of a length bucket of a domain that has `buckets`."""
     if bucket["score"] is None:
         return "none of these records was kept"
     among = f" with {bucket['length']:,} scored bytes or more" if buckets > 1 else ""

@@ -46,7 +46,7 @@ _DIFFICULT = 0.55
 """`select.buckets=auto`: length is difficulty in a domain where the lower bound of its AUC exceeds this."""
 _LEARNED = "learned"
 _FAR = 10
-"""A number of labels is extrapolated up to so many times theirs."""
+"""Largest ratio of an extrapolated number of labels to the number there is."""
 
 ProofOf = Callable[[], dict[str, Any] | None]
 """Returns the result of `prove` where it is needed, since it takes seconds."""
