@@ -123,13 +123,6 @@ def _is_view(operation: Any) -> bool:
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
-def launches_of(work: Callable[[], object]) -> Counter:
-    """Run `work` under a new counter."""
-    with Counter() as counter:
-        work()
-    return counter
-
-
 @dataclass(frozen=True)
 class Shell:
     """An operand of which only the shape is known, with the tensors of its rows and columns, one byte per element."""

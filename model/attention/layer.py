@@ -70,10 +70,11 @@ class Attention(nn.Module):
         """Return heads of queries, keys and values as attention takes them."""
         step = self._step()
         if self.kernels.joins:
-            joins = self._joins
-            parts = [self.query, self.key, self.value]
-            row = joint(x_BTD, parts) if joins else torch.cat([x.flatten(-2) for x in self._projections(x_BTD)], -1)
-            return self.kernels.heads(row, step, rotation, temperature)
+            if self._joins:
+                row_BTX = joint(x_BTD, [self.query, self.key, self.value])
+            else:
+                row_BTX = torch.cat([x.flatten(-2) for x in self._projections(x_BTD)], -1)
+            return self.kernels.heads(row_BTX, step, rotation, temperature)
         if x_BTD.shape[1] > 1:
             q_BTHK, k_BTGK, v_BTGK = self._projections(x_BTD)
             q_BTHK, k_BTGK = (turn(x, step, rotation) for x in (q_BTHK, k_BTGK))

@@ -239,31 +239,31 @@ def _operator(schema: str, compute: Callable[..., Any], results: Callable[..., A
     _LIBRARY.impl(name, results, "Meta")
 
 
-_TWO = "-> (Tensor, Tensor)"
-_STEP = "int h, int g, int width, bool halves, float eps, float c"
-_operator(f"rms_norm(Tensor x, Tensor? gain, float eps) {_TWO}", _rms_norm, _rms_norm_results)
+_TWO_TENSORS = "-> (Tensor, Tensor)"
+_HEAD_STEP = "int h, int g, int width, bool halves, float eps, float c"
+_operator(f"rms_norm(Tensor x, Tensor? gain, float eps) {_TWO_TENSORS}", _rms_norm, _rms_norm_results)
 _operator(
-    f"rms_norm_backward(Tensor grad, Tensor x, Tensor inverse, Tensor? gain) {_TWO}",
+    f"rms_norm_backward(Tensor grad, Tensor x, Tensor inverse, Tensor? gain) {_TWO_TENSORS}",
     _rms_norm_backward,
     _rms_norm_gradients,
 )
 _LIBRARY.impl("rms_norm_backward", _plain_rms_norm_backward, "CPU")
 _operator(
-    f"spread(Tensor x, Tensor source, Tensor place, Tensor? weights, Tensor? is_padding, Tensor? y) {_TWO}",
+    f"spread(Tensor x, Tensor source, Tensor place, Tensor? weights, Tensor? is_padding, Tensor? y) {_TWO_TENSORS}",
     _spread,
     _spread_results,
 )
-_operator(f"collect(Tensor y, Tensor place, Tensor? weights, Tensor? x) {_TWO}", _collect, _collect_results)
+_operator(f"collect(Tensor y, Tensor place, Tensor? weights, Tensor? x) {_TWO_TENSORS}", _collect, _collect_results)
 _operator("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, _swiglu_result)
 _operator(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up, Tensor(a!) to_gate, Tensor(b!) to_up) -> ()",
     _swiglu_backward,
     lambda *tensors: None,
 )
-_operator(f"heads(Tensor qkv, Tensor? rotation, Tensor? scale, {_STEP}) {_TWO}", _heads, _heads_results)
+_operator(f"heads(Tensor qkv, Tensor? rotation, Tensor? scale, {_HEAD_STEP}) {_TWO_TENSORS}", _heads, _heads_results)
 _operator(
     "heads_backward(Tensor q, Tensor k, Tensor v, Tensor? rotation, Tensor? scale, Tensor? out, Tensor? inverse, "
-    f"{_STEP}) -> Tensor",
+    f"{_HEAD_STEP}) -> Tensor",
     _heads_backward,
     _heads_gradient,
 )
