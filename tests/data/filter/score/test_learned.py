@@ -527,7 +527,7 @@ def test_impossible_settings_are_rejected():
     judge = ScorerConfig(ScorerKind.judge, url="http://a", judge="m")
     for settings, message in (
         ({"labels": 10}, "labels=10: must lie in"),
-        ({"kind": ScorerKind.ngram, "labeler": judge}, "labeler: has an effect on the scorer learned only"),
+        ({"kind": ScorerKind.ngram, "labeler": judge}, "labeler: has no effect on a scorer other than learned"),
         ({"model": "m", "labeler": judge}, "labeler: has no effect on a stored scorer"),
         ({"labeler": ScorerConfig()}, "labeler.kind=ngram: cannot grade a sample alone"),
     ):
