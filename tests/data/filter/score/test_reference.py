@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from scipy.stats import percentileofscore
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import RidgeCV
 
-from data.filter.config import ScorerConfig, ScorerKind
+from core.errors import DataError
+from data.filter.config import FeatureKind, ScorerConfig, ScorerKind
 from data.filter.input.records import Record
-from data.filter.score import learned, linear
+from data.filter.score import features, learned, linear
 from data.filter.score.ensemble import EnsembleScorer
-from data.filter.score.features import BITS, FIGURES, TEXT_BYTES, VERSION, features_of
+from data.filter.score.features import BITS, FIGURES, TEXT_BYTES, VERSION, ReferenceFeatures, features_of
 from data.filter.score.learned import LearnedScorer, quotas_of
 from data.filter.score.ngram import NgramModel, NgramScorer
 from data.filter.score.scorer import fold, sample_key
@@ -263,3 +265,55 @@ def test_a_stored_scorer_is_not_learned_again(tmp_path):
     stored.report = reports.append
     stored.fit(lambda: iter(relabelled(problems(4, 60), range(60, 0, -1))))
     assert not reports and not (tmp_path / "other").exists() and stored.directory == directory
+    assert stored.model and stored.model.facts["labels"] == 60, "a label of 0 is a label"
+
+
+def test_a_model_is_known_by_all_that_it_computes_with(tmp_path, monkeypatch):
+    """And is complete only with all of its files."""
+    records = problems(4, 60)
+    labels = np.array([one.label for one in records], np.float64)
+    model = linear.learn(linear.Weighting.fitted([records]), records, labels, records)
+    found = [model.fingerprint]
+    for name, array in model.arrays.items():
+        changed = array.copy()
+        changed.flat[-1] = not changed.flat[-1] if array.dtype == np.bool_ else changed.flat[-1] + 1
+        owner = model.weighting if hasattr(model.weighting, name) else model
+        new = replace(owner, **{name: changed})
+        found.append((new if owner is model else replace(model, weighting=new)).fingerprint)
+    assert len(set(found)) == len(found) == 10
+    model.facts.update(labels_from="m", direction="hard", more=[1])
+    model.save(tmp_path)
+    again = linear.load(tmp_path)
+    assert again.facts == model.facts and again.fingerprint == model.fingerprint
+    assert again.score(problems(5, 40))[0].tobytes() == model.score(problems(5, 40))[0].tobytes()
+    monkeypatch.setattr(linear, "write_bytes", Mock(side_effect=OSError("full")))
+    with pytest.raises(DataError, match="cannot write"):
+        model.save(tmp_path / "new")
+    assert not (tmp_path / "new" / linear.FACTS).exists()
+
+
+def test_features_of_a_model_are_read_once_and_kept_in_bounds(monkeypatch):
+    """Each row is that of its record, in any batch, with copies, and where memory is full."""
+    asked: list[tuple[str, str]] = []
+
+    def read(pairs: Any) -> Any:
+        asked.extend(pairs)
+        rows = [[len(prompt), len(answer), ord(answer[0])] for prompt, answer in pairs]
+        return np.array(rows, np.float32), sum(len(answer) > 5 for _, answer in pairs)
+
+    texts = ["ab", "a", "ab", "cdefghi", "b"]
+    records = [Record(str(n), "d", "s", f"Q{text}", 1) for n, text in enumerate(texts)]
+    wanted = [[1, len(text), ord(text[0])] for text in texts]
+    monkeypatch.setattr(features, "_KEPT_BYTES", 5 * 12)
+    found = ReferenceFeatures(FeatureKind.hidden, "m", read, "f")
+    for some in (slice(0, 3), slice(None), slice(None, None, -1)):
+        assert found.of(records[some]).tolist() == wanted[some]
+    assert len(asked) == len(set(asked)) == 4
+    assert found.cost().endswith("; 1 of 4 records are longer than what the model reads, and are cut")
+    monkeypatch.setattr(found, "_seconds", 6.0)
+    assert found.cost(200).startswith("features of m (hidden): 1.5e+03 ms a record, 5.0 min for 200 in one process;")
+    assert found.facts == {"features": "hidden", "model": "m", "fingerprint": "f"}
+    many = [Record(str(n), "d", "s", f"Q{n:03}", 1) for n in range(4)]
+    for _ in range(2):
+        found.of(many)
+    assert len(asked) == 4 + 2 * 4, "what does not fit is read again"

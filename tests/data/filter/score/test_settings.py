@@ -31,6 +31,7 @@ from data.filter.score.baselines import RandomScorer
 from data.filter.score.factory import make_scorer
 from data.filter.score.losses import DifficultyOfFollowing, ExcessScorer, LossScorer
 from data.filter.score.ngram import NgramScorer
+from data.filter.score.scorer import fold, sample_key
 
 CONNECTION = {"url", "key_variable", "concurrency", "timeout_s", "retries", "answers"}
 JUDGE = ScorerConfig(ScorerKind.judge, url="http://a", judge="m")
@@ -152,6 +153,8 @@ def test_fingerprints_of_scorers_stay_as_they_are(tmp_path):
         "key of an answer": "c72db5b9",
     }
     assert [round(score, 6) for score in RandomScorer(1).score([record]).tolist()] == [0.696852]
+    halves, key = int(record.content[:8], 16), int(record.content[8:24], 16)
+    assert (fold(record), sample_key(record)) == (halves % 2, key)
     assert found["learned"].directory == tmp_path / f"learned-{known['learned']}"
 
 
@@ -181,9 +184,12 @@ def test_settings_that_change_scores_change_fingerprints(tmp_path):
         made.append(make_scorer(ScorerConfig(ScorerKind.pass_rate, **settings), None, tmp_path))
     learned = ScorerKind.learned
     made.append(make_scorer(ScorerConfig(learned, labels=60), None, tmp_path))
-    made.append(make_scorer(ScorerConfig(learned, labeler=ScorerConfig(ScorerKind.random)), None, tmp_path, 1))
+    for seed in (1, 2):
+        random = ScorerConfig(ScorerKind.random)
+        for one in (ScorerConfig(learned, labeler=random), ScorerConfig(ScorerKind.ensemble, members=[random] * 2)):
+            made.append(make_scorer(one, None, tmp_path, seed))
     found = [one.fingerprint for one in made]
-    assert len(set(found)) == len(found) == 28
+    assert len(set(found)) == len(found) == 31
     same = ScorerConfig(
         ScorerKind.judge, url="http://b", judge="m", retries=1, timeout_s=3.0, concurrency=2, answers="x"
     )
