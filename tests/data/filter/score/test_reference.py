@@ -18,12 +18,12 @@ from sklearn.linear_model import RidgeCV
 from core.errors import DataError
 from data.filter.config import FeatureKind, ScorerConfig, ScorerKind
 from data.filter.input.records import Record
-from data.filter.score import features, learned, linear
+from data.filter.score import features, learned, linear, ngram
 from data.filter.score.ensemble import EnsembleScorer
 from data.filter.score.features import BITS, FIGURES, TEXT_BYTES, VERSION, ReferenceFeatures, features_of
 from data.filter.score.learned import LearnedScorer, quotas_of
 from data.filter.score.ngram import NgramModel, NgramScorer
-from data.filter.score.scorer import fold, sample_key
+from data.filter.score.scorer import Direction, fold, sample_key
 from tests.data.filter.score.test_learned import fitted, grader, problems, relabelled
 from tests.support.filtering import FixedScorer
 
@@ -89,6 +89,21 @@ def test_ngram_scores_are_the_loss_under_a_sample_of_the_other_half(window, size
         wanted = max(np.mean(losses[i : i + n]) for i in range(len(losses) - n + 1))
         assert score == pytest.approx(wanted, abs=1e-5)
     assert {fold(one) for one in records[:9]} == {0, 1}
+
+
+def test_long_records_and_batches_of_ngrams(monkeypatch):
+    """Only the beginning of a long record is learned from. Scores do not depend on how many are scored at once."""
+    records = [Record(str(n), "d", "s", f"é{one.text}") for n, one in enumerate(problems(4, 24))]
+    monkeypatch.setattr(ngram, "_RECORD_BYTES", 40)
+    short = [replace(one, text=one.text.encode()[:40].decode()) for one in records]
+    found = []
+    for some, size in ((records, 1 << 20), (records, 300), (short, 1 << 20)):
+        monkeypatch.setattr(ngram, "_SCORED_AT_ONCE", size)
+        monkeypatch.setattr(ngram, "fold", lambda record: int(record.id) % 2)
+        scorer = NgramScorer(3)
+        scorer.fit(lambda some=some: iter(some))
+        found.append(scorer.score(records).tolist())
+    assert found[0] == found[1] == found[2]
 
 
 def test_features_do_not_change_without_a_new_version():
@@ -242,16 +257,23 @@ def test_the_lowest_keys_are_kept(most, count):
 
 def test_ranks_of_an_ensemble_are_percentiles_of_a_sample():
     records = list(problems(4, 60))
-    members = [FixedScorer(lambda one: len(one.text) // 100), FixedScorer(lambda one: -one.label)]
-    scorer = EnsembleScorer(members, sample=25)
-    scorer.fit(lambda: iter(records))
-    sample = lowest(records, 25)
-    ranks = [
-        [percentileofscore(member.score(sample), score, "mean") / 100 for score in member.score(records)]
-        for member in members
+    bare = lowest(records, 25)[3].id
+    members = [
+        FixedScorer(lambda one: len(one.text) // 100),
+        FixedScorer(lambda one: np.inf if one.id == bare else -one.label),
     ]
+    scorer = EnsembleScorer(members, sample=25)
+    members[0].direction = Direction.quality
+    members[1].fit = lambda _: setattr(members[1], "direction", Direction.quality)  # type: ignore[method-assign]
+    scorer.fit(lambda: iter(records))
+    assert scorer.direction is Direction.quality, "that of its members, which a fit may set"
+    sample, ranks = lowest(records, 25), []
+    for member in members:
+        known = [score for score in member.score(sample) if np.isfinite(score)]
+        ranks.append([percentileofscore(known, score, "mean") / 100 for score in member.score(records)])
     scores, others = scorer.score_all(records)
-    assert scores == pytest.approx(np.mean(ranks, axis=0))
+    wanted = np.where([one.id == bare for one in records], np.nan, np.mean(ranks, axis=0))
+    assert scores == pytest.approx(wanted, nan_ok=True) and np.isnan(scores).sum() == 1
     assert list(others) == list(scorer.others) == ["fixed[0]", "fixed[1]", "length", "random"]
     for name, member in zip(others, members, strict=False):
         assert others[name].tolist() == member.score(records).tolist()

@@ -196,6 +196,22 @@ def test_settings_that_change_scores_change_fingerprints(tmp_path):
     assert make_scorer(same, None, tmp_path).fingerprint == scorers(tmp_path)["judge"].fingerprint
 
 
+def test_an_imported_scorer_has_a_direction(monkeypatch, tmp_path):
+    (tmp_path / "own_scorers.py").write_text("""
+from tests.support.filtering import FixedScorer
+class Good(FixedScorer):
+    def __init__(self, scale): super().__init__(lambda record: scale)
+class Bad(Good): direction = "hard"
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    made = make_scorer(ScorerConfig("own_scorers:Good", {"scale": 3}), None, tmp_path)
+    assert made.score([Record("1", "d", "s", "text")]).tolist() == [3]
+    with pytest.raises(ConfigError, match="direction must be"):
+        make_scorer(ScorerConfig("own_scorers:Bad", {"scale": 3}), None, tmp_path)
+    with pytest.raises(ConfigError, match="options"):
+        ScorerConfig(options={"scale": 3})
+
+
 RANGES: list[tuple[Callable[..., Any], str, list[Any], list[Any]]] = [
     (FilterRules, "keep", [1e-9, 1], [0, -1, 1.01]),
     (ScorerConfig, "labels", [30, 5000], [29, 5001]),
