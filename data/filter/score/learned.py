@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ class LearnedScorer(Scorer):
         candidates: dict[str, set[int]] = defaultdict(set)
         corpus: set[int] = set()
         has_prompts = False
-        most = int(self.wanted * TRIES) + LEAST
+        most = math.ceil(self.wanted * TRIES)
         for record in records:
             content = record.content
             digest.update(f"{content}{record.domain}\0{record.label}".encode())
@@ -202,7 +203,7 @@ class LearnedScorer(Scorer):
         counts = survey.labelled if self.labeler is None else survey.counts
         quotas = quotas_of({domain: len(keys) for domain, keys in survey.candidates.items()}, counts, self.wanted)
         spare = 1.0 if self.labeler is None else TRIES
-        return quotas, {name: survey.candidates[name][: int(np.ceil(quotas[name] * spare))] for name in quotas}
+        return quotas, {name: survey.candidates[name][: math.ceil(quotas[name] * spare)] for name in quotas}
 
     def _graded(
         self, candidates: dict[str, list[Record]], quotas: dict[str, int]

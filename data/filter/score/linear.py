@@ -252,7 +252,7 @@ def load(directory: Path, reference: ReferenceFeatures | None = None) -> LinearM
         if facts["direction"] not in Direction.__members__:
             raise ValueError(f"direction is {facts['direction']!r}")
         with np.load(directory / ARRAYS) as stored:  # refuses pickled objects
-            found = {name: stored[name].astype(kind, casting="no") for name, kind in _types(reference).items()}
+            found = {name: stored[name].astype(kind) for name, kind in _types(reference).items()}
         if _hash(found, reference) != facts["fingerprint"]:
             raise ValueError(f"{ARRAYS} does not belong to {FACTS}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:

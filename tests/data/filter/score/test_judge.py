@@ -60,6 +60,7 @@ def test_each_record_gets_its_own_grade_in_order(server, judge):
     sent = server.requests[0]
     assert sent["path"] == "/v1/chat/completions" and sent["model"] == "grader" and sent["temperature"] == 0
     assert sent["response_format"] == {"type": "json_object"}
+    assert server.headers[0]["Content-Type"] == "application/json"
     assert server.most_at_once == 3, "as many requests at once as allowed"
 
 

@@ -22,7 +22,7 @@ from core.errors import ConfigError, DataError, LeviathanError
 from core.files import sha256_text
 from data.filter import pipeline
 from data.filter.audit.separation import auc, length_buckets
-from data.filter.config import FilterRules, ScorerConfig, ScorerKind, decisive_settings, without_defaults
+from data.filter.config import FeatureKind, FilterRules, ScorerConfig, ScorerKind, decisive_settings, without_defaults
 from data.filter.input.records import Record
 from data.filter.pipeline import Filter
 from data.filter.score import learned, linear
@@ -577,6 +577,7 @@ def test_models_of_labelers_and_members_are_checked():
     check = Mock(return_value="perhaps")
     for config, key in (
         (ScorerConfig(ScorerKind.learned, labeler=loss), "scorer.labeler.model"),
+        (ScorerConfig(ScorerKind.learned, model="d", reference="m", features=FeatureKind.hidden), "scorer.reference"),
         (ScorerConfig(ScorerKind.ensemble, members=[ScorerConfig(), loss]), "scorer.members[1].model"),
     ):
         reports: list[str] = []
@@ -589,3 +590,4 @@ def test_models_of_labelers_and_members_are_checked():
     config = ScorerConfig(ScorerKind.excess, model="m", reference="r")
     check_models(Models(Mock(), check, Mock()), config, lambda: [], reports.append)
     assert reports[1:] == ["warning: scorer.model: perhaps", "warning: scorer.reference: perhaps"]
+    check_models(Models(Mock(), Mock(return_value=None), Mock()), config, lambda: [], pytest.fail)

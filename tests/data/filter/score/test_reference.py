@@ -16,6 +16,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import RidgeCV
 
 from core.errors import DataError
+from core.files import sha256_text
 from data.filter.config import FeatureKind, ScorerConfig, ScorerKind
 from data.filter.input.records import Record
 from data.filter.score import features, learned, linear, ngram
@@ -229,6 +230,7 @@ def test_what_is_learned_from_has_the_lowest_hashes(tmp_path, monkeypatch, has_g
     assert facts["coverage"] == pytest.approx([coverage.mean(), coverage.std()])
     assert facts["label_range"] == [labels.min(), labels.max()] and facts["records"] == 240 and facts["labels"] == 60
     assert facts["labels_by_domain"] == {name: quotas[name] for name in sorted(counts)}
+    assert scorer.score_all(records)[1]["fold"].tolist() == model.models_of(records).tolist()
     label = scorer.score_all(records)[1].get("label")
     if has_grader:
         mine = {one.content for one in chosen}
@@ -241,6 +243,8 @@ def test_what_is_learned_from_has_the_lowest_hashes(tmp_path, monkeypatch, has_g
 def test_quotas_are_half_equal_and_half_in_proportion():
     counts = Counter(a=300, b=100)
     assert quotas_of(dict(counts), counts, 40) == {"a": 25, "b": 15}
+    unequal = Counter(a=70, b=20, c=10)
+    assert quotas_of(dict(unequal), unequal, 31) == {"a": 16, "b": 8, "c": 7}, "16.02, 8.27, 6.72"
     assert quotas_of({"a": 300, "b": 9}, counts, 40) == {"a": 31, "b": 9}, "the rest is for the others"
     assert quotas_of({"a": 300, "b": 100}, Counter(a=100, b=100, c=1000), 41) == {"a": 21, "b": 20}
 
@@ -287,7 +291,8 @@ def test_a_stored_scorer_is_not_learned_again(tmp_path):
     stored.report = reports.append
     stored.fit(lambda: iter(relabelled(problems(4, 60), range(60, 0, -1))))
     assert not reports and not (tmp_path / "other").exists() and stored.directory == directory
-    assert stored.model and stored.model.facts["labels"] == 60, "a label of 0 is a label"
+    assert stored.model and stored.fingerprint == sha256_text("learned", stored.model.fingerprint)
+    assert stored.model.facts["labels"] == 60, "a label of 0 is a label"
 
 
 def test_a_model_is_known_by_all_that_it_computes_with(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -18,6 +19,7 @@ from core.files import sha256_text
 from data.filter.config import (
     ContaminationConfig,
     DuplicateConfig,
+    FeatureKind,
     FilterRules,
     InputConfig,
     ScorerConfig,
@@ -29,6 +31,8 @@ from data.filter.config import (
 from data.filter.input.records import Record
 from data.filter.score.baselines import RandomScorer
 from data.filter.score.factory import make_scorer
+from data.filter.score.features import ReferenceFeatures
+from data.filter.score.learned import LearnedScorer
 from data.filter.score.losses import DifficultyOfFollowing, ExcessScorer, LossScorer
 from data.filter.score.ngram import NgramScorer
 from data.filter.score.scorer import fold, sample_key
@@ -188,8 +192,11 @@ def test_settings_that_change_scores_change_fingerprints(tmp_path):
         random = ScorerConfig(ScorerKind.random)
         for one in (ScorerConfig(learned, labeler=random), ScorerConfig(ScorerKind.ensemble, members=[random] * 2)):
             made.append(make_scorer(one, None, tmp_path, seed))
+    for fingerprint in "fg":
+        reference = ReferenceFeatures(FeatureKind.hidden, "m", Mock(), fingerprint)
+        made.append(LearnedScorer(ScorerConfig(learned), tmp_path, None, reference))
     found = [one.fingerprint for one in made]
-    assert len(set(found)) == len(found) == 31
+    assert len(set(found)) == len(found) == 33
     same = ScorerConfig(
         ScorerKind.judge, url="http://b", judge="m", retries=1, timeout_s=3.0, concurrency=2, answers="x"
     )
