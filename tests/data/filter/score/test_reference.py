@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from scipy.stats import percentileofscore
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import RidgeCV
 
-from core.errors import DataError
+from core.errors import ConfigError, DataError
 from core.files import sha256_text
 from data.filter.config import FeatureKind, ScorerConfig, ScorerKind
 from data.filter.input.records import Record
@@ -50,7 +51,7 @@ class KneserNey:
         if not after:
             return lower
         once, twice = (sum(count == n for count in grams.values()) for n in (1, 2))
-        d = min(max(once / (once + 2 * twice), 0.1), 0.9)
+        d = min(max(once / max(once + 2 * twice, 1), 0.1), 0.9)
         count = grams[context + bytes([byte])]
         return max(count - d, 0) / sum(after) + d * len(after) / sum(after) * lower
 
@@ -62,8 +63,8 @@ class KneserNey:
 
 
 @pytest.mark.parametrize("order", [1, 2, 4])
-def test_ngram_losses_are_those_of_a_plain_program(order):
-    texts = [b"the cat sees the dog", b"a dog", b"the the the the", b""]
+@pytest.mark.parametrize("texts", [[b"the cat sees the dog", b"a dog", b"the the the the", b""], [b"hen"], [b"do" * 9]])
+def test_ngram_losses_are_those_of_a_plain_program(order, texts):
     slow, model = KneserNey(order, texts), NgramModel(order, texts)
     for context, text in ((b"", b"the cats"), (b"see", b" a dog"), (b"zz the", b" hen\0\xff"), (b"dog", b"")):
         found = model.losses([context], [text]) / (1 << 20)
@@ -313,6 +314,15 @@ def test_a_model_is_known_by_all_that_it_computes_with(tmp_path, monkeypatch):
     again = linear.load(tmp_path)
     assert again.facts == model.facts and again.fingerprint == model.fingerprint
     assert again.score(problems(5, 40))[0].tobytes() == model.score(problems(5, 40))[0].tobytes()
+    whole, npy = (tmp_path / linear.ARRAYS).read_bytes(), io.BytesIO()
+    np.save(npy, labels)
+    for content, more in ((b"", {}), (npy.getvalue(), {}), (whole, {"reference": 3}), (whole, {"fingerprint": "0"})):
+        model.facts.update(more)
+        model.save(tmp_path)
+        (tmp_path / linear.ARRAYS).write_bytes(content)
+        with pytest.raises(ConfigError, match=r"^model=.* damaged or foreign learned scorer"):
+            linear.load(tmp_path)
+        [model.facts.pop(key) for key in more]
     monkeypatch.setattr(linear, "write_bytes", Mock(side_effect=OSError("full")))
     with pytest.raises(DataError, match="cannot write"):
         model.save(tmp_path / "new")

@@ -36,6 +36,8 @@ from data.filter.score.learned import LearnedScorer
 from data.filter.score.losses import DifficultyOfFollowing, ExcessScorer, LossScorer
 from data.filter.score.ngram import NgramScorer
 from data.filter.score.scorer import fold, sample_key
+from data.images.config import ImagesConfig
+from data.images.parts import PartsConfig
 
 CONNECTION = {"url", "key_variable", "concurrency", "timeout_s", "retries", "answers"}
 JUDGE = ScorerConfig(ScorerKind.judge, url="http://a", judge="m")
@@ -256,6 +258,12 @@ def test_inputs_that_contradict_themselves_are_rejected():
         (one | {"dataset": "b"}, "input"),
         (one | {"prompt_key": "q"}, "response_key"),
         (one | {"response_key": "a"}, "response_key"),
+        (one | {"parts": PartsConfig("caption")}, "parts"),
+        ({"dataset": "b", "images": ImagesConfig()}, "dataset"),
+        *(
+            (one | {"images": ImagesConfig(), key: "x"}, key)
+            for key in ("text_key", "id_key", "domain_key", "label_key")
+        ),
         (one | {"prompt_key": "q", "response_key": "a", "messages_key": "m"}, "messages_key"),
         *(
             (one | {"template": text}, "template")
@@ -265,7 +273,14 @@ def test_inputs_that_contradict_themselves_are_rejected():
         with pytest.raises(ConfigError) as caught:
             InputConfig(**settings)
         assert caught.value.key == key
-    for settings in (one, {"dataset": "b"}, one | {"messages_key": "m"}, one | {"template": "{prompt}|{response}!"}):
+    parts = {"images": ImagesConfig(), "parts": PartsConfig("caption")}
+    for settings in (
+        one,
+        one | parts,
+        {"dataset": "b"},
+        one | {"messages_key": "m"},
+        one | {"template": "{prompt}|{response}!"},
+    ):
         InputConfig(**settings)
 
 
