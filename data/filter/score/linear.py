@@ -135,7 +135,7 @@ class Weighting:
         rows, columns, counts, figures = counts_of(records)
         values = (1 + np.log(counts)) * self.idf_C[columns]
         sides = 2 * rows + (columns >> BITS)
-        norms = np.sqrt(np.bincount(sides, values * values, 2 * len(records)))
+        norms = np.sqrt(np.bincount(sides, values * values))
         scaled = _scaled(figures, self.figures_2K)
         squared = np.clip(scaled * scaled - 1, -_LIMIT, _LIMIT) / 2
         both = np.concatenate([np.sqrt(_LINEAR) * scaled, np.sqrt(_SQUARED) * squared], axis=1)
