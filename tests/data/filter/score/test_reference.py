@@ -72,7 +72,7 @@ def test_ngram_losses_are_those_of_a_plain_program(order, texts):
 
 
 @pytest.mark.parametrize(("window", "size"), [(None, 1 << 23), (3, 300)])
-def test_ngram_scores_are_the_loss_under_a_sample_of_the_other_half(window, size):
+def test_ngram_scores_are_losses_under_the_other_half(window, size):
     """The sample of a half: the records with the lowest hashes that fit. The answer continues its prompt."""
     records = [replace(one, text=one.text[:90], answer_start=50) for one in problems(4, 24)]
     scorer = NgramScorer(3, window, size)

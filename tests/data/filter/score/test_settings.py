@@ -302,7 +302,7 @@ def test_parts_of_a_scorer_have_their_keys():
     assert both.rubric_files() == ["own.txt"] and scorer.rubric_files() == []
 
 
-def test_only_scorers_that_learn_from_all_records_read_them_first():
+def test_only_scorers_that_learn_read_all_records_first():
     reading = {ScorerKind.auto, ScorerKind.ngram, ScorerKind.learned, ScorerKind.ensemble}
     needs = {"model": "m", "reference": "r", "url": "http://a", "judge": "m", "verifier": "v", "members": [JUDGE] * 2}
     for kind in ScorerKind:
