@@ -400,6 +400,8 @@ def test_records_that_a_grader_cannot_grade_are_replaced(tmp_path):
     assert len(lazy.asked) <= 152 and any("graded only" in one for one in reports)
     with pytest.raises(DataError, match=r"graded 0 records.*needs 30"):
         fitted(records, tmp_path / "c", grader(answer=lambda one: np.nan), labels=100)
+    with pytest.raises(ConfigError, match=r"^scorer.labeler: all 100 labels are 3: "):
+        fitted(records, tmp_path / "d", grader(answer=lambda one: 3.0), labels=100)
 
 
 def test_the_cost_of_a_judge_is_said_before_it_is_asked(tmp_path, server):

@@ -212,7 +212,10 @@ def test_what_is_learned_from_has_the_lowest_hashes(tmp_path, monkeypatch, has_g
     monkeypatch.setattr(learned, "REFERENCE", 50)
     records = [one if number % 3 else replace(one, label=None) for number, one in enumerate(problems(4, 240))]
     labeler = grader() if has_grader else None
-    scorer = fitted(records, tmp_path, labeler, labels=60)
+    reports: list[str] = []
+    scorer = fitted(records, tmp_path, labeler, reports, labels=60)
+    assert [one[:20] for one in reports] == ["fixed grades 60 reco"] * has_grader + ["learned from 60 labe"]
+    assert scorer.direction is Direction.hard
     able = [one for one in records if has_grader or one.label is not None]
     counts = Counter(one.domain for one in able)
     quotas = quotas_of(dict(counts), counts, 60)
@@ -285,12 +288,14 @@ def test_ranks_of_an_ensemble_are_percentiles_of_a_sample():
 
 
 def test_a_stored_scorer_is_not_learned_again(tmp_path):
-    records = relabelled(problems(4, 60), range(60))
+    records = [replace(one, answer_start=None) for one in relabelled(problems(4, 60), range(60))]
     directory = fitted(records, tmp_path).directory
+    assert LearnedScorer(ScorerConfig(ScorerKind.learned), tmp_path).direction is Direction.quality, "that is stored"
     stored = LearnedScorer(ScorerConfig(ScorerKind.learned, model=str(directory)), tmp_path / "other")
     reports: list[str] = []
     stored.report = reports.append
-    stored.fit(lambda: iter(relabelled(problems(4, 60), range(60, 0, -1))))
+    assert stored.direction is Direction.quality
+    stored.fit(lambda: iter(relabelled(records, range(60, 0, -1))))
     assert not reports and not (tmp_path / "other").exists() and stored.directory == directory
     assert stored.model and stored.fingerprint == sha256_text("learned", stored.model.fingerprint)
     assert stored.model.facts["labels"] == 60, "a label of 0 is a label"
