@@ -197,21 +197,21 @@ class ScorerConfig:
             raise ConfigError("members", None, "an ensemble needs two scorers or more")
         if not LEAST_LABELS <= self.labels <= MOST_LABELS:
             raise ConfigError("labels", self.labels, f"must lie in [{LEAST_LABELS}, {MOST_LABELS}]", [500])
+        learns = self.kind in (ScorerKind.learned, ScorerKind.auto)
         if self.features is not FeatureKind.ngrams:
-            if self.kind not in (ScorerKind.learned, ScorerKind.auto):
+            if not learns:
                 raise ConfigError("features", self.features, "only the scorer learned has features", ["ngrams"])
             if not self.reference:
                 reason = f"features={self.features.name} needs a model: a run directory or a Hugging Face model"
                 raise ConfigError("reference", None, reason)
         if self.labeler is not None:
-            self._check_labeler(self.labeler)
-
-    def _check_labeler(self, labeler: ScorerConfig) -> None:
-        if self.kind not in (ScorerKind.learned, ScorerKind.auto) or self.model:
-            reason = "has no effect on a stored scorer" if self.model else "has an effect on the scorer learned only"
-            raise ConfigError("labeler", None, reason, ["null"])
-        if labeler.reads_all_first:
-            raise ConfigError("labeler.kind", labeler.kind, "cannot grade a sample alone", ["judge", "pass_rate"])
+            if self.model or not learns:
+                reason = "a stored scorer" if self.model else "a scorer other than learned"
+                raise ConfigError("labeler", None, f"has no effect on {reason}", ["null"])
+            if self.labeler.reads_all_first:
+                raise ConfigError(
+                    "labeler.kind", self.labeler.kind, "cannot grade a sample alone", ["judge", "pass_rate"]
+                )
 
     @property
     def reads_all_first(self) -> bool:
@@ -247,8 +247,6 @@ class ScorerConfig:
 
 _CONNECTION = ("url", "key_variable", "concurrency", "timeout_s", "retries", "answers")
 """Settings on which no score depends."""
-_NEW = {"labels": 500, "labeler": None, "features": "ngrams", "rubric": RUBRICS[0], "answers": ANSWERS}
-"""Settings that older versions did not have, with their defaults."""
 _HASHED_AS = {"seq_len": "context", "batch_size": "batch"}
 
 
@@ -371,34 +369,34 @@ def decisive_settings(rules: FilterRules) -> dict[str, Any]:
     new one is omitted where it has its default.
     """
     rules = replace(rules, select=replace(rules.select, require_auc=None))
-    return {**without_defaults(plain(rules)), "scorer": _decisive(plain(rules.scorer))}
+    return without_defaults({**plain(rules), "scorer": _decisive(plain(rules.scorer))})
+
+
+_NEW: dict[str, dict[str, Any]] = {
+    "duplicates": {"pictures": 8},
+    "select": {"buckets": BucketRule.length.value, "require_auc": None},
+    "scorer": {"labels": 500, "labeler": None, "features": "ngrams", "rubric": RUBRICS[0], "answers": ANSWERS},
+}
+"""Settings that older versions did not have, with their defaults."""
 
 
 def without_defaults(rules: dict[str, Any]) -> dict[str, Any]:
     """Return plain rules without the keys that older versions did not have, where they have their defaults."""
-    new: dict[str, dict[str, Any]] = {
-        "duplicates": {"pictures": DuplicateConfig().pictures},
-        "select": {"buckets": BucketRule.length.value, "require_auc": None},
-    }
-    groups = {
-        group: {key: value for key, value in rules[group].items() if key not in old or value != old[key]}
-        for group, old in new.items()
-    }
-    return {**rules, **groups, "scorer": _without_new(rules["scorer"])}
+    return rules | {group: _without_new(group, rules[group]) for group in _NEW}
 
 
-def _without_new(scorer: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in scorer.items() if key not in _NEW or value != _NEW[key]}
-    return {**kept, "members": [_without_new(member) for member in kept["members"]]}
+def _without_new(group: str, rules: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in rules.items() if key not in _NEW[group] or value != _NEW[group][key]}
+    return kept if group != "scorer" else kept | {"members": [_without_new(group, one) for one in kept["members"]]}
 
 
 def _decisive(scorer: dict[str, Any]) -> dict[str, Any]:
     kept = {_HASHED_AS.get(key, key): value for key, value in scorer.items() if key not in _CONNECTION}
     if not kept["options"]:
         del kept["options"]
-    if kept.get("labeler"):
-        kept["labeler"] = _decisive(kept["labeler"])
-    return _without_new({**kept, "members": [_decisive(member) for member in kept["members"]]})
+    if kept["labeler"]:
+        kept["labeler"] = _without_new("scorer", _decisive(kept["labeler"]))
+    return kept | {"members": [_decisive(member) for member in kept["members"]]}
 
 
 RECORD_KEYS = (

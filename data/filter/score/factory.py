@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +55,11 @@ def make_scorer(config: ScorerConfig, models: Models | None, directory: Path, se
         case ScorerKind.excess | ScorerKind.ifd:
             arguments = _opened(traits.needs, config, models)
         case ScorerKind.learned:
-            arguments = config, directory, _labeler(config, models, directory, seed), _reference(config, models)
+            graders = _made({"labeler": config.labeler}, models, directory, seed)
+            arguments = config, directory, next(iter(graders), None), _reference(config, models)
         case ScorerKind.ensemble:
-            arguments = [_members(config, models, directory, seed)]
+            members = {f"members[{place}]": one for place, one in enumerate(config.members)}
+            arguments = [_made(members, models, directory, seed)]
         case ScorerKind.random:
             arguments = [seed]
         case ScorerKind.length:
@@ -101,18 +103,15 @@ def _reference(config: ScorerConfig, models: Models | None) -> ReferenceFeatures
         return ReferenceFeatures(config.features, config.reference, *models.open_features(config.reference, config))
 
 
-def _labeler(config: ScorerConfig, models: Models | None, directory: Path, seed: int) -> Scorer | None:
-    if config.labeler is None:
-        return None
-    with under("labeler"):
-        return make_scorer(config.labeler, models, directory, seed)
-
-
-def _members(config: ScorerConfig, models: Models | None, directory: Path, seed: int) -> list[Scorer]:
+def _made(
+    configs: Mapping[str, ScorerConfig | None], models: Models | None, directory: Path, seed: int
+) -> list[Scorer]:
+    """Make the scorers of which a scorer consists, given by configuration key."""
     found = []
-    for place, member in enumerate(config.members):
-        with under(f"members[{place}]"):
-            found.append(make_scorer(member, models, directory, seed))
+    for key, config in configs.items():
+        if config is not None:
+            with under(key):
+                found.append(make_scorer(config, models, directory, seed))
     return found
 
 
@@ -120,22 +119,13 @@ def check_models(
     models: Models, scorer: ScorerConfig, records: Callable[[], Iterable[Record]], report: Callable[[str], None]
 ) -> None:
     """Raise `ConfigError` if a model was trained on the records, since memorised text looks easy. Report warnings."""
-    for key, name in _models_of(scorer, "scorer"):
-        with under(key):
-            warning = models.check_unseen(name, records())
-        if warning is not None:
-            report(f"warning: {key}: {warning}")
-
-
-def _models_of(config: ScorerConfig, key: str) -> Iterator[tuple[str, str]]:
-    """Yield the configuration key and the name of every model that the scorer uses."""
-    names: tuple[str, ...] = ("model", "reference")
-    if config.kind is ScorerKind.learned:  # its `model` is a stored scorer
-        names = () if config.features is FeatureKind.ngrams else ("reference",)
-    for name in names:
-        if (model := getattr(config, name)) is not None:
-            yield f"{key}.{name}", model
-    if config.labeler is not None:
-        yield from _models_of(config.labeler, f"{key}.labeler")
-    for place, member in enumerate(config.members):
-        yield from _models_of(member, f"{key}.members[{place}]")
+    for part, one in scorer.parts("scorer"):
+        names: tuple[str, ...] = ("model", "reference")
+        if one.kind is ScorerKind.learned:  # its `model` is a stored scorer
+            names = () if one.features is FeatureKind.ngrams else ("reference",)
+        for key, name in ((f"{part}.{key}", getattr(one, key)) for key in names):
+            if name is not None:
+                with under(key):
+                    warning = models.check_unseen(name, records())
+                if warning is not None:
+                    report(f"warning: {key}: {warning}")

@@ -93,24 +93,20 @@ def features_of(texts: Sequence[str]) -> Features:
     rows = np.concatenate([text_W, text_W[pair]])
     columns = (np.concatenate([hash_W, pairs]) >> np.uint64(64 - BITS)).astype(np.int64)
     keys = (rows << BITS) + columns
-    # half the bits sort twice as fast
-    distinct, counts_T = np.unique(
-        keys.astype(np.uint32 if len(texts) < 1 << 32 - BITS else np.int64), return_counts=True
-    )
-    distinct = distinct.astype(np.int64)
-    figures_NF = _figures(bytes_B, text_B, sizes_N, text_W, kind_W, end - begin, distinct >> BITS)
-    return Features(distinct >> BITS, distinct & ((1 << BITS) - 1), counts_T.astype(np.float64), figures_NF)
+    narrow = np.uint32 if len(texts) < 1 << 32 - BITS else np.int64  # half the bits sort twice as fast
+    distinct, counts_T = np.unique(keys.astype(narrow), return_counts=True)
+    rows_T, columns_T = np.divmod(distinct.astype(np.int64), 1 << BITS)
+    figures_NF = _figures(bytes_B, text_B, sizes_N, text_W, kind_W, end - begin, rows_T)
+    return Features(rows_T, columns_T, counts_T.astype(np.float64), figures_NF)
 
 
 def _hashes(bytes_B: NDArray[np.uint8], begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Return a hash of each word: a polynomial in its bytes modulo 2^64, from differences of running sums."""
-    if not len(begin):
-        return np.empty(0, np.uint64)
-    length = int((end - begin).max())
-    powers = np.cumprod(np.full(length, _ODD, np.uint64))
-    offsets = np.arange(int((end - begin).sum())) - np.repeat(np.cumsum(end - begin) - (end - begin), end - begin)
-    places = np.repeat(begin, end - begin) + offsets
-    starts = np.cumsum(end - begin) - (end - begin)
+    length = end - begin
+    powers = np.cumprod(np.full(length.max(initial=0), _ODD, np.uint64))
+    starts = np.cumsum(length) - length
+    offsets = np.arange(length.sum()) - np.repeat(starts, length)
+    places = np.repeat(begin, length) + offsets
     return _mixed(np.add.reduceat(_VALUE[bytes_B[places]] * powers[offsets], starts))
 
 

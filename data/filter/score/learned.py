@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -73,19 +74,17 @@ class LearnedScorer(Scorer):
     ) -> None:
         self.wanted, self.labeler, self.reference, self.report = config.labels, labeler, reference, print
         self.model: LinearModel | None = None
-        self._is_stored = config.model is not None
+        self._is_stored, self._grades = config.model is not None, dict[int, float]()
         self._is_checked = not self._is_stored
-        self._grades: dict[int, float] = {}
-        self.direction = Direction.hard if labeler is None else labeler.direction
-        what = "labels" if labeler is None else labeler.measures
+        self.direction, what, taught = Direction.hard, "labels", ""
+        if labeler is not None:
+            self.direction, what, taught = labeler.direction, labeler.measures, labeler.fingerprint
         if config.model is not None:
-            self.model = load(stored_in(Path(config.model).expanduser()), reference)
-            self.direction = Direction[self.model.facts["direction"]]
-            what = self.model.facts["labels_from"]
-            self.fingerprint = sha256_text("learned", self.model.fingerprint)
-            self.directory = Path(config.model)
+            model = load(stored_in(Path(config.model).expanduser()), reference)
+            self._use(model)
+            what = model.facts["labels_from"]
+            self.fingerprint, self.directory = sha256_text("learned", model.fingerprint), Path(config.model)
         else:
-            taught = "" if labeler is None else labeler.fingerprint
             made_by = () if reference is None else (reference.fingerprint,)
             self.fingerprint = sha256_text("learned", "2", VERSION, str(config.labels), taught, *made_by)
             self.directory = directory / f"learned-{self.fingerprint[:8]}"
@@ -149,8 +148,8 @@ class LearnedScorer(Scorer):
         weighting = Weighting.fitted(_batches(of_corpus()))
         if self.labeler is None:
             different: dict[int, Record] = {}
-            for _, record in sorted(found.items()):
-                different.setdefault(identity(record), record)
+            for key in sorted(found):
+                different.setdefault(identity(found[key]), found[key])
             chosen = list(different.values())
             labels = np.array([record.label for record in chosen], np.float64)
         else:
@@ -160,7 +159,7 @@ class LearnedScorer(Scorer):
             weighting = weighting.beside(self.reference, scaled_on)
             self.report(self.reference.cost(survey.counts.total()))
         model = learn(weighting, chosen, labels, scaled_on)
-        model.facts.update(self._facts(model, chosen, labels, scaled_on, survey))
+        model.facts.update(self._facts(weighting, chosen, labels, scaled_on, survey))
         model.save(self.directory)
         self._use(load(self.directory, self.reference))
         self.report(self._summary(model.facts))
@@ -175,7 +174,7 @@ class LearnedScorer(Scorer):
         candidates: dict[str, set[int]] = defaultdict(set)
         corpus: set[int] = set()
         has_prompts = False
-        most = int(self.wanted * TRIES) + LEAST
+        most = math.ceil(self.wanted * TRIES)
         for record in records:
             content = record.content
             digest.update(f"{content}{record.domain}\0{record.label}".encode())
@@ -204,7 +203,7 @@ class LearnedScorer(Scorer):
         counts = survey.labelled if self.labeler is None else survey.counts
         quotas = quotas_of({domain: len(keys) for domain, keys in survey.candidates.items()}, counts, self.wanted)
         spare = 1.0 if self.labeler is None else TRIES
-        return quotas, {name: survey.candidates[name][: int(np.ceil(quotas[name] * spare))] for name in quotas}
+        return quotas, {name: survey.candidates[name][: math.ceil(quotas[name] * spare)] for name in quotas}
 
     def _graded(
         self, candidates: dict[str, list[Record]], quotas: dict[str, int]
@@ -229,12 +228,10 @@ class LearnedScorer(Scorer):
                     if np.isfinite(grade):
                         chosen.setdefault(identity(record), record)
                         self._grades.setdefault(identity(record), grade)
-        wanted = sum(quotas.values())
+        wanted, graded = sum(quotas.values()), f"{self.labeler.name} graded {counted(len(chosen), 'record')}"
         if len(chosen) < LEAST:
-            reason = (
-                f"{self.labeler.name} graded {counted(len(chosen), 'record')}, and the scorer learned needs {LEAST}"
-            )
-            raise DataError(f"{reason}: look at its endpoint and run again; answers so far are kept")
+            advice = "look at its endpoint and run again; answers so far are kept"
+            raise DataError(f"{graded}, and the scorer learned needs {LEAST}: {advice}")
         if len(chosen) < wanted:
             self.report(f"warning: {self.labeler.name} graded only {len(chosen):,} of the {wanted:,} records wanted")
         return list(chosen.values()), np.array([self._grades[key] for key in chosen])
@@ -244,26 +241,26 @@ class LearnedScorer(Scorer):
         if len(records) < LEAST:
             reason = f"{counted(len(records), 'different text')} with labels; the scorer learned needs {LEAST} or more"
             raise ConfigError(key, None, reason)
-        if labels.min() == labels.max():
-            reason = f"all {len(labels)} labels are {labels[0]:g}: there is nothing to learn; use labels that differ"
-            raise ConfigError(key, None, reason)
-        by_domain = defaultdict(set)
-        for record, label in zip(records, labels.tolist(), strict=True):
-            by_domain[record.domain].add(label)
-        if all(len(mine) == 1 for mine in by_domain.values()):
+        pairs = {(record.domain, label) for record, label in zip(records, labels.tolist(), strict=True)}
+        if len(pairs) == len({domain for domain, _ in pairs}):
             reason = "labels differ between domains only, and a record is compared with its domain; omit domain_key"
+            if labels.min() == labels.max():
+                reason = (
+                    f"all {len(labels)} labels are {labels[0]:g}: there is nothing to learn; use labels that differ"
+                )
             raise ConfigError(key, None, reason)
 
     def _facts(
         self,
-        model: LinearModel,
+        weighting: Weighting,
         records: Sequence[Record],
         labels: NDArray[np.float64],
         scaled_on: Sequence[Record],
         survey: _Survey,
     ) -> dict[str, Any]:
-        coverage = model.weighting.coverage(scaled_on)
-        found = {
+        coverage = weighting.coverage(scaled_on)
+        pairs = {f"{identity(record):016x}": label for record, label in zip(records, labels.tolist(), strict=True)}
+        return {
             "input": survey.digest,
             "records": survey.counts.total(),
             "labels": len(records),
@@ -272,9 +269,8 @@ class LearnedScorer(Scorer):
             "label_range": [float(labels.min()), float(labels.max())],
             "labels_by_domain": dict(sorted(Counter(record.domain for record in records).items())),
             "coverage": [float(coverage.mean()), float(coverage.std())],
+            **({"grades": pairs} if self.labeler is not None else {}),
         }
-        pairs = {f"{identity(record):016x}": label for record, label in zip(records, labels.tolist(), strict=True)}
-        return found | ({"grades": pairs} if self.labeler is not None else {})
 
     def _summary(self, facts: dict[str, Any]) -> str:
         one = self.reference

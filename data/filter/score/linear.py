@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from core.errors import ConfigError
 from core.files import read_json, write_bytes, write_json
 from data.filter.input.records import Record
-from data.filter.score.features import BITS, FIGURES, VERSION, ReferenceFeatures, features_of
+from data.filter.score.features import BITS, VERSION, ReferenceFeatures, features_of
 from data.filter.score.scorer import Direction
 from data.filter.screen.normalise import canonical
 from data.filter.store import writing
@@ -134,7 +135,7 @@ class Weighting:
         rows, columns, counts, figures = counts_of(records)
         values = (1 + np.log(counts)) * self.idf_C[columns]
         sides = 2 * rows + (columns >> BITS)
-        norms = np.sqrt(np.bincount(sides, values * values, 2 * len(records)))
+        norms = np.sqrt(np.bincount(sides, values * values))
         scaled = _scaled(figures, self.figures_2K)
         squared = np.clip(scaled * scaled - 1, -_LIMIT, _LIMIT) / 2
         both = np.concatenate([np.sqrt(_LINEAR) * scaled, np.sqrt(_SQUARED) * squared], axis=1)
@@ -173,10 +174,11 @@ class LinearModel:
     folds_L: NDArray[np.uint8]
     facts: dict[str, Any]
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def weights_MC(self) -> NDArray[np.float32]:
         dense = np.zeros((FOLDS + 1, COLUMNS), np.float32)
         dense[:, self.columns] = self.weights
-        object.__setattr__(self, "_dense_MC", dense)
+        return dense
 
     def score(self, records: Sequence[Record]) -> tuple[Floats, NDArray[np.int64]]:
         """Return the scores [N] and the models that gave them [N]. A score does not depend on the other records, to the
@@ -194,29 +196,20 @@ class LinearModel:
         return np.where(self.identities_L[places] == found, self.folds_L[places], FOLDS).astype(np.int64)
 
     def predict(self, vectors: Vectors, models_N: NDArray[np.int64]) -> Floats:
-        weights_MC: NDArray[np.float32] = self.__dict__["_dense_MC"]
-        each_T = vectors.values_T * weights_MC[models_N[vectors.rows_T], vectors.columns_T]
+        each_T = vectors.values_T * self.weights_MC[models_N[vectors.rows_T], vectors.columns_T]
         total = np.bincount(vectors.rows_T, each_T, len(models_N))
         total += (vectors.figures_NK * self.figure_weights[models_N]).sum(axis=1)
         return total - self.offsets_M[models_N]
 
     @property
     def arrays(self) -> dict[str, Any]:
-        owners = (self.weighting, self)
-        return {
-            name: np.ascontiguousarray(getattr(next(one for one in owners if hasattr(one, name)), name), kind)
-            for name, kind in _types(self.weighting.reference).items()
-        }
+        values, types = vars(self.weighting) | vars(self), _types(self.weighting.reference)
+        return {name: np.ascontiguousarray(values[name], kind) for name, kind in types.items()}
 
     @property
     def fingerprint(self) -> str:
         """A hash of everything on which scores depend."""
-        digest = hashlib.sha256(VERSION.encode())
-        for name, array in self.arrays.items():
-            digest.update(f"{name} {array.shape}".encode() + array.tobytes())
-        if self.weighting.reference is not None:
-            digest.update(self.weighting.reference.fingerprint.encode())
-        return digest.hexdigest()
+        return _hash(self.arrays, self.weighting.reference)
 
     def save(self, directory: Path) -> None:
         """Write `ARRAYS`, then `FACTS`, which makes the model complete. Raises `DataError` if it cannot be written."""
@@ -226,9 +219,17 @@ class LinearModel:
             directory.mkdir(parents=True, exist_ok=True)
             write_bytes(directory / ARRAYS, content.getvalue())
             made_by = {} if (one := self.weighting.reference) is None else {"reference": one.facts}
-            write_json(
-                directory / FACTS, {"features": VERSION, "fingerprint": self.fingerprint, **made_by, **self.facts}
-            )
+            own = {"features": VERSION, "fingerprint": self.fingerprint, **made_by}
+            write_json(directory / FACTS, own | self.facts)
+
+
+def _hash(arrays: Mapping[str, NDArray[Any]], reference: ReferenceFeatures | None) -> str:
+    digest = hashlib.sha256(VERSION.encode())
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.shape}".encode() + array.tobytes())
+    if reference is not None:
+        digest.update(reference.fingerprint.encode())
+    return digest.hexdigest()
 
 
 def _types(reference: ReferenceFeatures | None) -> dict[str, Any]:
@@ -242,66 +243,41 @@ def load(directory: Path, reference: ReferenceFeatures | None = None) -> LinearM
     `reference` if it learned from other features.
     """
     advice = ["the output directory of leviathan filter scorer.kind=learned"]
+    strings = dict.fromkeys(("features", "fingerprint", "labels_from", "direction"), str)
     try:
-        facts = read_json(
-            directory / FACTS, dict.fromkeys(("features", "fingerprint", "labels_from", "direction"), str)
-        )
+        facts = read_json(directory / FACTS, strings)
         if facts["features"] != VERSION:
             raise ValueError(f"it was stored by another version ({facts['features']}, not {VERSION}): learn it again")
         _check_reference(facts.get("reference"), reference)
         if facts["direction"] not in Direction.__members__:
             raise ValueError(f"direction is {facts['direction']!r}")
         with np.load(directory / ARRAYS) as stored:  # refuses pickled objects
-            found = {name: stored[name].astype(kind, casting="no") for name, kind in _types(reference).items()}
-        own = ("features", "fingerprint", "reference")
-        model = _model(found, {key: value for key, value in facts.items() if key not in own}, reference)
-        if model.fingerprint != facts["fingerprint"]:
+            found = {name: stored[name].astype(kind) for name, kind in _types(reference).items()}
+        if _hash(found, reference) != facts["fingerprint"]:
             raise ValueError(f"{ARRAYS} does not belong to {FACTS}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         missing = isinstance(error, FileNotFoundError)
         reason = "holds no learned scorer" if missing else f"holds a damaged or foreign learned scorer ({error})"
         raise ConfigError("model", str(directory), reason, advice) from None
-    return model
+    of_weighting = {name: found.pop(name) for name in Weighting.__match_args__ if name in found}
+    more = {key: value for key, value in facts.items() if key not in ("features", "fingerprint", "reference")}
+    return LinearModel(Weighting(**of_weighting, reference=reference), facts=more, **found)
 
 
 def _check_reference(stored: Any, given: ReferenceFeatures | None) -> None:
     """Raise `ConfigError` unless a stored model's features are those of the model that is given."""
+    kind = "ngrams" if given is None else given.kind.value
     if stored is None:
         if given is not None:
-            raise ConfigError("features", given.kind, "the stored scorer learned from n-grams alone", ["ngrams"])
+            raise ConfigError("features", kind, "the stored scorer learned from n-grams alone", ["ngrams"])
         return
     features, name, fingerprint = (str(stored[key]) for key in ("features", "model", "fingerprint"))
     learned = f"the stored scorer learned from features ({features}) of {name}"
-    if given is None or given.kind.value != features:
-        kind = "ngrams" if given is None else given.kind.value
+    if given is None or kind != features:
         raise ConfigError("features", kind, learned, [f"{features} with scorer.reference={name}"])
     if given.fingerprint != fingerprint:
         reason = f"is another model, or reads another scorer.seq_len: {learned}"
         raise ConfigError("reference", given.name, reason, [name])
-
-
-def _model(found: dict[str, NDArray[Any]], facts: dict[str, Any], reference: ReferenceFeatures | None) -> LinearModel:
-    of_weighting = {"idf_C", "familiar_C", "figures_2K", "reference_2S"}
-    own = {name: array for name, array in found.items() if name not in of_weighting}
-    weighting = Weighting(**{name: found[name] for name in found.keys() & of_weighting}, reference=reference)
-    columns, models, figures = len(own["columns"]), FOLDS + 1, 2 * len(FIGURES)
-    of_reference = 0 if weighting.reference_2S is None else weighting.reference_2S.shape[-1]
-    shapes = {
-        "idf_C": (COLUMNS,),
-        "familiar_C": (COLUMNS,),
-        "figures_2K": (2, figures),
-        "columns": (columns,),
-        "weights": (models, columns),
-        "figure_weights": (models, 2 * figures + of_reference),
-        "offsets_M": (models,),
-        "folds_L": own["identities_L"].shape,
-    }
-    for name, shape in shapes.items():
-        if found[name].shape != shape:
-            raise ValueError(f"{name} has the shape {found[name].shape}, not {shape}")
-    if not len(own["identities_L"]) or (own["folds_L"] >= FOLDS).any() or not np.isfinite(own["weights"]).all():
-        raise ValueError("its numbers are out of range")
-    return LinearModel(weighting, facts=facts, **own)
 
 
 def learn(

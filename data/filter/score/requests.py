@@ -87,18 +87,15 @@ class CachedEndpoint:
         """
         found = self.cached(requests)
         self._began = self._began or time.monotonic()
-        pool = ThreadPoolExecutor(self.concurrency)
-        try:
-            keys = {pool.submit(self._request, key, one): key for key, one in requests.items() if key not in found}
-            with told_every(PROGRESS_S, self.progress):
+        with ThreadPoolExecutor(self.concurrency) as pool, told_every(PROGRESS_S, self.progress):
+            try:
+                keys = {pool.submit(self._request, key, one): key for key, one in requests.items() if key not in found}
                 for future in as_completed(keys):
                     found[keys[future]] = answer = future.result()
                     self._check_endpoint(answer)
-        except BaseException:
-            self.endpoint.stopped.set()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+            except BaseException:
+                self.endpoint.stopped.set()
+                raise
         return found
 
     def progress(self) -> str:

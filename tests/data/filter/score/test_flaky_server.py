@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ from core.errors import LeviathanError
 from data.filter.config import ScorerConfig, ScorerKind
 from data.filter.input.records import Record
 from data.filter.score import endpoint
-from data.filter.score.answers import AnswerCache
+from data.filter.score.answers import AnswerCache, _lock_byte
 from data.filter.score.ensemble import EnsembleScorer
 from data.filter.score.judge import JudgeScorer
 from data.filter.score.pass_rate import PassRateScorer
@@ -129,6 +131,19 @@ with AnswerCache(Path({str(tmp_path / "a.jsonl")!r})).claim({key!r}) as mine:
         assert mine and not twice
 
 
+def test_one_answer_is_written_at_a_time(tmp_path):
+    cache = AnswerCache(tmp_path / "a.jsonl")
+    writer = threading.Thread(target=cache.add, args=("f" * 64, "4"))
+    with cache.path.open("ab") as other:
+        assert _lock_byte(other, 0, fcntl.F_OFD_SETLK)
+        writer.start()
+        writer.join(0.1)
+        assert writer.is_alive() and not cache.path.stat().st_size
+    writer.join(10)
+    cache.refresh()
+    assert cache.get("f" * 64) == "4"
+
+
 def test_a_line_that_is_being_written_is_read_later(tmp_path):
     path, key = tmp_path / "a.jsonl", "f" * 64
     cache, line = AnswerCache(path), json.dumps({"key": key, "answer": "4"}) + "\n"
@@ -138,6 +153,9 @@ def test_a_line_that_is_being_written_is_read_later(tmp_path):
             file.write(part)
         cache.refresh()
     assert cache.get(key) == "4"
+    replaced = AnswerCache(path)
+    replaced._places["e" * 64] = 0
+    assert replaced.get("e" * 64) is None, "a line of another request, in a file that was replaced"
 
 
 def test_damaged_answers_are_requested_again(server, tmp_path):

@@ -59,6 +59,8 @@ def test_each_record_gets_its_own_grade_in_order(server, judge):
     assert scorer.score(numbered(12)).tolist() == [1 + i % 5 for i in range(12)] and scorer.reasons == {}
     sent = server.requests[0]
     assert sent["path"] == "/v1/chat/completions" and sent["model"] == "grader" and sent["temperature"] == 0
+    assert sent["response_format"] == {"type": "json_object"}
+    assert server.headers[0]["Content-Type"] == "application/json"
     assert server.most_at_once == 3, "as many requests at once as allowed"
 
 
@@ -157,6 +159,15 @@ def test_errors_that_no_retry_fixes_stop_at_once(server, judge, status, message)
     with pytest.raises(LeviathanError, match=message) as caught:
         judge(pauses=(pauses := Pauses()), concurrency=1).score(numbered(3))
     assert pauses == [] and KEY not in str(caught.value)
+
+
+def test_only_passing_failures_are_repeated(server, judge):
+    for status in (408, 425, 429, 500, 503, 599, 400, 402, 409, 422, 499, 302):
+        server.requests.clear()
+        server.reply = lambda body, turn, status=status: graded(4) if len(server.requests) > 1 else (status, {}, b"")
+        scorer = judge(str(status), concurrency=1)
+        is_repeated = status in (408, 425, 429) or status >= 500
+        assert np.isfinite(scorer.score(numbered(1))).all() == is_repeated == (len(server.requests) == 2), status
 
 
 def test_retry_after_is_a_number_or_a_date(server, judge):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from core.errors import ConfigError, DataError, LeviathanError
 from core.files import sha256_text
 from data.filter import pipeline
 from data.filter.audit.separation import auc, length_buckets
-from data.filter.config import FilterRules, ScorerConfig, ScorerKind, decisive_settings, without_defaults
+from data.filter.config import FeatureKind, FilterRules, ScorerConfig, ScorerKind, decisive_settings, without_defaults
 from data.filter.input.records import Record
 from data.filter.pipeline import Filter
 from data.filter.score import learned, linear
@@ -29,7 +30,7 @@ from data.filter.score.baselines import LengthScorer
 from data.filter.score.ensemble import EnsembleScorer
 from data.filter.score.factory import Models, check_models
 from data.filter.score.features import features_of
-from data.filter.score.learned import LearnedScorer, quotas_of
+from data.filter.score.learned import LearnedScorer, quotas_of, stored_in
 from data.filter.score.scorer import Direction
 from data.filter.store import OneWorker
 from tests.data.filter.threads import on_threads
@@ -135,7 +136,10 @@ def test_a_stored_scorer_of_the_same_records_is_used_again(tmp_path, monkeypatch
             fitted([replace(records[0], **change), *records[1:]], tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["nothing", "cut", "swapped", "no numbers", "foreign", "pickled", "version"])
+DAMAGES = ["nothing", "cut", "swapped", "no numbers", "foreign", "pickled", "version", "direction"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_or_foreign_model_is_one_clear_error(tmp_path, damage):
     model = fitted(problems(4, 60), tmp_path / "here").directory
     arrays, facts = model / linear.ARRAYS, model / linear.FACTS
@@ -156,6 +160,8 @@ def test_a_damaged_or_foreign_model_is_one_clear_error(tmp_path, damage):
             np.savez(arrays, idf_C=np.array([print], object))
         case "version":
             facts.write_text(json.dumps({**json.loads(facts.read_text()), "features": "0"}))
+        case "direction":
+            facts.write_text(json.dumps({**json.loads(facts.read_text()), "direction": "up"}))
     with pytest.raises(ConfigError, match=r"^model=.*holds (no|a damaged or foreign) learned scorer"):
         LearnedScorer(ScorerConfig(ScorerKind.learned, model=str(model)), tmp_path)
 
@@ -180,6 +186,8 @@ def test_text_of_another_kind_is_reported(tmp_path):
         if name == "code":
             stored.fit(lambda records=records: records[:10])
             assert len(reports) == 1, "before the first score"
+        stored.score(records[:15])
+        assert len(reports) == (name == "code"), "too few to judge by"
         stored.score(records)
         stored.score(records)
         assert len(reports) == (name != "the same"), (name, reports)
@@ -205,6 +213,35 @@ def test_labels_that_teach_nothing_are_rejected(tmp_path, labels, message):
     with pytest.raises(ConfigError, match=message):
         fitted(records, tmp_path)
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("has_grader", [False, True])
+def test_thirty_different_texts_are_enough_and_29_are_not(tmp_path, has_grader):
+    """A grade of 0 is a grade. A copy of a text teaches nothing."""
+    for count in (30, 29):
+        records = [replace(one, label=n % 7 if n < count else None) for n, one in enumerate(problems(4, 60))]
+        records.append(replace(records[0], id="copy", text=records[0].text.upper()))
+        answers = {record.id: record.label for record in records}
+        labeler = (
+            grader(answer=lambda one, a=answers: np.nan if a[one.id] is None else a[one.id]) if has_grader else None
+        )
+        if count == 30:
+            model = fitted(records, tmp_path / "a", labeler, labels=60).model
+            assert model is not None and model.facts["labels"] == 30 and model.facts["label_range"] == [0, 6]
+        else:
+            with pytest.raises(DataError if has_grader else ConfigError, match="29"):
+                fitted(records, tmp_path / "b", labeler, labels=60)
+
+
+def test_the_output_of_a_filter_holds_one_scorer(tmp_path):
+    for name in ("a", "b"):
+        assert stored_in(tmp_path) == (tmp_path if name == "a" else tmp_path / "stages" / "learned-a")
+        folder = tmp_path / "stages" / f"learned-{name}"
+        folder.mkdir(parents=True)
+        (folder / linear.FACTS).touch()
+        assert stored_in(folder) == folder
+    with pytest.raises(ConfigError, match=r"^model=.*holds several learned scorers.*learned-a or .*learned-b"):
+        stored_in(tmp_path)
 
 
 def test_labels_that_only_tell_domains_apart_are_rejected(tmp_path):
@@ -234,8 +271,6 @@ def test_labels_of_any_scale_are_learned(tmp_path, scale):
 
 
 def test_labels_are_drawn_from_each_domain():
-    from collections import Counter
-
     counts = Counter({"large": 10_000, "small": 100, "tiny": 3})
     quotas = quotas_of(dict(counts), counts, 100)
     assert sum(quotas.values()) == 100 and quotas["tiny"] == 3 and quotas["small"] > 15 and quotas["large"] > 50
@@ -357,12 +392,16 @@ def test_records_that_a_grader_cannot_grade_are_replaced(tmp_path):
     labeler = grader(answer=lambda one: np.nan if one.id in refused else one.label)
     scorer = fitted(records, tmp_path / "a", labeler, labels=100)
     assert scorer.model and scorer.model.facts["labels"] == 100 and len(set(labeler.asked)) == len(labeler.asked) > 100
+    counts = Counter(record.domain for record in records)
+    assert scorer.model.facts["labels_by_domain"] == quotas_of(dict(counts), counts, 100), "by others of their domain"
     reports: list[str] = []
     lazy = grader(answer=lambda one: one.label if int(one.id) % 2 else np.nan)
     fitted(records, tmp_path / "b", lazy, reports, labels=100)
     assert len(lazy.asked) <= 152 and any("graded only" in one for one in reports)
     with pytest.raises(DataError, match=r"graded 0 records.*needs 30"):
         fitted(records, tmp_path / "c", grader(answer=lambda one: np.nan), labels=100)
+    with pytest.raises(ConfigError, match=r"^scorer.labeler: all 100 labels are 3: "):
+        fitted(records, tmp_path / "d", grader(answer=lambda one: 3.0), labels=100)
 
 
 def test_the_cost_of_a_judge_is_said_before_it_is_asked(tmp_path, server):
@@ -527,7 +566,7 @@ def test_impossible_settings_are_rejected():
     judge = ScorerConfig(ScorerKind.judge, url="http://a", judge="m")
     for settings, message in (
         ({"labels": 10}, "labels=10: must lie in"),
-        ({"kind": ScorerKind.ngram, "labeler": judge}, "labeler: has an effect on the scorer learned only"),
+        ({"kind": ScorerKind.ngram, "labeler": judge}, "labeler: has no effect on a scorer other than learned"),
         ({"model": "m", "labeler": judge}, "labeler: has no effect on a stored scorer"),
         ({"labeler": ScorerConfig()}, "labeler.kind=ngram: cannot grade a sample alone"),
     ):
@@ -540,8 +579,17 @@ def test_models_of_labelers_and_members_are_checked():
     check = Mock(return_value="perhaps")
     for config, key in (
         (ScorerConfig(ScorerKind.learned, labeler=loss), "scorer.labeler.model"),
+        (ScorerConfig(ScorerKind.learned, model="d", reference="m", features=FeatureKind.hidden), "scorer.reference"),
         (ScorerConfig(ScorerKind.ensemble, members=[ScorerConfig(), loss]), "scorer.members[1].model"),
     ):
         reports: list[str] = []
         check_models(Models(Mock(), check, Mock()), config, lambda: [], reports.append)
         assert reports == [f"warning: {key}: perhaps"]
+        seen = Mock(side_effect=ConfigError("", "m", "was trained on them"))
+        with pytest.raises(ConfigError, match="was trained on them") as caught:
+            check_models(Models(Mock(), seen, Mock()), config, lambda: [], pytest.fail)
+        assert caught.value.key == key
+    config = ScorerConfig(ScorerKind.excess, model="m", reference="r")
+    check_models(Models(Mock(), check, Mock()), config, lambda: [], reports.append)
+    assert reports[1:] == ["warning: scorer.model: perhaps", "warning: scorer.reference: perhaps"]
+    check_models(Models(Mock(), Mock(return_value=None), Mock()), config, lambda: [], pytest.fail)

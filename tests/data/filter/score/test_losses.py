@@ -58,10 +58,10 @@ def test_hardest_mean_against_every_window(window):
 
 
 def test_excess_is_per_byte_and_learnable():
-    mine = table({("", "abcd"): [3, 3], ("", "öö"): [2, 2]})
-    better = table({("", "abcd"): [1, 1, 1, 1], ("", "öö"): [2]})
+    mine = table({("Q", "abcd"): [3, 3], ("", "öö"): [2, 2]})
+    better = table({("Q", "abcd"): [1, 1, 1, 1], ("", "öö"): [2]})
     scorer = ExcessScorer(mine, "m", better, "b")
-    assert scorer.score([record("abcd"), record("öö")]).tolist() == [0.5, 0.5]
+    assert scorer.score([record("abcd", "Q"), record("öö")]).tolist() == [0.5, 0.5]
     assert scorer.direction is Direction.learnable and LossScorer(mine, "m").direction is Direction.improbable
     assert scorer.fingerprint != ExcessScorer(better, "b", mine, "m").fingerprint, "the order of the two models matters"
 
