@@ -359,3 +359,17 @@ def test_features_of_a_model_are_read_once_and_kept_in_bounds(monkeypatch):
     for _ in range(2):
         found.of(many)
     assert len(asked) == 4 + 2 * 4, "what does not fit is read again"
+
+
+@pytest.mark.parametrize("share, warns", [(0.65, False), (0.55, True)])
+def test_coverage_is_compared_with_a_share_of_the_usual(tmp_path, monkeypatch, share, warns):
+    """A report comes below 60% of the coverage that the model had in training."""
+    directory = fitted(problems(4, 240), tmp_path).directory
+    stored, reports = LearnedScorer(ScorerConfig(ScorerKind.learned, model=str(directory)), tmp_path), list[str]()
+    stored.report = reports.append
+    stored.fit(lambda: [])
+    assert stored.model is not None
+    usual = stored.model.facts["coverage"][0]
+    monkeypatch.setattr(linear.Weighting, "coverage", lambda self, batch: np.full(len(batch), share * usual))
+    stored.score(problems(5, 40))
+    assert bool(reports) == warns
