@@ -369,7 +369,7 @@ def test_coverage_is_compared_with_a_share_of_the_usual(tmp_path, monkeypatch, s
     stored.report = reports.append
     stored.fit(lambda: [])
     assert stored.model is not None
-    usual = stored.model.facts["coverage"][0]
-    monkeypatch.setattr(linear.Weighting, "coverage", lambda self, batch: np.full(len(batch), share * usual))
+    stored.model.facts["coverage"] = [0.5, 0.0]
+    monkeypatch.setattr(linear.Weighting, "coverage", lambda self, batch: np.full(len(batch), share * 0.5))
     stored.score(problems(5, 40))
     assert bool(reports) == warns
