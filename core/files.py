@@ -6,6 +6,7 @@ file, and a full disk leaves the old content in place.
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
@@ -17,7 +18,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fsspec.registry import known_implementations
 
@@ -279,6 +280,24 @@ def sha256_text(*parts: str) -> str:
     for part in parts:
         digest.update(f"{len(part)}:".encode() + part.encode())
     return digest.hexdigest()
+
+
+def lock_folder(folder: Path) -> IO[bytes] | None:
+    """Lock a folder until the returned file is closed or this process ends. Return None if another process has done so.
+
+    Makes the folder if it is missing. A file system without locks locks nothing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe in its place does not block
+    file = os.fdopen(os.open(folder / ".lock", flags, 0o666), "rb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        pass
+    return file
 
 
 @contextmanager

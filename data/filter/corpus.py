@@ -157,6 +157,7 @@ def filter_sources(
             count_tokens=lambda texts: [len(ids) for ids in tokenizer.encode(texts)],
             tokenizer=tokenizer.fingerprint,
             models=models,
+            waits=True,
             clean=clean_records(rules.select.clean, InputConfig(input="")) if rules.select.clean else (),
         )
         done = Filter(job)

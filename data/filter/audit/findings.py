@@ -141,7 +141,8 @@ def labels(audit: dict[str, Any]) -> Iterator[str]:
     if missing := [named(name) for name in competing if name not in proof["domains"]]:
         yield f"No record is labelled in {_list(missing)}: how good the score is there is unknown."
     if found["contradictory"]:
-        yield f"{counted(found['contradictory'], 'record')} with equal texts have different labels."
+        count = counted(found["contradictory"], "record")
+        yield f"{count} with equal texts have different labels; the mean of a text's labels counts."
     if _alike(found["length"]):
         yield f"Labels follow the length of the scored text (rank correlation {found['length']:+.2f})."
 
@@ -162,13 +163,12 @@ def off_target(audit: dict[str, Any]) -> Iterator[str]:
 
 
 def length(audit: dict[str, Any]) -> Iterator[str]:
-    """Warn if scores correlate with the length of the scored part, or of the whole record if the two lengths differ."""
+    """Warn if scores correlate with the length of the scored part, or else of the whole record."""
     scored, whole = audit["length"], audit["whole_length"]
     if _across_lengths(audit):
         return
-    yield from _length_of("length", scored)
-    if whole != scored:
-        yield from _length_of("the length of prompt and answer", whole)
+    found = [*_length_of("length", scored), *_length_of("the length of prompt and answer", whole)]
+    yield from found[:1]
 
 
 def _length_of(what: str, length: dict[str, Any]) -> Iterator[str]:

@@ -64,8 +64,6 @@ class StreamSelector:
             fix = "score them again, or set on_error=keep or on_error=drop"
             raise DataError(f"{unscored.sum()} records of {batch.name} have no finite score: {fix}")
         codes = screen(batch, self.protected, self.noise, self.on_error)
-        if self.protected[0]:
-            return codes
         easy, rate, weight, score = codes == CODE[Reason.easy], self.rate, batch.weight, score_bits(batch.score)
         # if records below the threshold are revived with this probability, they are a fraction `revive` of the kept
         probability = self.revive * rate / (1 - (1 - self.revive) * rate) if self.revive else 0.0
