@@ -28,8 +28,9 @@ class ThreadWorker:
         return np.sum(self.all(np.array(values)), axis=0)  # a copy: the caller may write to its array again
 
     def agree(self, error: Any) -> None:
-        for self.agreed in filter(None, self.all(error)):
-            raise self.agreed
+        for found in filter(None, self.all(error)):
+            self.agreed = found
+            raise found
 
 
 def on_threads(count: int, work: Callable[[ThreadWorker], Any]) -> list[Any]:
