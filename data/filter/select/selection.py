@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import DataError
-from data.filter.config import BucketRule, FilterRules, OnError
+from data.filter.config import FilterRules, OnError
 from data.filter.input.records import Reason
 
 Integers = NDArray[np.int64]
@@ -239,8 +239,7 @@ def select(
     """Select by score in each domain separately.
 
     `shards` returns the shards of this rank. `domains` are all names, the same on every rank. `noise` is from
-    `noise_threshold`. `by_length` [D]: whether a domain has length buckets; None: unless
-    `select.buckets=domain`.
+    `noise_threshold`. `by_length` [D]: whether a domain has length buckets; None: all have.
 
     A domain's target is its keep rate times the weight of all its records, but at most the weight of the records that
     can be kept: not noise, and unscored records only with `on_error=keep`. Each length bucket keeps the same fraction
@@ -255,8 +254,7 @@ def select(
     census = search.census(domains, protected, noise, rules.on_error)
     rate = np.array([rules.select.domains.get(name, rules.keep) for name in domains], np.float64)
     target = np.clip(rate * census.passed[1] - census.kept[1], 0, census.easy[1])
-    whole = rules.select.buckets is BucketRule.domain
-    most = np.where(np.full(count, not whole) if by_length is None else by_length, rules.select.length_buckets, 1)
+    most = np.where(np.ones(count) if by_length is None else by_length, rules.select.length_buckets, 1)
     starts = _buckets(census.pair, census.count[0], most)
     none, no_domain = (ThresholdKeys((_NOTHING,) * size) for size in (sum(map(len, starts)), count))
     aim = np.where(protected, census.passed[1], target + census.kept[1])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.filter.config import BucketRule, FilterRules, OnError, SelectConfig
+from data.filter.config import FilterRules, OnError, SelectConfig
 from data.filter.select import selection
 from data.filter.select.selection import REASONS, ShardScores, Thresholds, length_bin, quantise, select
 from data.filter.select.streaming import StreamSelector
@@ -65,12 +65,15 @@ def keep(groups: list[list[int]], key: dict[int, Key], weight: dict[int, int], w
     return kept
 
 
-def expected(shard: ShardScores, rules: FilterRules, noise: float | None, by_length: Any) -> list[tuple[str, int]]:
-    """Return the reason and the bucket of each record."""
+def expected(
+    shard: ShardScores, rules: FilterRules, noise: float | None, by_length: Any
+) -> tuple[list[tuple[str, int]], list[int], list[float]]:
+    """Return the reason and the bucket of each record, and the weight of each domain and of what to keep of it."""
     rows, steps = range(len(shard.score)), quantise(shard.score).tolist()
     weight, ones = dict(enumerate(shard.weight.tolist())), dict.fromkeys(rows, 1)
     bins, hashes = length_bin(shard.length).tolist(), shard.hash.tolist()
     reasons, buckets, config = ["easy"] * len(rows), [0] * len(rows), rules.select
+    passed, targets = [], []
     for row in rows:
         if noise is not None and steps[row] > quantise(np.array([noise]))[0]:
             reasons[row] = "noise"
@@ -84,6 +87,8 @@ def expected(shard: ShardScores, rules: FilterRules, noise: float | None, by_len
         kept = [row for row in mine if reasons[row] == "protected"]
         size, held, total = (sum(weight[row] for row in some) for some in (easy, kept, mine))
         target = min(max(config.domains.get(name, rules.keep) * total - held, 0), size)
+        passed.append(total)
+        targets.append(total if name in config.protect else target + held)
         count = min(max(len(easy) // 32, 1), config.length_buckets if by_length[domain] else 1)
         for row in mine:
             shorter = sum(bins[one] < bins[row] for one in easy)
@@ -102,7 +107,7 @@ def expected(shard: ShardScores, rules: FilterRules, noise: float | None, by_len
         for some, reason in ((hard, "hard"), (revived, "revived"), (added, "protected")):
             for row in some:
                 reasons[row] = reason
-    return list(zip(reasons, buckets, strict=True))
+    return list(zip(reasons, buckets, strict=True)), passed, targets
 
 
 def found(shard: ShardScores, decision: Thresholds) -> list[tuple[str, int]]:
@@ -134,20 +139,18 @@ def test_selection_decides_as_loops_do(bins, monkeypatch):
         shard, rules, noise, by_length = case(seed)
         parts = [take(shard, rows) for rows in np.array_split(np.arange(len(shard.score)), 3)]
         decision = select(lambda parts=parts: parts, NAMES, rules, noise, by_length=by_length)
-        wanted = expected(shard, rules, noise, by_length)
+        wanted, passed, targets = expected(shard, rules, noise, by_length)
         assert found(shard, decision) == wanted, seed
+        assert (decision.passed.tolist(), decision.target.tolist()) == (passed, targets)
         seen |= set(wanted)
     if bins > 512:
         assert {reason for reason, _ in seen} == {"easy", "hard", "revived", "protected", "noise", "unscored"}
         assert {bucket for _, bucket in seen} >= set(range(5))
 
 
-def test_the_rule_of_buckets_holds_for_all_domains():
-    shard, noise = records(4), 1.0
-    for rule in (BucketRule.length, BucketRule.domain):
-        chosen = FilterRules(keep=0.5, select=SelectConfig(buckets=rule, length_buckets=3))
-        decision = select(lambda: [shard], NAMES, chosen, noise)
-        assert found(shard, decision) == expected(shard, chosen, noise, [rule is BucketRule.length] * 3)
+def test_all_domains_have_buckets_by_default():
+    shard, rules = records(4), FilterRules(keep=0.5, select=SelectConfig(length_buckets=3))
+    assert found(shard, select(lambda: [shard], NAMES, rules)) == expected(shard, rules, None, [1, 1, 1])[0]
 
 
 # -- streams
