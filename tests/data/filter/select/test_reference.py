@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -9,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.filter.config import FilterRules, OnError, SelectConfig
+from data.filter.config import DuplicateConfig, FilterRules, KeepUnit, OnError, SelectConfig
+from data.filter.input.records import Reason, Record
+from data.filter.pipeline import Filter
 from data.filter.select import selection
 from data.filter.select.selection import REASONS, ShardScores, Thresholds, length_bin, quantise, select
 from data.filter.select.streaming import StreamSelector
+from data.sampling import key_of
 from tests.data.filter.select.test_selection import take
+from tests.support.filtering import FixedScorer, job, prose, rows_of, write_outputs
 
 NAMES = ("a", "b", "c")
 Key = tuple[int, ...]
@@ -151,6 +156,57 @@ def test_selection_decides_as_loops_do(bins, monkeypatch):
 def test_all_domains_have_buckets_by_default():
     shard, rules = records(4), FilterRules(keep=0.5, select=SelectConfig(length_buckets=3))
     assert found(shard, select(lambda: [shard], NAMES, rules)) == expected(shard, rules, None, [1, 1, 1])[0]
+
+
+@pytest.mark.parametrize("unit", KeepUnit)
+def test_a_filter_selects_as_loops_do(unit, tmp_path, small_shards):
+    """From the input on: each column that selection reads is what it says, in each of the shards."""
+    texts, answers = ([row["text"] for row in prose(220, seed)] for seed in (0, 1))
+    rows = [
+        {"q": q, "a": "é" * (n % 9) + a, "d": "aaaabac"[n % 7]}
+        for n, (q, a) in enumerate(zip(texts, answers, strict=True))
+    ]
+    rows[50] = {**rows[3], "d": "b"}
+    lines = [json.dumps(row) for row in rows]
+    lines[70] = "{broken"
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    config = SelectConfig(domains={"b": 0.8}, revive=0.2, floor=3, length_buckets=3)
+    given = dict(unit=unit, keep=0.4, seed=5, select=config, duplicates=DuplicateConfig(near=None))
+    keys = {"prompt_key": "q", "response_key": "a", "domain_key": "d"}
+    scorer = FixedScorer(lambda record: len(record.answer) % 11)
+    one = job(tmp_path / "in.jsonl", tmp_path / "out", scorer=scorer, **keys, **given)
+    clean = [Record("", "all", "", "x" * 9)]
+    done = Filter(replace(one, clean=clean, count_tokens=lambda texts: [text.count(" ") for text in texts]))
+    done.run()
+    write_outputs(done, tmp_path / "out")
+    found = rows_of(done)
+    wanted = {n: "duplicate" if n == 50 else "malformed" if n == 70 else None for n in range(220)}
+    passed = [n for n in range(220) if wanted[n] is None]
+    whole = [f"{row['q']}\n\n{row['a']}" for row in rows]
+    shard = ShardScores(
+        "all",
+        np.array([len(rows[n]["a"]) % 11 for n in passed], float),
+        np.array(["abc".index(rows[n]["d"]) for n in passed]),
+        np.array([len(rows[n]["a"].encode()) for n in passed]),
+        np.array([whole[n].count(" ") if unit is KeepUnit.tokens else 1 for n in passed]),
+        np.array([key_of(5, f"in.jsonl:{n + 1}") for n in passed], np.uint64),
+    )
+    decided, _, _ = expected(shard, done.rules, 9.0, [True] * 3)
+    assert [(found[n]["reason"], found[n]["bucket"]) for n in passed] == decided
+    assert {reason for reason, _ in decided} >= {"hard", "easy", "revived", "noise"} and max(decided)[1] == 2
+    assert [(found[n]["reason"], found[n]["bucket"], found[n]["kept"]) for n in (50, 70)] == [
+        ("duplicate", -1, False),
+        ("malformed", -1, False),
+    ]
+    assert found[50]["detail"] == "in.jsonl:4"
+    for n in passed:
+        assert found[n]["tokens"] == whole[n].count(" ") and found[n]["length"] == len(whole[n].encode())
+        assert (
+            found[n]["scored_bytes"] == len(rows[n]["a"].encode())
+            and found[n]["kept"] == Reason[found[n]["reason"]].kept
+        )
+    kept_lines = [lines[n].encode() for n in range(220) if found[n]["kept"]]
+    assert (tmp_path / "out" / "kept.jsonl").read_bytes() == b"".join(line + b"\n" for line in kept_lines)
 
 
 # -- streams
