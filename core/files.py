@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -282,22 +283,25 @@ def sha256_text(*parts: str) -> str:
     return digest.hexdigest()
 
 
-def lock_folder(folder: Path) -> IO[bytes] | None:
-    """Lock a folder until the returned file is closed or this process ends. Return None if another process has done so.
-
-    Makes the folder if it is missing. A file system without locks locks nothing.
+def lock_folder(folder: Path, patience_s: float = 0.0) -> IO[bytes] | None:
+    """Lock a folder until the returned file is closed or this process ends. Return None if another process holds the
+    lock for `patience_s` seconds more. Makes the folder. A file system without locks locks nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe in its place does not block
     file = os.fdopen(os.open(folder / ".lock", flags, 0o666), "rb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError:
-        pass
-    return file
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return file.close()
+            time.sleep(0.2)
+            continue
+        except OSError:
+            pass
+        return file
 
 
 @contextmanager

@@ -131,11 +131,8 @@ class RunDirectory:
 
         One process of a run calls this. Without the lock, two runs under one name would overwrite each other's files.
         """
-        deadline = time.monotonic() + patience_s
-        while (lock := lock_folder(self.path)) is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-        if lock is not None:
-            self._lock = lock  # the open file holds the lock
+        self._lock = lock_folder(self.path, patience_s)
+        if self._lock is not None:
             return
         reason = f"another process is training in {self.path}; wait for it, stop it, or choose another name"
         if patience_s:

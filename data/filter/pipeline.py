@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -66,8 +65,8 @@ class FilterJob:
     models: Models | None = None
     clean: Sequence[Record] = ()
     """Reference text (`rules.select.clean`) that sets the upper threshold."""
-    waits: bool = False
-    """Whether to wait for another process that filters into the directory, rather than raise `ConfigError`."""
+    patience_s: float = 0.0
+    """Seconds to wait for another process that filters into the directory."""
 
 
 class Filter:
@@ -124,10 +123,7 @@ class Filter:
             with barrier(self.workers):
                 if self.workers.rank == 0:
                     with writing(self.job.directory):
-                        lock = lock_folder(self.job.directory)
-                        while lock is None and self.job.waits:
-                            time.sleep(1)
-                            lock = lock_folder(self.job.directory)
+                        lock = lock_folder(self.job.directory, self.job.patience_s)
                     if lock is None:
                         reason = (
                             "another command filters into this folder; wait for it, stop it, or choose another out="

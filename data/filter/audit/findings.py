@@ -81,11 +81,8 @@ def _buckets(audit: dict[str, Any]) -> Iterator[str]:
 
 def _across_lengths(audit: dict[str, Any]) -> bool:
     """Return whether the labels let records of every domain compete across lengths, as `select.buckets=auto` asks."""
-    competing = [name for name, one in audit["domains"].items() if one["competed"]["documents"]]
-    scorer = audit["scorer"]["name"]
-    return audit["buckets"]["rule"] == "auto" and not any(
-        why_by_length(scorer, audit["proof"], name) for name in competing
-    )
+    competing = {name for name, one in audit["domains"].items() if one["competed"]["documents"]}
+    return audit["buckets"]["rule"] == "auto" and competing <= {*audit["buckets"]["without_length"]}
 
 
 def text_only(audit: dict[str, Any]) -> str | None:
