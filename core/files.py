@@ -296,7 +296,8 @@ def lock_folder(folder: Path, patience_s: float = 0.0) -> IO[bytes] | None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                return file.close()
+                file.close()
+                return None
             time.sleep(0.2)
             continue
         except OSError:

@@ -37,7 +37,9 @@ def shards(seed: int = 0, count: int = 800) -> list[pyarrow.Table]:
         "score:other": np.where(random.random(count) < 0.5, score + random.normal(0, 1, count), np.nan),
     }
     whole = decisions(score, reasons, domain, seed, **columns)
-    return [whole.slice(0, 300), whole.slice(300, 40), whole.slice(340)]
+    none = {name: whole[name].slice(0, 9) for name in columns}
+    none = decisions([np.nan] * 9, "unscored", "d", 1, **none)
+    return [whole.slice(0, 300), pyarrow.concat_tables([whole.slice(300, 40), none]), whole.slice(340)]
 
 
 def sizes(rows: list[dict[str, Any]]) -> dict[str, int]:
@@ -69,7 +71,7 @@ def test_figures_are_those_of_loops(unit):
     competed, kept = [row for row in rows if row["reason"] in COMPETED], [row for row in rows if row["kept"]]
     assert found["totals"] == {"in": sizes(rows), "competed": sizes(competed), "kept": sizes(kept)}
     assert found["reasons"] == {r.name: sizes([row for row in rows if row["reason"] == r.name]) for r in Reason}
-    for name, target in (("a", 0.6), ("b", 0.7), ("c", 1.0)):
+    for name, target in (("a", 0.6), ("b", 0.7), ("c", 1.0), ("d", 0.6)):
         mine, domain = [row for row in rows if row["domain"] == name], found["domains"][name]
         mine_competed, mine_kept = ([row for row in some if row["domain"] == name] for some in (competed, kept))
         assert {key: domain[key] for key in ("in", "competed", "kept", "target", "longest", "constant")} == {
@@ -106,8 +108,8 @@ def test_figures_are_those_of_loops(unit):
         for name, one in {"": figures, **figures["domains"]}.items():
             mine = [row for row in scored if name in ("", row["domain"])]
             assert one["records"] == len(mine)
-            if name == "c":
-                assert one["overall"] is None and one["inside_buckets"] is None, "constant scores"
+            if name in ("c", "d"):
+                assert one["overall"] is None and one["inside_buckets"] is None, "constant or missing scores"
                 continue
             wanted = spearmanr([row["score"] for row in mine], [row[column] for row in mine]).statistic
             assert one["overall"] == pytest.approx(wanted, rel=1e-4)
@@ -148,22 +150,25 @@ def test_kept_fractions_are_by_level_or_by_fifth(levels):
 
 
 def test_histograms_count_all_and_show_the_largest_domains(monkeypatch):
+    """The outermost bins count what is beyond their edges, here a twentieth at each end."""
     monkeypatch.setattr(statistics, "SHOWN_DOMAINS", 2)
+    monkeypatch.setattr(statistics, "_OUTER", 0.05)
     tables = shards()
     rows = [row for row in pyarrow.concat_tables(tables).to_pylist() if row["reason"] in COMPETED]
-    audit = Audit(FilterRules(), LengthScorer(), {}, "in", 800, sum(int(np.sum(one["tokens"])) for one in tables))
+    audit = Audit(FilterRules(), LengthScorer(), {}, "in", 809, sum(int(np.sum(one["tokens"])) for one in tables))
     for place, table in enumerate(tables):
         audit.add(f"{place}", table)
     found = audit.finish(lambda shard, row: f"{shard} {row}")
     scores, rows = found["scores"], [row for row in rows if np.isfinite(row["score"])]
     values = sorted(row["score"] for row in rows)
     assert list(scores["domains"]) == ["a", "b"] == list(found["samples"]), "those with the most tokens"
-    assert (scores["edges"][0], scores["edges"][-1], len(scores["edges"])) == (values[0], values[-1], 41)
+    low, high = (values[-(-len(values) * share // 20) - 1] for share in (1, 19))
+    assert (scores["edges"][0], scores["edges"][-1], len(scores["edges"])) == (low, high, 41)
     for name, one in {"": scores["overall"], **scores["domains"]}.items():
         mine = [row for row in rows if name in ("", row["domain"])]
-        edges = np.linspace(values[0], values[-1], 41)
+        edges = np.linspace(low, high, 41)
         for key, some in (("documents", mine), ("kept", [row for row in mine if row["kept"]])):
-            assert one[key] == np.histogram([row["score"] for row in some], edges)[0].tolist()
+            assert one[key] == np.histogram(np.clip([row["score"] for row in some], low, high), edges)[0].tolist()
         assert one["median"] == sorted(row["score"] for row in mine)[(len(mine) - 1) // 2]
     for name, sides in found["samples"].items():
         for side, shown in sides.items():

@@ -130,6 +130,29 @@ def test_the_first_of_each_group_are_those_of_a_sort(groups):
     assert [row["k"] for row in found] == [row["k"] for row in wanted]
 
 
+@pytest.mark.parametrize(
+    ("labels", "gap"),
+    [
+        ([1, 2, 3, 4, 5], None),
+        ([1, 2, 3, 4, 5] * 9 + [10_000, 30_000] * 9, [5, 10_000]),
+        ([1, 2, 3, 4, 5] * 20 + [10_000, 30_000] * 5, None),  # nine of ten are below
+        ([1, 5] * 45 + [10_000, 30_000] * 5, [5, 10_000]),
+        ([1, 5] * 5 + [10_000, 30_000] * 45, [5, 10_000]),
+        ([1, 5] * 5 + [10_000, 30_000] * 46, None),
+        ([1, 1, 100, 100], None),  # neither side is a scale
+        ([1, 2, 3, 100, 100], None),
+        ([1, 3, 23, 25], None),  # ten times as wide, but not ten times as large
+        ([0.5, 2.5, 26, 29], [2.5, 26]),
+        ([1, 2, 12, 14], None),
+        ([-5, -1, 100, 109], None),
+        ([7, 7, 7], None),
+    ],
+)
+def test_a_gap_between_two_scales(labels, gap):
+    random = np.random.default_rng(0)
+    assert proof._scales(random.permutation(np.array(labels, float))) == gap
+
+
 # -- all figures of a sample
 
 

@@ -65,16 +65,16 @@ def test_each_domain_is_decided_by_its_own_selector(unit, tmp_path):
     """Lines are decided as one selector for each domain decides on batches of its own lines."""
     (tmp_path / "exam.txt").write_text(TEXTS[4])
     clean = [Record("clean", "all", "clean", text) for text in TEXTS[:20]]
-    score_of = {text: float(place % 23) for place, text in enumerate(TEXTS)}
+    score_of = {text: float(place % 20 % 5 if place < 20 else place % 6) for place, text in enumerate(TEXTS)}
     config = InputConfig(input="-", domain_key="d")
-    select = SelectConfig(domains={"a": 0.2}, noise_quantile=0.99)
+    select = SelectConfig(domains={"a": 0.2}, noise_quantile=0.99, revive=0.3)
     sets = ContaminationConfig({"exam": str(tmp_path / "exam.txt")})
     rules = FilterRules(keep=0.6, unit=unit, select=select, contamination=sets, seed=3)
     scorer = FixedScorer(lambda record: score_of[record.text])
     done = LineFilter(config, rules, scorer, None, clean)
     rows = [{"text": text, "d": "ab"[place % 3 == 0]} for place, text in enumerate([*TEXTS, *TEXTS[:30]])]
     lines = [json.dumps(row).encode() for row in rows]
-    selectors = {name: StreamSelector(name, rules, 19.0) for name in "ab"}
+    selectors = {name: StreamSelector(name, rules, 4.0) for name in "ab"}
     wanted, weights = [], []
     for begin in range(0, len(rows), 40):
         reasons = {}
@@ -97,10 +97,22 @@ def test_each_domain_is_decided_by_its_own_selector(unit, tmp_path):
         assert done.kept([(n + 1, lines[n]) for n in batch]) == kept_lines
     counts = done.counts()
     assert counts["reasons"] == {reason.name: wanted.count(reason) for reason in Reason if reason in wanted}
-    assert set(counts["reasons"]) == {"hard", "easy", "noise", "contaminated"}
+    assert set(counts["reasons"]) == {"hard", "easy", "revived", "noise", "contaminated"}
     assert (counts["lines"], counts["kept"]) == (94, sum(reason.kept for reason in wanted))
     kept_weight, whole = (sum(size for kept, size in weights if kept or every) for every in (False, True))
     assert counts["rate"] == kept_weight / whole and counts["unit"] == unit.name
+
+
+def test_lines_are_screened_as_whole_records(tmp_path):
+    """The evaluation set is in the prompt, and one answer alone is broken."""
+    (tmp_path / "exam.txt").write_text(TEXTS[0])
+    config = InputConfig(input="-", prompt_key="q", response_key="a")
+    rules = FilterRules(keep=1.0, contamination=ContaminationConfig({"exam": str(tmp_path / "exam.txt")}))
+    done = LineFilter(config, rules, FixedScorer(lambda record: 1.0))
+    pairs = [(TEXTS[0], TEXTS[1]), (TEXTS[2], TEXTS[0]), (TEXTS[3], TEXTS[4]), (TEXTS[5], "ab " * 99), (TEXTS[6], " ")]
+    done.kept([(n, json.dumps({"q": q, "a": a}).encode()) for n, (q, a) in enumerate(pairs, 1)])
+    reasons = {Reason.contaminated: 2, Reason.hard: 1, Reason.repetitive: 1, Reason.empty: 1}
+    assert done.reasons == reasons
 
 
 def test_empty_lines_have_numbers_and_the_check_comes_once(tmp_path):

@@ -14,7 +14,7 @@ from data.filter.config import DuplicateConfig, FilterRules, KeepUnit, OnError, 
 from data.filter.input.records import Reason, Record
 from data.filter.pipeline import Filter
 from data.filter.select import selection
-from data.filter.select.selection import REASONS, ShardScores, Thresholds, length_bin, quantise, select
+from data.filter.select.selection import CODE, REASONS, ShardScores, Thresholds, length_bin, quantise, select
 from data.filter.select.streaming import StreamSelector
 from data.sampling import key_of
 from tests.data.filter.select.test_selection import take
@@ -151,6 +151,27 @@ def test_selection_decides_as_loops_do(bins, monkeypatch):
     if bins > 512:
         assert {reason for reason, _ in seen} == {"easy", "hard", "revived", "protected", "noise", "unscored"}
         assert {bucket for _, bucket in seen} >= set(range(5))
+
+
+def test_thresholds_are_described_as_scores():
+    """The described score of a bucket divides the kept from the others, at any size and sign."""
+    for scale in (1.0, 2000.0, 1e6):
+        shard = records(7)
+        shard = replace(shard, score=np.arange(len(shard.score)) * scale / 50 - scale, domain=shard.domain * 0)
+        decision = select(lambda shard=shard: [shard], ["a"], FilterRules(keep=0.8))
+        buckets, group = decision.thresholds["domains"]["a"]["buckets"], decision.group(shard)
+        hard = decision.reasons(shard) == CODE[Reason.hard]
+        assert len(buckets) == len(decision.starts[0]) > 1
+        for place, one in enumerate(buckets):
+            kept, dropped = (shard.score[side & (group == place)] for side in (hard, ~hard))
+            slack = 1.1 if scale > 5000 else 1.1 if abs(kept.min()) > 8000 else 1e-4
+            assert dropped.max(initial=-np.inf) - slack <= one["score"] <= kept.min() + slack
+            assert len(dropped), "else any lower score would do"
+            assert (
+                one["length"] <= shard.length[group == place].clip(1).min() and one["bin"] == decision.starts[0][place]
+            )
+    nothing = select(lambda: [shard], ["a"], FilterRules(select=SelectConfig(domains={"a": 0.0})))
+    assert {one["score"] for one in nothing.thresholds["domains"]["a"]["buckets"]} == {None}
 
 
 def test_all_domains_have_buckets_by_default():
