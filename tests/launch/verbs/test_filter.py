@@ -20,7 +20,6 @@ from launch.cli import main
 from launch.filter.config import FilterConfig, command_of
 from tests.support.filtering import outputs, prose, rows_in, write_lines
 
-
 ADVICE = "wait for it, stop it, or choose another out="
 
 
