@@ -299,10 +299,10 @@ def lock_folder(folder: Path, patience_s: float = 0.0) -> IO[bytes] | None:
                 file.close()
                 return None
             time.sleep(0.2)
-            continue
         except OSError:
-            pass
-        return file
+            return file  # a file system without locks
+        else:
+            return file
 
 
 @contextmanager
