@@ -6,6 +6,7 @@ file, and a full disk leaves the old content in place.
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
@@ -14,10 +15,11 @@ import re
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fsspec.registry import known_implementations
 
@@ -279,6 +281,28 @@ def sha256_text(*parts: str) -> str:
     for part in parts:
         digest.update(f"{len(part)}:".encode() + part.encode())
     return digest.hexdigest()
+
+
+def lock_folder(folder: Path, patience_s: float = 0.0) -> IO[bytes] | None:
+    """Lock a folder until the returned file is closed or this process ends. Return None if another process holds the
+    lock for `patience_s` seconds more. Makes the folder. A file system without locks locks nothing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe in its place does not block
+    file = os.fdopen(os.open(folder / ".lock", flags, 0o666), "rb")
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.close()
+                return None
+            time.sleep(0.2)
+        except OSError:
+            return file  # a file system without locks
+        else:
+            return file
 
 
 @contextmanager

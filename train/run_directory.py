@@ -5,7 +5,6 @@ A run resumes only under a configuration that does not change what is learnt, as
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import yaml
 from core.config import absolute, build, differences, plain
 from core.errors import ConfigError, LeviathanError, RenamedKeyError, UnreadableFileError
 from core.exit_codes import CRASHED
-from core.files import TEXT_LIMIT, check_regular, locate, misfit, parse_json, read_json, write_text
+from core.files import TEXT_LIMIT, check_regular, locate, lock_folder, misfit, parse_json, read_json, write_text
 from core.yaml_file import read_yaml
 from train.config import TrainConfig, phases
 from train.metap.hyperparameters import without_derived
@@ -132,20 +131,9 @@ class RunDirectory:
 
         One process of a run calls this. Without the lock, two runs under one name would overwrite each other's files.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe in its place does not block
-        self._lock = os.fdopen(os.open(self.path / ".lock", flags, 0o666), "rb")  # the open file holds the lock
-        deadline = time.monotonic() + patience_s
-        while True:
-            try:
-                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    break
-                time.sleep(0.2)
-            except OSError:
-                return None  # a file system without locks
-        self.release()
+        self._lock = lock_folder(self.path, patience_s)
+        if self._lock is not None:
+            return
         reason = f"another process is training in {self.path}; wait for it, stop it, or choose another name"
         if patience_s:
             raise RunLocked(f"{reason} ({patience_s:.0f} s were not enough)")

@@ -450,6 +450,9 @@ class InputConfig:
     def __post_init__(self) -> None:
         if (self.input is None) == (self.dataset is None):
             raise ConfigError("input", self.input, "name a file or folder (input=...), or a data set (dataset=...)")
+        for key in RECORD_KEYS[:-1]:  # an override such as label_key=true arrives as a text
+            if getattr(self, key) in ("", "True", "False"):
+                raise ConfigError(key, getattr(self, key), "must be the name of a column")
         if (self.prompt_key is None) != (self.response_key is None):
             raise ConfigError("response_key", self.response_key, "prompt_key and response_key go together")
         if self.prompt_key and self.messages_key:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -157,6 +158,7 @@ def filter_sources(
             count_tokens=lambda texts: [len(ids) for ids in tokenizer.encode(texts)],
             tokenizer=tokenizer.fingerprint,
             models=models,
+            patience_s=math.inf,
             clean=clean_records(rules.select.clean, InputConfig(input="")) if rules.select.clean else (),
         )
         done = Filter(job)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import ConfigError, counted
-from core.files import remove_tree, sha256_file, sha256_text
+from core.files import lock_folder, remove_tree, sha256_file, sha256_text
 from data.files import find_files
 from data.filter.audit.proof import by_length, check_auc, prove
 from data.filter.audit.statistics import OTHER
@@ -36,7 +37,7 @@ from data.filter.screen.duplicates import PLACES, DuplicateSearch, Signatures, s
 from data.filter.screen.gates import Gates
 from data.filter.screen.pictures import find_picture_duplicates
 from data.filter.select.selection import REASONS, ShardScores, noise_threshold, select
-from data.filter.store import StageStore, Workers, barrier, local_items
+from data.filter.store import StageStore, Workers, barrier, local_items, writing
 from data.filter.tables import PICTURES, THUMBNAILS, make_table
 from data.sampling import key_of
 
@@ -64,6 +65,8 @@ class FilterJob:
     models: Models | None = None
     clean: Sequence[Record] = ()
     """Reference text (`rules.select.clean`) that sets the upper threshold."""
+    patience_s: float = 0.0
+    """Seconds to wait for another process that filters into the directory."""
 
 
 class Filter:
@@ -110,6 +113,26 @@ class Filter:
                 check_auc(self.rules.select, lambda: None)
             gates = Gates(self.rules.gates)
             sets = EvaluationSets(self.rules.contamination)
+        with self._locked():
+            self._run(gates, sets)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other commands from the stages: each would remove files that the other needs."""
+        with ExitStack() as stack:
+            with barrier(self.workers):
+                if self.workers.rank == 0:
+                    with writing(self.job.directory):
+                        lock = lock_folder(self.job.directory, self.job.patience_s)
+                    if lock is None:
+                        reason = (
+                            "another command filters into this folder; wait for it, stop it, or choose another out="
+                        )
+                        raise ConfigError("out", str(self.job.directory), reason)
+                    stack.enter_context(lock)
+            yield
+
+    def _run(self, gates: Gates, sets: EvaluationSets) -> None:
         fail = self.rules.on_error is OnError.fail
         Ingest(self.records, self._parts, self.workers, SHARD_RECORDS, fail).run(self.job.report)
         try:
@@ -315,21 +338,21 @@ class Filter:
     @cached_property
     def _labels_of_copied(self) -> dict[str, float]:
         """Mean labels of the texts of which exact duplicates are labelled, by the id of the first record."""
-        found: dict[str, list[float]] = {}
-        labelled = [shard for shard in self.records.shards if self.records.has_column(shard, LABEL)]
-        for shard in labelled:
-            labels, copies = self.labels(shard), self.duplicates.read(shard, ["of", "reason"])
-            is_copy = copies["reason"].to_numpy() == Reason.duplicate.name
-            for row in np.flatnonzero(np.isfinite(labels) & is_copy).tolist():
-                found.setdefault(copies["of"][row].as_py(), []).append(float(labels[row]))
-        for shard in labelled if found else ():
-            names = self.records.read(shard, ["id"])["id"].to_pylist()
-            for name, label in zip(names, self.labels(shard).tolist(), strict=True):
-                if name in found and not np.isnan(label):
-                    found[name].append(label)
-        if disputed := sum(min(values) != max(values) for values in found.values()):
-            self.job.report(f"warning: {disputed:,} texts have contradictory labels; the mean of them counts")
-        return {name: float(np.mean(values)) for name, values in found.items()}
+        import pyarrow.compute
+
+        texts = []
+        for shard in self.records.shards:
+            if self.records.has_column(shard, LABEL):
+                copies, labels = self.duplicates.read(shard, ["of", "reason"]), self.labels(shard)
+                is_copy = pyarrow.compute.equal(copies["reason"], Reason.duplicate.name).fill_null(False)
+                first = pyarrow.compute.if_else(is_copy, copies["of"], self.records.read(shard, ["id"])["id"])
+                table = pyarrow.table({"id": first, "copy": is_copy, LABEL: labels})
+                texts.append(table.filter(pyarrow.array(np.isfinite(labels))))
+        if not texts:
+            return {}
+        found = pyarrow.concat_tables(texts).group_by("id").aggregate([("copy", "any"), (LABEL, "mean")])
+        found = found.filter(found["copy_any"])
+        return dict(zip(found["id"].to_pylist(), found[f"{LABEL}_mean"].to_pylist(), strict=True))
 
     # -- score
 

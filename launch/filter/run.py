@@ -106,7 +106,7 @@ def run_stream(config: FilterConfig, out: Path) -> int:
     reasons = ", ".join(f"{name} {count:,}" for name, count in counts["reasons"].items())
     kept = f"kept {counts['kept']:,} of {counted(counts['lines'], 'line')} ({rate}; keep={config.keep})"
     print(kept + (f": {reasons}" if reasons else ""))
-    print(f"a stream is not searched for duplicates; counts: {out / COUNTS}")
+    print(f"a stream has no length buckets and is not searched for duplicates; counts: {out / COUNTS}")
     return 0
 
 

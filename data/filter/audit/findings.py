@@ -81,11 +81,8 @@ def _buckets(audit: dict[str, Any]) -> Iterator[str]:
 
 def _across_lengths(audit: dict[str, Any]) -> bool:
     """Return whether the labels let records of every domain compete across lengths, as `select.buckets=auto` asks."""
-    competing = [name for name, one in audit["domains"].items() if one["competed"]["documents"]]
-    scorer = audit["scorer"]["name"]
-    return audit["buckets"]["rule"] == "auto" and not any(
-        why_by_length(scorer, audit["proof"], name) for name in competing
-    )
+    competing = {name for name, one in audit["domains"].items() if one["competed"]["documents"]}
+    return audit["buckets"]["rule"] == "auto" and competing <= {*audit["buckets"]["without_length"]}
 
 
 def text_only(audit: dict[str, Any]) -> str | None:
@@ -141,7 +138,8 @@ def labels(audit: dict[str, Any]) -> Iterator[str]:
     if missing := [named(name) for name in competing if name not in proof["domains"]]:
         yield f"No record is labelled in {_list(missing)}: how good the score is there is unknown."
     if found["contradictory"]:
-        yield f"{counted(found['contradictory'], 'record')} with equal texts have different labels."
+        count = counted(found["contradictory"], "record")
+        yield f"{count} with equal texts have different labels; the mean of a text's labels counts."
     if _alike(found["length"]):
         yield f"Labels follow the length of the scored text (rank correlation {found['length']:+.2f})."
 
@@ -162,13 +160,12 @@ def off_target(audit: dict[str, Any]) -> Iterator[str]:
 
 
 def length(audit: dict[str, Any]) -> Iterator[str]:
-    """Warn if scores correlate with the length of the scored part, or of the whole record if the two lengths differ."""
+    """Warn if scores correlate with the length of the scored part, or else of the whole record."""
     scored, whole = audit["length"], audit["whole_length"]
     if _across_lengths(audit):
         return
-    yield from _length_of("length", scored)
-    if whole != scored:
-        yield from _length_of("the length of prompt and answer", whole)
+    found = [*_length_of("length", scored), *_length_of("the length of prompt and answer", whole)]
+    yield from found[:1]
 
 
 def _length_of(what: str, length: dict[str, Any]) -> Iterator[str]:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import DataError
-from data.filter.config import BucketRule, FilterRules, OnError
+from data.filter.config import FilterRules, OnError
 from data.filter.input.records import Reason
 
 Integers = NDArray[np.int64]
@@ -39,7 +39,7 @@ CODE = {reason: np.uint8(place) for place, reason in enumerate(REASONS)}
 _FINE, _FINE_BITS = 8192, 16
 _LARGEST = 2**31 - 1
 _SCORE_BITS, _HASH_BITS = 32, 64
-_NOTHING = 1 << (_SCORE_BITS + _HASH_BITS)
+NOTHING = 1 << (_SCORE_BITS + _HASH_BITS)
 """A threshold above all keys, which keeps no record."""
 _BINS = 1 << 22
 """Maximum cells of a histogram: 32 MiB as int64. A pass has two histograms (documents and weight)."""
@@ -184,7 +184,7 @@ class Thresholds:
             (Reason.protected, self.floor, shard.domain, score, shard.hash),
         )
         for reason, keys, group, first, second in steps:
-            if min(keys.values, default=_NOTHING) < _NOTHING:
+            if min(keys.values, default=NOTHING) < NOTHING:
                 codes[(codes == CODE[Reason.easy]) & keys.reached(group, first, second)] = CODE[reason]
         return codes
 
@@ -220,7 +220,7 @@ def second_hash(hash_: Hashes) -> Hashes:
 
 def _readable(key: int) -> float | None:
     """Return the score of a threshold key; None for a key that no record reaches."""
-    if key >= _NOTHING:
+    if key >= NOTHING:
         return None
     steps = (key >> _HASH_BITS) - _LARGEST - 1
     knee = _FINE << _FINE_BITS
@@ -239,8 +239,7 @@ def select(
     """Select by score in each domain separately.
 
     `shards` returns the shards of this rank. `domains` are all names, the same on every rank. `noise` is from
-    `noise_threshold`. `by_length` [D]: whether a domain has length buckets; None: unless
-    `select.buckets=domain`.
+    `noise_threshold`. `by_length` [D]: whether a domain has length buckets; None: all have.
 
     A domain's target is its keep rate times the weight of all its records, but at most the weight of the records that
     can be kept: not noise, and unscored records only with `on_error=keep`. Each length bucket keeps the same fraction
@@ -255,10 +254,9 @@ def select(
     census = search.census(domains, protected, noise, rules.on_error)
     rate = np.array([rules.select.domains.get(name, rules.keep) for name in domains], np.float64)
     target = np.clip(rate * census.passed[1] - census.kept[1], 0, census.easy[1])
-    whole = rules.select.buckets is BucketRule.domain
-    most = np.where(np.full(count, not whole) if by_length is None else by_length, rules.select.length_buckets, 1)
+    most = np.where(np.ones(count) if by_length is None else by_length, rules.select.length_buckets, 1)
     starts = _buckets(census.pair, census.count[0], most)
-    none, no_domain = (ThresholdKeys((_NOTHING,) * size) for size in (sum(map(len, starts)), count))
+    none, no_domain = (ThresholdKeys((NOTHING,) * size) for size in (sum(map(len, starts)), count))
     aim = np.where(protected, census.passed[1], target + census.kept[1])
     limits = (starts, none, no_domain, no_domain, aim, census.passed[1])
     decision = Thresholds(tuple(domains), protected, rules.on_error, noise, *limits)

@@ -16,6 +16,7 @@ from data.filter.config import FilterRules, OnError
 from data.filter.input.records import Reason
 from data.filter.select.selection import (
     CODE,
+    NOTHING,
     Codes,
     Integers,
     ShardScores,
@@ -52,7 +53,7 @@ class StreamSelector:
         self.noise, self.revive, self.on_error = noise, rules.select.revive, rules.on_error
         self.seen = self.kept = 0
         """Weight of the records so far, and of those that were kept."""
-        self._key: int | None = None  # None before the first batch
+        self._key = NOTHING  # until the first batch
 
     def decide(self, batch: ShardScores) -> Codes:
         """Return the reason of each record of the next batch: codes [N], indices into `REASONS`.
@@ -64,8 +65,6 @@ class StreamSelector:
             fix = "score them again, or set on_error=keep or on_error=drop"
             raise DataError(f"{unscored.sum()} records of {batch.name} have no finite score: {fix}")
         codes = screen(batch, self.protected, self.noise, self.on_error)
-        if self.protected[0]:
-            return codes
         easy, rate, weight, score = codes == CODE[Reason.easy], self.rate, batch.weight, score_bits(batch.score)
         # if records below the threshold are revived with this probability, they are a fraction `revive` of the kept
         probability = self.revive * rate / (1 - (1 - self.revive) * rate) if self.revive else 0.0
@@ -87,8 +86,6 @@ class StreamSelector:
         return codes
 
     def _reached(self, score: Integers, hash_: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        if self._key is None:
-            return np.zeros(len(score), bool)
         return ThresholdKeys((self._key,)).reached(np.zeros(len(score), np.int64), score, hash_)
 
     def _move(
@@ -100,12 +97,12 @@ class StreamSelector:
         order = np.lexsort((~hash_, -score))
         total = np.concatenate([[0], np.cumsum(weight[order])])
         now = int(self._reached(score, hash_).sum())
-        goal = asked if self._key is None else total[now] + _STEP * (asked - total[now])
+        goal = asked if self._key == NOTHING else total[now] + _STEP * (asked - total[now])
         goal = min(max(goal, least), most)
         after = min(int(np.searchsorted(total, goal, "left")), len(order))
         if after and abs(total[after - 1] - goal) < abs(total[after] - goal):
             after -= 1
-        if self._key is None or after != now:
+        if self._key == NOTHING or after != now:
             edge = order[after - 1] if after else order[0]
             self._key = (int(score[edge]) << 64) + int(hash_[edge]) + (not after)
         return int(weight[self._reached(score, hash_)].sum())

@@ -172,6 +172,22 @@ def test_equal_captions_of_other_pictures_are_kept(tmp_path):
     assert all(row["kept"] for row in rows)
 
 
+def test_pictures_of_a_dropped_document_may_come_again(tmp_path):
+    texts = (b"", b"A photo of one thing.", b"The same photo again.")
+    pairs = (
+        (f"{n}.{kind}", content)
+        for n, text in enumerate(texts)
+        for kind, content in (("png", smooth(1)), ("txt", text))
+    )
+    write_tar(tmp_path / "photos.tar", dict(pairs))
+    rows = filtered(tmp_path / "photos.tar", tmp_path / "out")
+    assert [(row["reason"], row["detail"]) for row in rows] == [
+        ("empty", None),
+        ("hard", None),
+        ("duplicate_pictures", "photos.tar:1"),
+    ]
+
+
 def broken(folder: Path) -> Path:
     """Write documents of which the third has half a picture, and the fifth a path that leaves the folder."""
     folder.mkdir()

@@ -21,7 +21,16 @@ import pytest
 from core.errors import ConfigError, DataError
 from data.filter import pipeline, runs, store
 from data.filter.audit.outputs import KEPT, SCORES, audit_of
-from data.filter.config import DuplicateConfig, InputConfig, KeepUnit, OnError, SelectConfig
+from data.filter.config import (
+    BucketRule,
+    ContaminationConfig,
+    DuplicateConfig,
+    GateConfig,
+    InputConfig,
+    KeepUnit,
+    OnError,
+    SelectConfig,
+)
 from data.filter.input.readers import clean_records
 from data.filter.input.records import Reason, Record
 from data.filter.pipeline import THRESHOLDS, Filter
@@ -237,6 +246,50 @@ def test_a_lost_shard_is_made_again(finished, source, alone, stage):
 
 
 # -- other settings, full disks
+
+
+def test_each_setting_changes_its_stage_and_all_later_ones(tmp_path):
+    """A stage whose key missed a setting would be reused under another value of it."""
+    source = write_lines(tmp_path / "in.jsonl", prose(3))
+    exam, clean = (tmp_path / name for name in ("exam.txt", "clean.txt"))
+    for path in (exam, clean):
+        path.write_text(" ".join(prose(1, 5)[0]["text"].split() * 2))
+    names = ["records", "screened", "scored", "decided"]
+
+    def keys(scorer: str = "a", tokenizer: str = "bytes", clean: tuple[Record, ...] = (), **settings: Any) -> list[str]:
+        contamination = settings.pop("contamination", ContaminationConfig({"exam": str(exam)}))
+        one = job(source, tmp_path / "out", scorer=FixedScorer(len, scorer), contamination=contamination, **settings)
+        done = Filter(replace(one, tokenizer=tokenizer, clean=clean))
+        return [getattr(done, name).key for name in names] + [done.duplicates.key]
+
+    before, changes = (
+        keys(),
+        {
+            "text_key": ("records", {"text_key": "other"}),
+            "label_key": ("records", {"label_key": "level"}),
+            "gates": ("screened", {"gates": GateConfig(min_characters=5)}),
+            "duplicates": ("screened", {"duplicates": DuplicateConfig(near=0.7)}),
+            "words": ("screened", {"contamination": ContaminationConfig({"exam": str(exam)}, words=9)}),
+            "on_error": ("screened", {"on_error": OnError.keep}),
+            "seed": ("screened", {"seed": 1}),
+            "tokenizer": ("screened", {"tokenizer": "other"}),
+            "scorer": ("scored", {"scorer": "b"}),
+            "keep": ("decided", {"keep": 0.25}),
+            "unit": ("decided", {"unit": KeepUnit.tokens}),
+            "floor": ("decided", {"select": SelectConfig(floor=2)}),
+            "buckets": ("decided", {"select": SelectConfig(buckets=BucketRule.domain)}),
+            "clean": ("decided", {"clean": (Record("1", "all", "1", "a clean text"),)}),
+            "require_auc": (None, {"select": SelectConfig(require_auc=0.6)}),
+        },
+    )
+    for name, (stage, settings) in changes.items():
+        after, first = keys(**settings), names.index(stage) if stage else 4
+        assert [one == other for one, other in zip(before, after, strict=True)][:4] == [n < first for n in range(4)], (
+            name
+        )
+        assert (before[4] == after[4]) == (first > 1), name
+    exam.write_text("other words " * 20)
+    assert [one == other for one, other in zip(before, keys(), strict=True)] == [True, False, False, False, False]
 
 
 def test_changed_settings_are_refused_by_name(tmp_path):

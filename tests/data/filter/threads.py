@@ -15,6 +15,7 @@ class ThreadWorker:
 
     def __init__(self, rank: int, values: list[Any], meet: threading.Barrier) -> None:
         self.rank, self.size, self.values, self.meet = rank, len(values), values, meet
+        self.agreed: Any = None
 
     def all(self, value: Any) -> list[Any]:
         self.values[self.rank] = value
@@ -24,10 +25,11 @@ class ThreadWorker:
         return found
 
     def sum(self, values: Any) -> Any:
-        return np.sum(self.all(values), axis=0)
+        return np.sum(self.all(np.array(values)), axis=0)  # a copy: the caller may write to its array again
 
     def agree(self, error: Any) -> None:
         for found in filter(None, self.all(error)):
+            self.agreed = found
             raise found
 
 
@@ -36,10 +38,12 @@ def on_threads(count: int, work: Callable[[ThreadWorker], Any]) -> list[Any]:
     values, meet = [None] * count, threading.Barrier(count, timeout=60)
 
     def guarded(rank: int) -> Any:
+        worker = ThreadWorker(rank, values, meet)
         try:
-            return work(ThreadWorker(rank, values, meet))
-        except BaseException:
-            meet.abort()
+            return work(worker)
+        except BaseException as error:
+            if error is not worker.agreed:  # else all threads raise it, and some may not have left the barrier yet
+                meet.abort()
             raise
 
     with ThreadPoolExecutor(count) as pool:

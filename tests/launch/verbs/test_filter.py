@@ -13,11 +13,14 @@ import pytest
 
 from core.config import build, load
 from core.errors import ConfigError
+from core.files import lock_folder
 from data.filter.audit.separation import spearman
 from data.filter.config import FilterRules, ScorerKind, decisive_settings
 from launch.cli import main
 from launch.filter.config import FilterConfig, command_of
 from tests.support.filtering import outputs, prose, rows_in, write_lines
+
+ADVICE = "wait for it, stop it, or choose another out="
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +114,27 @@ def test_a_rerun_computes_nothing(pairs, out, refused, capsys):
     assert "scored: was made with scorer=ngram " in line and "(now length " in line and "choose another out=" in line
 
 
+def test_two_filters_do_not_share_a_folder(pairs, tmp_path, refused):
+    """`lock_folder` is what another process would have called."""
+    words = arguments(pairs, tmp_path / "out")
+    with lock_folder(tmp_path / "out" / "stages"):
+        line = refused("filter", *words)
+    assert line == f"out={tmp_path}/out/stages: another command filters into this folder; {ADVICE}"
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+    assert main(["filter", *words]) == 0, "the lock ends with the process that holds it"
+    lock = lock_folder(tmp_path / "out" / "stages")
+    assert lock is not None, "a filter that has ended holds no lock"
+    lock.close()
+
+
+@pytest.mark.parametrize("word", ["label_key=true", "label_key=", "domain_key=false"])
+def test_a_column_has_a_name(pairs, tmp_path, refused, word):
+    key = word.split("=")[0]
+    line = refused("filter", *arguments(pairs, tmp_path / "out"), word)
+    assert line.startswith(f"{key}=") and line.endswith(": must be the name of a column")
+    assert not (tmp_path / "out").exists(), "rejected before the input is read"
+
+
 def test_the_audit_compares_the_members_of_an_ensemble(pairs, tmp_path):
     members = "[{kind: ngram, order: 2}, {kind: ngram, order: 4}, {kind: length}]"
     settings = ["scorer.kind=ensemble", f"scorer.members={members}"]
@@ -164,7 +188,7 @@ def test_impossible_rules_are_rejected_before_scoring(pairs, tmp_path, refused, 
     if "languages" in word:
         pytest.importorskip("py3langid")
     assert refused("filter", *arguments(pairs, tmp_path / "out"), word).startswith(message)
-    made = [path.name.split("-")[0] for path in (tmp_path / "out" / "stages").glob("*")]
+    made = [path.name.split("-")[0] for path in (tmp_path / "out" / "stages").glob("[!.]*")]
     assert made == (["records"] if "select" in word else [])
 
 

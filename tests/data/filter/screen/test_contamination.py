@@ -6,13 +6,14 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from core.errors import ConfigError
 from data.filter.config import ContaminationConfig
-from data.filter.screen.contamination import EvaluationSets
+from data.filter.screen.contamination import EvaluationSets, QuestionSearch
 from tests.data.filter.screen.test_duplicates import document
 
 QUESTION = (
@@ -48,6 +49,29 @@ def test_nothing_is_found_without_the_set(tmp_path):
     assert EvaluationSets(ContaminationConfig())(PLANTED) is None
     exam = {"exam": str(write_sets(tmp_path)["set.jsonl"])}
     assert EvaluationSets(ContaminationConfig(exam, words=17))(PLANTED) is None
+
+
+def test_sets_match_as_runs_of_words_do(tmp_path):
+    """Random texts of three words against the runs of each set, as tuples; questions against texts likewise."""
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(list("abc"), random.integers(1, 7))) for _ in range(120)]
+    runs = [{tuple(text.split()[n : n + 4]) for n in range(len(text.split()) - 3)} for text in texts]
+    one, *two, three = [place for place in range(60) if runs[place]][:4]
+    names = {"one": [one], "two": two, "three": [three]}
+    for name, places in names.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"q": texts[place]}) + "\n" for place in places))
+    sets = EvaluationSets(ContaminationConfig({name: str(tmp_path / f"{name}.jsonl") for name in names}, words=4))
+    of = {name: set().union(*(runs[place] for place in places)) for name, places in names.items()}
+    wanted = [next((name for name in of if of[name] & mine), None) for mine in runs]
+    assert [sets(text) for text in texts] == wanted and set(wanted) == {*names, None}
+    search = QuestionSearch({place: (texts[place], "c c c c c") for place in range(60)}, words=4)
+    assert search.too_short_Q.tolist() == [not mine for mine in runs[:60]]
+    seen = set()
+    for place in (70, 71, 90):
+        search.add(texts[place])
+        seen |= runs[place]
+        assert search.found_Q.tolist() == [bool((mine | {tuple("cccc")}) & seen) for mine in runs[:60]]
+    assert 0 < search.found_Q.sum() < 60
 
 
 def test_the_first_set_that_matches_is_named(tmp_path):

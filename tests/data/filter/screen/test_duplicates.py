@@ -163,6 +163,34 @@ def test_records_of_a_bucket_are_alike_from_the_threshold_on():
     assert pairs.T.tolist() == [[0, 1]]
 
 
+@pytest.mark.parametrize(("near", "needed"), [(0.75, 96), (0.8, 103), (0.3, 39)])
+def test_the_threshold_itself_is_near_enough(near, needed):
+    """The last positions differ, so that whole bands agree."""
+    first = np.arange(PLACES, dtype=np.uint32) + 1
+    for agree in (needed - 1, needed):
+        other = np.where(np.arange(PLACES) < agree, first, first + 1000)
+        shard = Signatures(np.arange(4, dtype=np.uint64).reshape(2, 2), np.stack([first, other]), np.ones(2, np.bool_))
+        is_near = agree == needed
+        assert find([shard], DuplicateConfig(near=near)) == [None, (Reason.near_duplicate, 0) if is_near else None]
+
+
+def test_words_are_compared_in_runs_of_five():
+    """Estimates are close to the similarity of sets of runs of five words, which differs from that of four or six."""
+    one = document(1, 400)
+    other = " ".join(word if place % 7 else "x" for place, word in enumerate(one.split()))
+    near = signatures([one, other]).near_NP
+    assert abs((near[0] == near[1]).mean() - similarity(one, other)) < 0.08
+    assert signatures([one, f"{one} {one}"]).near_NP[0] == pytest.approx(signatures([one]).near_NP[0])
+
+
+def test_pictures_in_another_order_are_another_document():
+    texts, digests = ["one text for all of them"] * 4, [["a", "b"], ["b", "a"], ["a", "b"], []]
+    found = signatures(texts, digests)
+    keys = [tuple(row) for row in found.exact_N2.tolist()]
+    assert keys[0] == keys[2] and len(set(keys)) == 3
+    assert found.near_NP.any(1).tolist() == [False, False, False, True], "captions may be equal"
+
+
 def test_bands_miss_one_percent_at_most_at_the_threshold():
     for threshold in (0.3, 0.5, 0.8, 0.95):
         count, width = duplicates.bands(threshold)
