@@ -26,8 +26,8 @@ from parallel.layout import Recompute
 from precision.config import Compute, KernelKind, PrecisionConfig
 from precision.resolve import Precision, resolve
 from tests.model.attention.test_segments import figures, inputs, masked, positions
-from tests.support.head_cases import FLAWS, STEPS, head_errors
-from tests.support.kernel_cases import GATES
+from tests.support.kernels.head_cases import FLAWS, STEPS, head_errors
+from tests.support.kernels.kernel_cases import GATES
 from tests.support.models import optimizer_of, small
 from train.optim.config import OptimizerConfig
 

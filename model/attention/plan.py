@@ -84,6 +84,8 @@ class ForwardContext:
         """Keys and values of earlier passes, for generation; None: every sequence is whole."""
         self.labels_BT: Tensor | None = None
         """Labels, for which the model returns the losses instead of logits; negative ones have none."""
+        self.likeliest = False
+        """Whether the model returns [B, T, 2]: the losses of the labels, and the ids of the likeliest words."""
         self.is_static = False
         """Whether compiled layers read the plans, which must not be compiled again for each batch. The longest document
         is then taken to be a whole sequence or chunk, and the number of documents is a dynamic size.
