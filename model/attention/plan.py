@@ -154,7 +154,8 @@ class ForwardContext:
     def tensors(self) -> list[Tensor]:
         """Return the tensors on the device that exist so far."""
         masks = [plan.mask for plan in self._plans.values() if plan.mask is not None]
-        return [self.positions_BT, *(ends for ends, _ in self._borders.values()), *masks]
+        images = [] if self.is_image_BT is None else [self.is_image_BT]
+        return [self.positions_BT, *(ends for ends, _ in self._borders.values()), *masks, *images]
 
     def prepare(
         self, model: ModelConfig, dtype: torch.dtype, attention: AttentionKind = AttentionKind.segments

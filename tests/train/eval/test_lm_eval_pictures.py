@@ -168,7 +168,8 @@ def test_generation_encodes_the_pictures_once(harness, monkeypatch):
     assert together == HarnessModel(harness.model, 1).generate_until(asked) and encoded == [1, 1]
     tokens = torch.tensor([[0, 5, 5, 5, 5]])[:, : 1 + harness.model.network.config.vision.tokens_per_tile]
     for _ in range(2):
-        harness.model.placed_tiles(tokens, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+        shown = harness.model.placed_tiles(tokens, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+        harness.model.logits(tokens, shown)
     assert encoded == [1] * 4, "the control keeps nothing"
 
 
