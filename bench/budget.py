@@ -31,7 +31,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bench.budget_step import step_counts
 from bench.counting import Counter, Float8Calls
 from core.files import write_json
 from model.attention.plan import ForwardContext
@@ -190,6 +189,8 @@ def loss_counts(ranks: int = 1, tokens: int = TOKENS) -> Counter:
 
 
 def report() -> dict[str, Any]:
+    from bench.budget_step import step_counts  # engines need libraries that a layer does not
+
     counts, losses, (step_launches, step_syncs) = launches(), loss_counts(), step_counts(TOKENS)
     split_losses = loss_counts(2)
     float8 = {str(experts): quantise_calls(replace(SCOUT, num_experts=experts)) for experts in EXPERTS}
