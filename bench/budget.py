@@ -6,10 +6,12 @@ The layer is Llama 4 Scout's MoE layer in bfloat16 on meta tensors, with the cod
 backward of a micro-batch of 8,192 tokens. It is not the first of its step, so gradients are added, and weights are not
 cast. `launches` are those of packed rows of 1, 8 and 32 documents. `saved_bytes` are those that a token keeps from the
 forward to the backward pass, its input among them, for each kind of recomputation. `loss_peak_bytes` is the peak of
-head and loss without the weight and its gradient. `quantise_calls` and `product_calls` are the calls of an FP8 library
-for a micro-batch, for 8 and 128 experts, and `weight_quantise_calls` those for the weights in a step of 1 and 4
-micro-batches, all with the blockwise recipe. `syncs_ep` are the host synchronisations of the layer as one of eight
-ranks of expert parallelism, without a network: routing is balanced, and a copy to the host gives its counts.
+head and loss without the weight and its gradient, and `loss_launches` are their launches; `_tp2` is one of two ranks of
+tensor parallelism. `step_launches` and `step_syncs` are those of `bench.budget_step`. `quantise_calls` and
+`product_calls` are the calls of an FP8 library for a micro-batch, for 8 and 128 experts, and `weight_quantise_calls`
+those for the weights in a step of 1 and 4 micro-batches, all with the blockwise recipe. `syncs_ep` are the host
+synchronisations of the layer as one of eight ranks of expert parallelism, without a network: routing is balanced, and a
+copy to the host gives its counts.
 """
 
 from __future__ import annotations
@@ -168,21 +170,29 @@ class _Half:
 
 def loss_peak_bytes(ranks: int = 1) -> int:
     """Return the peak of head and loss at the vocabulary of Llama 4, sharded over one or two ranks."""
+    return loss_counts(ranks).peak
+
+
+def loss_counts(ranks: int = 1, tokens: int = TOKENS) -> Counter:
+    """Return the counts of head and loss, forward and backward."""
     BFLOAT16.clock.tick()
     with META:
         head = Head(SCOUT.hidden_size, SCOUT.vocab_size // ranks, Role.head, BFLOAT16.plain)
-        x_BTD = torch.empty(1, TOKENS, SCOUT.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        labels_BT = torch.zeros(1, TOKENS, dtype=torch.int64)
+        x_BTD = torch.empty(1, tokens, SCOUT.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        labels_BT = torch.zeros(1, tokens, dtype=torch.int64)
     head.shard = _Half() if ranks > 1 else None
     narrow = head.gemm.narrowed(head.weight)  # the copy of the optimizer step
     with Counter(ignored=[head.weight.shape]) as counter:
         head(x_BTD, labels_BT).sum().backward()
     del narrow
-    return counter.peak
+    return counter
 
 
 def report() -> dict[str, Any]:
-    counts = launches()
+    from bench.budget_step import step_counts  # engines need libraries that a layer does not
+
+    counts, losses, (step_launches, step_syncs) = launches(), loss_counts(), step_counts(TOKENS)
+    split_losses = loss_counts(2)
     float8 = {str(experts): quantise_calls(replace(SCOUT, num_experts=experts)) for experts in EXPERTS}
     return {
         "launches": {str(documents): counter.launches.total() for documents, counter in counts.items()},
@@ -190,8 +200,12 @@ def report() -> dict[str, Any]:
         "syncs": sum(counter.syncs.total() for counter in counts.values()),
         "syncs_ep": syncs_ep().syncs.total(),
         "saved_bytes": saved_bytes(),
-        "loss_peak_bytes": loss_peak_bytes(),
-        "loss_peak_bytes_tp2": loss_peak_bytes(2),
+        "loss_peak_bytes": losses.peak,
+        "loss_peak_bytes_tp2": split_losses.peak,
+        "loss_launches": losses.launches.total(),
+        "loss_launches_tp2": split_losses.launches.total(),
+        "step_launches": step_launches,
+        "step_syncs": step_syncs,
         "quantise_calls": {experts: calls.quantised.total() for experts, calls in float8.items()},
         "product_calls": {experts: calls.products for experts, calls in float8.items()},
         "weight_quantise_calls": {str(count): weight_quantise_calls(count) for count in MICRO_BATCHES},

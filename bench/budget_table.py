@@ -10,6 +10,7 @@ from bench import budget
 
 LAUNCHES_BEFORE, SAVED_BEFORE, LOSS_BEFORE = {"1": 269, "8": 450, "32": 1074}, {"none": 294e3}, 20e9
 """The counts of commit ed0cbce of 2026-11-26: the same layer on meta tensors; the peak of the loss by arithmetic."""
+MOST_LOSS_LAUNCHES = 400
 MOST_LAUNCHES, MOST_SAVED, MOST_LOSS = 150, {"none": 185e3, "selective": 80e3, "full": 12e3}, 1.5e9
 
 
@@ -26,6 +27,10 @@ def table(found: dict[str, Any]) -> str:
     what = "peak memory of head and loss"
     rows.append([what, *(_in(1e9, "GB", 2, x) for x in (LOSS_BEFORE, found["loss_peak_bytes"], MOST_LOSS))])
     rows.append([f"{what}, `tp=2`", *(_in(1e9, "GB", 2, x) for x in (None, found["loss_peak_bytes_tp2"], MOST_LOSS))])
+    for suffix, note in (("", ""), ("_tp2", ", `tp=2`")):
+        count = found[f"loss_launches{suffix}"]
+        rows.append([f"launches of head and loss{note}", "", f"{count:,}", str(MOST_LOSS_LAUNCHES)])
+    rows.append(["host synchronisations of a step", "", str(found["step_syncs"]), "0"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 

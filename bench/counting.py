@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import Counter as Counts
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from precision.config import Recipe
@@ -34,6 +37,11 @@ and the cast of its gain; the gradients of its input and, in two steps, of its g
 grouped matmul and the preparation of its pointers; flash attention and its random state; its backward pass with a
 preparation, the conversion of dq, and the sums of dk and dv over the query heads of a group.
 """
+_MAKERS = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+_FUSED_DEPTH = {"_fused_adamw_": 4, "_foreach_norm": 1}
+"""Tensors that one element of a kernel over lists reads or writes; of others, the number of lists."""
+_CHUNK, _CHUNKS, _TENSORS = 1 << 16, 320, (110, 64, 48, 36, 30)
+"""Elements of a chunk; chunks and, by depth, tensors of a launch: torch's MultiTensorApply.cuh."""
 _SYNCHRONISES = {"_local_scalar_dense", "nonzero", "masked_select", "unique2", "_unique2", "unique_dim", "equal"}
 
 
@@ -55,6 +63,22 @@ class Counter(TorchDispatchMode):
         self.syncs: Counts[str] = Counts()
         self.peak = 0
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._pinned: list[Tensor] = []
+        self._patches = ExitStack()
+
+    def __enter__(self) -> Counter:
+        self._patches.enter_context(patch("core.memory.pinned", self._pin))
+        self._patches.enter_context(_PythonValues(self.syncs))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patches.close()
+        self._pinned.clear()
+
+    def _pin(self, x: Tensor, device: torch.device) -> Tensor:
+        self._pinned.append(x.clone())
+        return self._pinned[-1]
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -67,10 +91,10 @@ class Counter(TorchDispatchMode):
             return self.values(args[0])
         result = operation(*args, **kwargs)
         on_host = _on_host(args, result)
-        if (name in _SYNCHRONISES and not on_host) or _waits_for_copy(name, args, kwargs):
+        if (name in _SYNCHRONISES and not on_host) or self._waits_for_copy(name, args, kwargs):
             self.syncs[name] += 1
         if not on_host and not _is_view(operation) and name not in _ALLOCATIONS:
-            self.launches[name] += _LAUNCHES.get(name, 1)
+            self.launches[name] += _launches(name, args)
         given = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(result):
             self._note(tensor, given)
@@ -86,10 +110,46 @@ class Counter(TorchDispatchMode):
         """Count the memory of a tensor no longer."""
         self._made.pop(StorageWeakRef(tensor.untyped_storage()).cdata, None)
 
+    def _waits_for_copy(self, name: str, args: Any, kwargs: Any) -> bool:
+        """Return whether the host waits for a copy: one from the device, or one to the device that is not asked to run
+        on its own, or not from pinned memory. Indices on the host are such copies.
+        """
+        given = [tensor.device.type for tensor in _tensors(args)]
+        if name in ("index", "index_put", "index_put_"):
+            return args[0].device.type == "meta" and "cpu" in [x.device.type for x in _tensors(args[1])]
+        if name == "copy_":
+            waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+            uploads = given == ["meta", "cpu"] and args[1].dim() > 0
+            return given == ["cpu", "meta"] or (uploads and (waits or not self._is_pinned(args[1])))
+        target = kwargs.get("device")
+        uploads = name == "_to_copy" and given == ["cpu"] and target is not None and torch.device(target).type == "meta"
+        return uploads and not (kwargs.get("non_blocking", False) and self._is_pinned(args[0]))
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        return any(tensor.untyped_storage()._cdata == one.untyped_storage()._cdata for one in self._pinned)
+
     def _note(self, tensor: Tensor, given: set[int]) -> None:
         reference = StorageWeakRef(tensor.untyped_storage())
         if tensor.device.type == "meta" and reference.cdata not in given and tensor.shape not in self.ignored:
             self._made[reference.cdata] = reference, tensor.untyped_storage().nbytes()
+
+
+class _PythonValues(TorchFunctionMode):
+    """Counts the copies of Python's values to the device, of which PyTorch shows no operator."""
+
+    def __init__(self, syncs: Counts[str]) -> None:
+        super().__init__()
+        self.syncs = syncs
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in _MAKERS and result.device.type == "meta":
+            data = [*args[function is Tensor.new_tensor :], (kwargs or {}).get("data")][0]
+            self.syncs.update([] if isinstance(data, Tensor) else ["tensor"])
+        if function in (Tensor.__getitem__, Tensor.__setitem__) and args[0].device.type == "meta":
+            index = args[1] if isinstance(args[1], tuple) else args[1:2]
+            self.syncs.update(["index by a list"] if any(isinstance(one, list) for one in index) else [])
+        return result
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -105,17 +165,17 @@ def _to_host(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cpu"
 
 
-def _waits_for_copy(name: str, args: Any, kwargs: Any) -> bool:
-    """Return whether the host waits for a copy: one from the device, or one to the device that is not asked to run
-    on its own.
-    """
-    given = [tensor.device.type for tensor in _tensors(args)]
-    if name == "copy_":
-        waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
-        return given == ["cpu", "meta"] or (given == ["meta", "cpu"] and waits and args[1].dim() > 0)
-    target = kwargs.get("device")
-    uploads = name == "_to_copy" and given == ["cpu"] and target is not None and torch.device(target).type == "meta"
-    return uploads and not kwargs.get("non_blocking", False)
+def _launches(name: str, args: Any) -> int:
+    """Return the kernels of an operator. One over lists of tensors takes some tensors, and some chunks, at a time."""
+    if not name.startswith(("_foreach_", "_fused_")):
+        return _LAUNCHES.get(name, 1)
+    lists = [one for one in args if isinstance(one, list | tuple) and one and isinstance(one[0], Tensor)]
+    tensors = lists[0]
+    if any(isinstance(x, Tensor) and x.dtype is not tensors[0].dtype for x in args):  # torch then takes them one by one
+        return len(tensors)
+    most = _TENSORS[_FUSED_DEPTH.get(name, len(lists)) - 1]
+    chunks = sum(-(-x.numel() // _CHUNK) for x in tensors)
+    return max(-(-len(tensors) // most), -(-chunks // _CHUNKS)) + (name == "_foreach_norm")  # and its last sum
 
 
 def _is_view(operation: Any) -> bool:

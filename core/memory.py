@@ -30,8 +30,12 @@ def upload(x: torch.Tensor, device: torch.device | None) -> torch.Tensor:
     """
     if device is None or x.device == device:
         return x
-    on_host = device.type == "cuda" and x.device.type == "cpu"
-    return (x.pin_memory() if on_host else x).to(device, non_blocking=True)
+    return (pinned(x, device) if x.device.type == "cpu" else x).to(device, non_blocking=True)
+
+
+def pinned(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy in memory that a GPU reads on its own; for other devices, `x` itself."""
+    return x.pin_memory() if device.type == "cuda" else x
 
 
 def _allowances(root: Path) -> Iterator[int]:

@@ -76,7 +76,7 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, context: ForwardContext | None = None) -> Tensor:
         """Map token ids [B, T] to logits [B, T, V], or [B, 1, V] with `context.last_B`, or to the losses [B, T] of
-        `context.labels_BT`. Without a context, each sequence is one document.
+        `context.labels_BT`, [B, T, 2] with `context.likeliest`. Without a context, each sequence is one document.
         """
         context = context or _one_document(x)
         x_BTD = x if self.embedding is None else self._embed(x, self.embedding, context)
@@ -86,7 +86,7 @@ class Stack(nn.Module):
             return x_BTD
         if context.last_B is not None:
             x_BTD = x_BTD.take_along_dim(context.last_B[:, None, None], 1)
-        return self.head(self.final_norm(x_BTD), context.labels_BT)
+        return self.head(self.final_norm(x_BTD), context.labels_BT, context.likeliest)
 
     def _embed(self, tokens_BT: Tensor, embedding: Embedding, context: ForwardContext) -> Tensor:
         x_BTD = embedding(tokens_BT)

@@ -32,5 +32,7 @@ def gradient_norm(
 def scale_gradients(model: nn.Module, factor: Tensor) -> None:
     """Multiply every gradient in place, without copying the factor to the host."""
     gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    if filled := [g for g in gradients if g.numel()]:
-        torch._foreach_mul_(filled, factor)
+    filled = [g for g in gradients if g.numel()]
+    for dtype in dict.fromkeys(g.dtype for g in filled):
+        # a factor of another dtype makes PyTorch launch one kernel for each gradient
+        torch._foreach_mul_([g for g in filled if g.dtype is dtype], factor.to(dtype))

@@ -101,6 +101,8 @@ class Precision:
 
 
 CPU = torch.device("cpu")
+_GROUPED = ((9, 0), (10, 0))
+"""The compute capabilities for which torch 2.13's `grouped_mm` has kernels for all groups at once."""
 VARLEN_SINCE = "2.12"
 """The first version of torch whose `varlen_attn` has `enable_gqa`; 2.11 has `window_size` only."""
 
@@ -159,6 +161,17 @@ def no_varlen(config: PrecisionConfig, device: torch.device) -> str | None:
     if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < (8, 0):
         return f"flash attention needs a GPU of compute capability 8.0 or later; this one has {found[0]}.{found[1]}"
     return None
+
+
+def slow_experts(device: torch.device) -> str | None:
+    """Return why the matmuls of experts in bfloat16 are slow on a device, or None."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_capability(device)
+    if found in _GROUPED:
+        return None
+    slow = "PyTorch multiplies one expert at a time and waits for the device in each MoE layer"
+    return f"on compute capability {found[0]}.{found[1]} {slow}; it has grouped kernels for 9.0 and 10.0"
 
 
 def no_triton(device: torch.device) -> str | None:

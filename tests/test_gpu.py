@@ -11,8 +11,8 @@ from launch.cli import main
 from model.attention.segments import SegmentRun, attend_segments, document_bounds, plan_segments
 from model.kernels import TorchKernels, TritonKernels
 from tests.model.attention.test_segments import figures, inputs, largest, positions
-from tests.support.kernel_cases import BREAKS, CASES, GATES, Case, results
-from tests.support.kernel_cases import figures as kernel_figures
+from tests.support.kernels.kernel_cases import BREAKS, CASES, GATES, Case, results
+from tests.support.kernels.kernel_cases import figures as kernel_figures
 from tests.support.tiny import TINY
 
 pytestmark = pytest.mark.gpu

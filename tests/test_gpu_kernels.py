@@ -20,14 +20,15 @@ from model.config import ModelConfig, RouterConfig
 from model.head import IGNORED, Head, token_losses
 from model.init import initialise, reset_buffers
 from model.kernels import TritonKernels
+from model.load_balance import Balancer
 from model.roles import Role
 from model.transformer import Layer, Stack, Transformer
 from parallel.layout import Recompute
 from precision.config import Compute, KernelKind, PrecisionConfig
 from precision.resolve import Precision, resolve
 from tests.model.attention.test_segments import figures, inputs, masked, positions
-from tests.support.head_cases import FLAWS, STEPS, head_errors
-from tests.support.kernel_cases import GATES
+from tests.support.kernels.head_cases import FLAWS, STEPS, head_errors
+from tests.support.kernels.kernel_cases import GATES
 from tests.support.models import optimizer_of, small
 from train.optim.config import OptimizerConfig
 
@@ -84,7 +85,7 @@ def loss_error(device: str, compute: Compute, words: int = 1000) -> float:
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "_MULTIPLE", 64)
-    monkeypatch.setattr(head_module, "_BLOCK_BYTES", 4 * 60 * 128)
+    monkeypatch.setattr(head_module, "_BLOCK_BYTES", 4 * 40 * 64)
 
 
 def model_error(device: str, precision: Precision) -> float:
@@ -106,7 +107,7 @@ def model_error(device: str, precision: Precision) -> float:
     return errors(results(device, precision), results("cpu", resolve(PrecisionConfig(Compute.float64))))
 
 
-def layer_step(device: str, documents: int, tokens: int = 1024) -> Callable[[], None]:
+def layer_step(device: str, documents: int, tokens: int = budget.TOKENS) -> Callable[[], None]:
     """Return a forward and backward pass of a MoE layer. Its parameters have gradients, as in `bench.budget`."""
     where = torch.device(device)
     precision = resolve(PrecisionConfig(Compute.bfloat16), where)
@@ -156,6 +157,31 @@ def training_step(device: str) -> Callable[[], None]:
     return step
 
 
+def engine_step(device: str) -> Callable[[], None]:
+    """Return a step of an engine on packed documents, which copies its inputs ahead, clips and balances. Engines need
+    the libraries of configurations.
+    """
+    from data.loader import Batch
+    from parallel import parallelize
+    from parallel.layout import ParallelConfig
+    from parallel.mesh import meshes_of_rank
+    from train.engine.base import optimizer_step
+    from train.engine.fsdp import TorchEngine
+
+    rows, meshes = positions(64), meshes_of_rank(ParallelConfig().resolve(1), 0)
+    placed = parallelize.build(SMALL, PrecisionConfig(Compute.bfloat16), meshes, torch.device(device), 1)
+    engine, balancer = TorchEngine(placed, OptimizerConfig()), Balancer(placed.model)
+    tokens = torch.randint(SMALL.vocab_size, rows.shape, generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        batch = Batch(tokens, tokens.roll(-1, 1), rows, torch.zeros(len(rows), dtype=torch.int64))
+        engine.prepare(batch, 1)
+        optimizer_step(engine, balancer, batch, 1, 1.0, 1.0)
+
+    step()
+    return step
+
+
 @pytest.mark.parametrize("chunk", [None, 5], ids=["documents", "chunks"])
 def test_varlen_attention(chunk):
     assert varlen_error("cuda", torch.bfloat16, chunk) < BFLOAT16_GATE
@@ -190,13 +216,16 @@ def test_the_arrangement_for_gpus(compute, gate):
 @pytest.mark.parametrize("documents", [1, 32])
 def test_launches_are_those_of_the_budget(documents):
     spans, _ = observed(layer_step("cuda", documents), torch.device("cuda"))
-    counted = budget.LayerCase(LAYER, Recompute.none)(documents, 1024)[0].launches
+    counted = budget.LayerCase(LAYER, Recompute.none)(documents)[0].launches
     found = sorted(name for name, _, _ in spans)
     assert launched(spans) == pytest.approx(counted.total(), rel=0.2), (counted, found)
 
 
-def test_no_step_synchronises():
-    step = training_step("cuda")
+@pytest.mark.parametrize("make", [training_step, engine_step])
+def test_no_step_synchronises(make):
+    if make is engine_step:
+        pytest.importorskip("hydra")
+    step = make("cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -32,7 +32,7 @@ from parallel.deepspeed.config import Offload
 from parallel.layout import Layout
 from parallel.mesh import make_meshes
 from parallel.sharding import fill
-from precision.resolve import resolve
+from precision.resolve import resolve, slow_experts
 from train.batches import StepBatches
 from train.callbacks import imported_callbacks, make_callbacks
 from train.callbacks.base import Callback
@@ -107,6 +107,8 @@ class Trainer:
         if config.precision.uses_float8:
             log(str(precision))
         if line := slower_heads(config.model, precision):
+            log(line)
+        if config.model.has_experts and (line := slow_experts(world.device)):
             log(line)
         placed.model.set_rope_config(phase_of(config, self.step).model)
         world.from_main(lambda: directory.trim_metrics(self.step))

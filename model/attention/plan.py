@@ -84,6 +84,8 @@ class ForwardContext:
         """Keys and values of earlier passes, for generation; None: every sequence is whole."""
         self.labels_BT: Tensor | None = None
         """Labels, for which the model returns the losses instead of logits; negative ones have none."""
+        self.likeliest = False
+        """Whether the model returns [B, T, 2]: the losses of the labels, and the ids of the likeliest words."""
         self.is_static = False
         """Whether compiled layers read the plans, which must not be compiled again for each batch. The longest document
         is then taken to be a whole sequence or chunk, and the number of documents is a dynamic size.
@@ -152,7 +154,8 @@ class ForwardContext:
     def tensors(self) -> list[Tensor]:
         """Return the tensors on the device that exist so far."""
         masks = [plan.mask for plan in self._plans.values() if plan.mask is not None]
-        return [self.positions_BT, *(ends for ends, _ in self._borders.values()), *masks]
+        images = [] if self.is_image_BT is None else [self.is_image_BT]
+        return [self.positions_BT, *(ends for ends, _ in self._borders.values()), *masks, *images]
 
     def prepare(
         self, model: ModelConfig, dtype: torch.dtype, attention: AttentionKind = AttentionKind.segments

@@ -144,7 +144,7 @@ def _spread(
     rows, found = _spread_results(x, source, place, weights, is_padding, y)
     if rows.numel():
         padding = None if is_padding is None else is_padding.view(torch.uint8)
-        sizes = {"K": place.shape[1], **_sizes(x)}
+        sizes = {"K": place.shape[1], **launch_sizes(x)}
         given = x, y, weights, source, padding, rows, found if y is not None else None
         _permute_kernels()[0][(len(rows),)](*given, WIDTH=x.shape[1], **sizes)
     return rows, found
@@ -163,7 +163,7 @@ def _collect(y: Tensor, place: Tensor, weights: Tensor | None, x: Tensor | None)
     tokens, found = _collect_results(y, place, weights, x)
     if tokens.numel():
         top_k = place.shape[1]
-        sizes = {"K": top_k, "SLOTS": _power_of_two(top_k), **_sizes(y)}
+        sizes = {"K": top_k, "SLOTS": power_of_two(top_k), **launch_sizes(y)}
         given = y, x, weights, place, tokens, found if x is not None else None
         _permute_kernels()[1][(len(tokens),)](*given, WIDTH=y.shape[1], **sizes)
     return tokens, found
@@ -224,14 +224,14 @@ def _heads_gradient(
 
 
 def _head_sizes(like: Tensor, h: int, g: int, k: int, halves: bool) -> dict[str, Any]:
-    sizes = _sizes(like)
+    sizes = launch_sizes(like)
     return {"H": h, "G": g, "K": k, "HALVES": halves, "BLOCK": max(2048 // k, 1), "WIDE": sizes["WIDE"], "num_warps": 4}
 
 
 _LIBRARY = torch.library.Library("leviathan", "DEF")
 
 
-def _operator(schema: str, compute: Callable[..., Any], results: Callable[..., Any]) -> None:
+def define_operator(schema: str, compute: Callable[..., Any], results: Callable[..., Any]) -> None:
     """Define an operator. `results` allocates its results, and runs on meta tensors in place of `compute`."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -241,27 +241,31 @@ def _operator(schema: str, compute: Callable[..., Any], results: Callable[..., A
 
 _TWO_TENSORS = "-> (Tensor, Tensor)"
 _HEAD_STEP = "int h, int g, int width, bool halves, float eps, float c"
-_operator(f"rms_norm(Tensor x, Tensor? gain, float eps) {_TWO_TENSORS}", _rms_norm, _rms_norm_results)
-_operator(
+define_operator(f"rms_norm(Tensor x, Tensor? gain, float eps) {_TWO_TENSORS}", _rms_norm, _rms_norm_results)
+define_operator(
     f"rms_norm_backward(Tensor grad, Tensor x, Tensor inverse, Tensor? gain) {_TWO_TENSORS}",
     _rms_norm_backward,
     _rms_norm_gradients,
 )
 _LIBRARY.impl("rms_norm_backward", _plain_rms_norm_backward, "CPU")
-_operator(
+define_operator(
     f"spread(Tensor x, Tensor source, Tensor place, Tensor? weights, Tensor? is_padding, Tensor? y) {_TWO_TENSORS}",
     _spread,
     _spread_results,
 )
-_operator(f"collect(Tensor y, Tensor place, Tensor? weights, Tensor? x) {_TWO_TENSORS}", _collect, _collect_results)
-_operator("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, _swiglu_result)
-_operator(
+define_operator(
+    f"collect(Tensor y, Tensor place, Tensor? weights, Tensor? x) {_TWO_TENSORS}", _collect, _collect_results
+)
+define_operator("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, _swiglu_result)
+define_operator(
     "swiglu_backward(Tensor grad, Tensor gate, Tensor up, Tensor(a!) to_gate, Tensor(b!) to_up) -> ()",
     _swiglu_backward,
     lambda *tensors: None,
 )
-_operator(f"heads(Tensor qkv, Tensor? rotation, Tensor? scale, {_HEAD_STEP}) {_TWO_TENSORS}", _heads, _heads_results)
-_operator(
+define_operator(
+    f"heads(Tensor qkv, Tensor? rotation, Tensor? scale, {_HEAD_STEP}) {_TWO_TENSORS}", _heads, _heads_results
+)
+define_operator(
     "heads_backward(Tensor q, Tensor k, Tensor v, Tensor? rotation, Tensor? scale, Tensor? out, Tensor? inverse, "
     f"{_HEAD_STEP}) -> Tensor",
     _heads_backward,
@@ -274,16 +278,16 @@ def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _power_of_two(size: int) -> int:
+def power_of_two(size: int) -> int:
     """Return the smallest power of two >= `size`. Triton's blocks must have such sizes."""
     return 1 << (size - 1).bit_length()
 
 
-def _sizes(x: Tensor) -> dict[str, Any]:
+def launch_sizes(x: Tensor) -> dict[str, Any]:
     """Return a kernel's block size, accumulation type and warps. Each thread gets 8 elements (16 bytes of bf16)."""
     import triton.language as tl
 
-    block = min(_power_of_two(x.shape[-1]), 1024)
+    block = min(power_of_two(x.shape[-1]), 1024)
     wide = tl.float64 if at_least_float32(x.dtype) is torch.float64 else tl.float32
     return {"BLOCK": block, "WIDE": wide, "num_warps": max(block // 256, 1)}
 
@@ -292,7 +296,7 @@ def _launch_by_element(kernel: Any, *tensors: Tensor) -> None:
     """Launch over tensors [C, F] of equal shape; rows may be strided."""
     assert all(x.stride(-1) == 1 for x in tensors), "rows must be dense"
     rows, width = tensors[0].shape
-    sizes = _sizes(tensors[0])
+    sizes = launch_sizes(tensors[0])
     if rows and width:
         grid = (rows, -(-width // sizes["BLOCK"]))
         kernel[grid](*tensors, *(x.stride(0) for x in tensors), width, **sizes)

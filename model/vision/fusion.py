@@ -49,6 +49,10 @@ class Images:
         """Return pixels for the encoder, on the device."""
         return tiles_N3SS if self.greys is None else self.greys[upload(tiles_N3SS, self.greys.device).int()]
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that are not on the host."""
+        return [x for x in vars(self).values() if isinstance(x, Tensor) and x.device.type != "cpu"]
+
     def deliver(self, rows_MD: Tensor) -> Tensor:
         """Return the rows that `rows_BT` numbers, from the rows of all tiles."""
         return rows_MD

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from bench import budget
+from bench.budget_step import StepCase
 from bench.counting import Counter
+from core.memory import upload
 from model import moe
 from model.attention import layer as attention
 from parallel import expert_parallel
@@ -19,6 +21,7 @@ from parallel.layout import DispatchMethod, Recompute
 from precision.fp8_linear import Operand
 from precision.quantised_weights import QuantisedWeights
 from precision.weight_copies import WeightCopies
+from tests.support.models import small
 
 
 def test_launches_do_not_grow_with_documents():
@@ -82,10 +85,27 @@ def test_keeping_what_is_cheap_exceeds_the_budget(monkeypatch):
     assert budget.LayerCase(recompute=Recompute.selective)(1)[1] / budget.TOKENS > 100e3
 
 
-def test_the_loss_never_holds_all_logits(monkeypatch):
-    assert max(budget.loss_peak_bytes(), budget.loss_peak_bytes(2)) <= 0.6e9
+def test_the_loss_never_holds_all_logits_and_launches_little(monkeypatch):
+    whole, half = budget.loss_counts(), budget.loss_counts(2)
+    assert max(whole.peak, half.peak) <= 0.5e9 and whole.launches.total() <= 220 and half.launches.total() <= 125
+    long = budget.loss_counts(tokens=16 * budget.TOKENS)
+    assert long.launches.total() <= 16 * whole.launches.total(), "as the logits"
     monkeypatch.setattr("model.head._BLOCK_BYTES", 1 << 40)
     assert budget.loss_peak_bytes() > 1.5e9
+    monkeypatch.setattr("model.head._BLOCK_BYTES", 8 << 20)
+    assert budget.loss_counts().launches.total() > 1000
+
+
+def test_a_step_waits_for_nothing_and_launches_by_weights(monkeypatch):
+    case = StepCase(small())
+    assert not case(64).syncs and case.parts["clip"]["_foreach_mul_"] == 1
+    honest = case.engine.scale
+    with monkeypatch.context() as wide:  # the slow way of a factor of another dtype
+        wide.setattr("parallel.grad_norm.torch._foreach_mul_", lambda xs, x: [y.mul_(x) for y in xs])
+        case(64)
+    assert case.parts["clip"]["mul_"] == len(list(case.engine.placed.model.parameters()))
+    monkeypatch.setattr(case.engine, "scale", lambda factor: honest(torch.full_like(factor, factor.item())))
+    assert case(64).syncs.total() == 1, "the control"
 
 
 def test_float8_calls_do_not_grow_with_experts():
@@ -117,11 +137,21 @@ def test_copies_that_make_the_host_wait_are_counted():
         x.copy_(host)
     assert counter.syncs == {"_to_copy": 2, "copy_": 1}
     with Counter() as counter:
-        host.to("meta", non_blocking=True)
-        x.copy_(host, non_blocking=True)
+        upload(host, x.device)
         x.to("meta", torch.float64)
         host.to(torch.float64)
+        x[1] = x[0:1, None][0]
     assert not counter.syncs
+    with Counter() as counter:
+        host.to("meta", non_blocking=True)
+        x.copy_(host, non_blocking=True)
+        torch.tensor([1.0], device="meta")
+        x[torch.tensor([1, 0])]
+        x[[2]] = 1.0
+        torch._foreach_mul_([x, x], torch.ones((), dtype=torch.float64, device="meta"))
+        torch._foreach_mul_([x, x], torch.ones((), device="meta"))
+    assert counter.launches["_foreach_mul_"] == 2 + 1, "the factor of another dtype is slow"
+    assert counter.syncs == {"_to_copy": 1, "copy_": 1, "tensor": 1, "index": 1, "index by a list": 1}
 
 
 def test_the_counter_sees_what_a_gpu_would_do():
@@ -138,11 +168,17 @@ def test_the_counter_sees_what_a_gpu_would_do():
 
 def test_the_command_writes_its_counts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench.budget", "--json", str(tmp_path / "counts.json")])
+    monkeypatch.setattr(budget, "report", lambda: {"launches": {"1": 3}, "syncs": 0})
     budget.main()
-    found = json.loads((tmp_path / "counts.json").read_text())
+    assert json.loads((tmp_path / "counts.json").read_text()) == {"launches": {"1": 3}, "syncs": 0}
+    assert 'launches: {"1": 3}' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_report_has_all_counts():
+    found = budget.report()
     assert found["launches"].keys() == {"1", "8", "32"} and found["syncs"] == 0 and found["syncs_ep"] == 1
-    assert found["saved_bytes"].keys() == {"none", "selective", "full"} and found["quantise_calls"].keys() == {
-        "8",
-        "128",
-    }
-    assert "loss_peak_bytes: " in capsys.readouterr().out
+    assert found["saved_bytes"].keys() == {"none", "selective", "full"}
+    assert found["quantise_calls"].keys() == {"8", "128"}
+    assert found["step_syncs"] == 0 and found["step_launches"].keys() == {"clip", "optimizer", "balancer"}
+    assert found["loss_peak_bytes"] and found["loss_launches"] < 400

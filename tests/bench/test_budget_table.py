@@ -15,6 +15,9 @@ FOUND = {
     "saved_bytes": {"none": 141.8e3, "full": 10.3e3},
     "loss_peak_bytes": 436e6,
     "loss_peak_bytes_tp2": 436e6,
+    "loss_launches": 213,
+    "loss_launches_tp2": 122,
+    "step_syncs": 0,
 }
 
 
@@ -22,7 +25,11 @@ def test_counts_become_a_table():
     lines = table(FOUND).splitlines()
     assert lines[3] == "| launches of a layer, 32 documents a row | 1,074 | 121 | 150 |"
     assert lines[5] == "| activations a token keeps in a layer, `recompute=none` | 294 kB | 142 kB | 185 kB |"
-    assert lines[-1] == "| peak memory of head and loss, `tp=2` |  | 0.44 GB | 1.50 GB |"
+    assert lines[7:9] == [
+        "| peak memory of head and loss | 20.00 GB | 0.44 GB | 1.50 GB |",
+        "| peak memory of head and loss, `tp=2` |  | 0.44 GB | 1.50 GB |",
+    ]
+    assert lines[-2] == "| launches of head and loss, `tp=2` |  | 122 | 400 |"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from model import head, layers
 from model.attention import layer as attention
 from model.attention.plan import ForwardContext
 from model.config import ModelConfig, QKNorm, RopePairing, RouterConfig, WeightsOn
-from model.kernels import TorchKernels
+from model.kernels import LossKernels, TorchKernels
 from model.transformer import Transformer
 from parallel import activation_checkpoint
 from parallel.layout import Recompute
@@ -64,9 +64,9 @@ def gpu_model(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> Transform
 
 
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the loss use seven blocks of the vocabulary of 64 words."""
+    """Let the loss use seven blocks of the vocabulary of 64 words, and several of the tokens."""
     monkeypatch.setattr(head, "_MULTIPLE", 10)
-    monkeypatch.setattr(head, "_BLOCK_BYTES", 4 * 10)
+    monkeypatch.setattr(head, "_BLOCK_BYTES", 8 * 10 * 10)
 
 
 def outputs(model: Transformer, positions: Tensor, labels: bool) -> dict[str, Tensor]:
@@ -96,6 +96,7 @@ def swapped(gate_up: Tensor, *rest: Any) -> Tensor:
 
 
 honest_product, honest_borders = layers.gated_product, ForwardContext.borders
+honest_add, honest_blocks = LossKernels.add, head._blocks
 FLAWS = {
     "no chunks": (ForwardContext, "borders", lambda self, chunk: honest_borders(self, None)),
     "no documents": (
@@ -104,7 +105,16 @@ FLAWS = {
         lambda self, chunk: (torch.tensor([0, 13, 26]).int(), 13),
     ),
     "gate and up swapped": (layers, "gated_product", swapped),
-    "a block of words forgotten": (head, "_added", lambda one, other: one),
+    "a block of words forgotten": (
+        LossKernels,
+        "add",
+        lambda self, sums, x, y, first: first or honest_add(self, sums, x, y, first),
+    ),
+    "a block of tokens forgotten": (
+        head,
+        "_blocks",
+        lambda *sizes: ((rows, parts[1:]) for rows, parts in honest_blocks(*sizes)),
+    ),
 }
 
 

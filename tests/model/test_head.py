@@ -1,4 +1,4 @@
-"""The loss by blocks of words equals cross-entropy: with ignored labels, and sharded over ranks (threads here)."""
+"""The loss by blocks of tokens and words is cross-entropy: with ignored labels, and sharded over ranks (threads)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def wanted() -> list[Tensor]:
     x, w, grad = inputs()
     x.requires_grad_(), w.requires_grad_()
     losses = F.cross_entropy((x @ w.t())[0], LABELS[0], reduction="none")[None]
-    return [losses.detach(), *torch.autograd.grad(losses, [x, w], grad)]
+    likeliest = (x @ w.t()).argmax(-1)
+    return [losses.detach(), *torch.autograd.grad(losses, [x, w], grad), likeliest]
 
 
 def computed(rows: slice, shard: ThreadShard | None) -> list[Tensor]:
@@ -62,10 +63,12 @@ def computed(rows: slice, shard: ThreadShard | None) -> list[Tensor]:
     made.shard = shard
     x.requires_grad_()
     losses = made(x, LABELS)
-    return [losses.detach(), *torch.autograd.grad(losses, [x, made.weight], grad)]
+    same, likeliest = made(x, LABELS, likeliest=True).unbind(-1)
+    torch.testing.assert_close(same, losses.detach(), rtol=1e-12, atol=1e-12)
+    return [losses.detach(), *torch.autograd.grad(losses, [x, made.weight], grad), likeliest.long()]
 
 
-@pytest.fixture(params=[4 * T * 10, 1 << 30], ids=["by blocks", "whole logits"])
+@pytest.fixture(params=[8 * 4 * 4, 1 << 30], ids=["by blocks", "whole logits"])
 def block_bytes(request, monkeypatch) -> None:
     monkeypatch.setattr(head, "_MULTIPLE", 3)
     monkeypatch.setattr(head, "_BLOCK_BYTES", request.param)
@@ -81,9 +84,30 @@ def test_losses_of_a_sharded_vocabulary_are_cross_entropy(block_bytes):
     halves = [slice(0, V // 2), slice(V // 2, V)]
     shards = [ThreadShard(half.start, place, seen, barrier) for place, half in enumerate(halves)]
     with ThreadPoolExecutor(2) as pool:
-        (losses, to_x, to_w), (same, more_x, more_w) = pool.map(computed, halves, shards)
+        (losses, to_x, to_w, likeliest), (same, more_x, more_w, words) = pool.map(computed, halves, shards)
     exact = wanted()
-    found = [losses, to_x + more_x, torch.cat([to_w, more_w])]
-    assert torch.equal(losses, same)
+    found = [losses, to_x + more_x, torch.cat([to_w, more_w]), likeliest]
+    assert torch.equal(losses, same) and torch.equal(likeliest, words)
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_cover_each_logit_once(monkeypatch):
+    gemm = resolve(PrecisionConfig(Compute.bfloat16)).plain.plain
+    for tokens, words in ((8192, 202048), (8193, 202048), (131072, 101024), (1, 10**8), (10**8, 64)):
+        blocks = list(head._blocks(gemm, tokens, words))
+        assert [rows.start for rows, _ in blocks[1:]] == [rows.stop for rows, _ in blocks[:-1]]
+        assert blocks[0][0].start == 0 and blocks[-1][0].stop == words
+        parts = blocks[0][1]
+        assert sum(part.stop - part.start for part in parts) == tokens and parts[-1].stop == tokens
+        count = len(blocks) * len(parts)
+        assert count <= 1.25 * (2 * tokens * words / head._BLOCK_BYTES) + 2
+
+
+def test_the_first_of_equal_words_is_the_likeliest(monkeypatch):
+    monkeypatch.setattr(head, "_MULTIPLE", 1)
+    monkeypatch.setattr(head, "_BLOCK_BYTES", 8 * 2)
+    made = Head(1, 6, Role.head, resolve(PrecisionConfig(Compute.float64)).plain)
+    made.weight = torch.nn.Parameter(torch.tensor([[1.0], [3.0], [2.0], [3.0], [0.0], [3.0]], dtype=torch.float64))
+    found = made(torch.ones(1, 1, 1, dtype=torch.float64), torch.tensor([[3]]), likeliest=True)
+    assert found[0, 0, 1] == 1

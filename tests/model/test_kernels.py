@@ -18,20 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import ConfigError
-from model.kernels import TorchKernels
+from model.kernels import TorchKernels, triton_loss
 from model.kernels import triton as kernels
 from precision.config import KernelKind, PrecisionConfig
 from precision.resolve import resolve
 from tests.conftest import ROOT
-from tests.support.head_cases import FLAWS, STEPS
-from tests.support.kernel_cases import BREAKS, CASES, GATES
+from tests.support.kernels.head_cases import FLAWS, STEPS
+from tests.support.kernels.kernel_cases import BREAKS, CASES, GATES
+from tests.support.kernels.loss_cases import LOSSES
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict:
     """Run the cases in a new process: Triton reads TRITON_INTERPRET at import, and torch.compile imports Triton."""
     assert importlib.util.find_spec("triton"), "the kernels' tests need Triton: pip install -e '.[dev]'"
-    command = [sys.executable, "-m", "tests.support.kernel_cases"]
+    command = [sys.executable, "-m", "tests.support.kernels.kernel_cases"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -66,13 +67,47 @@ def test_broken_heads_are_noticed(interpreted, what):
     assert max(found["q"], found["gradient"]) > 0.1
 
 
-POINTERS = {"x", "y", "rows", "tokens", "grad", "gate", "up", "out", "to_gate", "to_up", "qkv", "to_q", "to_k", "to_v"}
-FIXED = {"weights": "*fp32", "found": "*fp32", "source": "*i64", "place": "*i64", "is_padding": "*u8"}
-TABLES = {"rotation", "scale", "inverse"}
+@pytest.mark.parametrize("dtype", GATES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_match_the_reference(interpreted, name, dtype):
+    found = interpreted["losses"][f"{name}, {dtype}"]
+    assert len(found) == 5 and {key: error for key, error in found.items() if not error < 2 * GATES[dtype]} == {}
+    broken = interpreted["losses"]["broken"]
+    assert broken["likeliest"] and broken["label"] > 0.1 and broken["gradient"] > 0.1, "the control"
+
+
+POINTERS = {
+    "logits",
+    "x",
+    "y",
+    "rows",
+    "tokens",
+    "grad",
+    "gate",
+    "up",
+    "out",
+    "to_gate",
+    "to_up",
+    "qkv",
+    "to_q",
+    "to_k",
+    "to_v",
+}
+FIXED = {
+    "weights": "*fp32",
+    "labels": "*i64",
+    "likeliest": "*i64",
+    "found": "*fp32",
+    "source": "*i64",
+    "place": "*i64",
+    "is_padding": "*u8",
+}
+TABLES = {"rotation", "scale", "inverse", "largest", "exponentials", "label", "lse"}
 """Arguments in at least float32."""
 
 PERMUTE = {"WIDTH": 5120, "K": 3, "SLOTS": 4, "BLOCK": 1024}
 HEADS = {"H": 40, "G": 8, "K": 128, "HALVES": False, "BLOCK": 16, "EPS": 1e-5, "CONSTANT": 1.0}
+LOSS = {"WIDTH": 8192, "BLOCK": 1024}
 KERNELS = {
     "spread": PERMUTE,
     "spread y found": PERMUTE,
@@ -85,6 +120,9 @@ KERNELS = {
     "heads scale": HEADS,
     "heads_backward": HEADS,
     "heads_backward scale out inverse": HEADS | {"HALVES": True},
+    "loss_sums": LOSS,
+    "loss_sums likeliest": LOSS,
+    "loss_gradient": LOSS,
 }
 """Each entry has the name of a kernel and the arguments that are None, with its compile-time constants."""
 
@@ -109,6 +147,7 @@ def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch, kernel, dtype, capabil
         *kernels._swiglu_kernels(),
         kernels._heads_kernel(),
         kernels._heads_backward_kernel(),
+        *triton_loss._loss_kernels(),
     )
     jitted = next(one for one in made if one.fn.__name__ == name)
     constants = {n: sizes.get(n) for n in jitted.arg_names if n in sizes or n in missing}

@@ -20,7 +20,7 @@ from precision.fp8_emulated import EmulatedArithmetic
 from precision.fp8_linear import Float8Gemm, NotFinite
 from precision.fp8_torch import TorchFloat8
 from precision.gemm import GemmBackend, Groups
-from precision.resolve import FLOAT8_LIBRARIES, Precision, resolve, unavailable
+from precision.resolve import FLOAT8_LIBRARIES, Precision, resolve, slow_experts, unavailable
 from tests.support.models import small
 
 CPU = torch.device("cpu")
@@ -249,3 +249,13 @@ def test_bad_input(options, said):
     with pytest.raises(ConfigError) as caught:
         PrecisionConfig(**{"compute": Compute.bfloat16, "backend": Backend.emulated, **options})
     assert str(caught.value).startswith(said)
+
+
+def test_a_gpu_without_grouped_matmuls_is_reported(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    said = []
+    for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        said.append(slow_experts(torch.device("cuda")))
+    assert said[1] is said[2] is None and slow_experts(torch.device("cpu")) is None
+    assert "on compute capability 8.0 " in said[0] and "12.0" in said[3] and "waits for the device" in said[0]

@@ -16,7 +16,7 @@ from parallel.parallelize import ParallelModel, ParallelNetwork
 from parallel.pipeline.runtime import Pipeline
 from parallel.sharding import LocalShard
 from train.checkpoint.state import TensorShard
-from train.engine.images import give_images, image_positions
+from train.engine.images import give_images
 from train.engine.inputs import AheadCopies, StepInputs, step_inputs
 from train.loss import BatchLoss
 
@@ -121,11 +121,7 @@ class LanguageEngine(Engine):
         tokens_BT, labels_BT, contexts = inputs.tokens_BT, inputs.labels_BT, inputs.contexts
         share = self.placed.context_shard(batch.tokens_BT.shape[1])
         loss = BatchLoss(batch, labels_BT, share, micro_batch_size, self.meshes)
-        encoded = give_images(self.placed, batch.images, micro_batch_size, contexts)
-        if batch.images is not None:
-            is_image_BT = image_positions(self.placed, batch.images)
-            for context, part_BT in zip(contexts, is_image_BT.split(micro_batch_size), strict=True):
-                context.is_image_BT = part_BT
+        encoded = give_images(self.placed, inputs.images, contexts)
         for context, wanted_BT in zip(contexts, labels_BT.split(micro_batch_size), strict=True):
             context.labels_BT = wanted_BT
             self.placed.prepare(context)

@@ -23,13 +23,13 @@ from parallel.vision.exchange import tile_share
 def batch_images(placed: ParallelModel, images: BatchImages | None, micro_batch_size: int) -> list[Images | None]:
     """Return the images of each micro-batch of a batch whose pixels `load_tiles` has decoded: for
     `ForwardContext.images`. Those of all sequences together if they are encoded ahead (`ParallelModel.encode_ahead`).
-    Empty if the batch has no images, or if this rank has no vision encoder.
+    Empty if the batch has no images, or if this rank has no vision encoder. Copies pixels to the device.
     """
     if images is None or placed.model.vision is None:
         return []
     greys = upload(torch.tensor(GREYS), placed.device)
     return [
-        placed.images(rows_BT, len(tiles), pixels_N3SS, greys, images.ranks)
+        placed.images(rows_BT, len(tiles), upload(pixels_N3SS, placed.device), greys, images.ranks)
         for (rows_BT, tiles), pixels_N3SS in zip(
             images.micro_batches(_together(images, placed.meshes, micro_batch_size)), images.pixels, strict=True
         )
@@ -68,12 +68,11 @@ def local_sequences(take: Callable[[int, int], Batch], meshes: Meshes, count: in
 
 
 def give_images(
-    placed: ParallelModel, images: BatchImages | None, micro_batch_size: int, contexts: Sequence[ForwardContext]
+    placed: ParallelModel, found: Sequence[Images | None], contexts: Sequence[ForwardContext]
 ) -> EncodedStep | None:
-    """Give the images of a batch to the contexts of its micro-batches. Returns what encoded them if they are encoded
-    ahead: call its `backward` after the backward passes of all micro-batches.
+    """Give the images that `batch_images` found to the contexts of the micro-batches. Returns what encoded them if they
+    are encoded ahead: call its `backward` after the backward passes of all micro-batches.
     """
-    found = batch_images(placed, images, micro_batch_size)
     encoded = placed.encode_ahead(found[0] if found else None, len(contexts))
     if encoded is not None and found:
         found = [*encoded.micro_batches()]

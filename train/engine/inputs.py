@@ -17,24 +17,29 @@ from torch import Tensor
 from core.memory import upload
 from data.loader import Batch
 from model.attention.plan import ForwardContext
+from model.vision.fusion import Images
 from parallel.parallelize import ParallelModel
+from train.engine.images import batch_images, image_positions
 
 
 @dataclass
 class StepInputs:
-    """Tokens, labels and the contexts of the micro-batches of one batch, on the device. `ready`: the event after which
-    they are there; None: at once.
+    """Tokens, labels and the contexts of the micro-batches of one batch, on the device. `images`: those of
+    `batch_images`, with their pixels. `ready`: the event after which they are there; None: at once.
     """
 
     tokens_BT: Tensor
     labels_BT: Tensor
     contexts: list[ForwardContext]
     micro_batch_size: int
+    images: list[Images | None]
     ready: Any = field(default=None, repr=False)
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.tokens_BT, self.labels_BT, *(x for context in self.contexts for x in context.tensors())]
+        contexts = [x for context in self.contexts for x in context.tensors()]
+        images = [x for one in self.images if one is not None for x in one.tensors()]
+        return [self.tokens_BT, self.labels_BT, *contexts, *images]
 
 
 def step_inputs(placed: ParallelModel, batch: Batch, micro_batch_size: int) -> StepInputs:
@@ -42,11 +47,17 @@ def step_inputs(placed: ParallelModel, batch: Batch, micro_batch_size: int) -> S
     share = placed.context_shard(batch.tokens_BT.shape[1])
     routed = float(batch.tokens_BT.numel() * placed.meshes.dp.size)
     parts = batch.positions_BT.split(micro_batch_size)
+    contexts = [placed.sequence_context(part_BT, routed, ahead=True) for part_BT in parts]
+    if batch.images is not None:
+        is_image_BT = image_positions(placed, batch.images)
+        for context, part_BT in zip(contexts, is_image_BT.split(micro_batch_size), strict=True):
+            context.is_image_BT = part_BT
     return StepInputs(
         upload(share.take(batch.tokens_BT), placed.device),
         upload(share.take(batch.labels_BT), placed.device),
-        [placed.sequence_context(part_BT, routed, ahead=True) for part_BT in parts],
+        contexts,
         micro_batch_size,
+        batch_images(placed, batch.images, micro_batch_size),
     )
 
 

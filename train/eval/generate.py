@@ -24,12 +24,14 @@ from core.errors import LeviathanError
 from data.images.tiles import GREYS
 from model.attention.cache import KeyValueCache
 from model.attention.plan import ForwardContext
+from model.head import IGNORED
 from model.vision.config import CHANNELS
 from model.vision.fusion import Images
 from parallel.comm.collectives import all_gather_no_grad
 from parallel.comm.world import World
 from parallel.parallelize import ParallelModel
 from parallel.vision.exchange import tile_share
+from precision.gemm import at_least_float32
 from train.eval.config import GenerateConfig
 from train.eval.pictures import PicturePrompt
 
@@ -296,9 +298,32 @@ def sequence_logits(
     every rank that has these sequences. They are padded at their ends to a length that the layout supports. `images`
     are those of the whole sequences.
     """
+    first = tokens_BT.shape[1] - 1 if only_last else 0
+    return _whole_outputs(placed, tokens_BT, images, placed.model.config.vocab_size, first)
+
+
+@torch.no_grad()
+def sequence_scores(
+    placed: ParallelModel, tokens_BT: Tensor, labels_BT: Tensor, images: Images | None = None
+) -> Tensor:
+    """Return the losses of labels and the ids of the likeliest words of whole sequences, [B, T, 2], as
+    `sequence_logits` returns logits.
+    """
+    return _whole_outputs(placed, tokens_BT, images, 2, labels_BT=labels_BT)
+
+
+def _whole_outputs(
+    placed: ParallelModel,
+    tokens_BT: Tensor,
+    images: Images | None,
+    width: int,
+    first: int = 0,
+    labels_BT: Tensor | None = None,
+) -> Tensor:
+    """Return the model's results at the positions of whole sequences from `first` on, [B, positions, width]."""
     meshes, (count, length) = placed.meshes, tokens_BT.shape
-    first = length - 1 if only_last else 0
-    tokens_BT = F.pad(tokens_BT, (0, placed.padded_length(length) - length))
+    missing = placed.padded_length(length) - length
+    tokens_BT = F.pad(tokens_BT, (0, missing))
     positions_BT = torch.arange(tokens_BT.shape[1])[None]
     share = placed.context_shard(tokens_BT.shape[1])
     context = placed.sequence_context(positions_BT.expand(count, -1))
@@ -306,18 +331,22 @@ def sequence_logits(
         images = _no_tiles(placed, tokens_BT)
     if images is not None:
         context.images = _spread(placed, _lengthened(images, tokens_BT.shape[1]))
-    logits_BTV = placed.outputs(share.take(tokens_BT).to(placed.device), context)
-    dtype = torch.promote_types(placed.model.compute_dtype, torch.float32)
-    found_BTV = torch.zeros(count, length - first, placed.model.config.vocab_size, dtype=dtype, device=placed.device)
-    if logits_BTV is not None:
+    if labels_BT is not None:
+        labels_BT = share.take(F.pad(labels_BT, (0, missing), value=IGNORED)).to(placed.device)
+        context.labels_BT, context.likeliest = labels_BT, True
+    here = placed.outputs(share.take(tokens_BT).to(placed.device), context)
+    found = torch.zeros(
+        count, length - first, width, dtype=at_least_float32(placed.model.compute_dtype), device=placed.device
+    )
+    if here is not None:
         here_T = share.take(positions_BT)[0]
         wanted = ((here_T >= first) & (here_T < length)).nonzero()[:, 0]
         at = (here_T[wanted] - first).to(placed.device)
-        part_BTV = logits_BTV[:, wanted.to(placed.device)]
-        found_BTV[:, at] = all_gather_no_grad(part_BTV, meshes.tp, part_BTV.dim() - 1, "logits").to(dtype)
+        part = here[:, wanted.to(placed.device)]
+        found[:, at] = (all_gather_no_grad(part, meshes.tp, 2, "logits") if labels_BT is None else part).to(found.dtype)
     for axis in (meshes.cp, meshes.pp):  # the other ranks have zeros
-        axis.sum(found_BTV, "logits")
-    return found_BTV
+        axis.sum(found, "logits")
+    return found
 
 
 def _images(placed: ParallelModel, pictures: PicturePrompt, row_BT: Tensor) -> Images:

@@ -20,7 +20,6 @@ from torch import Tensor
 from core.errors import DataError
 from data.images.batch import MODALITIES
 from data.loader import Batch
-from parallel.comm.collectives import all_gather_no_grad
 from parallel.fsdp import release
 from parallel.mesh import MeshAxis
 from parallel.parallelize import ParallelModel
@@ -180,7 +179,7 @@ def _padded(batch: Batch | None, full: Batch) -> Batch:
 
 def batch_losses(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | None:
     """Return losses and labels [B, T] of this rank's part of a batch, or None if another rank returns the same part."""
-    found = _forward(placed, batch, losses=True)
+    found = _forward(placed, batch)
     return found if placed.meshes.tp.rank == 0 else None
 
 
@@ -188,21 +187,13 @@ def predictions(placed: ParallelModel, batch: Batch) -> tuple[Tensor, Tensor] | 
     """Return the likeliest next tokens and the labels [B, T] of this rank's part of a batch, or None if another rank
     returns the same part.
     """
-    if (found := _forward(placed, batch)) is None:
-        return None
-    logits_BTV, labels_BT = found
-    highest_BT, tokens_BT = logits_BTV.max(-1)
-    axis = placed.meshes.tp
-    if axis.size > 1:  # each rank has a part of the vocabulary
-        highest = all_gather_no_grad(highest_BT[None], axis, 0, "evaluation")
-        tokens = all_gather_no_grad((tokens_BT + axis.rank * logits_BTV.shape[-1])[None], axis, 0, "evaluation")
-        tokens_BT = tokens.gather(0, highest.argmax(0, keepdim=True))[0]
-    return (tokens_BT, labels_BT) if axis.rank == 0 else None
+    found = _forward(placed, batch, likeliest=True)
+    return (found[0][..., 1].long(), found[1]) if found is not None and placed.meshes.tp.rank == 0 else None
 
 
-def _forward(placed: ParallelModel, batch: Batch, losses: bool = False) -> tuple[Tensor, Tensor] | None:
-    """Return logits, or the losses of labels, and the labels of this rank's part of a batch; None if another rank has
-    the head.
+def _forward(placed: ParallelModel, batch: Batch, likeliest: bool = False) -> tuple[Tensor, Tensor] | None:
+    """Return the losses of labels [B, T], or as `ForwardContext.likeliest` says, and the labels of this rank's part of
+    a batch; None if another rank has the head.
     """
     shard = placed.context_shard(batch.tokens_BT.shape[1])
     context = placed.sequence_context(batch.positions_BT)
@@ -211,7 +202,7 @@ def _forward(placed: ParallelModel, batch: Batch, losses: bool = False) -> tuple
             load_tiles(batch.images, placed.meshes, len(batch.tokens_BT))
         context.images = next(iter(batch_images(placed, batch.images, len(batch.tokens_BT))), None)
     labels_BT = shard.take(batch.labels_BT).to(placed.device)
-    context.labels_BT = labels_BT if losses else None
+    context.labels_BT, context.likeliest = labels_BT, likeliest
     found = placed.outputs(shard.take(batch.tokens_BT).to(placed.device), context)
     return None if found is None else (found, labels_BT)
 

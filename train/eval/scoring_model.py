@@ -27,6 +27,7 @@ from data.filter.score.factory import Models
 from data.images.media import ImageDescription
 from data.tokenizer import JsonTokenizer
 from model.attention.plan import ForwardContext
+from model.head import IGNORED, token_losses
 from model.huggingface import HuggingFaceCheckpoint
 from model.tensor_source import TensorSource, materialise
 from model.transformer import Transformer
@@ -52,6 +53,7 @@ from train.eval.generate import (
     continue_batch,
     placed_model,
     sequence_logits,
+    sequence_scores,
 )
 from train.eval.multimodal import place_tiles
 from train.eval.pictures import exported_images
@@ -98,7 +100,9 @@ class TokenWindow:
 @dataclass(frozen=True)
 class ScoringModel:
     """A network with its tokenizer. `logits` returns [B, T, V] for token ids [B, T] (int64, on the host) and, for a
-    model of ours, their `Images` or None; sequences begin at position 0. `context`: the longest sequence that the model
+    model of ours, their `Images` or None; sequences begin at position 0. `scores`, which a model of ours has, returns
+    the losses of labels and the ids of the likeliest tokens [B, T, 2] for token ids, labels and images, without whole
+    logits. `context`: the longest sequence that the model
     was made for. `identity`: the kind of model, and everything else but the weights on which its losses depend.
     `read_images` returns how pictures become tokens and tiles, None for a model without pictures. `step`: that of
     a run's checkpoint.
@@ -120,6 +124,7 @@ class ScoringModel:
     """Opens the processor of a model that is not ours, or returns why it cannot be shown pictures."""
     shares: Shares = field(default_factory=Shares)
     placed: ParallelModel | None = None
+    scores: Callable[[Tensor, Tensor, Images | None], Tensor] | None = None
 
     @cached_property
     def images(self) -> ImageDescription | None:
@@ -147,13 +152,12 @@ class ScoringModel:
             found = world.from_main(lambda: found)
         return sha256_text(self.identity[0], found, *self.identity[1:])
 
-    def logits_of(self, tokens_BT: Tensor, pixels_N3SS: Tensor, length: int | None = None) -> Tensor:
-        """Return the logits [B, T, V] of sequences with pictures, whose tiles are in the order of the placeholders in
-        the first `length` tokens (None: in all).
+    def placed_tiles(self, tokens_BT: Tensor, pixels_N3SS: Tensor, length: int | None = None) -> Images:
+        """Return the images of sequences, for `logits`. Their tiles are in the order of the placeholders in the first
+        `length` tokens (None: in all).
         """
         assert self.images is not None
-        images = place_tiles(tokens_BT, pixels_N3SS, self.images.ids.patch, self.device, length)
-        return self.logits(tokens_BT, images)
+        return place_tiles(tokens_BT, pixels_N3SS, self.images.ids.patch, self.device, length)
 
     def cached(self) -> CachedModel:
         """Return this model with a cache of keys and values. It must be one of ours."""
@@ -227,21 +231,35 @@ class ScoringModel:
 
     def _batch_losses(self, chosen: Sequence[TokenWindow] | None) -> list[tuple[NDArray[Any], NDArray[Any]]]:
         if chosen is None:
-            self.logits(torch.zeros(1, 1, dtype=torch.int64))
+            self._scores(torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), IGNORED), None)
             return []
         tokens_BT = torch.zeros(len(chosen), len(chosen[0].ids) - 1, dtype=torch.int64)
-        for row, window in enumerate(chosen):
-            tokens_BT[row, : len(window.ids) - 1] = torch.tensor(window.ids[:-1])
-        pixels = [window.pixels_N3SS for window in chosen if window.pixels_N3SS is not None]
-        logits_BTV = self.logits_of(tokens_BT, torch.cat(pixels)) if pixels else self.logits(tokens_BT)
+        labels_BT = torch.full_like(tokens_BT, IGNORED)
+        counted = [slice(len(window.ids) - 1 - window.counted, len(window.ids) - 1) for window in chosen]
+        for row, (window, here) in enumerate(zip(chosen, counted, strict=True)):
+            tokens_BT[row, : here.stop] = torch.tensor(window.ids[:-1])
+            labels_BT[row, here] = torch.tensor(window.ids[-window.counted :])
+        images, pixels = None, [window.pixels_N3SS for window in chosen if window.pixels_N3SS is not None]
+        if pixels:
+            images = self.placed_tiles(tokens_BT, torch.cat(pixels))
+        scores_BT2 = self._scores(tokens_BT, labels_BT, images).cpu()
         found = []
-        for row, window in enumerate(chosen):
-            last, counted = len(window.ids) - 1, window.counted
-            labels_T = torch.tensor(window.ids[-counted:], device=logits_BTV.device)
-            logp_TV = logits_BTV[row, last - counted : last].float().log_softmax(-1)
-            losses_T = -logp_TV.gather(1, labels_T[:, None])[:, 0]
-            found.append((losses_T.cpu().numpy(), (logp_TV.argmax(1) == labels_T).cpu().numpy()))
+        for row, here in enumerate(counted):
+            losses_T, words_T = scores_BT2[row, here].float().unbind(1)
+            found.append((losses_T.numpy(), (words_T.long() == labels_BT[row, here]).numpy()))
         return found
+
+    def _scores(self, tokens_BT: Tensor, labels_BT: Tensor, images: Images | None) -> Tensor:
+        if self.scores is not None:
+            return self.scores(tokens_BT, labels_BT, images)
+        logits_BTV = self.logits(tokens_BT) if images is None else self.logits(tokens_BT, images)
+        scores_BT2 = torch.zeros(*tokens_BT.shape, 2)
+        for row, labels_T in enumerate(labels_BT):
+            here_T = labels_T >= 0
+            wide_TV = logits_BTV[row][here_T.to(logits_BTV.device)].float()
+            losses_T = token_losses(wide_TV, labels_T[here_T].to(wide_TV.device))
+            scores_BT2[row, here_T] = torch.stack([losses_T, wide_TV.argmax(1).float()], 1).cpu()
+        return scores_BT2
 
     @property
     def device(self) -> torch.device:
@@ -279,7 +297,8 @@ def over_ranks(model: ScoringModel, placed: ParallelModel, world: World) -> Scor
     if world.size == 1:
         return model
     shares = Shares(world, placed.meshes.dp.size, placed.meshes.dp.rank, in_step=True)
-    return replace(model, logits=partial(sequence_logits, placed), shares=shares, placed=placed)
+    logits, scores = partial(sequence_logits, placed), partial(sequence_scores, placed)
+    return replace(model, logits=logits, scores=scores, shares=shares, placed=placed)
 
 
 @dataclass(frozen=True)
@@ -402,12 +421,20 @@ def _ours(
     read_images: Callable[[], ImageDescription | None],
 ) -> ScoringModel:
     def logits(tokens_BT: Tensor, images: Images | None = None) -> Tensor:
-        positions_BT = torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape)
-        given = ForwardContext(positions_BT, device)
-        given.images = images
+        return model(tokens_BT.to(device), _context(tokens_BT, images, device))
+
+    def scores(tokens_BT: Tensor, labels_BT: Tensor, images: Images | None) -> Tensor:
+        given = _context(tokens_BT, images, device)
+        given.labels_BT, given.likeliest = labels_BT.to(device), True
         return model(tokens_BT.to(device), given)
 
-    return ScoringModel(model.eval(), logits, tokenizer, context, identity, read_images)
+    return ScoringModel(model.eval(), logits, tokenizer, context, identity, read_images, scores=scores)
+
+
+def _context(tokens_BT: Tensor, images: Images | None, device: torch.device) -> ForwardContext:
+    given = ForwardContext(torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape), device)
+    given.images = images
+    return given
 
 
 _TOKEN = (str, None, {"content": str})

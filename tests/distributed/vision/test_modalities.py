@@ -17,7 +17,7 @@ from tests.support.models import placed_here
 from tests.support.tiny import synthetic
 from train.certify.plan import shrink
 from train.certify.worker import SyntheticLoader
-from train.engine import base
+from train.engine import inputs
 from train.eval.held_out import held_out_loss
 from train.optim.config import OptimizerConfig, OptimizerKind
 
@@ -33,7 +33,7 @@ def measured(parallel: ParallelConfig, bug: bool = False) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         if bug:
             first = lambda placed, images: (images.rows_BT >= 0).chunk(placed.meshes.tp.size, 1)[0]  # noqa: E731
-            patch.setattr(base, "image_positions", first)
+            patch.setattr(inputs, "image_positions", first)
         placed = placed_here(MODEL, parallel, PrecisionConfig(Compute.float64))
         _, _, step = synthetic(placed, SGD, 1 if parallel.pp > 1 else 2)
         result = step()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,8 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.counting import Counter
+from data.images.batch import BatchImages
 from data.loader import Batch
+from model.config import ModelConfig
 from model.load_balance import Balancer
+from model.vision.config import VisionConfig
 from parallel import parallelize
 from parallel.layout import ParallelConfig
 from precision.config import AttentionKind, Compute, PrecisionConfig
@@ -100,10 +104,14 @@ class Races(TorchDispatchMode):
 
 @pytest.fixture
 def engine(monkeypatch) -> TorchEngine:
+    return on_meta(small(), monkeypatch)
+
+
+def on_meta(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> TorchEngine:
     """Return an engine on meta tensors with the code that runs on GPUs."""
     monkeypatch.setattr(parallelize, "resolve", lambda config, device: resolve(config, GPU))
     precision = PrecisionConfig(Compute.bfloat16)
-    placed = parallelize.build(small(), precision, meshes_here(ParallelConfig()), META, 0)
+    placed = parallelize.build(model, precision, meshes_here(ParallelConfig()), META, 0)
     assert placed.attention is AttentionKind.varlen
     return TorchEngine(placed, OptimizerConfig())
 
@@ -112,6 +120,29 @@ def batch() -> Batch:
     positions = torch.stack([torch.cat([torch.arange(30), torch.arange(18)]), torch.arange(LENGTH)])
     tokens = torch.arange(positions.numel()).view_as(positions) % 64
     return Batch(tokens, tokens.roll(-1, 1), positions, torch.zeros(2, dtype=torch.int64))
+
+
+def pictures(model: ModelConfig) -> Batch:
+    """Return a batch of which each sequence shows a tile."""
+    assert model.vision is not None
+    one, side, count = batch(), model.vision.tile_size, model.vision.tokens_per_tile
+    rows = torch.full((2, LENGTH), -1)
+    rows[:, 1 : 1 + count] = torch.arange(count)
+    one.images = BatchImages(rows, [[None], [None]], count, None, side)  # type: ignore[list-item]
+    one.images.load(lambda tile: np.zeros((3, side, side), np.uint8), MICRO, side)
+    return one
+
+
+class PixelCopies(TorchDispatchMode):
+    """Counts the copies of pixels from the host to the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._to_copy.default and result.device == META:
+            self.count += args[0].device.type == "cpu" and args[0].dtype is torch.uint8
+        return result
 
 
 def step(engine: TorchEngine, one: Batch) -> None:
@@ -178,3 +209,30 @@ def test_inputs_are_copied_ahead_once_and_for_their_micro_batch(engine, monkeypa
     assert engine._inputs(one, MICRO) is ahead and engine._inputs(one, MICRO) is not ahead
     engine.prepare(one, MICRO)
     assert engine._inputs(one, 2).micro_batch_size == 2
+
+
+def test_pixels_are_copied_ahead(monkeypatch):
+    model = small(
+        vision=VisionConfig(
+            image_token_id=63,
+            tile_size=8,
+            patch_size=2,
+            hidden_size=64,
+            num_layers=1,
+            mlp_hidden_size=64,
+            adapter_hidden_size=64,
+        )
+    )
+    engine, cuda = on_meta(model, monkeypatch), Cuda()
+    engine.copies, recorded = AheadCopies(engine.placed, cuda), []
+    monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: recorded.append(x.dtype))
+    one = pictures(model)
+    with PixelCopies() as before:
+        engine.prepare(one, MICRO)
+    with PixelCopies() as within, Counter() as counter:
+        step(engine, one)
+    assert before.count == 2 and not within.count and not counter.syncs
+    assert recorded.count(torch.uint8) == 2 and recorded.count(torch.bool) == 2, "pixels, and where they are"
+    with PixelCopies() as within:
+        step(engine, pictures(model))
+    assert within.count == 2, "the control"

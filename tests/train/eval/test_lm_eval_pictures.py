@@ -143,7 +143,8 @@ def test_generation_reads_the_picture_and_may_fill_the_context(harness):
         asked = question("<image>word", png(number, 8, 8), harness.model.images, lambda part: [9] * len(part))
         assert asked.pixels_N3SS is not None and asked.last == "word"
         ids = [0, *asked.ids, 9, 5]  # the last placeholder is a generated one
-        shown = harness.model.logits_of(torch.tensor([ids]), asked.pixels_N3SS, len(asked.ids) + 1)
+        given = torch.tensor([ids])
+        shown = harness.model.logits(given, harness.model.placed_tiles(given, asked.pixels_N3SS, len(asked.ids) + 1))
         logits.append(shown[0, -1])
     assert not torch.allclose(*logits)
     assert ask(png(3, 8, 8), 10**6) == ask(Image.open(io.BytesIO(png(3, 8, 8))), 10**6)
@@ -167,7 +168,8 @@ def test_generation_encodes_the_pictures_once(harness, monkeypatch):
     assert together == HarnessModel(harness.model, 1).generate_until(asked) and encoded == [1, 1]
     tokens = torch.tensor([[0, 5, 5, 5, 5]])[:, : 1 + harness.model.network.config.vision.tokens_per_tile]
     for _ in range(2):
-        harness.model.logits_of(tokens, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+        shown = harness.model.placed_tiles(tokens, torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+        harness.model.logits(tokens, shown)
     assert encoded == [1] * 4, "the control keeps nothing"
 
 

@@ -1,6 +1,6 @@
 """Compare the kernels of `model.kernels` with a plain reference, on any device.
 
-`python -m tests.support.kernel_cases` prints the errors of all cases on a CPU as JSON for tests/model/test_kernels.py.
+`python -m tests.support.kernels.kernel_cases` prints the errors of all cases on a CPU as JSON for tests/model/test_kernels.py.
 TRITON_INTERPRET=1 interprets the Triton kernels. tests/test_gpu.py uses the cases on a GPU.
 """
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from model.kernels import StepKernels, TorchKernels, TritonKernels
 from model.kernels.moe import SortedSlots
 from model.moe import permute_by_expert
-from tests.support.head_cases import FLAWS, STEPS, head_errors
+from tests.support.kernels.head_cases import FLAWS, STEPS, head_errors
+from tests.support.kernels.loss_cases import LOSSES, loss_errors
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,9 @@ def main() -> None:
     flawed = {
         what: head_errors("normalised, temperature", TritonKernels(), torch.float32, "cpu", what) for what in FLAWS
     }
-    print(json.dumps({"cases": found, "broken": broken, "heads": heads, "flawed": flawed}))
+    losses = {f"{name}, {dtype}": loss_errors(name, dtype, "cpu") for name in LOSSES for dtype in GATES}
+    losses["broken"] = loss_errors("two blocks", "float64", "cpu", shift=1)
+    print(json.dumps({"cases": found, "broken": broken, "heads": heads, "flawed": flawed, "losses": losses}))
 
 
 if __name__ == "__main__":

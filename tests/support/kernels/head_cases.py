@@ -21,7 +21,7 @@ STEPS = {
     "no power of two": (HeadStep(2, 1, 12), True, True),
 }
 """A step, and whether it rotates and has a temperature."""
-FLAWS = ("rotation", "norm", "temperature", "pairing")
+FLAWS = ("rotation", "norm", "temperature", "pairing", "sequences", "temperatures")
 """Errors that `head_errors` can plant in the kernels' input."""
 
 
@@ -47,7 +47,12 @@ def _results(
     positions = torch.arange(5) + torch.tensor([[0], [4]]) + (flaw == "rotation")
     wide = torch.promote_types(dtype, torch.float32)
     turns = rotation(positions, frequencies(step.head_dim, 100.0), wide).to(device) if rotates else None
-    scale = (1 + torch.arange(5.0)[None, :, None, None] * (flaw != "temperature")).to(device, wide) if scaled else None
+    steps = (torch.arange(5.0) + torch.tensor([[0.0], [2.0]]))[:, :, None, None]
+    scale = (1 + steps * (flaw != "temperature")).to(device, wide) if scaled else None
+    if flaw == "sequences" and turns is not None:  # every sequence gets the table of the first
+        turns = turns[:1]
+    if flaw == "temperatures" and scale is not None:
+        scale = scale[:1]
     numbers = (step.num_heads, step.num_kv_heads, step.head_dim)
     if flaw in ("norm", "pairing"):
         eps = None if flaw == "norm" else step.norm_eps
