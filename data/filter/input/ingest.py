@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError, DataError, counted
 from core.files import remove_tree
 from data.filter.input.readers import InputPart, MalformedRecord, Piece, RecordPart, json_keys
 from data.filter.input.records import BAD_LABEL, LABEL, Record
@@ -192,7 +192,9 @@ class Ingest:
                 first = first or f"{value} in {source}; {_instead_of(value)}"
         if any(self.stage.has_column(shard, LABEL) for shard in shards):
             if bad:
-                report(f"warning: {bad:,} values of label_key={key} are not numbers and do not count, such as {first}")
+                report(
+                    f"warning: label_key={key}: {counted(bad, 'value')} ignored, since not a number, such as {first}"
+                )
             return
         keys = ", ".join(map(repr, json_keys(self.stage.read(next(iter(shards)), ["raw"])["raw"][0].as_py())))
         reason = f"such as {first}" if bad else f"the keys of the first record are {keys}"

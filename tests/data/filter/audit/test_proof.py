@@ -243,6 +243,32 @@ def test_the_advice_fits_the_figures(proof, bar, advice):
     assert ("the wrong way round" in text) == (proof["scorers"][0]["high"] < 0.5) and "random" not in text
 
 
+@pytest.mark.parametrize(
+    ("leads", "expected"), [((0.3, 0.3), "proven"), ((0.3, 0.05), "length"), ((0.05, 0.3), "length")]
+)
+def test_a_score_must_beat_both_lengths(leads, expected):
+    proof = figures(0.7, 0.1)
+    proof["lead"] = [figures(0.7, 0.1, lead=lead)["lead"][0] for lead in leads]
+    assert verdict(proof) == expected
+
+
+def test_only_a_learned_score_needs_figures_for_its_buckets():
+    def never() -> None:
+        raise AssertionError("computed for nothing")
+
+    rules = SelectConfig(buckets=BucketRule.auto)
+    assert module.by_length(rules, "ngram", never, ["a", "b"]) == [True, True]
+    with pytest.raises(AssertionError, match="for nothing"):
+        module.by_length(rules, "learned", never, ["a", "b"])
+
+
+def test_copies_compete_with_the_mean_of_their_labels(tmp_path):
+    copied = [*rows()[:239], {**rows()[0], "level": LABELS[0] + 8.5}]
+    proof = audit_of(run(tmp_path, NOISE, rows=copied), "in.jsonl")["proof"]
+    assert proof["labels"]["distinct"] == len(set(LABELS)) + 1
+    assert proof["labels"]["contradictory"] == 2
+
+
 def test_an_auc_is_required_of_its_lower_bound():
     proof = figures(0.7, 0.1)
     module.check_auc(SelectConfig(require_auc=proof["scorers"][0]["low"]), lambda: proof)

@@ -164,7 +164,13 @@ def test_each_bucket_of_a_domain_has_its_threshold(tmp_path):
     done = filtered(source, tmp_path / "out", select=SelectConfig(length_buckets=2), domain_key="domain")
     found = rows_of(done)
     assert [row["bucket"] for row in found] == ([0] * 40 + [1] * 40) * 2
-    thresholds = json.loads((tmp_path / "out" / "audit.json").read_text())["thresholds"]["domains"]
+    audit = json.loads((tmp_path / "out" / "audit.json").read_text())
+    thresholds = audit["thresholds"]["domains"]
+    limits = {(name, n): one["score"] for name, given in thresholds.items() for n, one in enumerate(given["buckets"])}
+    placed = {row["id"]: (row["domain"], row["bucket"]) for row in found}
+    shown = [row for found in audit["samples"].values() for side in found.values() for row in side]
+    assert {placed[row["id"]] for row in shown} == set(limits) and len(set(limits.values())) == 4
+    assert all(row["threshold"] == pytest.approx(limits[placed[row["id"]]], abs=1e-3) for row in shown)
     for row in found[::20]:
         bucket = thresholds[row["domain"]]["buckets"][row["bucket"]]
         among = f"for records of its domain with {bucket['length']:,} scored bytes or more"

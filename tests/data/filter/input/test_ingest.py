@@ -240,10 +240,18 @@ def test_what_is_no_number_is_no_label_and_drops_no_text(tmp_path):
     assert texts == [f"t{number}" for number in range(15)]
     assert found == [1.0, 2.5, *[None] * 7, -0.0, *map(float, range(5))]
     assert reports[0] == (
-        "warning: 5 values of label_key=level are not numbers and do not count, "
-        "such as 'Level 3' in in.jsonl:5; write 3 instead of 'Level 3'"
+        "warning: label_key=level: 5 values ignored, since not a number, such as "
+        "'Level 3' in in.jsonl:5; write 3 instead of 'Level 3'"
     )
     assert len(reports) == 2
+
+
+def test_a_single_value_that_is_no_number_is_reported(tmp_path):
+    _, found, (warning, _) = labelled(tmp_path, [1, 2, "x"])
+    assert found == [1.0, 2.0, None]
+    assert warning == (
+        "warning: label_key=level: 1 value ignored, since not a number, such as 'x' in in.jsonl:3; write finite numbers"
+    )
 
 
 def test_gaps_in_a_column_of_labels_are_not_reported(tmp_path):
