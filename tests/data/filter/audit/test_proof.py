@@ -422,7 +422,9 @@ def test_buckets_follow_the_labels_of_a_learned_scorer(tmp_path):
         done.run()
         return done
 
-    write_outputs(on_threads(2, work)[0], tmp_path / "two")
+    done = on_threads(2, work)[0]
+    assert len({done._hash_of_scores(None, np.array(one)) for one in ([1, 1], [0, 1], [1, 0])}) == 3
+    write_outputs(done, tmp_path / "two")
     assert kept(tmp_path / "two") == chosen and outputs(tmp_path / "two")["scores.parquet"]
 
 
