@@ -27,6 +27,9 @@ from core.files import append_json_line
 SILENT_BEATS = 3
 """A rank is presumed dead if its heartbeat does not change during this number of our own heartbeats."""
 
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "4096", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+"""Environment variables of torch. A record of 4,096 collectives covers several micro-batches in 1 MB or so."""
+
 Status = dict[str, Any]
 """What a rank publishes: beat number, done, step, last collective, collectives begun by axis, excused, and host."""
 
@@ -176,6 +179,12 @@ def _last(status: Status) -> str:
 
 def _key(rank: int) -> str:
     return f"heartbeat/{rank}"
+
+
+def keep_flight_record() -> None:
+    """Let NCCL record the last collectives, and dump them if it ends a rank. Call it before the group is made."""
+    for name, value in FLIGHT_RECORDER.items():
+        os.environ.setdefault(name, value)
 
 
 def _dump_flight_recorder(path: Path) -> None:

@@ -38,7 +38,7 @@ class Checkpointer:
         self._pending: tuple[Path, Future[None]] | None = None
         self._damaged: list[Path] = []
         # a save in the background must not use the communicator of the training step
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = world.groups.host() if world.size > 1 else None
 
     def save(self, step: int, state: Sequence[TensorShard], progress: dict[str, Any]) -> None:
         """Write `state` as the checkpoint after `step` steps, and `progress` (plain JSON values) to progress.json. An
