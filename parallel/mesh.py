@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.comm.groups import Split, split
-from parallel.comm.watchdog import Heartbeat
+from parallel.comm.heartbeat import WORLD, Heartbeat
 from parallel.comm.world import World
 from parallel.layout import Layout
 
@@ -46,6 +46,8 @@ class MeshAxis:
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
+    key: str = WORLD
+    """Identifies the group among all ranks' heartbeats."""
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     def sum(self, tensor: Tensor, purpose: str) -> None:
@@ -63,7 +65,7 @@ class MeshAxis:
 
     def note(self, purpose: str, size: int) -> None:
         """Record that a collective issued by other code begins and is handed `size` bytes."""
-        self.traffic.heartbeat.begin(self.name, purpose, self.group)
+        self.traffic.heartbeat.begin(self.name, purpose, self.key)
         self.add_bytes(purpose, size)
 
     def send(self, purpose: str, tensor: Tensor) -> None:
@@ -72,7 +74,7 @@ class MeshAxis:
         self.add_bytes(purpose, tensor.nbytes)
 
     def wait(self, purpose: str) -> None:
-        self.traffic.heartbeat.wait(self.name, purpose, self.group)
+        self.traffic.heartbeat.wait(self.name, purpose, self.key)
 
     def add_bytes(self, purpose: str, size: int) -> None:
         self.traffic.bytes[self.name, purpose] += size
@@ -158,7 +160,11 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
     groups, axes = world.groups, dict[str, Any]()
     for key, whole in splits(layout).items():
         axis: MeshAxis = getattr(meshes, key)
-        axes[key] = replace(axis, group=groups.of(whole, WEIGHTS if key in ("fsdp", "efsdp", "replicate") else ""))
+        group = groups.of(whole, WEIGHTS if key in ("fsdp", "efsdp", "replicate") else "")
+        name = f"{axis.name}@{dist.get_process_group_ranks(group)[0]}"
+        axes[key] = replace(axis, group=group, key=name)
+        if axis.size > 1:
+            world.heartbeat.join(name)
     if meshes.ends.size == 1:
         axes.pop("ends", None)  # a rank that is no end has made a group with the others between them
     meshes = replace(meshes, **axes)

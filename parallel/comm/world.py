@@ -21,7 +21,8 @@ from core.errors import ConfigError, first_line
 from core.exit_codes import ATTEMPT
 from core.process import told_after
 from parallel.comm.groups import START_LIMIT, Groups, set_limit
-from parallel.comm.watchdog import Heartbeat, Watchdog, keep_flight_record
+from parallel.comm.heartbeat import Heartbeat, marks
+from parallel.comm.watchdog import Watchdog, keep_flight_record
 
 T = TypeVar("T")
 BACKSTOP_S = 10.0
@@ -184,7 +185,8 @@ def connect(timeout: timedelta = START_LIMIT) -> World:
         else:
             join = partial(dist.init_process_group, "gloo")
         join(store=store, rank=rank, world_size=size, timeout=timeout)
-    return World(dist.get_rank(), dist.get_world_size(), device, groups=Groups(splits_world(device)))
+    heartbeat = Heartbeat(marks(device.type))
+    return World(dist.get_rank(), dist.get_world_size(), device, heartbeat, Groups(splits_world(device)))
 
 
 def splits_world(device: torch.device) -> bool:
