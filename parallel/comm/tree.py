@@ -46,7 +46,7 @@ def gather(value: T, group: dist.ProcessGroup) -> list[T]:
     return [found[one] for one in range(size)]
 
 
-def spread(value: T | None, group: dist.ProcessGroup) -> T:
+def spread(value: T, group: dist.ProcessGroup) -> T:
     """Return the value of rank 0 on every rank of a gloo group of all ranks."""
     rank = dist.get_rank()
     content = pickle.dumps(value) if rank == 0 else _receive(parent(rank), group)

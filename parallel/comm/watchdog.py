@@ -35,7 +35,7 @@ LEAD_BEATS = SILENT_BEATS + 1
 """Beats before the limit at which a rank reads the statuses first, so that the verdict comes at the limit."""
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "4096", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 """Environment variables of torch. A record of 4,096 collectives covers several micro-batches in 1 MB or so."""
-_CHUNK = 4096
+CHUNK = 4096
 """Number of statuses read with one request."""
 _SEARCHES = 64
 """Requests spent on finding ranks that have never published a status."""
@@ -110,8 +110,8 @@ class Watchdog:
         """Return what each rank has published. Ranks that have never published anything are missing."""
         present = _present(self.store, self.size)
         found: dict[int, Status] = {}
-        for start in range(0, len(present), _CHUNK):
-            ranks = present[start : start + _CHUNK]
+        for start in range(0, len(present), CHUNK):
+            ranks = present[start : start + CHUNK]
             texts = self.store.multi_get([_key(rank) for rank in ranks])
             found.update((rank, json.loads(text)) for rank, text in zip(ranks, texts, strict=True))
         return found
