@@ -2,7 +2,7 @@
 
     python -m bench.scale [--json FILE]
 
-Groups are made on a fake process group, as rank 0 makes them on GPUs, and the store counts its requests. Values are
+ProcessGroups are made on a fake process group, as rank 0 makes them on GPUs, and the store counts its requests. Values are
 by world size:
 
 - `setup_s`: seconds to join, make the meshes of pp16 x tp8 x ep64 (without tp8 in the small world), and agree.
@@ -33,7 +33,7 @@ import torch.testing._internal.distributed.fake_pg
 
 from core.files import write_json
 from parallel.comm import tree
-from parallel.comm.groups import Groups
+from parallel.comm.groups import ProcessGroups
 from parallel.comm.heartbeat import Heartbeat
 from parallel.comm.watchdog import CHUNK, Watchdog
 from parallel.comm.world import World
@@ -102,7 +102,7 @@ def start(size: int, config: ParallelConfig) -> tuple[float, int, int]:
     begin = time.perf_counter()
     dist.init_process_group("fake", rank=0, world_size=size, store=store)
     try:
-        world = World(0, size, torch.device("cpu"), groups=Groups(from_split=True))
+        world = World(0, size, torch.device("cpu"), groups=ProcessGroups(from_split=True))
         with patch.object(dist, "split_group", _split):
             make_meshes(config.resolve(size), world)
         world.groups.host()

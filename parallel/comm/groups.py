@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 Split = tuple[tuple[int, ...], ...]
-"""Groups of ranks, each ascending, that together are all ranks of the world."""
+"""ProcessGroups of ranks, each ascending, that together are all ranks of the world."""
 
 START_LIMIT = timedelta(days=1)
 """Time limit of a collective before the first step, and of a wait for rank 0: it may tokenise for hours."""
@@ -39,7 +39,7 @@ def split(sizes: Sequence[int], *along: int) -> Split:
 
 
 @dataclass
-class Groups:
+class ProcessGroups:
     """The process groups of this rank. `from_split`: whether they are split from the world's communicator."""
 
     from_split: bool = False

@@ -6,13 +6,13 @@ rank connects to at most 16 others, however many ranks there are, and rank 0 rec
 
 from __future__ import annotations
 
-import pickle
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 NODE = 8
 """Number of consecutive ranks that send to the first of them: the GPUs of most nodes."""
 FAN_OUT = 8
@@ -37,11 +37,11 @@ def children(rank: int, size: int) -> list[int]:
 def gather(value: T, group: dist.ProcessGroup) -> list[T]:
     """Return the values of all ranks, by rank, on rank 0 of a gloo group of all. Other ranks get an empty list."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    found: dict[int, Any] = {rank: value}
+    found: dict[int, T] = {rank: value}
     for child in children(rank, size):
-        found |= pickle.loads(_receive(child, group))
+        found |= _receive(child, group)
     if rank:
-        _send(pickle.dumps(found), parent(rank), group)
+        dist.send_object_list([found], parent(rank), group, device=CPU)
         return []
     return [found[one] for one in range(size)]
 
@@ -49,20 +49,13 @@ def gather(value: T, group: dist.ProcessGroup) -> list[T]:
 def spread(value: T, group: dist.ProcessGroup) -> T:
     """Return the value of rank 0 on every rank of a gloo group of all ranks."""
     rank = dist.get_rank()
-    content = pickle.dumps(value) if rank == 0 else _receive(parent(rank), group)
+    value = _receive(parent(rank), group) if rank else value
     for child in children(rank, dist.get_world_size()):
-        _send(content, child, group)
-    return pickle.loads(content)
+        dist.send_object_list([value], child, group, device=CPU)
+    return value
 
 
-def _send(content: bytes, rank: int, group: dist.ProcessGroup) -> None:
-    dist.send(torch.tensor([len(content)]), rank, group)
-    dist.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), rank, group)
-
-
-def _receive(rank: int, group: dist.ProcessGroup) -> bytes:
-    size = torch.zeros(1, dtype=torch.int64)
-    dist.recv(size, rank, group)
-    content = torch.empty(int(size), dtype=torch.uint8)
-    dist.recv(content, rank, group)
-    return content.numpy().tobytes()
+def _receive(rank: int, group: dist.ProcessGroup) -> Any:
+    box: list[Any] = [None]
+    dist.recv_object_list(box, rank, group, device=CPU)
+    return box[0]

@@ -20,7 +20,7 @@ import xxhash
 from core.errors import ConfigError, first_line
 from core.exit_codes import ATTEMPT
 from core.process import told_after
-from parallel.comm.groups import START_LIMIT, Groups, set_limit
+from parallel.comm.groups import START_LIMIT, ProcessGroups, set_limit
 from parallel.comm.heartbeat import Heartbeat, marks
 from parallel.comm.watchdog import Watchdog, keep_flight_record
 
@@ -45,7 +45,7 @@ class World:
     size: int
     device: torch.device
     heartbeat: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
-    groups: Groups = field(default_factory=Groups, compare=False, repr=False)
+    groups: ProcessGroups = field(default_factory=ProcessGroups, compare=False, repr=False)
     limits: list[timedelta] = field(default_factory=list, compare=False, repr=False)
     """Time limits that `limit` has set, the last of which holds."""
 
@@ -186,7 +186,7 @@ def connect(timeout: timedelta = START_LIMIT) -> World:
             join = partial(dist.init_process_group, "gloo")
         join(store=store, rank=rank, world_size=size, timeout=timeout)
     heartbeat = Heartbeat(marks(device.type))
-    return World(dist.get_rank(), dist.get_world_size(), device, heartbeat, Groups(splits_world(device)))
+    return World(dist.get_rank(), dist.get_world_size(), device, heartbeat, ProcessGroups(splits_world(device)))
 
 
 def splits_world(device: torch.device) -> bool:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from bench.scale import __main__ as scale
 from parallel.comm import tree
-from parallel.comm.groups import Groups, split
+from parallel.comm.groups import ProcessGroups, split
 from parallel.comm.world import World
 from parallel.layout import ParallelConfig
 from parallel.mesh import make_meshes, splits
@@ -46,7 +46,7 @@ def recorded(rank: int, from_split: bool = True) -> Iterator[tuple[World, list[C
     dist.init_process_group("fake", rank=rank, world_size=SIZE, store=dist.HashStore())
     try:
         with patch.object(dist, "split_group", splits_off), patch.object(dist, "new_group", makes):
-            yield World(rank, SIZE, torch.device("cpu"), groups=Groups(from_split)), calls
+            yield World(rank, SIZE, torch.device("cpu"), groups=ProcessGroups(from_split)), calls
     finally:
         dist.destroy_process_group()
 
@@ -81,7 +81,10 @@ def test_all_ranks_split_the_world_alike(layout):
 
 
 def test_new_groups_of_some_ranks_are_found_to_hang():
-    with patch.object(World, "groups", Groups(from_split=False), create=True), recorded(3, False) as (world, calls):
+    with (
+        patch.object(World, "groups", ProcessGroups(from_split=False), create=True),
+        recorded(3, False) as (world, calls),
+    ):
         make_meshes(LAYOUTS[0].resolve(SIZE), world)
     assert hangs_under_nccl([calls]) == "new_group splits too, on some ranks only"
 
