@@ -29,7 +29,7 @@ from model.transformer import Transformer
 from parallel.comm.collectives import all_gather, all_gather_no_grad, all_to_all, reduce_scatter
 from parallel.layout import DispatchMethod
 from parallel.mesh import MeshAxis, Meshes
-from precision.gemm import ProcessGroups
+from precision.gemm import Groups
 
 _DEEPEP = "git+https://github.com/deepseek-ai/DeepEP"
 
@@ -113,7 +113,7 @@ class AllToAll(_Dispatcher):
         experts_R1 = indices.repeat_interleave(arriving_NE.flatten(), output_size=sum(receive))[:, None]
         by_expert = permute_by_expert(experts_R1, self.local_experts, self.token_multiple)
         known = [-(-sum(counts) // self.token_multiple) * self.token_multiple for counts in arriving]
-        groups_E = ProcessGroups(by_expert.groups.counts_E, known)
+        groups_E = Groups(by_expert.groups.counts_E, known)
 
         def combine(y_CD: Tensor) -> Tensor:
             y_RD = self.kernels.unpermute(y_CD, by_expert)
@@ -163,7 +163,7 @@ def _select_local(dispatcher: _Dispatcher, x_RD: Tensor, experts_RK: Tensor, wei
     here_RK = (experts_RK >= 0) & (experts_RK < held)
     rows = permute_by_expert(experts_RK.where(here_RK, held), held + 1, dispatcher.token_multiple)
     sent = dispatch_rows(dispatcher.kernels, rows, x_RD, weights_RK, dispatcher.weights_on)
-    mine = ProcessGroups(rows.groups.counts_E[:held])
+    mine = Groups(rows.groups.counts_E[:held])
     kept = sum(mine.host)
 
     def combine(y_CD: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
     python -m bench.scale [--json FILE]
 
-ProcessGroups are made on a fake process group, as rank 0 makes them on GPUs, and the store counts its requests. Values are
+Process groups are made as on GPUs, but on the fake backend, and the store counts requests to it. Values are
 by world size:
 
 - `setup_s`: seconds to join, make the meshes of pp16 x tp8 x ep64 (without tp8 in the small world), and agree.

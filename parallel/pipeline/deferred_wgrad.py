@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.layers import GroupedGateUp, GroupedLinear, Linear
 from parallel.fsdp import GradientSum, gradient_sums
-from precision.gemm import GemmBackend, ProcessGroups
+from precision.gemm import GemmBackend, Groups
 
 
 class Deferred:
@@ -58,7 +58,7 @@ class DeferringProducts:
         self.input_gradient, self.weight_gradient = inner.input_gradient, inner.weight_gradient
         self.narrowed = inner.narrowed
 
-    def linear(self, x: Tensor, w: Tensor, groups: ProcessGroups | None = None) -> Tensor:
+    def linear(self, x: Tensor, w: Tensor, groups: Groups | None = None) -> Tensor:
         if torch.is_grad_enabled() and w.requires_grad:
             return _Product.apply(x, w, groups, self)
         return self.inner.linear(x, w, groups)
@@ -66,7 +66,7 @@ class DeferringProducts:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, groups: ProcessGroups | None, products: DeferringProducts) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, groups: Groups | None, products: DeferringProducts) -> Tensor:
         ctx.products, ctx.groups = products, groups
         ctx.save_for_backward(x, w)
         return products.inner.linear(x, w, groups)

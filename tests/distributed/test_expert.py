@@ -16,7 +16,7 @@ from model.moe import LocalDispatcher, MixtureOfExperts, permute_by_expert
 from parallel.comm.world import connect
 from parallel.expert_parallel import AllGather, AllToAll
 from parallel.layout import ParallelConfig
-from precision.gemm import ProcessGroups
+from precision.gemm import Groups
 from precision.native_gemm import NativeGemm
 from precision.resolve import LayerGemms
 from tests.support.models import meshes_here
@@ -29,7 +29,7 @@ class Padded(NativeGemm):
 
     token_multiple = 8
 
-    def linear(self, x_CD: Tensor, w_EFD: Tensor, groups: ProcessGroups | None = None) -> Tensor:
+    def linear(self, x_CD: Tensor, w_EFD: Tensor, groups: Groups | None = None) -> Tensor:
         if groups is None:
             return super().linear(x_CD, w_EFD)
         assert not (groups.counts_E % self.token_multiple).any(), groups.counts_E
