@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 Split = tuple[tuple[int, ...], ...]
-"""ProcessGroups of ranks, each ascending, that together are all ranks of the world."""
+"""Groups of ranks, each ascending, that together are all ranks of the world."""
 
 START_LIMIT = timedelta(days=1)
 """Time limit of a collective before the first step, and of a wait for rank 0: it may tokenise for hours."""

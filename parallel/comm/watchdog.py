@@ -28,11 +28,12 @@ from core.exit_codes import HUNG
 from core.files import append_json_line
 from parallel.comm.heartbeat import Heartbeat, Status
 
-SILENT_BEATS = 3
-"""A rank is presumed dead if its heartbeat does not change during this number of our own heartbeats."""
-MOST_INTERVAL_S = 2.5
-LEAD_BEATS = SILENT_BEATS + 1
-"""Beats before the limit at which a rank reads the statuses first, so that the verdict comes at the limit."""
+SILENT_S = 30.0
+"""A rank is presumed dead if its heartbeat does not change for this time, or half the limit: long calls into other
+code can hold the lock of its interpreter for seconds. The judge looks first so long before the limit.
+"""
+INTERVAL_S = 2.5
+"""Seconds between heartbeats, or a tenth of the limit."""
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "4096", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 """Environment variables of torch. A record of 4,096 collectives covers several micro-batches in 1 MB or so."""
 CHUNK = 4096
@@ -50,7 +51,7 @@ class Watchdog:
     ) -> None:
         self.heartbeat, self.store, self.rank, self.size = heartbeat, store, rank, size
         self.limit_s, self.logs = limit_s, logs
-        self.interval_s = min(MOST_INTERVAL_S, limit_s / 10)
+        self.interval_s, self.silent_s = min(INTERVAL_S, limit_s / 10), min(SILENT_S, limit_s / 2)
         judges = list(dict.fromkeys((0, size - 1, size // 2)))
         self.turn = judges.index(rank) if rank in judges else None
         """How many judges must have failed before this rank judges. None: it never does."""
@@ -72,18 +73,18 @@ class Watchdog:
             beat += 1
             try:
                 self.store.set(_key(self.rank), json.dumps(self.heartbeat.status(beat)))
-                before = self._look(beat, before)
+                before = self._look(before)
                 answered = time.monotonic()
             except (dist.DistError, RuntimeError):  # at the end of a run the store may close first
                 if time.monotonic() - answered > self.limit_s:
                     self._end(f"step {self.heartbeat.step}: the store of the job no longer answers")
             self._stopped.wait(self.interval_s)
 
-    def _look(self, beat: int, before: _Look | None) -> _Look | None:
+    def _look(self, before: _Look | None) -> _Look | None:
         """If this rank waits too long, end with the verdict of a judge, or be the judge."""
         since = self.heartbeat.oldest()[1]
         over_s = time.monotonic() - since - self.limit_s
-        if over_s <= -LEAD_BEATS * self.interval_s:
+        if over_s <= -self.silent_s - self.interval_s:
             return None
         if self.store.check([_VERDICT]):
             verdict = json.loads(self.store.get(_VERDICT))
@@ -93,8 +94,8 @@ class Watchdog:
         if self.turn is None or (self.turn and over_s < 2 * self.turn * self.interval_s):
             return None
         if before is None or before[0] != since:
-            return since, beat, self._statuses()
-        if beat - before[1] < SILENT_BEATS or over_s <= 0:
+            return since, time.monotonic(), self._statuses()
+        if time.monotonic() - before[1] < self.silent_s or over_s <= 0:
             return before
         found = judge(before[2], self._statuses(), self.size, self.limit_s - 2 * self.interval_s)
         if found is not None and since == self.heartbeat.oldest()[1]:
@@ -130,8 +131,8 @@ class Watchdog:
             os._exit(HUNG)  # the main thread is inside the collective and cannot be interrupted
 
 
-_Look = tuple[float, int, dict[int, Status]]
-"""The first look of a judge: since when it waited, at which of its beats it looked, and what it saw."""
+_Look = tuple[float, float, dict[int, Status]]
+"""The first look of a judge: since when it waited, when it looked, and what it saw."""
 
 
 def judge(
