@@ -204,7 +204,9 @@ def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
     """Return every tensor by name. Raises `Damaged` unless shards cover each tensor and each file exactly once."""
     shape = {"files": {str: {"bytes": int}}}
     sizes = _parsed(checkpoint / MARKER, lambda marker: {k: one["bytes"] for k, one in marker["files"].items()}, shape)
-    names = [name for name in sizes if _is_part(name)] or [INDEX]
+    names = [name for name in sizes if name == INDEX or _is_part(name)]
+    if not names:
+        raise Damaged(f"{MARKER} names no {INDEX} and no part of it")
     where = names[0] if len(names) == 1 else "the index"
     index = _joined(_parsed(checkpoint / name, partial(_tensors, name)) for name in sorted(names))
     for name, tensor in index.items():
