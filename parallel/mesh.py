@@ -1,8 +1,8 @@
 """The process groups of a layout, by name.
 
 Invariant: the dense axes pp * dp_replicate * dp_shard * cp * tp and the sparse axes pp * dp_replicate * efsdp * ep *
-etp arrange the same ranks. An axis further right varies faster from rank to rank. Every arrangement is a mesh over the
-whole world, so that all processes create the same groups.
+etp arrange the same ranks. An axis further right varies faster from rank to rank. Every axis splits
+the whole world, and all processes create the groups of the axes in the same order: see `parallel.comm.groups`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.comm.watchdog import Heartbeat
+from parallel.comm.groups import Split, split
+from parallel.comm.heartbeat import WORLD, Heartbeat
 from parallel.comm.world import World
 from parallel.layout import Layout
+
+WEIGHTS = "weights"
+"""The lane of FSDP2's groups: it gathers weights and reduces gradients beside the collectives of layers."""
 
 
 @dataclass
@@ -42,6 +46,8 @@ class MeshAxis:
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
+    key: str = WORLD
+    """Identifies the group among all ranks' heartbeats."""
     traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     def sum(self, tensor: Tensor, purpose: str) -> None:
@@ -59,7 +65,7 @@ class MeshAxis:
 
     def note(self, purpose: str, size: int) -> None:
         """Record that a collective issued by other code begins and is handed `size` bytes."""
-        self.traffic.heartbeat.begin(self.name, purpose, self.group)
+        self.traffic.heartbeat.begin(self.name, purpose, self.key)
         self.add_bytes(purpose, size)
 
     def send(self, purpose: str, tensor: Tensor) -> None:
@@ -68,7 +74,7 @@ class MeshAxis:
         self.add_bytes(purpose, tensor.nbytes)
 
     def wait(self, purpose: str) -> None:
-        self.traffic.heartbeat.wait(self.name, purpose, self.group)
+        self.traffic.heartbeat.wait(self.name, purpose, self.key)
 
     def add_bytes(self, purpose: str, size: int) -> None:
         self.traffic.bytes[self.name, purpose] += size
@@ -151,36 +157,64 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
     meshes = meshes_of_rank(layout, world.rank, Traffic(heartbeat=world.heartbeat))
     if world.size == 1:
         return meshes
-
-    def mesh(**sizes: int) -> DeviceMesh:
-        """Arrange the world as a mesh. Axes of size 1 are left out, except those that FSDP2 needs."""
-        kept = {name: size for name, size in sizes.items() if size > 1 or name in ("fsdp", "efsdp")}
-        return init_device_mesh(world.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
-
-    outer = {"pp": layout.pp, "dp_replicate": layout.dp_replicate}
-    dense = mesh(**outer, fsdp=layout.fsdp, tp=layout.tp)
-    sparse = mesh(**outer, efsdp=layout.efsdp, experts=layout.ep * layout.etp)
-    batch = mesh(pp=layout.pp, dp=layout.dp, cp=layout.cp, tp=layout.tp)
-    sources = dict.fromkeys(("pp", "dp", "cp"), batch) | dict.fromkeys(("replicate", "fsdp", "tp"), dense)
-    axes: dict[str, Any] = {}
-    for key, source in (sources | dict.fromkeys(("efsdp", "experts"), sparse)).items():
+    groups, axes = world.groups, dict[str, Any]()
+    for key, whole in splits(layout).items():
         axis: MeshAxis = getattr(meshes, key)
-        if axis.name in (source.mesh_dim_names or ()):
-            axes[key] = replace(axis, group=source.get_group(axis.name))
+        group = groups.of(whole, WEIGHTS if key in ("fsdp", "efsdp", "replicate") else "")
+        name = f"{axis.name}@{dist.get_process_group_ranks(group)[0]}"
+        axes[key] = replace(axis, group=group, key=name)
+        if axis.size > 1:
+            world.heartbeat.join(name)
+    if meshes.ends.size == 1:
+        axes.pop("ends", None)  # a rank that is no end has made a group with the others between them
+    meshes = replace(meshes, **axes)
+    dense = _device_mesh(world, meshes.replicate, meshes.fsdp, layout.tp)
+    return replace(meshes, dense=dense, sparse=_device_mesh(world, meshes.replicate, meshes.efsdp, meshes.experts.size))
+
+
+def splits(layout: Layout) -> dict[str, Split]:
+    """Return how the ranks are split into the groups of each axis of `Meshes`. Axes of size 1 are left out, except
+    those that FSDP2 needs.
+    """
+    inside, experts = layout.cp * layout.tp, layout.ep * layout.etp
+    dense = (layout.pp, layout.dp_replicate, layout.fsdp, layout.tp)
+    batch = (layout.pp, layout.dp, layout.cp, layout.tp)
+    found = {
+        "pp": split(dense, 0),
+        "replicate": split(dense, 1),
+        "fsdp": split(dense, 2),
+        "tp": split(dense, 3),
+        "efsdp": split((layout.pp, layout.dp_replicate, layout.efsdp, experts), 2),
+        "experts": split((layout.pp, layout.dp_replicate, layout.efsdp, experts), 3),
+        "dp": split(batch, 1),
+        "cp": split(batch, 2),
+    }
+    found = {key: whole for key, whole in found.items() if len(whole[0]) > 1 or key in ("fsdp", "efsdp")}
+    meshes = meshes_of_rank(layout, 0)
     if meshes.cp_tp.size > 1:
-        parts = mesh(pp=layout.pp, dp=layout.dp, cp_tp=layout.cp * layout.tp)
-        axes["cp_tp"] = replace(meshes.cp_tp, group=parts.get_group("cp_tp"))
+        found["cp_tp"] = split(batch, 2, 3)
     if meshes.pipeline.size > 1:
-        stages = torch.arange(world.size).view(layout.pp, layout.dp, -1).transpose(0, 1).flatten(1)
-        parts = DeviceMesh(world.device.type, stages, mesh_dim_names=("dp", "pipeline"))
-        axes["pipeline"] = replace(meshes.pipeline, group=parts.get_group("pipeline"))
+        found["pipeline"] = split((layout.pp, layout.dp, inside), 0, 2)
     if meshes.stage.size > 1:
-        parts = mesh(pp=layout.pp, stage=meshes.stage.size)
-        axes["stage"] = replace(meshes.stage, group=parts.get_group("stage"))
+        found["stage"] = split(batch, 1, 2, 3)
     if meshes.ends.size > 1:
-        axes["ends"] = replace(meshes.ends, group=_ends_group(axes["pp"]))
-    replicated = ("dp_replicate",) if layout.dp_replicate > 1 else ()
-    return replace(meshes, **axes, dense=dense[*replicated, "fsdp"], sparse=sparse[*replicated, "efsdp"])
+        ends = [(row[0], row[-1]) for row in found["pp"]]
+        found["ends"] = (*ends, *(row[1:-1] for row in found["pp"] if row[1:-1]))
+    return found
+
+
+def _device_mesh(world: World, replicate: MeshAxis, shard: MeshAxis, stride: int) -> DeviceMesh:
+    """Return the mesh of this rank for FSDP2, (dp_replicate, shard) or (shard), with their groups. `stride`:
+    the distance between neighbours along `shard`.
+    """
+    assert shard.group is not None
+    if replicate.group is None:
+        return DeviceMesh.from_group(shard.group, world.device.type, mesh_dim_names=(shard.name,))
+    shards = stride * torch.arange(shard.size)
+    ranks = stride * shard.size * torch.arange(replicate.size)[:, None] + shards
+    ranks += world.rank - ranks[replicate.rank, shard.rank]
+    names = (replicate.name, shard.name)
+    return DeviceMesh.from_group([replicate.group, shard.group], world.device.type, ranks, mesh_dim_names=names)
 
 
 def meshes_of_rank(layout: Layout, rank: int, traffic: Traffic | None = None) -> Meshes:
@@ -211,11 +245,3 @@ def meshes_of_rank(layout: Layout, rank: int, traffic: Traffic | None = None) ->
     }
     axes = {name.removeprefix("dp_"): MeshAxis(name, size, at, traffic=traffic) for name, (size, at) in along.items()}
     return Meshes(layout, **axes, dense=None, sparse=None)
-
-
-def _ends_group(pp: MeshAxis) -> dist.ProcessGroup:
-    assert pp.group is not None
-    if pp.size == 2:
-        return pp.group
-    members = dist.get_process_group_ranks(pp.group)
-    return dist.new_group([members[0], members[-1]], use_local_synchronization=True)

@@ -59,7 +59,7 @@ class Stragglers:
         all_ranks = [torch.empty_like(own) for _ in range(self.world.size)]
         self.world.heartbeat.begin("world", "slow ranks")
         dist.all_gather(all_ranks, own)
-        found = self.judge([rank.tolist() for rank in all_ranks])
+        found = self.judge(torch.stack(all_ranks).tolist())
         if found and not self._hosts:  # true on all ranks or on none
             self._hosts = [None] * self.world.size
             dist.all_gather_object(self._hosts, host_name())

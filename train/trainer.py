@@ -161,6 +161,8 @@ class Trainer:
         batch = self.batches.get(step)
         factor, clip_norm = phase.learning_rate_factor(step), self.config.training.clip_norm
         result = optimizer_step(self.engine, self.balancer, batch, phase.micro_batch_size, clip_norm, factor)
+        if self.last is None:  # the first step may compile kernels and connect to many ranks
+            self.world.limit(self.config.parallel.timeout_s)
         self.step, self.tokens = step + 1, self.tokens + phase.global_batch_size * phase.seq_len
         finite = result.loss.isfinite() & result.gradient_norm.isfinite()
         if self.last is not None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import xxhash
 
 from core.errors import ConfigError, first_line
 from core.exit_codes import ATTEMPT
 from core.process import told_after
-from parallel.comm.watchdog import Heartbeat, Watchdog
+from parallel.comm.groups import START_LIMIT, ProcessGroups, set_limit
+from parallel.comm.heartbeat import Heartbeat, marks
+from parallel.comm.watchdog import Watchdog, keep_flight_record
 
 T = TypeVar("T")
+BACKSTOP_S = 10.0
+"""Seconds after `parallel.timeout_s` at which torch ends a rank whose watchdog has not."""
 PATIENCE_S = 5.0
 """Seconds of waiting for another process after which a line says for whom."""
 
@@ -38,6 +45,9 @@ class World:
     size: int
     device: torch.device
     heartbeat: Heartbeat = field(default_factory=Heartbeat, compare=False, repr=False)
+    groups: ProcessGroups = field(default_factory=ProcessGroups, compare=False, repr=False)
+    limits: list[timedelta] = field(default_factory=list, compare=False, repr=False)
+    """Time limits that `limit` has set, the last of which holds."""
 
     @property
     def is_main(self) -> bool:
@@ -56,14 +66,15 @@ class World:
             except Exception as error:
                 vars(error)["everywhere"] = True
                 box[1] = error
-        dist.broadcast_object_list(box, src=0)
+        with self._patient():
+            dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
             raise box[1]
         return box[0]
 
     def agree(self, claims: Mapping[str, str]) -> None:
         """Raise `ConfigError` on every rank if a value in `claims` differs between ranks. It names the minority."""
-        if self.size == 1:
+        if self.size == 1 or not self._differs(claims):
             return
         gathered = self.gather(dict(claims), "agreement")
         for what in claims:
@@ -75,13 +86,24 @@ class World:
                 odd = values[int(others[0])]
                 raise ConfigError(what, None, f"{have} {odd}, the other ranks {usual}: start all ranks alike")
 
+    def _differs(self, claims: Mapping[str, str]) -> bool:
+        """Return whether any rank has other claims, on every rank. Compares hashes: all texts would be megabytes."""
+        digest = xxhash.xxh3_64_intdigest(json.dumps(dict(claims), sort_keys=True).encode()) >> 1
+        bounds = torch.tensor([digest, -digest], device=self.device)
+        self.heartbeat.begin("world", "agreement")
+        with self._patient():
+            dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+        highest, lowest = bounds.tolist()
+        return highest != -lowest
+
     def gather(self, value: T, purpose: str) -> list[T]:
         """Return the values of all ranks, by rank, on every rank."""
         if self.size == 1:
             return [value]
         self.heartbeat.begin("world", purpose)
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value)
+        with self._patient():
+            dist.all_gather_object(gathered, value)
         return gathered
 
     def to_main(self, value: T, purpose: str) -> list[T]:
@@ -90,7 +112,8 @@ class World:
             return [value]
         self.heartbeat.begin("world", purpose)
         gathered: list[Any] = [None] * self.size
-        dist.gather_object(value, gathered if self.is_main else None, dst=0)
+        with self._patient():
+            dist.gather_object(value, gathered if self.is_main else None, dst=0)
         return gathered if self.is_main else []
 
     def any(self, flag: bool) -> bool:
@@ -99,7 +122,8 @@ class World:
             return flag
         self.heartbeat.begin("world", "agreement")
         votes = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        with self._patient():
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes.item())
 
     @contextmanager
@@ -117,25 +141,58 @@ class World:
         finally:
             watchdog.stop()
 
+    def limit(self, timeout_s: float) -> None:
+        """Set the time limit of every collective from now on, except those of this class, in which ranks wait for long
+        work of another. The watchdog ends a run first: its report comes `BACKSTOP_S` earlier.
+        """
+        if self.size > 1:
+            self.limits.append(timedelta(seconds=timeout_s + BACKSTOP_S))
+            self.groups.limit(self.limits[-1])
+
+    @contextmanager
+    def _patient(self) -> Iterator[None]:
+        """Wait in the world's group as long as before the first step: rank 0 may work alone for hours."""
+        if not self.limits:
+            yield
+            return
+        set_limit(START_LIMIT, dist.group.WORLD)
+        try:
+            yield
+        finally:
+            set_limit(self.limits[-1], dist.group.WORLD)
+
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def connect(timeout: timedelta = timedelta(days=1)) -> World:
+def connect(timeout: timedelta = START_LIMIT) -> World:
     """Join the run that torchrun's environment variables describe. Without them, return a world of one process.
 
-    An existing process group is used as it is. The timeout is long because rank 0 may tokenise for hours; `World.watch`
-    finds hangs.
+    An existing process group is used as it is. On GPUs the process group has NCCL alone, with a communicator that is
+    bound to this rank's device, so that other groups are split from it. The timeout is long because rank 0 may tokenise
+    for hours; `World.watch` finds hangs.
     """
     rank, size, _ = numbers_of_rank()
     device = device_of_rank()
-    if dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size(), device)
-    if size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_store(size), rank=rank, world_size=size, timeout=timeout)
-    return World(rank, size, device)
+    if not dist.is_initialized():
+        if size == 1:
+            return World(rank, size, device)
+        store = _store(size)
+        if device.type == "cuda":
+            keep_flight_record()
+            join = partial(dist.init_process_group, "nccl", device_id=device)
+        else:
+            join = partial(dist.init_process_group, "gloo")
+        join(store=store, rank=rank, world_size=size, timeout=timeout)
+    heartbeat = Heartbeat(marks(device.type))
+    return World(dist.get_rank(), dist.get_world_size(), device, heartbeat, ProcessGroups(splits_world(device)))
+
+
+def splits_world(device: torch.device) -> bool:
+    """Return whether groups must be split from the world's communicator: it is NCCL's and bound to a device."""
+    world: Any = dist.group.WORLD
+    return device.type == "cuda" and world.bound_device_id is not None and "nccl" in dist.get_backend()
 
 
 def numbers_of_rank() -> tuple[int, int, int]:

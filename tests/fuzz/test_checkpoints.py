@@ -16,12 +16,22 @@ from core.errors import CheckpointError, ConfigError
 from model.config import ModelConfig
 from tests.fuzz.mutations import assert_reads_or_refuses, files, json_bytes, json_files
 from train.checkpoint.files import read_shard, read_state, write_shards
-from train.checkpoint.index import INDEX, PROGRESS, Damaged, commit, problem, read_index, read_progress
+from train.checkpoint.index import (
+    INDEX,
+    PROGRESS,
+    Damaged,
+    commit,
+    commit_parts,
+    problem,
+    read_index,
+    read_progress,
+    write_part,
+)
 from train.checkpoint.reader import IMPORTED, load_imported, load_origin
 from train.checkpoint.state import TensorShard
 from train.run_directory import MARKER
 
-SHARDS = "rank_0.bin"
+SHARDS, PART = "rank_0.bin", "rank_0.json"
 STATE = {
     "step": 100,
     "tokens": 9,
@@ -39,13 +49,17 @@ def state() -> list[TensorShard]:
     return [*halves, TensorShard("optimizer.step", torch.tensor(1.0), (), ())]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(place) -> tuple[Path, dict[str, bytes]]:
-    """Return the folder of a checkpoint and its files."""
-    path = place / "step-00000100"
-    path.mkdir()
-    commit(path, [write_shards(path / SHARDS, state())], STATE)
-    return path, {name: (path / name).read_bytes() for name in (INDEX, PROGRESS, MARKER, SHARDS)}
+@pytest.fixture(scope="module", params=[INDEX, PART])
+def checkpoint(place, request) -> tuple[Path, dict[str, bytes]]:
+    """Return the folder of a checkpoint and its files. Its index is whole (format 2) or in parts (format 3)."""
+    path = place / request.param / "step-00000100"
+    path.mkdir(parents=True)
+    index = write_shards(path / SHARDS, state())
+    if request.param == INDEX:
+        commit(path, [index], STATE)
+    else:
+        commit_parts(path, [write_part(path, 0, index)], STATE)
+    return path, {name: (path / name).read_bytes() for name in (request.param, PROGRESS, MARKER, SHARDS)}
 
 
 def read(checkpoint: Path) -> None:
@@ -64,17 +78,18 @@ def signed(marker: bytes, files: dict[str, bytes]) -> bytes:
     """Return the marker with the sizes and digests of these files: a stranger forges them too."""
 
     content = json.loads(marker)
-    for name in (INDEX, PROGRESS):
+    for name in sorted({INDEX, PART, PROGRESS} & {*files}):
         digest = xxhash.xxh3_128_hexdigest(files[name])
         content["files"][name] = {"bytes": len(files[name]), "xxh3_128": digest}
     content["files"][SHARDS] = {"bytes": len(files[SHARDS])}
     return json_bytes(content)
 
 
-@pytest.mark.parametrize("name", [INDEX, PROGRESS, MARKER, SHARDS])
+@pytest.mark.parametrize("name", ["index", PROGRESS, MARKER, SHARDS])
 def test_any_checkpoint_is_read_or_refused(checkpoint, name):
 
     path, whole = checkpoint
+    name = next(iter(whole)) if name == "index" else name
     kind = files(whole[name]) if name == SHARDS else json_files(json.loads(whole[name]))
 
     @given(kind, st.booleans())

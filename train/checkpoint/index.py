@@ -1,8 +1,10 @@
 """Write, validate and read a checkpoint's index, which says which bytes of which file hold each block of each tensor.
 
-A checkpoint is a directory `step-00000100` with a file of shards per rank (`rank_0.bin`), `index.json`, `progress.json`
+A checkpoint is a directory `step-00000100` with a file of shards per rank (`rank_0.bin`), an index, `progress.json`
 (the trainer's state) and, written last, the marker `COMMITTED` with the size of every other file and the digests of the
-JSON files. A directory without the marker is a partly written checkpoint and is never read.
+JSON files. A directory without the marker is a partly written checkpoint and is never read. A single rank writes the
+index as `index.json` (format 2). Several ranks each write the part that describes their own shards, `rank_0.json` etc.
+(format 3), so that no rank handles the whole index. Older versions wrote format 2 for any number of ranks.
 
     {"tensors": {"model.head.weight": {"dtype": "float32", "shape": [320, 32], "shards": [
         {"offset": [0, 0], "shape": [160, 32], "file": "rank_0.bin", "start": 0, "bytes": 20480, "digest": "..."},
@@ -22,6 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,7 +37,8 @@ from core.files import read_json, write_bytes, write_json
 from train.config import TrainConfig
 from train.run_directory import MARKER, check_settings, committed
 
-FORMAT = 2
+FORMATS = (2, 3)
+"""Format 2 has one index, and format 3 a part of it for each rank."""
 INDEX = "index.json"
 PROGRESS = "progress.json"
 _PROGRESS_SHAPE: dict[str, Any] = {
@@ -105,12 +109,38 @@ def commit(checkpoint: Path, parts: Iterable[Mapping[str, IndexedTensor]], progr
 
     `parts`: the index entries of each rank. Raises `CheckpointError` unless the shards make up every tensor.
     """
-    index: dict[str, IndexedTensor] = {}
-    for name, tensor in (item for part in parts for item in part.items()):
-        index.setdefault(name, replace(tensor, shards=[])).shards.extend(tensor.shards)
+    index = _joined(parts)
     for name, tensor in index.items():
         if not _tile(tensor.shape, tensor.shards):
             raise CheckpointError(f"the shards of {name} do not make up its shape {list(tensor.shape)}")
+    _mark(checkpoint, 2, _write_index(checkpoint / INDEX, index), progress)
+
+
+def write_part(checkpoint: Path, rank: int, index: Mapping[str, IndexedTensor]) -> dict[str, Any]:
+    """Write the part of the index that describes a rank's shards. Returns its entries and those of the files of shards
+    for the marker.
+    """
+    return _write_index(checkpoint / f"rank_{rank}.json", index)
+
+
+def commit_parts(checkpoint: Path, parts: Iterable[Mapping[str, Any]], progress: Mapping[str, Any]) -> None:
+    """Write the trainer's state and, last, the marker. `parts`: what `write_part` returned on each rank. The caller has
+    verified that the shards make up every tensor.
+    """
+    _mark(checkpoint, 3, {name: entry for part in parts for name, entry in part.items()}, progress)
+
+
+def _joined(parts: Iterable[Mapping[str, IndexedTensor]]) -> dict[str, IndexedTensor]:
+    index: dict[str, IndexedTensor] = {}
+    for name, tensor in (item for part in parts for item in part.items()):
+        if (known := index.setdefault(name, replace(tensor, shards=[]))).shape != tensor.shape:
+            raise Damaged(f"two ranks describe {name} with different shapes")
+        known.shards.extend(tensor.shards)
+    return index
+
+
+def _write_index(path: Path, index: Mapping[str, IndexedTensor]) -> dict[str, Any]:
+    """Write an index. Returns the marker's entries of it and of the files that it describes."""
     tensors = {
         name: {
             "dtype": _DTYPE_NAMES[tensor.dtype],
@@ -119,13 +149,19 @@ def commit(checkpoint: Path, parts: Iterable[Mapping[str, IndexedTensor]], progr
         }
         for name, tensor in index.items()
     }
-    write_json(checkpoint / PROGRESS, progress)
-    write_bytes(checkpoint / INDEX, json.dumps({"tensors": tensors}, separators=(",", ":")).encode())
-    files: dict[str, Any] = {name: _described(checkpoint / name) for name in (INDEX, PROGRESS)}
+    content = json.dumps({"tensors": tensors}, separators=(",", ":")).encode()
+    write_bytes(path, content)
+    files: dict[str, Any] = {path.name: _described(content)}
     for shard in (shard for tensor in index.values() for shard in tensor.shards):
         entry = files.setdefault(shard.file, {"bytes": 0})
         entry["bytes"] += shard.bytes
-    write_json(checkpoint / MARKER, {"format": FORMAT, "files": files})
+    return files
+
+
+def _mark(checkpoint: Path, format: int, files: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+    write_json(checkpoint / PROGRESS, progress)
+    described = {**files, PROGRESS: _described((checkpoint / PROGRESS).read_bytes())}
+    write_json(checkpoint / MARKER, {"format": format, "files": described})
 
 
 def problem(checkpoint: Path) -> str:
@@ -168,9 +204,14 @@ def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
     """Return every tensor by name. Raises `Damaged` unless shards cover each tensor and each file exactly once."""
     shape = {"files": {str: {"bytes": int}}}
     sizes = _parsed(checkpoint / MARKER, lambda marker: {k: one["bytes"] for k, one in marker["files"].items()}, shape)
-    index: dict[str, IndexedTensor] = _parsed(
-        checkpoint / INDEX, lambda content: {name: _tensor(name, entry) for name, entry in content["tensors"].items()}
-    )
+    names = [name for name in sizes if name == INDEX or _is_part(name)]
+    if not names:
+        raise Damaged(f"{MARKER} names no {INDEX} and no part of it")
+    where = names[0] if len(names) == 1 else "the index"
+    index = _joined(_parsed(checkpoint / name, partial(_tensors, name)) for name in sorted(names))
+    for name, tensor in index.items():
+        if not _tile(tensor.shape, tensor.shards):
+            raise Damaged(f"{where}: the shards of {name} do not make up its shape {list(tensor.shape)}")
     shards: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
     for shard in (shard for tensor in index.values() for shard in tensor.shards):
         shards[shard.file].append((shard.start, shard.bytes))
@@ -178,10 +219,10 @@ def read_index(checkpoint: Path) -> dict[str, IndexedTensor]:
         reached = 0
         for start, size in sorted(spans):
             if start != reached:
-                raise Damaged(f"{INDEX}: shards in {file} overlap or leave a gap at byte {min(start, reached):,}")
+                raise Damaged(f"{where}: shards in {file} overlap or leave a gap at byte {min(start, reached):,}")
             reached += size
         if reached != sizes.get(file):
-            raise Damaged(f"{INDEX}: shards end at byte {reached:,} of {file}, which has {sizes.get(file, 0):,}")
+            raise Damaged(f"{where}: shards end at byte {reached:,} of {file}, which has {sizes.get(file, 0):,}")
     return index
 
 
@@ -194,10 +235,11 @@ def _progress(checkpoint: Path) -> dict[str, Any]:
 
 def _check_files(checkpoint: Path, marker: dict[str, Any]) -> None:
     files = marker.get("files")
-    if marker.get("format") != FORMAT or not isinstance(files, dict):
-        raise Damaged(f"{MARKER} is not that of a checkpoint of format {FORMAT}")
-    for name in sorted({INDEX, PROGRESS, *files}):
-        path, wanted, is_json = checkpoint / name, files.get(name), name in (INDEX, PROGRESS)
+    if marker.get("format") not in FORMATS or not isinstance(files, dict):
+        raise Damaged(f"{MARKER} is not that of a checkpoint of format {' or '.join(map(str, FORMATS))}")
+    parts = {INDEX} if marker["format"] == 2 else {name for name in files if _is_part(name)}
+    for name in sorted({PROGRESS, *parts, *files}):
+        path, wanted, is_json = checkpoint / name, files.get(name), name in (PROGRESS, *parts)
         if not is_json and not _is_shard_file(name):
             raise Damaged(f"{MARKER} names {name[:60]!r}, which is not a file of a checkpoint")
         if not isinstance(wanted, dict) or not _is_count(wanted.get("bytes")):
@@ -206,12 +248,16 @@ def _check_files(checkpoint: Path, marker: dict[str, Any]) -> None:
             raise Damaged(f"{name} is {'not a file' if path.exists() else 'missing'}")
         if path.stat().st_size != wanted["bytes"]:
             raise Damaged(f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}")
-        if is_json and _described(path) != wanted:
+        if is_json and _described(path.read_bytes()) != wanted:
             raise Damaged(f"{name} does not match its digest")
 
 
-def _tensor(name: str, entry: Any) -> IndexedTensor:
-    """Parse and check one entry of the index."""
+def _tensors(file: str, content: Any) -> dict[str, IndexedTensor]:
+    return {name: _tensor(file, name, entry) for name, entry in content["tensors"].items()}
+
+
+def _tensor(file: str, name: str, entry: Any) -> IndexedTensor:
+    """Parse and check one entry of the index, in `file`."""
     dtype, shape = _DTYPES[entry["dtype"]], _counts(entry["shape"])
     shards = [
         IndexedShard(**{**one, "offset": _counts(one["offset"]), "shape": _counts(one["shape"])})
@@ -219,14 +265,12 @@ def _tensor(name: str, entry: Any) -> IndexedTensor:
     ]
     for shard in shards:
         if not _is_shard_file(shard.file):
-            raise Damaged(f"{INDEX}: {name} is in {str(shard.file)[:60]!r}, which is not a file of a checkpoint")
+            raise Damaged(f"{file}: {name} is in {str(shard.file)[:60]!r}, which is not a file of a checkpoint")
         size = math.prod(shard.shape) * dtype.itemsize
         if not _is_count(shard.start) or not _is_count(shard.bytes) or shard.bytes != size:
-            raise Damaged(f"{INDEX}: a shard of {name} needs {size:,} bytes and has {str(shard.bytes)[:30]}")
+            raise Damaged(f"{file}: a shard of {name} needs {size:,} bytes and has {str(shard.bytes)[:30]}")
         if not isinstance(shard.digest, str):
-            raise Damaged(f"{INDEX}: a shard of {name} has no digest")
-    if not _tile(shape, shards):
-        raise Damaged(f"{INDEX}: the shards of {name} do not make up its shape {list(shape)}")
+            raise Damaged(f"{file}: a shard of {name} has no digest")
     return IndexedTensor(dtype, shape, shards)
 
 
@@ -269,6 +313,9 @@ def _is_shard_file(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(r"rank_\d+\.bin", name) is not None
 
 
-def _described(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
+def _is_part(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"rank_\d+\.json", name) is not None
+
+
+def _described(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}

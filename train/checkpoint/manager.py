@@ -9,20 +9,30 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from core.errors import CheckpointError, first_line
 from core.files import remove_tree
+from parallel.comm import tree
 from parallel.comm.world import World
 from train.checkpoint.files import read_state, write_shards
-from train.checkpoint.index import UNREADABLE, Damaged, IndexedTensor, commit, problem, read_progress
+from train.checkpoint.index import UNREADABLE, Damaged, commit, commit_parts, problem, read_progress, write_part
+from train.checkpoint.plan import Plan, PlanReport, faulty, plan_of, verify
+from train.checkpoint.staging import Staging
 from train.checkpoint.state import TensorShard
 from train.run_directory import MARKER, committed
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a rank has done for a save. `report`: that of its plan, or None if it has not changed."""
+
+    files: dict[str, Any]
+    failure: str
+    report: PlanReport | None
 
 
 class Checkpointer:
@@ -37,8 +47,12 @@ class Checkpointer:
         """Why the last save that failed did."""
         self._pending: tuple[Path, Future[None]] | None = None
         self._damaged: list[Path] = []
+        self._staging = Staging(world.device)
+        self._plan: Plan | None = None
+        self._reports: dict[int, PlanReport] = {}
+        self._tiles = False
         # a save in the background must not use the communicator of the training step
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = world.groups.host() if world.size > 1 else None
 
     def save(self, step: int, state: Sequence[TensorShard], progress: dict[str, Any]) -> None:
         """Write `state` as the checkpoint after `step` steps, and `progress` (plain JSON values) to progress.json. An
@@ -53,7 +67,7 @@ class Checkpointer:
         try:
             self.world.from_main(lambda: self._clear(path))
             if self.asynchronous:
-                copies = [replace(one, tensor=one.tensor.detach().to("cpu", copy=True)) for one in shards]
+                copies = self._staging.copy(shards)
                 background = ThreadPoolExecutor(1)
                 self._pending = path, background.submit(self._write, path, copies, progress)
                 background.shutdown(wait=False)  # the thread ends with the save
@@ -69,26 +83,44 @@ class Checkpointer:
 
         Raises `CheckpointError` on every rank if one of them fails.
         """
-        written, failure = dict[str, IndexedTensor](), ""
+        file = path / f"rank_{self.world.rank}.bin"
+        if self._group is None:
+            commit(path, [write_shards(file, shards)] if shards else [], progress)
+            return
+        files, failure, plan = dict[str, Any](), "", plan_of(shards, self._plan)
         try:
             if shards:  # a rank may hold only replicas that other ranks write
                 path.mkdir(parents=True, exist_ok=True)  # rank 0 made it, but perhaps on another disk
-                written = write_shards(path / f"rank_{self.world.rank}.bin", shards)
+                files = write_part(path, self.world.rank, write_shards(file, shards))
         except Exception as error:
             failure = _root_cause(error)
-        outcomes = [(written, failure)] * self.world.size
-        if self._group is not None:
-            dist.gather_object((written, failure), outcomes if self.world.is_main else None, group=self._group)
-        box = [next((text for _, text in outcomes if text), "")]
-        if self.world.is_main and not box[0]:
-            try:
-                commit(path, [part for part, _ in outcomes], progress)
-            except Exception as error:
-                box = [_root_cause(error)]
-        if self._group is not None:
-            dist.broadcast_object_list(box, src=0, group=self._group)
-        if box[0]:
-            raise CheckpointError(box[0])
+        outcome = _Outcome(files, failure, None if plan is self._plan else plan.report)
+        outcomes, self._plan = tree.gather(outcome, self._group), plan
+        failure, tiles = tree.spread(self._commit(path, outcomes, progress), self._group)
+        if not tiles:
+            plans = tree.gather(plan, self._group)
+            wrong = tree.spread(faulty(plans)[:1], self._group)
+            failure = f"the shards of {''.join(wrong)} do not make up its shape"
+        if failure:
+            raise CheckpointError(failure)
+
+    def _commit(self, path: Path, outcomes: Sequence[_Outcome], progress: dict[str, Any]) -> tuple[str, bool]:
+        """Commit a checkpoint on rank 0. Returns why it cannot, and whether the shards make up every tensor."""
+        if not outcomes:
+            return "", True  # another rank
+        new = {rank: one.report for rank, one in enumerate(outcomes) if one.report is not None}
+        if new:
+            self._reports |= new
+            self._tiles = verify(self._reports.values())
+        if failure := next((one.failure for one in outcomes if one.failure), ""):
+            return failure, True
+        if not self._tiles:
+            return "", False
+        try:
+            commit_parts(path, [one.files for one in outcomes], progress)
+        except Exception as error:
+            return _root_cause(error), True
+        return "", True
 
     def wait(self) -> None:
         """Block until the pending save, if any, is committed or has failed."""
@@ -142,13 +174,16 @@ class Checkpointer:
             outcome = f"is damaged: {error}"
         except OSError as error:
             outcome = f"{UNREADABLE}: {error.strerror or error}"
-        outcomes: list[CheckpointError | str] = [outcome] * self.world.size
-        if self.world.size > 1:
-            dist.all_gather_object(outcomes, outcome, group=self._group)
-        for one in outcomes:
-            if isinstance(one, CheckpointError):
-                raise one
-        return next((str(one) for one in outcomes if one), "")
+        outcomes: list[CheckpointError | str] = [outcome]
+        if self._group is not None:
+            outcomes = tree.gather(outcome, self._group)
+        worst: CheckpointError | str = next((one for one in outcomes if isinstance(one, CheckpointError)), "")
+        worst = worst or next((one for one in outcomes if one), "")
+        if self._group is not None:
+            worst = tree.spread(worst, self._group)
+        if isinstance(worst, CheckpointError):
+            raise worst
+        return str(worst)
 
     def _clear(self, path: Path) -> None:
         """Make an empty directory. Remove what an interrupted save left in it, and all checkpoints found damaged."""

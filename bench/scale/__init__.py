@@ -1,0 +1,1 @@
+"""Measure start-up, hangs and checkpoint plans at the scale of thousands of ranks, in one process."""
