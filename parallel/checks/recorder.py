@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup, Work
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPCommContext
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -33,38 +34,51 @@ _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_st
 
 @dataclass(frozen=True)
 class Issued:
-    """A collective that a rank issued, or a wait. Equal on two ranks if they can take part in the same one.
+    """What a rank issued: a collective, a wait for an asynchronous one, a synchronisation of the host, or the beginning
+    of what FSDP2 calls `label`.
 
-    `operation`: its name in torch, "send", "receive", or "wait". `group`: the ranks of its process group, and a number
-    that tells groups of the same ranks apart. `peer`: the rank of the world at the other end of a send or a receive.
-    `shapes` and `dtypes`: those of the tensors, unless ranks may differ in them. `label`: what FSDP2 was doing. `work`:
-    the number of the asynchronous collective, or of the one that is waited for; -1 for a synchronous one. `batch`: the
-    number of the batch of sends and receives that starts as one.
+    `operation`: torch's name, "send", "receive", "wait", "synchronise" or "begin". `group`: the name of the process group, which
+    is the same on all its `ranks`. `peer`: the rank of the world at the other end of a send or receive. `shapes` and
+    `dtypes`: those of the tensors, unless ranks may differ in them. `label`: what FSDP2 was doing. `work`: the number of
+    the asynchronous collective, or of the one that is waited for; -1 for a synchronous one. `batch`: the number of the
+    batch of sends and receives that start as one, or -1.
     """
 
     operation: str
-    group: tuple[int, ...] = ()
-    group_number: int = 0
+    group: str = ""
+    ranks: tuple[int, ...] = ()
     peer: int = -1
     shapes: tuple[tuple[int, ...], ...] = ()
     dtypes: tuple[str, ...] = ()
-    label: str = field(default="", compare=False)
-    work: int = field(default=-1, compare=False)
-    batch: int = field(default=-1, compare=False)
+    label: str = ""
+    work: int = -1
+    batch: int = -1
+
+    @property
+    def is_collective(self) -> bool:
+        return bool(self.group) and self.peer < 0
+
+    def __str__(self) -> str:
+        what = f"{self.operation} {self.dtypes[0] if self.dtypes else ''} {[*self.shapes]}" if self.shapes else self.operation
+        end = f" {'to' if self.operation == 'send' else 'from'} rank {self.peer}" if self.peer >= 0 else ""
+        return f"{what}{end} of ranks {', '.join(map(str, self.ranks))}" + (f" ({self.label})" if self.label else "")
 
 
 class Recorder(TorchDispatchMode):
-    """Records one rank's operations from its first step on: `with recording() as recorder`."""
+    """Records one rank's operations from its first step on: `with recording() as recorder`.
 
-    def __init__(self) -> None:
+    `device`: the type of the tensors that stand for those of a GPU. On a CPU, so do those of the host: a tensor counts
+    as on the device if it comes from parameters or collectives.
+    """
+
+    def __init__(self, device: str) -> None:
         super().__init__()
-        self.machine = Machine()
+        self.device, self.machine = device, Machine()
         self.issued: list[Issued] = []
-        self.label = ""
+        self._labels: list[str] = []
         self._blocks: dict[int, tuple[Block, Any]] = {}
         self._works: dict[int, tuple[Work, int, Event, list[Tensor]]] = {}
         self._streams: dict[str, Stream] = {}
-        self._numbers: dict[tuple[tuple[int, ...], str], int] = {}
         self._batch = self._batches = -1
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,22 +91,40 @@ class Recorder(TorchDispatchMode):
             return operation(*args, **options)
         if operation is torch.ops.aten.record_stream.default:
             raise TypeError("call Tensor.record_stream, which the recorder replaces")
-        read, written = _uses(operation, args, options)
+        read, written = self._uses(operation, args, options)
         known = {x.untyped_storage()._cdata for x in (*read, *written)}
         blocks = [self._block(x) for x in (*read, *written)]
+        on_device = any(block.on_device for block in blocks) or any(x.requires_grad for x in (*read, *written))
         result = operation(*args, **options)
         self.machine.launch()
-        name = f"{self.label}: {operation.overloadpacket.__name__}" if self.label else operation.overloadpacket.__name__
+        plain = operation.overloadpacket.__name__
+        name = f"{self.label}: {plain}" if self.label else plain
         for block in blocks[: len(read)]:
             self.machine.read(block, name)
         for block in blocks[len(read) :]:
             self.machine.write(block, name)
+            block.on_device |= on_device
         for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in known:
+            if self._is_here(x) and x.untyped_storage()._cdata not in known:
                 block = self._allocated(x)
-                if operation.overloadpacket.__name__ not in _ALLOCATES:
+                block.on_device = on_device
+                if plain not in _ALLOCATES:
                     self.machine.write(block, name)
         return result
+
+    @property
+    def label(self) -> str:
+        """What FSDP2 is doing, innermost first."""
+        return self._labels[-1] if self._labels else ""
+
+    @contextmanager
+    def labelled(self, label: str) -> Iterator[None]:
+        self._labels.append(label)
+        self.issued.append(Issued("begin", label=label))
+        try:
+            yield
+        finally:
+            self._labels.pop()
 
     def record_stream(self, x: Tensor, stream: Stream) -> None:
         """Stand in for `Tensor.record_stream`."""
@@ -112,8 +144,10 @@ class Recorder(TorchDispatchMode):
             self.machine.current.wait_event(event)
             self.issued.append(Issued("wait", work=number))
 
-    def synchronise(self) -> None:
-        """Note that the host waits for the current stream."""
+    def synchronise(self, x: Tensor) -> None:
+        """Note that the host waits for the current stream, to read a tensor of the device."""
+        if not self._is_here(x) or not self._block(x).on_device:
+            return
         self.machine.current.synchronize()
         self.issued.append(Issued("synchronise", label=self.label))
 
@@ -126,6 +160,21 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self._batch = -1
+
+    def _is_here(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.device.type == self.device
+
+    def _uses(self, operation: Any, args: Any, options: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the tensors that an operation reads, and those that it writes, besides new ones."""
+        read: list[Tensor] = []
+        written: list[Tensor] = []
+        arguments = operation._schema.arguments
+        values = [*zip(arguments, args, strict=False), *((a, options[a.name]) for a in arguments if a.name in options)]
+        for argument, value in values:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            writes = writes or argument.name == "all_gather_output" and "copy_in" in operation.__name__
+            (written if writes else read).extend(x for x in tree_leaves(value) if self._is_here(x))
+        return read, written
 
     def _block(self, x: Tensor) -> Block:
         """Return the memory of a tensor. What is older than the recorder belongs to the default stream."""
@@ -170,6 +219,7 @@ class Recorder(TorchDispatchMode):
                 self.machine.read(self._block(x), name)
             for x in written:
                 self.machine.write(self._block(x), name)
+                self._block(x).on_device = True
         if is_async:
             held = Work.unbox(work)
             self._works[id(held)] = held, number, stream.record_event(), [*read, *written]
@@ -177,35 +227,19 @@ class Recorder(TorchDispatchMode):
 
     def _note(self, name: str, named: dict[str, Any], group: ProcessGroup, tensors: tuple[Tensor, ...], work: int) -> None:
         ranks = tuple(dist.get_process_group_ranks(group))
-        number = self._numbers.setdefault((ranks, group.group_name), sum(r == ranks for r, _ in self._numbers))
         peer = named.get("dst", named.get("src", -1))
-        uneven = name.startswith(("alltoall", "gather", "scatter"))  # ranks may send one another different numbers
+        uneven = name.startswith(("alltoall", "gather", "scatter"))  # ranks may send one another different sizes
         shapes = () if uneven else tuple(tuple(x.shape) for x in tensors)
         dtypes = tuple(str(x.dtype).removeprefix("torch.") for x in tensors)
         kind = "receive" if name == "recv" else name
         if "reduce_op" in named:
             kind = f"{kind} {_reduction(named)}"
         end = ranks[peer] if peer >= 0 else -1
-        self.issued.append(Issued(kind, ranks, number, end, shapes, dtypes, self.label, work, self._batch))
+        self.issued.append(Issued(kind, group.group_name, ranks, end, shapes, dtypes, self.label, work, self._batch))
 
 
 def _reduction(named: dict[str, Any]) -> str:
     return dist.ReduceOp.RedOpType(named["reduce_op"].op()).name.lower()
-
-
-def _uses(operation: Any, args: Any, options: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tensors that an operation reads, and those that it writes, besides new ones."""
-    read: list[Tensor] = []
-    written: list[Tensor] = []
-    arguments = operation._schema.arguments
-    values = [*zip(arguments, args, strict=False), *((a, options[a.name]) for a in arguments if a.name in options)]
-    for argument, value in values:
-        writes = argument.alias_info is not None and argument.alias_info.is_write
-        writes = writes or argument.name == "all_gather_output" and operation.overloadpacket.__name__.startswith("all_g")
-        for x in tree_leaves(value):
-            if isinstance(x, Tensor) and x.device.type != "meta":
-                (written if writes else read).append(x)
-    return read, written
 
 
 def _handed(name: str, named: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -222,12 +256,12 @@ def _handed(name: str, named: dict[str, Any]) -> tuple[list[Tensor], list[Tensor
 
 
 @contextmanager
-def recording() -> Iterator[Recorder]:
+def recording(device: str = "cpu") -> Iterator[Recorder]:
     """Record until the end of the block. FSDP2 makes its streams at the first forward pass: begin before that."""
-    recorder = Recorder()
+    recorder = Recorder(device)
     machine = recorder.machine
     resize, wait = torch.UntypedStorage.resize_, Work.wait
-    batch = dist.batch_isend_irecv
+    batch, make = dist.batch_isend_irecv, FSDPCommContext.lazy_init
 
     def resized(storage: torch.UntypedStorage, size: int) -> None:
         recorder.resize(storage, size)
@@ -243,25 +277,23 @@ def recording() -> Iterator[Recorder]:
         with recorder.batch():
             return batch(operations)
 
-    @contextmanager
-    def labelled(label: str) -> Iterator[None]:
-        before, recorder.label = recorder.label, label
-        try:
-            yield
-        finally:
-            recorder.label = before
+    def named(context: FSDPCommContext, device: torch.device) -> None:
+        make(context, device)
+        for name, stream in vars(context).items():
+            if isinstance(stream, Stream):
+                stream.name = name
 
     def to_host(name: str) -> Any:
         honest = getattr(Tensor, name)
 
         def read(x: Tensor) -> Any:
-            recorder.synchronise()
+            recorder.synchronise(x)
             return honest(x)
 
         return read
 
     replaced: list[tuple[Any, str, Any]] = [
-        (torch.cpu, "Stream", lambda *_, **options: Stream(machine, f"stream {next(names)}")),
+        (torch.cpu, "Stream", lambda *_, **options: Stream(machine, "a side stream")),
         (torch.cpu, "Event", lambda *_, **options: Event(machine)),
         (torch.cpu, "stream", machine.on),
         (torch.cpu, "current_stream", lambda device=None: machine.current),
@@ -269,11 +301,11 @@ def recording() -> Iterator[Recorder]:
         (torch.UntypedStorage, "resize_", resized),
         (Work, "wait", waited),
         (dist, "batch_isend_irecv", batched),
-        (_fsdp_param_group, "record_function", labelled),
+        (_fsdp_param_group, "record_function", recorder.labelled),
+        (FSDPCommContext, "lazy_init", named),
         (Tensor, "record_stream", lambda x, stream: recorder.record_stream(x, stream)),
         *((Tensor, name, to_host(name)) for name in ("tolist", "item", "cpu")),
     ]
-    names = iter(range(1, 1000))
     with ExitStack() as stack:
         for owner, name, instead in replaced:
             stack.enter_context(patch.object(owner, name, instead))

@@ -102,7 +102,7 @@ class Block:
     """Memory between an allocation and a release.
 
     `before`: the last uses, by stream, of the memory that the allocation may have got. `shared`: the streams that
-    `Tensor.record_stream` named: the allocator waits for them.
+    `Tensor.record_stream` named: the allocator waits for them. `on_device`: whether a GPU would hold it.
     """
 
     owner: Stream
@@ -110,6 +110,7 @@ class Block:
     write: tuple[Stream, Use] | None = None
     reads: dict[Stream, Use] = field(default_factory=dict)
     shared: set[Stream] = field(default_factory=set)
+    on_device: bool = False
 
 
 class Machine:
