@@ -76,6 +76,15 @@ class Reduce(Enum):
     """Halves the traffic, and rounds the sums."""
 
 
+class ReduceEvery(Enum):
+    """When FSDP2 reduces gradients over ranks. Over the replicas of HSDP they are always summed once per step."""
+
+    micro_batch = "micro_batch"
+    """After each micro-batch: only the shards of their sum are kept."""
+    step = "step"
+    """Once, after the last micro-batch: less traffic, but the whole gradients are kept, in the dtype of the sum."""
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Degrees of the layout, and how memory is traded for time.
@@ -108,6 +117,8 @@ class ParallelConfig:
     """Used if ep * etp > 1."""
     cp_method: ContextMethod = ContextMethod.gather
     reduce_dtype: Reduce = Reduce.master
+    reduce_every: ReduceEvery = ReduceEvery.micro_batch
+    """Used by engine=fsdp2 without a pipeline. A pipeline always reduces once per step."""
     recompute: Recompute = Recompute.none
     """Recomputing saves memory for activations, and costs time."""
     compile: bool = False

@@ -13,11 +13,13 @@ from parallel.checks.recorder import Issued
 
 _LAYER = re.compile(r"FSDP::pre_(forward|backward) \(layers\.(\d+)\)")
 _GATHER = re.compile(r"FSDP::all_gather \(layers\.(\d+)((?:\.\w+)*)\)")
+_COPY = re.compile(_GATHER.pattern.replace("all_gather", "all_gather_copy_out"))
 
 
 def late_gathers(issued: Sequence[Issued]) -> list[str]:
     """Return the gathers that one rank issued after the synchronisation of the layer before; empty if none is late."""
     passes = [(place, *match.groups()) for place, match in _matches(_LAYER, issued)]
+    gathers, copies = _matches(_GATHER, issued), _matches(_COPY, issued)
     found: list[str] = []
     for (begin, direction, layer), (end, after, following) in zip(passes, passes[1:], strict=False):
         if after != direction or int(following) - int(layer) != (1 if direction == "forward" else -1):
@@ -26,8 +28,9 @@ def late_gathers(issued: Sequence[Issued]) -> list[str]:
         if not waits:
             continue
         until = next((place for place, *_ in passes if place > end), len(issued))
-        for place, gather in _matches(_GATHER, issued):
-            if waits[0] < place < until and gather[1] == following:
+        for place, gather in gathers:
+            used = next((use for use, copy in copies if use > place and copy.groups() == gather.groups()), until)
+            if waits[0] < place < used < until and gather[1] == following:
                 late = f"{direction}: layer {following}{gather[2]} is gathered after layer {layer} has stopped the host"
                 found += [late] * (late not in found)
     return found

@@ -20,7 +20,7 @@ from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
 from model.roles import registry
 from parallel import cost, fsdp
 from parallel.comm.world import World
-from parallel.layout import ContextMethod, DispatchMethod, Layout, ParallelConfig, Recompute
+from parallel.layout import ContextMethod, DispatchMethod, Layout, ParallelConfig, Recompute, ReduceEvery
 from parallel.mesh import MeshAxis, Meshes, make_meshes
 from parallel.parallelize import on_meta
 from parallel.pipeline.stages import PipelineSchedule
@@ -130,6 +130,8 @@ def assert_formulas_hold(
 
 LAYOUTS = {
     **{name: CERTIFIED[name] for name in ("fsdp2", "hsdp 2x2", "tp2", "ep2", "cp2 gather", "cp2 ulysses", "cp2 ring")},
+    "fsdp2-reduced-per-step": (2, ParallelConfig(reduce_every=ReduceEvery.step)),
+    "hsdp-reduced-per-step": (4, ParallelConfig(dp_replicate=2, reduce_every=ReduceEvery.step)),
     "ep2-etp2": (4, ParallelConfig(ep=2, etp=2)),
     "tp2-ep2-fsdp2": (4, ParallelConfig(tp=2, ep=2)),
     "gathered": (2, ParallelConfig(ep=2, dispatch=DispatchMethod.all_gather)),
@@ -158,7 +160,7 @@ def test_counted_and_kept_bytes_equal_the_formulas(ranks, name):
     if config.pp > 1:  # a layer for each stage
         layers = max(4, config.pp * config.per_rank)
         model = replace(model, num_layers=layers, layer_list=(model.blocks * 4)[:layers], tie_embeddings=config.pp == 3)
-    assert_formulas_hold(ranks, model, count, config, micro_batch_size=1 if config.pp > 1 else 2)
+    assert_formulas_hold(ranks, model, count, config, micro_batch_size=1 if config.pp > 1 or config.dp_replicate > 1 else 2)
 
 
 def test_aligned_sequences_save_the_halo(ranks):
