@@ -103,12 +103,12 @@ def _gather_ahead(stack: Stack) -> None:
         [layer, layer.ffn.experts] if isinstance(layer.ffn, MixtureOfExperts) else [layer]
         for layer in stack.layers.values()
     ]
-    for passes, ahead in (
-        (([stack], [embedding], *layers, [head]), FSDPModule.set_modules_to_forward_prefetch),
-        (([head], *reversed(layers)), FSDPModule.set_modules_to_backward_prefetch),
-    ):
-        for (unit, *_), following in pairwise(units for units in passes if units != [None]):
-            ahead(unit, following)
+    forward: list[list[Any]] = [[stack], [embedding], *layers, [head]]
+    backward: list[list[Any]] = [[head], *reversed(layers)]
+    for (unit, *_), following in pairwise(units for units in forward if units != [None]):
+        unit.set_modules_to_forward_prefetch(following)
+    for (unit, *_), following in pairwise(units for units in backward if units != [None]):
+        unit.set_modules_to_backward_prefetch(following)
     if isinstance(embedding, FSDPModule):
         embedding.set_unshard_in_backward(False)
 

@@ -73,7 +73,7 @@ class Reduce(Enum):
     master = "master"
     """The dtype of the master weights."""
     bfloat16 = "bfloat16"
-    """Halves the traffic, and rounds the sums."""
+    """Halves the traffic, and rounds the sums, except those of routers."""
 
 
 class ReduceEvery(Enum):

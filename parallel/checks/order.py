@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from parallel.checks.recorder import Issued
 
@@ -18,11 +19,11 @@ _COPY = re.compile(_GATHER.pattern.replace("all_gather", "all_gather_copy_out"))
 
 def late_gathers(issued: Sequence[Issued]) -> list[str]:
     """Return the gathers that one rank issued after the synchronisation of the layer before; empty if none is late."""
-    passes = [(place, *match.groups()) for place, match in _matches(_LAYER, issued)]
+    passes = [(place, match[1], int(match[2])) for place, match in _matches(_LAYER, issued)]
     gathers, copies = _matches(_GATHER, issued), _matches(_COPY, issued)
     found: list[str] = []
-    for (begin, direction, layer), (end, after, following) in zip(passes, passes[1:], strict=False):
-        if after != direction or int(following) - int(layer) != (1 if direction == "forward" else -1):
+    for (begin, direction, layer), (end, after, following) in pairwise(passes):
+        if after != direction or following - layer != (1 if direction == "forward" else -1):
             continue
         waits = [place for place in range(begin, end) if issued[place].operation == "synchronise"]
         if not waits:
@@ -30,7 +31,7 @@ def late_gathers(issued: Sequence[Issued]) -> list[str]:
         until = next((place for place, *_ in passes if place > end), len(issued))
         for place, gather in gathers:
             used = next((use for use, copy in copies if use > place and copy.groups() == gather.groups()), until)
-            if waits[0] < place < used < until and gather[1] == following:
+            if waits[0] < place < used < until and int(gather[1]) == following:
                 late = f"{direction}: layer {following}{gather[2]} is gathered after layer {layer} has stopped the host"
                 found += [late] * (late not in found)
     return found

@@ -37,11 +37,11 @@ class Issued:
     """What a rank issued: a collective, a wait for an asynchronous one, a synchronisation of the host, or the beginning
     of what FSDP2 calls `label`.
 
-    `operation`: torch's name, "send", "receive", "wait", "synchronise" or "begin". `group`: the name of the process group, which
-    is the same on all its `ranks`. `peer`: the rank of the world at the other end of a send or receive. `shapes` and
-    `dtypes`: those of the tensors, unless ranks may differ in them. `label`: what FSDP2 was doing. `work`: the number of
-    the asynchronous collective, or of the one that is waited for; -1 for a synchronous one. `batch`: the number of the
-    batch of sends and receives that start as one, or -1.
+    `operation`: torch's name, "send", "receive", "wait", "synchronise" or "begin". `group`: the name of the process
+    group, which is the same on all its `ranks`. `peer`: the rank of the world at the other end of a send or receive.
+    `shapes` and `dtypes`: those of the tensors, unless ranks may differ in them. `label`: what FSDP2 was doing. `work`:
+    the number of the asynchronous collective, or of the one that is waited for; -1 for a synchronous one. `batch`: the
+    number of the batch of sends and receives that start as one, or -1.
     """
 
     operation: str
@@ -59,9 +59,10 @@ class Issued:
         return bool(self.group) and self.peer < 0
 
     def __str__(self) -> str:
-        what = f"{self.operation} {self.dtypes[0] if self.dtypes else ''} {[*self.shapes]}" if self.shapes else self.operation
-        end = f" {'to' if self.operation == 'send' else 'from'} rank {self.peer}" if self.peer >= 0 else ""
-        return f"{what}{end} of ranks {', '.join(map(str, self.ranks))}" + (f" ({self.label})" if self.label else "")
+        what = [self.operation, *self.dtypes[:1], *([f"{[*self.shapes]}"] if self.shapes else [])]
+        what += [f"{'to' if self.operation == 'send' else 'from'} rank {self.peer}"] if self.peer >= 0 else []
+        label = f" ({self.label})" if self.label else ""
+        return f"{' '.join(what)} of ranks {', '.join(map(str, self.ranks))}{label}"
 
 
 class Recorder(TorchDispatchMode):
@@ -172,7 +173,7 @@ class Recorder(TorchDispatchMode):
         values = [*zip(arguments, args, strict=False), *((a, options[a.name]) for a in arguments if a.name in options)]
         for argument, value in values:
             writes = argument.alias_info is not None and argument.alias_info.is_write
-            writes = writes or argument.name == "all_gather_output" and "copy_in" in operation.__name__
+            writes |= argument.name == "all_gather_output" and "copy_in" in operation.__name__
             (written if writes else read).extend(x for x in tree_leaves(value) if self._is_here(x))
         return read, written
 
@@ -202,16 +203,19 @@ class Recorder(TorchDispatchMode):
         named = {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)} | options
         name = operation.overloadpacket.__name__.strip("_")
         read, written = _handed(name, named)
+        touched = list({id(x): x for x in (*read, *written)}.values())
         result = operation(*args, **options)
         work = next((x for x in tree_leaves(result) if isinstance(x, torch.ScriptObject)), None)
         group = ProcessGroup.unbox(named["process_group"])
         sends = name in ("send", "recv", "recv_any_source")
-        is_async = work is not None and (sends or bool(named.get("async_op", True)))
+        is_async = sends or bool(named.get("async_op", True))
         number = len(self.issued) if is_async else -1
-        self._note(name, named, group, (*read, *written), number)
+        self._note(name, named, group, touched, number)
         stream, caller = self.machine.current, self.machine.current
         if is_async:
-            stream = self._streams.setdefault(group.group_name, Stream(self.machine, f"the stream of {group.group_desc}"))
+            stream = self._streams.setdefault(
+                group.group_name, Stream(self.machine, f"the stream of {group.group_desc}")
+            )
             stream.wait_stream(caller)
         with self.machine.on(stream):
             self.machine.launch()
@@ -220,12 +224,12 @@ class Recorder(TorchDispatchMode):
             for x in written:
                 self.machine.write(self._block(x), name)
                 self._block(x).on_device = True
-        if is_async:
+        if is_async and work is not None:
             held = Work.unbox(work)
-            self._works[id(held)] = held, number, stream.record_event(), [*read, *written]
+            self._works[id(held)] = held, number, stream.record_event(), touched
         return result
 
-    def _note(self, name: str, named: dict[str, Any], group: ProcessGroup, tensors: tuple[Tensor, ...], work: int) -> None:
+    def _note(self, name: str, named: dict[str, Any], group: ProcessGroup, tensors: list[Tensor], work: int) -> None:
         ranks = tuple(dist.get_process_group_ranks(group))
         peer = named.get("dst", named.get("src", -1))
         uneven = name.startswith(("alltoall", "gather", "scatter"))  # ranks may send one another different sizes
@@ -260,18 +264,23 @@ def recording(device: str = "cpu") -> Iterator[Recorder]:
     """Record until the end of the block. FSDP2 makes its streams at the first forward pass: begin before that."""
     recorder = Recorder(device)
     machine = recorder.machine
-    resize, wait = torch.UntypedStorage.resize_, Work.wait
+    resize = torch.UntypedStorage.resize_
     batch, make = dist.batch_isend_irecv, FSDPCommContext.lazy_init
 
     def resized(storage: torch.UntypedStorage, size: int) -> None:
         recorder.resize(storage, size)
         resize(storage, size)
 
-    def waited(work: Work, *arguments: Any) -> Any:
-        with _disable_current_modes():  # gloo copies its results here
-            result = wait(work, *arguments)
-        recorder.waited(work)
-        return result
+    def waiting(kind: Any) -> Any:
+        honest = vars(kind)["wait"]
+
+        def wait(work: Work, *arguments: Any) -> Any:
+            with _disable_current_modes():  # gloo copies its results here
+                result = honest(work, *arguments)
+            recorder.waited(work)
+            return result
+
+        return wait
 
     def batched(operations: Any) -> Any:
         with recorder.batch():
@@ -299,7 +308,7 @@ def recording(device: str = "cpu") -> Iterator[Recorder]:
         (torch.cpu, "current_stream", lambda device=None: machine.current),
         (torch.accelerator, "current_stream", lambda device=None: machine.current),
         (torch.UntypedStorage, "resize_", resized),
-        (Work, "wait", waited),
+        *((kind, "wait", waiting(kind)) for kind in (Work, *Work.__subclasses__()) if "wait" in vars(kind)),
         (dist, "batch_isend_irecv", batched),
         (_fsdp_param_group, "record_function", recorder.labelled),
         (FSDPCommContext, "lazy_init", named),

@@ -160,7 +160,9 @@ def test_counted_and_kept_bytes_equal_the_formulas(ranks, name):
     if config.pp > 1:  # a layer for each stage
         layers = max(4, config.pp * config.per_rank)
         model = replace(model, num_layers=layers, layer_list=(model.blocks * 4)[:layers], tie_embeddings=config.pp == 3)
-    assert_formulas_hold(ranks, model, count, config, micro_batch_size=1 if config.pp > 1 or config.dp_replicate > 1 else 2)
+    assert_formulas_hold(
+        ranks, model, count, config, micro_batch_size=1 if config.pp > 1 or config.dp_replicate > 1 else 2
+    )
 
 
 def test_aligned_sequences_save_the_halo(ranks):
