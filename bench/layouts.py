@@ -20,7 +20,7 @@ from core.files import write_text
 from core.package_guard import sources_digest
 from launch.rank_pool import Pool
 from model.config import ModelConfig
-from parallel.layout import ContextMethod, ParallelConfig, Recompute, ReduceEvery
+from parallel.layout import ContextMethod, ParallelConfig, Recompute
 from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Backend, Compute, PrecisionConfig, Recipe
 from train.certify import fp8
@@ -33,8 +33,6 @@ from train.optim.config import OptimizerConfig
 LAYOUTS = {
     "fsdp2": (2, ParallelConfig()),
     "hsdp 2x2": (4, ParallelConfig(dp_replicate=2)),
-    "fsdp2 reduced once": (2, ParallelConfig(reduce_every=ReduceEvery.step)),
-    "hsdp 2x2 reduced once": (4, ParallelConfig(dp_replicate=2, reduce_every=ReduceEvery.step)),
     "ep2": (2, ParallelConfig(ep=2)),
     "ep4": (4, ParallelConfig(ep=4)),
     "etp2": (2, ParallelConfig(etp=2)),
