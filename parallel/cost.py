@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import assert_never
 
@@ -16,7 +16,7 @@ import torch
 from model.config import LayerConfig, ModelConfig
 from model.roles import Role, registry
 from parallel.deepspeed.config import Offload, ParameterOffload
-from parallel.layout import ContextMethod, EngineKind, Layout, split_unit
+from parallel.layout import ContextMethod, EngineKind, Layout, Reduce, ReduceEvery, split_unit
 from parallel.mesh import meshes_of_rank
 from parallel.parallelize import on_meta
 from parallel.pipeline import runtime
@@ -41,11 +41,16 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class StaticBytes:
-    """Bytes of a rank's training state. Gradients exist only from the backward pass to the update."""
+    """Bytes of a rank's training state. Gradients exist only from the backward pass to the update.
+
+    `unreduced`: with several micro-batches, the whole gradients that a rank sums before FSDP2 reduces them to shards
+    (`gradients`). 0 if they are reduced with every micro-batch.
+    """
 
     parameters: Bytes
     gradients: Bytes
     optimizer: Bytes
+    unreduced: Bytes = 0
 
 
 def static_bytes(
@@ -66,7 +71,18 @@ def static_bytes(
     specs = shard_specs(registry(here), model, meshes)
     if layout.engine is EngineKind.deepspeed:
         return _zero_bytes(specs, precision, layout, moments, frozen)
-    return bytes_of_shards(specs, precision, moments, muon, frozen)
+    kept = bytes_of_shards(specs, precision, moments, muon, frozen)
+    return replace(kept, unreduced=_unreduced_bytes(specs, precision, layout, frozen))
+
+
+def _unreduced_bytes(
+    specs: Mapping[str, ShardSpec], precision: PrecisionConfig, layout: Layout, frozen: AbstractSet[Role]
+) -> Bytes:
+    if layout.world_size == 1 or (layout.pp == 1 and layout.reduce_every is ReduceEvery.micro_batch):
+        return 0
+    dtype = torch.bfloat16 if layout.reduce_dtype is Reduce.bfloat16 else precision.master_dtype
+    summed = [spec for spec in specs.values() if spec.info.role not in {Role.router, *frozen}]
+    return dtype.itemsize * sum(spec.compute_block.numel for spec in summed)
 
 
 def bytes_of_shards(

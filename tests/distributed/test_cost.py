@@ -165,6 +165,31 @@ def test_counted_and_kept_bytes_equal_the_formulas(ranks, name):
     )
 
 
+def unreduced(parallel: ParallelConfig, precision: PrecisionConfig) -> tuple[int, int]:
+    """Return the bytes of whole gradients that this rank keeps between two micro-batches, and those of the formula."""
+    placed = placed_here(tiny(1), parallel, precision)
+    engine, _, step = synthetic(placed, ADAMW, 2)
+    kept: list[int] = []
+
+    def measure(last: bool) -> None:
+        params = [p for _, group in fsdp.units(placed.model) if group is not None for p in group.fsdp_params]
+        sums = [p.unsharded_accumulated_grad if p.unsharded_accumulated_grad is not None else p._unsharded_param.grad
+                for p in params]  # fmt: skip
+        kept.append(sum(one.nbytes for one in sums if one is not None))
+
+    engine.after_backward = measure
+    step()
+    assert len(kept) == 2 and kept[1] == 0, kept
+    return kept[0], cost.static_bytes(tiny(1), precision, placed.meshes.layout, torch.float32).unreduced
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16])
+@pytest.mark.parametrize("every", ReduceEvery)
+def test_gradients_reduced_once_per_step_are_kept_whole(ranks, every, precision):
+    for found, formula in ranks(2, unreduced, ParallelConfig(reduce_every=every), precision):
+        assert found == formula and bool(found) == (every is ReduceEvery.step)
+
+
 def test_aligned_sequences_save_the_halo(ranks):
     config = ParallelConfig(cp=2)
     layout = config.resolve(2)
