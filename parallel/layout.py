@@ -138,6 +138,9 @@ class ParallelConfig:
         check_numbers(self, positive=("timeout_s",))
         if self.engine is EngineKind.fsdp2 and self.zero != ZeroConfig():
             raise ConfigError("zero", None, "configures DeepSpeed: add parallel.engine=deepspeed, or omit it")
+        if self.engine is EngineKind.deepspeed and self.reduce_every is not ReduceEvery.micro_batch:
+            reason = "configures FSDP2, and DeepSpeed's stage decides: omit it, or set parallel.engine=fsdp2"
+            raise ConfigError("reduce_every", self.reduce_every, reason, [ReduceEvery.micro_batch.value])
         if isinstance(self.dp_shard, str) and self.dp_shard != AUTO:
             raise ConfigError("dp_shard", self.dp_shard, "must be a number of ranks", [AUTO])
         for key in DEGREES:

@@ -11,6 +11,7 @@ from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, QKNo
 from parallel.layout import ContextMethod, DispatchMethod, ParallelConfig, Recompute, ReduceEvery
 from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Compute, PrecisionConfig
+from tests.support.bugs import BuggyRanks
 from train.certify.compare import EXACT, Comparison, compare
 from train.certify.plan import Trial, compare_layouts
 from train.certify.worker import CertifyCase, RankResults, run_cases
@@ -54,6 +55,15 @@ def test_a_layout_computes_what_one_process_does(ranks, name):
     """Compare gradients, norm, balancing terms, updates, evaluation and resumed checkpoints in float64 and float32."""
     count, config, top_k = (QUICK | SLOW)[name]
     assert_as_one_process(ranks, count, config, replace(deep(top_k), tie_embeddings=name == "pp-tied"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config, count", [(ParallelConfig(dp_replicate=2), 4), (SLOW["fsdp-reduced-once"][1], 2)])
+def test_lost_sums_of_micro_batches_are_noticed(ranks, config, count):
+    """The gradients of the last micro-batch alone differ, also where only the replicas are summed once per step."""
+    bug = BuggyRanks(ranks, "sums_of_earlier_micro_batches_dropped")
+    (outcome,) = compare_layouts(deep(1), [Trial((), config, count)], 2, bug)
+    assert any("sgd: gradients differs" in line for line in outcome.failures()), outcome.failures()
 
 
 def with_norm(norm: QKNorm) -> ModelConfig:

@@ -130,6 +130,19 @@ def gradients_counted_by_a_hook(honest, roots, meshes):
             unit.set_all_reduce_hook(lambda shard: None)
 
 
+@replaces(engine, "reduce_within_step")
+def sums_of_earlier_micro_batches_dropped(honest, module, every, last):
+    """Keep the gradients of the last micro-batch only."""
+    honest(module, every, last)
+    for _, group in fsdp.units(module) if last else ():
+        if group is not None:
+            group._partial_reduce_output = None
+        for parameter in group.fsdp_params if group is not None else ():
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
+
+
 @replaces(fsdp, "_gather_ahead")
 def layers_gathered_when_they_run(honest, stack):
     pass
