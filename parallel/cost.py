@@ -16,7 +16,7 @@ import torch
 from model.config import LayerConfig, ModelConfig
 from model.roles import Role, registry
 from parallel.deepspeed.config import Offload, ParameterOffload
-from parallel.layout import ContextMethod, EngineKind, Layout, Reduce, ReduceEvery, split_unit
+from parallel.layout import ContextMethod, EngineKind, GatherExperts, Layout, Reduce, ReduceEvery, split_unit
 from parallel.mesh import meshes_of_rank
 from parallel.parallelize import on_meta
 from parallel.pipeline import runtime
@@ -44,13 +44,15 @@ class StaticBytes:
     """Bytes of a rank's training state. Gradients exist only from the backward pass to the update.
 
     `unreduced`: with several micro-batches, the whole gradients that a rank sums before FSDP2 reduces them to shards
-    (`gradients`). 0 if they are reduced with every micro-batch.
+    (`gradients`). 0 if they are reduced with every micro-batch. `gathered`: the parameters that stay gathered from the
+    first micro-batch of a step to the last, in the dtype of the computation; those of one layer at a time come on top.
     """
 
     parameters: Bytes
     gradients: Bytes
     optimizer: Bytes
     unreduced: Bytes = 0
+    gathered: Bytes = 0
 
 
 def static_bytes(
@@ -72,17 +74,20 @@ def static_bytes(
     if layout.engine is EngineKind.deepspeed:
         return _zero_bytes(specs, precision, layout, moments, frozen)
     kept = bytes_of_shards(specs, precision, moments, muon, frozen)
-    return replace(kept, unreduced=_unreduced_bytes(specs, precision, layout, frozen))
-
-
-def _unreduced_bytes(
-    specs: Mapping[str, ShardSpec], precision: PrecisionConfig, layout: Layout, frozen: AbstractSet[Role]
-) -> Bytes:
-    if layout.world_size == 1 or (layout.pp == 1 and layout.reduce_every is ReduceEvery.micro_batch):
-        return 0
+    summed, whole = _kept_whole(specs, layout)
     dtype = torch.bfloat16 if layout.reduce_dtype is Reduce.bfloat16 else precision.master_dtype
-    summed = [spec for spec in specs.values() if spec.info.role not in {Role.router, *frozen}]
-    return dtype.itemsize * sum(spec.compute_block.numel for spec in summed)
+    trained = [spec for spec in summed if spec.info.role not in frozen]
+    unreduced, gathered = (sum(spec.compute_block.numel for spec in some) for some in (trained, whole))
+    return replace(kept, unreduced=unreduced * dtype.itemsize, gathered=gathered * precision.compute_dtype.itemsize)
+
+
+def _kept_whole(specs: Mapping[str, ShardSpec], layout: Layout) -> tuple[list[ShardSpec], list[ShardSpec]]:
+    """Return the parameters whose gradients FSDP2 reduces once per step, and those that it gathers once per step."""
+    units = [spec for spec in specs.values() if spec.info.role is not Role.router and layout.world_size > 1]
+    if layout.pp > 1:
+        return units, units
+    experts = [spec for spec in units if spec.info.role.is_expert and layout.gather_experts is GatherExperts.step]
+    return (units if layout.reduce_every is ReduceEvery.step else experts), experts
 
 
 def bytes_of_shards(

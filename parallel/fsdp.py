@@ -22,7 +22,7 @@ from model.head import TiedHead
 from model.moe import Experts, MixtureOfExperts, Router
 from model.transformer import Stack
 from model.vision.towers import Network
-from parallel.layout import Reduce, ReduceEvery
+from parallel.layout import GatherExperts, Layout, Reduce, ReduceEvery
 from parallel.mesh import MeshAxis, Meshes
 from parallel.sharding import ShardSpec
 from precision.config import PrecisionConfig
@@ -43,8 +43,9 @@ def apply(
     in an MoE layer to read the numbers of its tokens, and would start the next gather with an empty queue.
 
     In a pipeline, parameters stay gathered between the micro-batches of a step, and gradients are reduced once. Without
-    one, each micro-batch gathers parameters, and `reduce_within_step` decides when gradients are reduced. Under bf16
-    compute, the gathered parameters are bf16.
+    one, each micro-batch gathers parameters, and `reduce_within_step` decides when gradients are reduced. Experts may
+    be gathered and reduced once per step there too (`GatherExperts`). Under bf16 compute, the gathered parameters are
+    bf16.
     """
     if meshes.dense is None or meshes.sparse is None:
         return
@@ -54,6 +55,7 @@ def apply(
     dims = {id(parameter): specs[name].fsdp_split.dim for name, parameter in model.named_parameters()}
     kept: dict[str, Any] = {"reshard_after_forward": False}
     keep = kept if meshes.layout.pp > 1 else {}
+    whole_experts = meshes.layout.gather_experts is GatherExperts.step
 
     def shard(module: nn.Module, mesh: DeviceMesh, **keep: Any) -> None:
         placement = lambda parameter: Shard(dims[id(parameter)])  # noqa: E731
@@ -67,7 +69,7 @@ def apply(
     for stack in stacks.values():
         for layer in stack.layers.values():
             if isinstance(layer.ffn, MixtureOfExperts):
-                shard(layer.ffn.experts, meshes.sparse, **keep)
+                shard(layer.ffn.experts, meshes.sparse, **(kept if whole_experts else keep))
             shard(layer, meshes.dense, **keep)
         embedding, head = _ends(stack)
         if embedding is not None:
@@ -82,9 +84,10 @@ def apply(
     if model.vision is not None and model.vision not in {stack.vision for stack in stacks.values()}:
         for one in (*model.vision.layers.values(), model.vision):
             shard(one, meshes.dense, **keep)
-    if keep:
-        for stack in stacks.values():
-            _keep_quantised(stack)
+    for stack in stacks.values():
+        for module in stack.modules():
+            if keep or (whole_experts and isinstance(module, Experts)):
+                _keep_quantised(module)
 
 
 def _ends(stack: Stack) -> tuple[nn.Module | None, nn.Module | None]:
@@ -113,17 +116,17 @@ def _gather_ahead(stack: Stack) -> None:
         embedding.set_unshard_in_backward(False)
 
 
-def _keep_quantised(stack: Stack) -> None:
-    """Keep FP8 weights as long as the parameters stay gathered, which is all micro-batches of a step. Where each pass
-    gathers parameters, each quantises what it reads, rows or columns, and keeps nothing.
+def _keep_quantised(unit: nn.Module) -> None:
+    """Keep the FP8 weights of a unit as long as its parameters stay gathered, which is all micro-batches of a step.
+    Where each pass gathers parameters, each quantises what it reads, rows or columns, and keeps nothing.
     """
-    for _, group in units(stack):
-        owners = [parameter._module_info.module for parameter in group.fsdp_params] if group is not None else []
-        gemms = [owner.gemm for owner in owners if isinstance(getattr(owner, "gemm", None), Float8Gemm)]
-        for gemm in gemms:
-            gemm.weights.keep_while_gathered()
-        if gemms:
-            group._to_sharded = partial(_free, gemms, group._to_sharded)
+    group = unit._get_fsdp_state()._fsdp_param_group if isinstance(unit, FSDPModule) else None
+    owners: list[Any] = [one._module_info.module for one in group.fsdp_params] if group is not None else []
+    gemms = [owner.gemm for owner in owners if isinstance(getattr(owner, "gemm", None), Float8Gemm)]
+    for gemm in gemms:
+        gemm.weights.keep_while_gathered()
+    if group is not None and gemms:
+        vars(group)["_to_sharded"] = partial(_free, gemms, group._to_sharded)
 
 
 def _free(gemms: Sequence[Float8Gemm], to_sharded: Callable[[], None]) -> None:
@@ -154,18 +157,24 @@ def reduce_after(module: nn.Module, last: bool) -> None:
         module.set_requires_gradient_sync(last)
 
 
-def reduce_within_step(module: nn.Module, every: ReduceEvery, last: bool) -> None:
-    """Set what the next backward pass of a step reduces; `last`: it is that of the last micro-batch.
+def reduce_within_step(module: nn.Module, layout: Layout, last: bool) -> None:
+    """Set what the next backward pass of a step reduces and frees; `last`: it is that of the last micro-batch.
 
     Each micro-batch's gradients are reduce-scattered, or their sum is once per step. Over the replicas of HSDP,
     gradients are summed once per step.
     """
-    if isinstance(module, FSDPModule):
-        match every:
-            case ReduceEvery.micro_batch:
-                module.set_requires_all_reduce(last)
-            case ReduceEvery.step:
-                module.set_requires_gradient_sync(last)
+    if not isinstance(module, FSDPModule):
+        return
+    match layout.reduce_every:
+        case ReduceEvery.micro_batch:
+            module.set_requires_all_reduce(last)
+        case ReduceEvery.step:
+            module.set_requires_gradient_sync(last)
+    for part in module.modules() if layout.gather_experts is GatherExperts.step else ():
+        if isinstance(part, Experts):
+            assert isinstance(part, FSDPModule)
+            part.set_requires_gradient_sync(last)
+            part.set_reshard_after_backward(last)
 
 
 def units(stack: nn.Module) -> Iterator[tuple[Any, Any]]:

@@ -85,6 +85,17 @@ class ReduceEvery(Enum):
     """Once, after the last micro-batch: less traffic, but the whole gradients are kept, in the dtype of the sum."""
 
 
+class GatherExperts(Enum):
+    """When FSDP2 gathers the parameters of routed experts over efsdp."""
+
+    each_pass = "each_pass"
+    """For each forward and each backward pass: experts are sharded like all other parameters."""
+    step = "step"
+    """Once per step, in the compute dtype. Experts stay whole, and their gradients are reduced once; only the master
+    weights and the optimizer state are sharded. For large ep, where a rank has few experts.
+    """
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Degrees of the layout, and how memory is traded for time.
@@ -119,6 +130,8 @@ class ParallelConfig:
     reduce_dtype: Reduce = Reduce.master
     reduce_every: ReduceEvery = ReduceEvery.micro_batch
     """Used by engine=fsdp2 without a pipeline. A pipeline always reduces once per step."""
+    gather_experts: GatherExperts = GatherExperts.each_pass
+    """Used by engine=fsdp2 without a pipeline. A pipeline always gathers once per step."""
     recompute: Recompute = Recompute.none
     """Recomputing saves memory for activations, and costs time."""
     compile: bool = False
@@ -138,9 +151,11 @@ class ParallelConfig:
         check_numbers(self, positive=("timeout_s",))
         if self.engine is EngineKind.fsdp2 and self.zero != ZeroConfig():
             raise ConfigError("zero", None, "configures DeepSpeed: add parallel.engine=deepspeed, or omit it")
-        if self.engine is EngineKind.deepspeed and self.reduce_every is not ReduceEvery.micro_batch:
-            reason = "configures FSDP2, and DeepSpeed's stage decides: omit it, or set parallel.engine=fsdp2"
-            raise ConfigError("reduce_every", self.reduce_every, reason, [ReduceEvery.micro_batch.value])
+        usual = {"reduce_every": ReduceEvery.micro_batch, "gather_experts": GatherExperts.each_pass}
+        for key, value in usual.items() if self.engine is EngineKind.deepspeed else ():
+            if getattr(self, key) is not value:
+                reason = "configures FSDP2, and DeepSpeed's stage decides: omit it, or set parallel.engine=fsdp2"
+                raise ConfigError(key, getattr(self, key), reason, [value.value])
         if isinstance(self.dp_shard, str) and self.dp_shard != AUTO:
             raise ConfigError("dp_shard", self.dp_shard, "must be a number of ranks", [AUTO])
         for key in DEGREES:

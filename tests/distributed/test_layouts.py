@@ -8,7 +8,7 @@ import pytest
 
 from bench.layouts import LAYOUTS, PAGE, RESUMED, deep, resumes, tiny
 from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, QKNorm
-from parallel.layout import ContextMethod, DispatchMethod, ParallelConfig, Recompute, ReduceEvery
+from parallel.layout import ContextMethod, DispatchMethod, GatherExperts, ParallelConfig, Recompute, ReduceEvery
 from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Compute, PrecisionConfig
 from tests.support.bugs import BuggyRanks
@@ -40,6 +40,7 @@ SLOW = {
     "fsdp-reduced-once": (2, ParallelConfig(reduce_every=ReduceEvery.step), 2),
     "hsdp-reduced-once": (4, ParallelConfig(dp_replicate=2, reduce_every=ReduceEvery.step), 2),
     "ep-fsdp-reduced-once": (4, ParallelConfig(ep=2, reduce_every=ReduceEvery.step), 2),
+    "ep-whole-experts": (4, ParallelConfig(ep=2, gather_experts=GatherExperts.step), 2),
     "pp-tied": (3, ParallelConfig(pp=3), 1),
     "all-axes-recomputed": (8, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full), 2),
     "pp-tp-zero-bubble": (4, ParallelConfig(pp=2, tp=2, schedule=PipelineSchedule.interleaved_zero_bubble), 2),

@@ -45,6 +45,8 @@ def refusal(world_size: int, *overrides: str) -> str:
         (2, ["parallel.dp_shard=all"], "parallel.dp_shard=all: must be a number of ranks; try auto"),
         (2, ["parallel.ep=2", "parallel.dispatch=deepep", "precision=bf16"], "DeepEP is not installed: pip install"),
         (2, ["parallel.ep=2", "parallel.dispatch=deepep"], "parallel.dispatch=deepep: supports bfloat16 only: add "),
+        (2, ["parallel.engine=deepspeed", "parallel.reduce_every=step"], "parallel.reduce_every=step: configures FSDP2"),
+        (2, ["parallel.engine=deepspeed", "parallel.gather_experts=step"], "parallel.gather_experts=step: configures"),
         (1, ["precision=fp32", "precision.param_dtype=bfloat16"], "precision.param_dtype=bfloat16: needs bfloat16 matmuls"),
     ],
     ids=lambda value: " ".join(value) or "batch" if isinstance(value, list) else None,

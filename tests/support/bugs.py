@@ -131,9 +131,9 @@ def gradients_counted_by_a_hook(honest, roots, meshes):
 
 
 @replaces(engine, "reduce_within_step")
-def sums_of_earlier_micro_batches_dropped(honest, module, every, last):
+def sums_of_earlier_micro_batches_dropped(honest, module, layout, last):
     """Keep the gradients of the last micro-batch only."""
-    honest(module, every, last)
+    honest(module, layout, last)
     for _, group in fsdp.units(module) if last else ():
         if group is not None:
             group._partial_reduce_output = None

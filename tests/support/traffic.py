@@ -20,7 +20,7 @@ from model.load_balance import RouterSums
 from model.roles import Role, registry
 from parallel import whole_matrices
 from parallel.cost import BatchShape, Entries, attention_traffic
-from parallel.layout import DispatchMethod, Layout, Recompute, ReduceEvery
+from parallel.layout import DispatchMethod, GatherExperts, Layout, Recompute, ReduceEvery
 from parallel.mesh import meshes_of_rank
 from parallel.parallelize import on_meta
 from parallel.sharding import ShardSpec, shard_specs
@@ -50,6 +50,7 @@ def step_traffic(
         (stage * (1 if layout.pp > 1 else micro_batches), step.gathers()),
         (stage * (1 if layout.pp > 1 or layout.reduce_every is ReduceEvery.step else micro_batches), step.reductions()),
         (stage, step.replicas()),
+        (stage, step.whole_experts()),
         (1, step.once(image_tokens > 0)),
         (1, step.matrices(matrices)),
         (1, step.images(image_tokens)),
@@ -69,6 +70,7 @@ class _Step:
         self.tokens = batch.micro_batch_size * batch.seq_len // layout.cp
         self.mixtures = sum(layer.feed_forward is FeedForward.moe for layer in model.blocks)
         self.meshes = meshes_of_rank(layout, 0)
+        self.whole = layout.gather_experts is GatherExperts.step and layout.pp == 1
         self.specs = shard_specs(registry(on_meta(model, precision)), model, self.meshes)
 
     def tensor(self) -> Entries:
@@ -139,7 +141,7 @@ class _Step:
         gathered in between, and the embedding is gathered for the forward pass only. In a pipeline everything is
         gathered once per step, but an encoder on all stages is gathered before and after the pipeline.
         """
-        for name, spec, stages in self._sharded():
+        for name, spec, stages in self._sharded(self.whole):
             ahead = self.layout.encodes_ahead and spec.info.role.is_vision
             gathers = 2 if ahead or (name.startswith(("layers.", "vision.")) and self.layout.pp == 1) else 1
             elements = spec.local_block.numel  # of rank 0, whose shard is full; shorter shards are padded to its size
@@ -148,7 +150,7 @@ class _Step:
 
     def reductions(self) -> Entries:
         """Yield the gradients that FSDP2 reduce-scatters once on a rank of each stage."""
-        for _, spec, stages in self._sharded():
+        for _, spec, stages in self._sharded(self.whole):
             if (axis := spec.fsdp_split.axis).size > 1:
                 size = self.precision.master_dtype.itemsize * spec.local_block.numel
                 yield (axis.name, "gradients"), stages * size * axis.size
@@ -160,10 +162,18 @@ class _Step:
                 size = self.precision.master_dtype.itemsize * spec.local_block.numel
                 yield ("dp_replicate", "gradients"), stages * size
 
-    def _sharded(self) -> Iterator[tuple[str, ShardSpec, int]]:
+    def whole_experts(self) -> Entries:
+        """Yield what experts that stay whole within a step gather and reduce-scatter once on a rank."""
+        for _, spec, _ in self._sharded():
+            if spec.info.role.is_expert and self.whole and (axis := spec.fsdp_split.axis).size > 1:
+                yield (axis.name, "parameters"), self.size * spec.local_block.numel
+                size = self.precision.master_dtype.itemsize * spec.local_block.numel
+                yield (axis.name, "gradients"), size * axis.size
+
+    def _sharded(self, without_experts: bool = False) -> Iterator[tuple[str, ShardSpec, int]]:
         """Yield the name of each parameter that FSDP2 shards, its spec, and the number of stages that have it."""
         for name, spec in self.specs.items():
-            if spec.info.role is not Role.router:
+            if spec.info.role is not Role.router and not (without_experts and spec.info.role.is_expert):
                 ahead = self.layout.encodes_ahead and spec.info.role.is_vision
                 both = 1 + any(axis.name == "ends" for axis in spec.replicas)  # tied embeddings are on both ends
                 yield name, spec, self.layout.pp if ahead else both

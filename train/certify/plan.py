@@ -334,8 +334,8 @@ def techniques(
     freeze: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the settings, besides axes and model, that a certificate covers."""
-    keys = ("dispatch", "cp_method", "recompute", "compile", "schedule", "stages_per_rank", "engine", "reduce_every")
-    found = {key: plain(getattr(parallel, key)) for key in keys}
+    keys = ["dispatch", "cp_method", "recompute", "compile", "schedule", "stages_per_rank", "engine", "reduce_every"]
+    found = {key: plain(getattr(parallel, key)) for key in [*keys, "gather_experts"]}
     if parallel.engine is EngineKind.deepspeed:  # offloading is tested separately
         found["zero"] = plain(replace(parallel.zero, nvme=None, offload=Offload.none))
     spread = replace(parallel.vision, image_token_share=None)

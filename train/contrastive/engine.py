@@ -85,12 +85,12 @@ class ContrastiveEngine(InPlaceEngine):
     def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor:
         """Compute the gradients of this rank's pairs. Returns the loss of the global batch, the same on every rank."""
         pairs = list(pair_batches(batch, self.ids, self.placed, micro_batch_size))
-        towers, every = self.placed.model, self.meshes.layout.reduce_every
+        towers, layout = self.placed.model, self.meshes.layout
 
         def encode(part: PairBatch) -> tuple[Tensor, Tensor]:
             if torch.is_grad_enabled():
                 for tower in (towers.text, towers.vision):
-                    reduce_within_step(tower, every, part is pairs[-1])
+                    reduce_within_step(tower, layout, part is pairs[-1])
             return features(self.placed, part)
 
         total = backward_in_parts(pairs, encode, self._loss).double()

@@ -61,4 +61,4 @@ class TorchEngine(InPlaceEngine, LanguageEngine):
         super().__init__(placed, config)
 
     def before_backward(self, last: bool) -> None:
-        reduce_within_step(self.placed.model, self.meshes.layout.reduce_every, last)
+        reduce_within_step(self.placed.model, self.meshes.layout, last)
