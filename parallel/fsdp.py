@@ -210,16 +210,24 @@ def _counted_unshard(group: Any, unshard: Any, axis: MeshAxis, async_op: bool = 
 
 
 def _counted_reduction(group: Any, post_backward: Any, axis: MeshAxis, replicate: MeshAxis, *unused: Any) -> None:
-    """Count what a reduce-scatter was handed, and its result if an all-reduce over the replicas followed."""
-    states = group.comm_ctx.reduce_scatter_states
-    before = states[-1] if states else None
+    """Count what the reduce-scatter of a unit is handed, and its result if an all-reduce over the replicas follows.
+
+    Shards are padded to equal sizes. No buffer is referenced here: FSDP2 frees one reduction's before the next begins.
+    """
+    reduced = [parameter for parameter in group.fsdp_params if group.reduce_grads and _has_gradient(parameter)]
     post_backward(*unused)
-    if states and states[-1] is not before:
-        size = states[-1].reduce_scatter_input.nbytes
+    sizes = (p._sharded_param_data.numel() * (p.reduce_dtype or p.orig_dtype).itemsize for p in reduced)
+    if size := sum(sizes):
         if axis.size > 1:
-            axis.add_bytes("gradients", size)
+            axis.add_bytes("gradients", size * axis.size)
         if replicate.size > 1 and group.all_reduce_grads:
-            replicate.add_bytes("gradients", size // axis.size)
+            replicate.add_bytes("gradients", size)
+
+
+def _has_gradient(parameter: FSDPParam) -> bool:
+    if parameter.unsharded_accumulated_grad is not None:
+        return True
+    return hasattr(parameter, "_unsharded_param") and parameter._unsharded_param.grad is not None
 
 
 class GradientSum:
