@@ -160,14 +160,14 @@ def reduce_after(module: nn.Module, last: bool) -> None:
 def reduce_within_step(module: nn.Module, layout: Layout, last: bool) -> None:
     """Set what the next backward pass of a step reduces and frees; `last`: it is that of the last micro-batch.
 
-    Each micro-batch's gradients are reduce-scattered, or their sum is once per step. Over the replicas of HSDP,
-    gradients are summed once per step.
+    See `ReduceEvery` and `GatherExperts`.
     """
     if not isinstance(module, FSDPModule):
         return
     match layout.reduce_every:
         case ReduceEvery.micro_batch:
-            module.set_requires_all_reduce(last)
+            # FSDP2 keeps what is not summed over the replicas yet in the dtype of the reduction
+            module.set_requires_all_reduce(last or layout.reduce_dtype is Reduce.bfloat16)
         case ReduceEvery.step:
             module.set_requires_gradient_sync(last)
     for part in module.modules() if layout.gather_experts is GatherExperts.step else ():

@@ -77,7 +77,9 @@ class Reduce(Enum):
 
 
 class ReduceEvery(Enum):
-    """When FSDP2 reduces gradients over ranks. Over the replicas of HSDP they are always summed once per step."""
+    """When FSDP2 reduces gradients over ranks. Over the replicas of HSDP they are summed once per step, or if they are
+    summed in bfloat16, with every micro-batch: sums over micro-batches are kept in the master dtype.
+    """
 
     micro_batch = "micro_batch"
     """After each micro-batch: only the shards of their sum are kept."""
@@ -151,17 +153,24 @@ class ParallelConfig:
         check_numbers(self, positive=("timeout_s",))
         if self.engine is EngineKind.fsdp2 and self.zero != ZeroConfig():
             raise ConfigError("zero", None, "configures DeepSpeed: add parallel.engine=deepspeed, or omit it")
-        usual = {"reduce_every": ReduceEvery.micro_batch, "gather_experts": GatherExperts.each_pass}
-        for key, value in usual.items() if self.engine is EngineKind.deepspeed else ():
-            if getattr(self, key) is not value:
-                reason = "configures FSDP2, and DeepSpeed's stage decides: omit it, or set parallel.engine=fsdp2"
-                raise ConfigError(key, getattr(self, key), reason, [value.value])
+        self._check_reductions()
         if isinstance(self.dp_shard, str) and self.dp_shard != AUTO:
             raise ConfigError("dp_shard", self.dp_shard, "must be a number of ranks", [AUTO])
         for key in DEGREES:
             if (degree := getattr(self, key)) != AUTO and degree < 1:
                 raise ConfigError(key, degree, "must be positive")
         self._check_schedule()
+
+    def _check_reductions(self) -> None:
+        for key, usual in (("reduce_every", ReduceEvery.micro_batch), ("gather_experts", GatherExperts.each_pass)):
+            if getattr(self, key) is usual:
+                continue
+            if self.engine is EngineKind.deepspeed:
+                reason = "configures FSDP2, and DeepSpeed's stage decides: omit it, or set parallel.engine=fsdp2"
+                raise ConfigError(key, getattr(self, key), reason, [usual.value])
+            if self.reduce_dtype is Reduce.bfloat16:
+                reason = "would also sum micro-batches in bfloat16: omit it, or take parallel.reduce_dtype=master"
+                raise ConfigError(key, getattr(self, key), reason, [usual.value])
 
     def _check_schedule(self) -> None:
         schedule, per_rank = self.schedule, self.stages_per_rank

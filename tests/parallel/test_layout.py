@@ -46,6 +46,7 @@ def refusal(world_size: int, *overrides: str) -> str:
         (2, ["parallel.ep=2", "parallel.dispatch=deepep", "precision=bf16"], "DeepEP is not installed: pip install"),
         (2, ["parallel.ep=2", "parallel.dispatch=deepep"], "parallel.dispatch=deepep: supports bfloat16 only: add "),
         (2, ["parallel.engine=deepspeed", "parallel.reduce_every=step"], "parallel.reduce_every=step: configures FSDP2"),
+        (2, ["parallel.reduce_dtype=bfloat16", "parallel.reduce_every=step"], "reduce_every=step: would also sum micro-"),
         (2, ["parallel.engine=deepspeed", "parallel.gather_experts=step"], "parallel.gather_experts=step: configures"),
         (1, ["precision=fp32", "precision.param_dtype=bfloat16"], "precision.param_dtype=bfloat16: needs bfloat16 matmuls"),
     ],

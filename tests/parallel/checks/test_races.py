@@ -5,6 +5,7 @@ Two ranks' FSDP2 runs in this process, on a process group that sends nothing.
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -45,13 +46,57 @@ def races(parallel: ParallelConfig, count: int = 2, micro_batch_size: int = 2, s
     "parallel, count",
     [
         (ParallelConfig(), 2),
-        (ParallelConfig(reduce_dtype=Reduce.bfloat16, reduce_every=ReduceEvery.step), 2),
         (ParallelConfig(dp_replicate=2), 4),
+        pytest.param(ParallelConfig(reduce_every=ReduceEvery.step), 2, marks=pytest.mark.slow),
+        pytest.param(ParallelConfig(dp_replicate=2, reduce_dtype=Reduce.bfloat16), 4, marks=pytest.mark.slow),
     ],
-    ids=["fsdp", "reduced per step", "hsdp"],
+    ids=["fsdp", "hsdp", "reduced per step", "hsdp in bfloat16"],
 )
 def test_training_steps_have_no_race(parallel, count):
     assert races(parallel, count, micro_batch_size=1, steps=2) == []
+
+
+def lifetimes(monkeypatch: pytest.MonkeyPatch, count: Any) -> list[str]:
+    """Return the allocations and releases of memory in a step, in order, with a function that counts traffic."""
+    found: list[str] = []
+
+    def noted(name: str) -> Any:
+        honest = getattr(Machine, name)
+
+        def note(machine: Machine, *block: Any) -> Any:
+            found.append(f"{name} on {machine.current.name}")
+            return honest(machine, *block)
+
+        return note
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fsdp, "count_traffic", count)
+        patch.setattr(Machine, "allocate", noted("allocate"))
+        patch.setattr(Machine, "free", noted("free"))
+        gc.disable()
+        try:
+            assert races(ParallelConfig()) == []
+        finally:
+            gc.enable()
+    return found
+
+
+def held(roots: Any, meshes: Any) -> None:
+    """Keep the input of the last reduction during the next one."""
+    for _, group in (pair for root in roots for pair in fsdp.units(root) if pair[1] is not None):
+
+        def post_backward(group: Any = group, honest: Any = group.post_backward) -> None:
+            last = group.comm_ctx.reduce_scatter_states[-1:]
+            honest()
+            del last
+
+        group.post_backward = post_backward
+
+
+def test_counting_changes_no_lifetime(monkeypatch):
+    plain = lifetimes(monkeypatch, lambda roots, meshes: None)
+    assert len(plain) > 100 and lifetimes(monkeypatch, fsdp.count_traffic) == plain
+    assert lifetimes(monkeypatch, held) != plain, "the control"
 
 
 def hooked(monkeypatch: pytest.MonkeyPatch) -> None:
