@@ -12,14 +12,14 @@ from itertools import pairwise
 
 from parallel.checks.recorder import Issued
 
-_LAYER = re.compile(r"FSDP::pre_(forward|backward) \(layers\.(\d+)\)")
+_LAYER = re.compile(r"FSDP::root_pre_forward|FSDP::pre_(forward|backward) \(layers\.(\d+)\)")
 _GATHER = re.compile(r"FSDP::all_gather \(layers\.(\d+)((?:\.\w+)*)\)")
 _COPY = re.compile(_GATHER.pattern.replace("all_gather", "all_gather_copy_out"))
 
 
 def late_gathers(issued: Sequence[Issued]) -> list[str]:
     """Return the gathers that one rank issued after the synchronisation of the layer before; empty if none is late."""
-    passes = [(place, match[1], int(match[2])) for place, match in _matches(_LAYER, issued)]
+    passes = [(place, match[1] or "", int(match[2] or 0)) for place, match in _matches(_LAYER, issued)]
     gathers, copies = _matches(_GATHER, issued), _matches(_COPY, issued)
     found: list[str] = []
     for (begin, direction, layer), (end, after, following) in pairwise(passes):

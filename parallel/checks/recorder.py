@@ -265,7 +265,7 @@ def recording(device: str = "cpu") -> Iterator[Recorder]:
     recorder = Recorder(device)
     machine = recorder.machine
     resize = torch.UntypedStorage.resize_
-    batch, make = dist.batch_isend_irecv, FSDPCommContext.lazy_init
+    batch, make, profile = dist.batch_isend_irecv, FSDPCommContext.lazy_init, torch.profiler.record_function
 
     def resized(storage: torch.UntypedStorage, size: int) -> None:
         recorder.resize(storage, size)
@@ -292,6 +292,9 @@ def recording(device: str = "cpu") -> Iterator[Recorder]:
             if isinstance(stream, Stream):
                 stream.name = name
 
+    def profiled(name: str, *rest: Any) -> Any:
+        return recorder.labelled(name) if name == "FSDP::root_pre_forward" else profile(name, *rest)
+
     def to_host(name: str) -> Any:
         honest = getattr(Tensor, name)
 
@@ -311,6 +314,7 @@ def recording(device: str = "cpu") -> Iterator[Recorder]:
         *((kind, "wait", waiting(kind)) for kind in (Work, *Work.__subclasses__()) if "wait" in vars(kind)),
         (dist, "batch_isend_irecv", batched),
         (_fsdp_param_group, "record_function", recorder.labelled),
+        (torch.profiler, "record_function", profiled),
         (FSDPCommContext, "lazy_init", named),
         (Tensor, "record_stream", lambda x, stream: recorder.record_stream(x, stream)),
         *((Tensor, name, to_host(name)) for name in ("tolist", "item", "cpu")),

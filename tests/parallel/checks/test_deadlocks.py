@@ -124,3 +124,5 @@ def test_gathers_come_before_the_host_stops():
     assert late_gathers(late) == [one, experts]
     between = log("pre_forward (layers.1)", GATHERS[0], "wait", GATHERS[1], *USES)
     assert late_gathers(between) == [experts]
+    another_root = log("pre_forward (layers.1)", "wait", "root_pre_forward", *GATHERS, *USES)
+    assert late_gathers(another_root) == [], "the vision encoder has layers of its own"
