@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import assert_never
 
@@ -16,7 +16,7 @@ import torch
 from model.config import LayerConfig, ModelConfig
 from model.roles import Role, registry
 from parallel.deepspeed.config import Offload, ParameterOffload
-from parallel.layout import ContextMethod, EngineKind, Layout, split_unit
+from parallel.layout import ContextMethod, EngineKind, GatherExperts, Layout, Reduce, ReduceEvery, split_unit
 from parallel.mesh import meshes_of_rank
 from parallel.parallelize import on_meta
 from parallel.pipeline import runtime
@@ -41,11 +41,18 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class StaticBytes:
-    """Bytes of a rank's training state. Gradients exist only from the backward pass to the update."""
+    """Bytes of a rank's training state. Gradients exist only from the backward pass to the update.
+
+    `unreduced`: with several micro-batches, the whole gradients that a rank sums before FSDP2 reduces them to shards
+    (`gradients`). 0 if they are reduced with every micro-batch. `gathered`: the parameters that stay gathered from the
+    first micro-batch of a step to the last, in the dtype of the computation; those of one layer at a time come on top.
+    """
 
     parameters: Bytes
     gradients: Bytes
     optimizer: Bytes
+    unreduced: Bytes = 0
+    gathered: Bytes = 0
 
 
 def static_bytes(
@@ -66,7 +73,21 @@ def static_bytes(
     specs = shard_specs(registry(here), model, meshes)
     if layout.engine is EngineKind.deepspeed:
         return _zero_bytes(specs, precision, layout, moments, frozen)
-    return bytes_of_shards(specs, precision, moments, muon, frozen)
+    kept = bytes_of_shards(specs, precision, moments, muon, frozen)
+    summed, whole = _kept_whole(specs, layout)
+    dtype = torch.bfloat16 if layout.reduce_dtype is Reduce.bfloat16 else precision.master_dtype
+    trained = [spec for spec in summed if spec.info.role not in frozen]
+    unreduced, gathered = (sum(spec.compute_block.numel for spec in some) for some in (trained, whole))
+    return replace(kept, unreduced=unreduced * dtype.itemsize, gathered=gathered * precision.compute_dtype.itemsize)
+
+
+def _kept_whole(specs: Mapping[str, ShardSpec], layout: Layout) -> tuple[list[ShardSpec], list[ShardSpec]]:
+    """Return the parameters whose gradients FSDP2 reduces once per step, and those that it gathers once per step."""
+    units = [spec for spec in specs.values() if spec.info.role is not Role.router and layout.world_size > 1]
+    if layout.pp > 1:
+        return units, units
+    experts = [spec for spec in units if spec.info.role.is_expert and layout.gather_experts is GatherExperts.step]
+    return (units if layout.reduce_every is ReduceEvery.step else experts), experts
 
 
 def bytes_of_shards(

@@ -73,7 +73,29 @@ class Reduce(Enum):
     master = "master"
     """The dtype of the master weights."""
     bfloat16 = "bfloat16"
-    """Halves the traffic, and rounds the sums."""
+    """Halves the traffic, and rounds the sums, except those of routers."""
+
+
+class ReduceEvery(Enum):
+    """When FSDP2 reduces gradients over ranks. Over the replicas of HSDP they are summed once per step, or if they are
+    summed in bfloat16, with every micro-batch: sums over micro-batches are kept in the master dtype.
+    """
+
+    micro_batch = "micro_batch"
+    """After each micro-batch: only the shards of their sum are kept."""
+    step = "step"
+    """Once, after the last micro-batch: less traffic, but the whole gradients are kept, in the dtype of the sum."""
+
+
+class GatherExperts(Enum):
+    """When FSDP2 gathers the parameters of routed experts over efsdp."""
+
+    each_pass = "each_pass"
+    """For each forward and each backward pass: experts are sharded like all other parameters."""
+    step = "step"
+    """Once per step, in the compute dtype. Experts stay whole, and their gradients are reduced once; only the master
+    weights and the optimizer state are sharded. For large ep, where a rank has few experts.
+    """
 
 
 @dataclass(frozen=True)
@@ -108,6 +130,10 @@ class ParallelConfig:
     """Used if ep * etp > 1."""
     cp_method: ContextMethod = ContextMethod.gather
     reduce_dtype: Reduce = Reduce.master
+    reduce_every: ReduceEvery = ReduceEvery.micro_batch
+    """Used by engine=fsdp2 without a pipeline. A pipeline always reduces once per step."""
+    gather_experts: GatherExperts = GatherExperts.each_pass
+    """Used by engine=fsdp2 without a pipeline. A pipeline always gathers once per step."""
     recompute: Recompute = Recompute.none
     """Recomputing saves memory for activations, and costs time."""
     compile: bool = False
@@ -127,12 +153,24 @@ class ParallelConfig:
         check_numbers(self, positive=("timeout_s",))
         if self.engine is EngineKind.fsdp2 and self.zero != ZeroConfig():
             raise ConfigError("zero", None, "configures DeepSpeed: add parallel.engine=deepspeed, or omit it")
+        self._check_reductions()
         if isinstance(self.dp_shard, str) and self.dp_shard != AUTO:
             raise ConfigError("dp_shard", self.dp_shard, "must be a number of ranks", [AUTO])
         for key in DEGREES:
             if (degree := getattr(self, key)) != AUTO and degree < 1:
                 raise ConfigError(key, degree, "must be positive")
         self._check_schedule()
+
+    def _check_reductions(self) -> None:
+        for key, usual in (("reduce_every", ReduceEvery.micro_batch), ("gather_experts", GatherExperts.each_pass)):
+            if getattr(self, key) is usual:
+                continue
+            if self.engine is EngineKind.deepspeed:
+                reason = "configures FSDP2, and DeepSpeed's stage decides: omit it, or set parallel.engine=fsdp2"
+                raise ConfigError(key, getattr(self, key), reason, [usual.value])
+            if self.reduce_dtype is Reduce.bfloat16:
+                reason = "would also sum micro-batches in bfloat16: omit it, or take parallel.reduce_dtype=master"
+                raise ConfigError(key, getattr(self, key), reason, [usual.value])
 
     def _check_schedule(self) -> None:
         schedule, per_rank = self.schedule, self.stages_per_rank

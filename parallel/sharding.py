@@ -117,6 +117,9 @@ class LocalShard:
 
 
 def shard_specs(infos: Mapping[str, ParameterInfo], model: ModelConfig, meshes: Meshes) -> dict[str, ShardSpec]:
+    """Return where each parameter is stored. FSDP2 shards all parameters but the routers: they are small, compute in
+    fp32, and would be one more collective per layer, so each rank keeps them whole and sums their gradients per step.
+    """
     specs = {name: _spec(info, model, meshes) for name, info in infos.items()}
     if meshes.layout.engine is EngineKind.deepspeed:  # FSDP2 does not shard
         whole = Split(MeshAxis("whole"), 0)
@@ -142,6 +145,9 @@ def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
         shared += (meshes.ends,)
     if info.role.is_vision and meshes.layout.encodes_ahead:
         shared += (meshes.pp,)
+    if info.role is Role.router and meshes.layout.engine is EngineKind.fsdp2:
+        everywhere = (meshes.replicate, meshes.fsdp, *shared)
+        return ShardSpec(info, (), Split(MeshAxis("whole"), 0), everywhere, partial=everywhere)
     return ShardSpec(info, splits, Split(meshes.fsdp, 0), (meshes.replicate, *shared), partial=shared)
 
 
@@ -220,7 +226,7 @@ def sum_partial_gradients(model: nn.Module, specs: Mapping[str, ShardSpec]) -> N
     waiting: dict[MeshAxis, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         for axis in specs[name].partial:
-            if parameter.grad is not None and local(parameter.grad).numel():
+            if axis.size > 1 and parameter.grad is not None and local(parameter.grad).numel():
                 waiting.setdefault(axis, []).append(local(parameter.grad))
     for axis, gradients in waiting.items():
         flat = torch.cat([gradient.flatten() for gradient in gradients])

@@ -60,5 +60,7 @@ def _print(outcome: TrialOutcome) -> None:
     if trial.parallel.engine is EngineKind.deepspeed:
         figures = [f"ZeRO-{trial.parallel.zero.stage}", figures[1]]
     print(f"{verdict}  {trial.name:<32} {trial.ranks} ranks  {'  '.join(figures)}", flush=True)
+    for check, faults in outcome.faults.items():
+        print(f"        {check}: {len(faults) or 'none'}", flush=True)
     for line in outcome.failures()[:4]:
         print(f"        {line}", flush=True)

@@ -20,7 +20,7 @@ from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
 from model.roles import registry
 from parallel import cost, fsdp
 from parallel.comm.world import World
-from parallel.layout import ContextMethod, DispatchMethod, Layout, ParallelConfig, Recompute
+from parallel.layout import ContextMethod, DispatchMethod, GatherExperts, Layout, ParallelConfig, Recompute, ReduceEvery
 from parallel.mesh import MeshAxis, Meshes, make_meshes
 from parallel.parallelize import on_meta
 from parallel.pipeline.stages import PipelineSchedule
@@ -130,6 +130,9 @@ def assert_formulas_hold(
 
 LAYOUTS = {
     **{name: CERTIFIED[name] for name in ("fsdp2", "hsdp 2x2", "tp2", "ep2", "cp2 gather", "cp2 ulysses", "cp2 ring")},
+    "fsdp2-reduced-per-step": (2, ParallelConfig(reduce_every=ReduceEvery.step)),
+    "hsdp-reduced-per-step": (4, ParallelConfig(dp_replicate=2, reduce_every=ReduceEvery.step)),
+    "whole-experts": (4, ParallelConfig(ep=2, gather_experts=GatherExperts.step)),
     "ep2-etp2": (4, ParallelConfig(ep=2, etp=2)),
     "tp2-ep2-fsdp2": (4, ParallelConfig(tp=2, ep=2)),
     "gathered": (2, ParallelConfig(ep=2, dispatch=DispatchMethod.all_gather)),
@@ -158,7 +161,40 @@ def test_counted_and_kept_bytes_equal_the_formulas(ranks, name):
     if config.pp > 1:  # a layer for each stage
         layers = max(4, config.pp * config.per_rank)
         model = replace(model, num_layers=layers, layer_list=(model.blocks * 4)[:layers], tie_embeddings=config.pp == 3)
-    assert_formulas_hold(ranks, model, count, config, micro_batch_size=1 if config.pp > 1 else 2)
+    assert_formulas_hold(
+        ranks, model, count, config, micro_batch_size=1 if config.pp > 1 or config.dp_replicate > 1 else 2
+    )
+
+
+def kept_whole(parallel: ParallelConfig, precision: PrecisionConfig) -> tuple[list[int], list[int]]:
+    """Return the bytes of gradients and of parameters that this rank keeps whole between two micro-batches, and those
+    of the formulas.
+    """
+    placed = placed_here(tiny(1), parallel, precision)
+    engine, _, step = synthetic(placed, ADAMW, 2)
+    kept: list[list[int]] = []
+
+    def measure(last: bool) -> None:
+        params = [p for _, group in fsdp.units(placed.model) if group is not None for p in group.fsdp_params]
+        sums = [p.unsharded_accumulated_grad if p.unsharded_accumulated_grad is not None else p._unsharded_param.grad
+                for p in params]  # fmt: skip
+        whole = [p._unsharded_param.untyped_storage().nbytes() for p in params]
+        kept.append([sum(one.nbytes for one in sums if one is not None), sum(whole)])
+
+    engine.after_backward = measure
+    step()
+    assert len(kept) == 2 and kept[1] == [0, 0], kept
+    formula = cost.static_bytes(tiny(1), precision, placed.meshes.layout, torch.float32)
+    return kept[0], [formula.unreduced, formula.gathered]
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16])
+@pytest.mark.parametrize("key", [None, "reduce_every", "gather_experts"])
+def test_what_waits_for_the_end_of_a_step_is_kept_whole(ranks, key, precision):
+    once = {"reduce_every": ReduceEvery.step, "gather_experts": GatherExperts.step}
+    parallel = ParallelConfig(**{key: once[key]} if key else {})
+    for found, formula in ranks(2, kept_whole, parallel, precision):
+        assert found == formula and [bool(size) for size in found] == [key is not None, key == "gather_experts"]
 
 
 def test_aligned_sequences_save_the_halo(ranks):

@@ -8,9 +8,10 @@ import pytest
 
 from bench.layouts import LAYOUTS, PAGE, RESUMED, deep, resumes, tiny
 from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, QKNorm
-from parallel.layout import ContextMethod, DispatchMethod, ParallelConfig, Recompute
+from parallel.layout import ContextMethod, DispatchMethod, GatherExperts, ParallelConfig, Recompute, ReduceEvery
 from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Compute, PrecisionConfig
+from tests.support.bugs import BuggyRanks
 from train.certify.compare import EXACT, Comparison, compare
 from train.certify.plan import Trial, compare_layouts
 from train.certify.worker import CertifyCase, RankResults, run_cases
@@ -36,6 +37,10 @@ QUICK = {
     "pp-ep": (4, ParallelConfig(pp=2, ep=2), 2),
 }
 SLOW = {
+    "fsdp-reduced-once": (2, ParallelConfig(reduce_every=ReduceEvery.step), 2),
+    "hsdp-reduced-once": (4, ParallelConfig(dp_replicate=2, reduce_every=ReduceEvery.step), 2),
+    "ep-fsdp-reduced-once": (4, ParallelConfig(ep=2, reduce_every=ReduceEvery.step), 2),
+    "ep-whole-experts": (4, ParallelConfig(ep=2, gather_experts=GatherExperts.step), 2),
     "pp-tied": (3, ParallelConfig(pp=3), 1),
     "all-axes-recomputed": (8, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full), 2),
     "pp-tp-zero-bubble": (4, ParallelConfig(pp=2, tp=2, schedule=PipelineSchedule.interleaved_zero_bubble), 2),
@@ -51,6 +56,15 @@ def test_a_layout_computes_what_one_process_does(ranks, name):
     """Compare gradients, norm, balancing terms, updates, evaluation and resumed checkpoints in float64 and float32."""
     count, config, top_k = (QUICK | SLOW)[name]
     assert_as_one_process(ranks, count, config, replace(deep(top_k), tie_embeddings=name == "pp-tied"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config, count", [(ParallelConfig(dp_replicate=2), 4), (SLOW["fsdp-reduced-once"][1], 2)])
+def test_lost_sums_of_micro_batches_are_noticed(ranks, config, count):
+    """The gradients of the last micro-batch alone differ, also where only the replicas are summed once per step."""
+    bug = BuggyRanks(ranks, "sums_of_earlier_micro_batches_dropped")
+    (outcome,) = compare_layouts(deep(1), [Trial((), config, count)], 2, bug)
+    assert any("sgd: gradients differs" in line for line in outcome.failures()), outcome.failures()
 
 
 def with_norm(norm: QKNorm) -> ModelConfig:

@@ -6,7 +6,7 @@ A bug is a function that is called in place of the original function, which is i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,7 +25,6 @@ from parallel import context_parallel, fsdp, parallelize, whole_matrices
 from parallel.comm import collectives
 from parallel.context_parallel import ContextShard, RingPlan, ShardedContext
 from parallel.deepspeed import zero3, zero12
-from parallel.layout import ParallelConfig
 from parallel.mesh import MeshAxis, Meshes
 from parallel.pipeline import runtime
 from parallel.pipeline.deferred_wgrad import Deferred
@@ -35,7 +34,6 @@ from parallel.vision.ahead import EncodedStep
 from parallel.vision.exchange import SpreadImages
 from precision import fp8_tiles
 from train.certify import worker
-from train.certify.worker import CertifyCase, RankResults
 from train.contrastive import loss as contrastive
 from train.engine import fsdp as engine
 from train.optim import muon, optimizer
@@ -77,14 +75,12 @@ class BuggyRanks:
         self.ranks, self.bug = ranks, bug
 
     def __call__(self, count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        return self.ranks(count, measure_with_bug, self.bug if count > 1 else None, *arguments)
+        return self.ranks(count, run_with_bug, self.bug if count > 1 else None, function, *arguments)
 
 
-def measure_with_bug(
-    bug: str | None, parallel: ParallelConfig, cases: Mapping[str, CertifyCase]
-) -> dict[str, RankResults]:
+def run_with_bug(bug: str | None, function: Callable[..., Any], *arguments: Any) -> Any:
     with planted(bug):
-        return worker.run_cases(parallel, cases)
+        return function(*arguments)
 
 
 # ----- FP8
@@ -123,6 +119,33 @@ def missing_reduction(honest, shard, axis, dim, purpose):
     there = lambda x: collectives.all_gather_no_grad(x, axis, dim, purpose)  # noqa: E731
     back = lambda grad: grad.chunk(axis.size, dim)[axis.rank].contiguous()  # noqa: E731
     return shard if axis.size == 1 else collectives._Collective.apply(shard, there, back)
+
+
+@replaces(fsdp, "count_traffic")
+def gradients_counted_by_a_hook(honest, roots, meshes):
+    """With an all-reduce hook, torch works on another stream after a reduction: the gradients are right on a CPU."""
+    honest(roots, meshes)
+    for root in roots:
+        for unit, _ in fsdp.units(root):
+            unit.set_all_reduce_hook(lambda shard: None)
+
+
+@replaces(engine, "reduce_within_step")
+def sums_of_earlier_micro_batches_dropped(honest, module, layout, last):
+    """Keep the gradients of the last micro-batch only."""
+    honest(module, layout, last)
+    for _, group in fsdp.units(module) if last else ():
+        if group is not None:
+            group._partial_reduce_output = None
+        for parameter in group.fsdp_params if group is not None else ():
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
+
+
+@replaces(fsdp, "_gather_ahead")
+def layers_gathered_when_they_run(honest, stack):
+    pass
 
 
 @replaces(fsdp.FSDPModule, "set_gradient_divide_factor")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 
@@ -19,10 +20,10 @@ from model.load_balance import RouterSums
 from model.roles import Role, registry
 from parallel import whole_matrices
 from parallel.cost import BatchShape, Entries, attention_traffic
-from parallel.layout import DispatchMethod, Layout, Recompute
+from parallel.layout import DispatchMethod, GatherExperts, Layout, Recompute, ReduceEvery
 from parallel.mesh import meshes_of_rank
 from parallel.parallelize import on_meta
-from parallel.sharding import shard_specs
+from parallel.sharding import ShardSpec, shard_specs
 from parallel.vision.exchange import PURPOSE
 from precision.config import PrecisionConfig
 
@@ -46,7 +47,10 @@ def step_traffic(
     found: Counter[tuple[str, str]] = Counter()
     for times, entries in (
         *((stage * micro_batches, part()) for part in (step.tensor, step.context, step.experts, step.pipeline)),
-        (stage * (1 if layout.pp > 1 else micro_batches), step.data()),
+        (stage * (1 if layout.pp > 1 else micro_batches), step.gathers()),
+        (stage * (1 if layout.pp > 1 or layout.reduce_every is ReduceEvery.step else micro_batches), step.reductions()),
+        (stage, step.replicas()),
+        (stage, step.whole_experts()),
         (1, step.once(image_tokens > 0)),
         (1, step.matrices(matrices)),
         (1, step.images(image_tokens)),
@@ -66,6 +70,7 @@ class _Step:
         self.tokens = batch.micro_batch_size * batch.seq_len // layout.cp
         self.mixtures = sum(layer.feed_forward is FeedForward.moe for layer in model.blocks)
         self.meshes = meshes_of_rank(layout, 0)
+        self.whole = layout.gather_experts is GatherExperts.step and layout.pp == 1
         self.specs = shard_specs(registry(on_meta(model, precision)), model, self.meshes)
 
     def tensor(self) -> Entries:
@@ -130,27 +135,48 @@ class _Step:
         for purpose in ("activations", "gradients"):
             yield ("pp", purpose), hops * (self.tokens // self.layout.tp) * self.model.hidden_size * self.size
 
-    def data(self) -> Entries:
-        """Yield what FSDP2 sends in one micro-batch on a rank of each stage. Layers gather their parameters for the
-        forward pass and again for the backward pass, and so does the vision encoder; the other parameters (the root)
-        stay gathered in between.
-        Gradients are reduced after each micro-batch. In a pipeline everything is gathered and reduced once per step,
-        but an encoder on all stages is gathered before and after the pipeline.
+    def gathers(self) -> Entries:
+        """Yield the parameters that FSDP2 gathers in one micro-batch on a rank of each stage. Layers gather them for
+        the forward pass and again for the backward pass, and so does the vision encoder. The head and the rest stay
+        gathered in between, and the embedding is gathered for the forward pass only. In a pipeline everything is
+        gathered once per step, but an encoder on all stages is gathered before and after the pipeline.
         """
-        layout, master = self.layout, self.precision.master_dtype.itemsize
-        narrow = self.precision.compute_dtype is torch.bfloat16
-        for name, spec in self.specs.items():
-            ahead = layout.encodes_ahead and spec.info.role.is_vision
-            stages = 1 + any(axis.name == "ends" for axis in spec.replicas)  # tied embeddings are on both ends
-            stages = layout.pp if ahead else stages
-            size = master if narrow and spec.info.role is Role.router else self.size
-            gathers = 2 if ahead or (name.startswith(("layers.", "vision.")) and layout.pp == 1) else 1
+        for name, spec, stages in self._sharded(self.whole):
+            ahead = self.layout.encodes_ahead and spec.info.role.is_vision
+            gathers = 2 if ahead or (name.startswith(("layers.", "vision.")) and self.layout.pp == 1) else 1
             elements = spec.local_block.numel  # of rank 0, whose shard is full; shorter shards are padded to its size
             if (axis := spec.fsdp_split.axis).size > 1:
-                yield (axis.name, "parameters"), stages * gathers * size * elements
-                yield (axis.name, "gradients"), stages * master * elements * axis.size
-            if layout.dp_replicate > 1:
-                yield ("dp_replicate", "gradients"), stages * master * elements
+                yield (axis.name, "parameters"), stages * gathers * self.size * elements
+
+    def reductions(self) -> Entries:
+        """Yield the gradients that FSDP2 reduce-scatters once on a rank of each stage."""
+        for _, spec, stages in self._sharded(self.whole):
+            if (axis := spec.fsdp_split.axis).size > 1:
+                size = self.precision.master_dtype.itemsize * spec.local_block.numel
+                yield (axis.name, "gradients"), stages * size * axis.size
+
+    def replicas(self) -> Entries:
+        """Yield the gradients that a rank of each stage sums over the replicas, once per step."""
+        if self.layout.dp_replicate > 1:
+            for _, spec, stages in self._sharded():
+                size = self.precision.master_dtype.itemsize * spec.local_block.numel
+                yield ("dp_replicate", "gradients"), stages * size
+
+    def whole_experts(self) -> Entries:
+        """Yield what experts that stay whole within a step gather and reduce-scatter once on a rank."""
+        for _, spec, _ in self._sharded():
+            if spec.info.role.is_expert and self.whole and (axis := spec.fsdp_split.axis).size > 1:
+                yield (axis.name, "parameters"), self.size * spec.local_block.numel
+                size = self.precision.master_dtype.itemsize * spec.local_block.numel
+                yield (axis.name, "gradients"), size * axis.size
+
+    def _sharded(self, without_experts: bool = False) -> Iterator[tuple[str, ShardSpec, int]]:
+        """Yield the name of each parameter that FSDP2 shards, its spec, and the number of stages that have it."""
+        for name, spec in self.specs.items():
+            if spec.info.role is not Role.router and not (without_experts and spec.info.role.is_expert):
+                ahead = self.layout.encodes_ahead and spec.info.role.is_vision
+                both = 1 + any(axis.name == "ends" for axis in spec.replicas)  # tied embeddings are on both ends
+                yield name, spec, self.layout.pp if ahead else both
 
     def once(self, has_images: bool) -> Entries:
         """Yield what all ranks together send once per step, besides Muon's matrices. With images, numbers of labels and
@@ -162,8 +188,9 @@ class _Step:
         counts = self.model.num_experts * (1 if self.model.vision is None else 2)
         yield ("world", "balance"), world * self.mixtures * 8 * (counts + len(RouterSums._fields))
         for spec in self.specs.values():
-            for axis in spec.partial:
-                copies = world // self.layout.pp // self.layout.fsdp * (2 if axis.name == "ends" else 1)
+            for axis in (one for one in spec.partial if one.size > 1):
+                shards = 1 if spec.info.role is Role.router else self.layout.fsdp
+                copies = world // self.layout.pp // shards * (2 if axis.name == "ends" else 1)
                 copies *= self.layout.pp if self.layout.encodes_ahead and spec.info.role.is_vision else 1
                 size = spec.compute_block.numel * self.precision.master_dtype.itemsize
                 yield (axis.name, "gradients"), size * copies

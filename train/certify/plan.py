@@ -7,6 +7,8 @@ AdamW would hide. Another runs AdamW, or Muon if it is configured, with clipping
 
 DeepSpeed's master weights are at most fp32, so its layouts are compared in float32. To check that it sums the gradients
 of bf16 models in fp32, a bf16 model is run under the same layout by FSDP2 too, which rounds at the same points.
+
+Last, a run is recorded under each layout, to find races between streams, deadlocks and late gathers.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -39,6 +41,7 @@ from precision.config import Compute, PrecisionConfig
 from train.certify import fp8
 from train.certify.compare import Comparison, compare, compare_resumed, join_blocks
 from train.certify.config import CertifyConfig
+from train.certify.issued import issued_faults
 from train.certify.worker import BATCH_SIZE, SEQ_LEN, CertifyCase, RankResults, RunOnRanks, micro_batch_size, run_cases
 from train.optim.config import OptimizerConfig, OptimizerKind
 
@@ -71,10 +74,13 @@ class TrialOutcome:
     trial: Trial
     comparisons: list[Comparison]
     error: str | None = None
+    faults: Mapping[str, list[str]] = field(default_factory=dict)
+    """What the ranks issued wrongly, by check: see `train.certify.issued`. Empty if a comparison failed."""
 
     @property
     def passed(self) -> bool:
-        return self.error is None and bool(self.comparisons) and all(c.passed for c in self.comparisons)
+        compared = self.error is None and bool(self.comparisons) and all(c.passed for c in self.comparisons)
+        return compared and not any(self.faults.values())
 
     def largest(self, gate: float) -> float:
         """Return the largest difference among the comparisons whose tolerance is `gate`."""
@@ -85,7 +91,8 @@ class TrialOutcome:
             return [self.error]
         failed = [c for c in self.comparisons if not c.passed]
         where = [f", most in {c.parameter}, first in {c.first}" if c.parameter else "" for c in failed]
-        return [f"{c.name} differs by {c.largest:.1e}{place}" for c, place in zip(failed, where, strict=True)]
+        differ = [f"{c.name} differs by {c.largest:.1e}{place}" for c, place in zip(failed, where, strict=True)]
+        return [*differ, *(f"{check}: {fault}" for check, some in self.faults.items() for fault in some)]
 
 
 def certify(config: CertifyConfig, ranks: RunOnRanks) -> Iterator[TrialOutcome]:
@@ -164,7 +171,12 @@ def _try(
     comparisons += compare_resumed("the layout's checkpoint in one process", final, [resharded["resharded"]], alone)
     if trial.parallel.engine is EngineKind.deepspeed:
         comparisons += _in_bfloat16(trial, cases["sgd"], ranks)
-    return TrialOutcome(trial, comparisons)
+    if not all(one.passed for one in comparisons):
+        return TrialOutcome(trial, comparisons)
+    try:
+        return TrialOutcome(trial, comparisons, faults=issued_faults(trial.parallel, cases["sgd"], trial.ranks, ranks))
+    except RankFailure as error:
+        return TrialOutcome(trial, comparisons, _raised(error))
 
 
 def _in_bfloat16(trial: Trial, case: CertifyCase, ranks: RunOnRanks) -> Iterator[Comparison]:
@@ -322,8 +334,8 @@ def techniques(
     freeze: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the settings, besides axes and model, that a certificate covers."""
-    keys = ("dispatch", "cp_method", "recompute", "compile", "schedule", "stages_per_rank", "engine")
-    found = {key: plain(getattr(parallel, key)) for key in keys}
+    keys = ["dispatch", "cp_method", "recompute", "compile", "schedule", "stages_per_rank", "engine", "reduce_every"]
+    found = {key: plain(getattr(parallel, key)) for key in [*keys, "gather_experts"]}
     if parallel.engine is EngineKind.deepspeed:  # offloading is tested separately
         found["zero"] = plain(replace(parallel.zero, nvme=None, offload=Offload.none))
     spread = replace(parallel.vision, image_token_share=None)
@@ -355,6 +367,7 @@ def certificate(config: CertifyConfig, outcomes: Sequence[TrialOutcome], identit
                 "pass": outcome.passed,
                 "error": outcome.error,
                 "comparisons": [{**vars(c), "pass": c.passed} for c in outcome.comparisons],
+                "faults": dict(outcome.faults),
             }
             for outcome in outcomes
         ],

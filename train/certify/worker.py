@@ -70,8 +70,8 @@ class RunOnRanks(Protocol):
 
 
 def micro_batch_size(layout: Layout) -> int:
-    """Return the sequences per micro-batch; a pipeline needs many micro-batches."""
-    return 1 if layout.pp > 1 else 2
+    """Return the sequences per micro-batch; a pipeline needs many micro-batches, and the others need several."""
+    return 1 if layout.pp > 1 or layout.dp >= BATCH_SIZE // 2 else 2
 
 
 Blocks = dict[str, list[tuple[ShardBlock, Tensor]]]

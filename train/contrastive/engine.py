@@ -14,6 +14,7 @@ from torch import Tensor
 from core.memory import upload
 from data.images.tiles import GREYS
 from data.loader import Batch
+from parallel.fsdp import reduce_within_step
 from parallel.vision.towers import ParallelTowers
 from train.contrastive.config import ContrastiveLoss
 from train.contrastive.grad_cache import backward_in_parts
@@ -84,7 +85,15 @@ class ContrastiveEngine(InPlaceEngine):
     def forward_backward(self, batch: Batch, micro_batch_size: int) -> Tensor:
         """Compute the gradients of this rank's pairs. Returns the loss of the global batch, the same on every rank."""
         pairs = list(pair_batches(batch, self.ids, self.placed, micro_batch_size))
-        total = backward_in_parts(pairs, self._features, self._loss).double()
+        towers, layout = self.placed.model, self.meshes.layout
+
+        def encode(part: PairBatch) -> tuple[Tensor, Tensor]:
+            if torch.is_grad_enabled():
+                for tower in (towers.text, towers.vision):
+                    reduce_within_step(tower, layout, part is pairs[-1])
+            return features(self.placed, part)
+
+        total = backward_in_parts(pairs, encode, self._loss).double()
         self.complete_gradients()
         self.meshes.world.sum(total, "loss")
         return total
@@ -92,9 +101,6 @@ class ContrastiveEngine(InPlaceEngine):
     def step(self, learning_rate_factor: float) -> None:
         super().step(learning_rate_factor)
         self.placed.model.limit_scale()
-
-    def _features(self, pairs: PairBatch) -> tuple[Tensor, Tensor]:
-        return features(self.placed, pairs)
 
     def _loss(self, images_BE: Tensor, texts_BE: Tensor) -> Tensor:
         towers = self.placed.model

@@ -131,6 +131,7 @@ class LanguageEngine(Engine):
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for part_BT, context in _micro_batches(tokens_BT, contexts, micro_batch_size):
                 one = loss(self.placed.model(part_BT, context))
+                self.before_backward(context is contexts[-1])
                 one.backward()
                 total += one.detach()
                 self.after_backward(context is contexts[-1])
@@ -150,6 +151,9 @@ class LanguageEngine(Engine):
         if self.copies is not None and isinstance(ahead, StepInputs) and ahead.micro_batch_size == micro_batch_size:
             return self.copies.take(ahead)
         return step_inputs(self.placed, batch, micro_batch_size)
+
+    def before_backward(self, last: bool) -> None:
+        """Run before the backward pass of each micro-batch. It is not called with a pipeline."""
 
     def after_backward(self, last: bool) -> None:
         """Run after the backward pass of each micro-batch. It is not called with a pipeline."""

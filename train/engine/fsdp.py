@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from parallel.fsdp import reduce_within_step
 from parallel.grad_norm import gradient_norm, scale_gradients
 from parallel.parallelize import ParallelModel, ParallelNetwork
 from parallel.sharding import LocalShard, local_gradients, local_shards, sum_partial_gradients
@@ -58,3 +59,6 @@ class TorchEngine(InPlaceEngine, LanguageEngine):
 
     def __init__(self, placed: ParallelModel, config: OptimizerConfig) -> None:
         super().__init__(placed, config)
+
+    def before_backward(self, last: bool) -> None:
+        reduce_within_step(self.placed.model, self.meshes.layout, last)

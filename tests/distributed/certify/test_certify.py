@@ -49,6 +49,8 @@ BLAMED = {
     "micro_batches_mixed_up": (["pp"], "gradients"),
     "weights_put_off_for_ever": (["pp"], "has no gradient"),
     "routers_saved_by_one_stage": (["pp"], "router.balance.bias_E is missing"),
+    "gradients_counted_by_a_hook": (["dp_shard"], "races: rank 0: FSDP::post_backward_reduce"),
+    "layers_gathered_when_they_run": (["tp"], "late gathers: rank 0: forward: layer 2"),
 }
 OVERRIDES = ["parallel.tp=2", "parallel.ep=2"]
 FEW_RANKS = ["ranks=2", "parallel.dp_shard=1", *OVERRIDES]

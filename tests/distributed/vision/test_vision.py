@@ -23,7 +23,7 @@ from parallel.pipeline.stages import PipelineSchedule
 from parallel.vision.exchange import PURPOSE, tile_share
 from precision.config import Compute, PrecisionConfig
 from tests.distributed.test_cost import assert_formulas_hold
-from tests.support.bugs import BuggyRanks, measure_with_bug
+from tests.support.bugs import BuggyRanks, run_with_bug
 from tests.support.models import placed_here
 from train.certify.compare import Comparison, compare, compare_resumed
 from train.certify.plan import Trial, compare_layouts, shrink
@@ -90,7 +90,7 @@ def test_a_planted_bug_stops_the_run(bug, name):
     pool, (count, config) = Pool(), LAYOUTS[name]
     try:
         with pytest.raises(RankFailure):
-            pool(count, measure_with_bug, bug, config, {"run": CASE}, timeout_s=20.0)
+            pool(count, run_with_bug, bug, run_cases, config, {"run": CASE}, timeout_s=20.0)
     finally:
         pool.close()
 

@@ -4,17 +4,13 @@ and a recording stand-in for `torch.cuda` checks the order of streams.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bench.counting import Counter
 from data.images.batch import BatchImages
@@ -23,6 +19,8 @@ from model.config import ModelConfig
 from model.load_balance import Balancer
 from model.vision.config import VisionConfig
 from parallel import parallelize
+from parallel.checks.recorder import recording
+from parallel.checks.streams import Event, Race, Stream
 from parallel.layout import ParallelConfig
 from precision.config import AttentionKind, Compute, PrecisionConfig
 from precision.resolve import resolve
@@ -33,73 +31,6 @@ from train.optim.config import OptimizerConfig
 
 GPU, META = torch.device("cuda"), torch.device("meta")
 LENGTH, MICRO = 48, 1
-
-
-class Stream:
-    """A stream as a vector clock. `seen`: how far each other stream was when this one last waited for it."""
-
-    def __init__(self, device: Any = None) -> None:
-        self.time, self.seen = 0, {}
-
-    def record_event(self) -> tuple[Stream, int]:
-        return self, self.time
-
-    def wait_event(self, event: tuple[Stream, int]) -> None:
-        stream, time = event
-        self.seen[stream] = max(time, self.seen.get(stream, 0))
-
-
-class Cuda:
-    """Stands in for `torch.cuda`."""
-
-    Stream = Stream
-
-    def __init__(self) -> None:
-        self.current = Stream()
-
-    def current_stream(self, device: torch.device) -> Stream:
-        return self.current
-
-    @contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
-        before, self.current = self.current, stream
-        yield
-        self.current = before
-
-
-class Races(TorchDispatchMode):
-    """Finds reads of memory that its stream does not follow, and memory that its stream may hand out too early."""
-
-    def __init__(self, cuda: Cuda) -> None:
-        super().__init__()
-        self.cuda, self.written, self.used, self.recorded, self.found = cuda, {}, {}, set(), []
-        self._alive: list[StorageWeakRef] = []
-
-    def key(self, x: Tensor) -> int:
-        self._alive.append(StorageWeakRef(x.untyped_storage()))
-        return self._alive[-1].cdata
-
-    def record(self, x: Tensor, stream: Stream) -> None:
-        self.recorded.add((self.key(x), stream))
-
-    def unrecorded(self) -> list[str]:
-        used = [one for one in self.used if self.written[one[0]][0] is not one[1] and one not in self.recorded]
-        return [self.used[one] for one in used]
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        stream = self.cuda.current
-        stream.time += 1
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor) and x.device == META and (key := self.key(x)) in self.written:
-                writer, time = self.written[key]
-                self.used[key, stream] = str(operation)
-                if writer is not stream and stream.seen.get(writer, 0) < time:
-                    self.found.append(f"{operation} reads what may not be there yet")
-        result = operation(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.device == META:
-                self.written.setdefault(self.key(x), (stream, stream.time))
-        return result
 
 
 @pytest.fixture
@@ -153,41 +84,55 @@ def step(engine: TorchEngine, one: Batch) -> None:
     engine.optimizer.zero_grad(set_to_none=True)
 
 
-def races(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> Races:
-    """Run a step whose inputs were copied ahead."""
-    cuda = Cuda()
-    engine.copies = AheadCopies(engine.placed, cuda)
-    with Races(cuda) as checker:
-        monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: checker.record(x, stream))
+def races(engine: TorchEngine, steps: int = 1) -> list[Race]:
+    """Return the races of steps whose inputs are copied ahead, each during the step before."""
+    with recording(META.type) as recorder:
+        engine.copies = AheadCopies(engine.placed, torch.cpu)  # which gives the recorder's streams
         one = batch()
         engine.prepare(one, MICRO)
-        assert isinstance(one.ahead, StepInputs) and len(one.ahead.tensors) == 2 + 2 * (1 + 2), "two chunk sizes"
-        assert not any(context._rotations for context in one.ahead.contexts), "a later step may have another theta"
-        step(engine, one)
-        assert one.ahead is None and cuda.current.seen
-    return checker
+        for _ in range(steps):
+            assert isinstance(one.ahead, StepInputs) and len(one.ahead.tensors) == 2 + 2 * (1 + 2), "two chunk sizes"
+            assert not any(context._rotations for context in one.ahead.contexts), "a later step may have another theta"
+            here, one = one, batch()
+            step(engine, here)
+            assert here.ahead is None
+            engine.prepare(one, MICRO)
+    return recorder.machine.races
 
 
-def test_a_step_follows_the_copies_of_its_inputs(engine, monkeypatch):
-    checker = races(engine, monkeypatch)
-    assert not checker.found and not checker.unrecorded() and len(checker.recorded) == 8
+def test_a_step_follows_the_copies_of_its_inputs(engine):
+    assert races(engine, steps=2) == []
 
 
-def test_a_forgotten_wait_is_noticed(engine, monkeypatch):
-    monkeypatch.setattr(Stream, "wait_event", lambda stream, event: stream.seen.update({event[0]: 0}))
-    checker = races(engine, monkeypatch)
-    assert any("_varlen_attn" in read for read in checker.found) and any("embedding" in r for r in checker.found)
+def test_a_copy_used_too_early_is_noticed(engine, monkeypatch):
+    honest = Stream.wait_event
+    monkeypatch.setattr(Stream, "wait_event", lambda stream, event: honest(stream, None))
+    found = races(engine)
+    assert {one.second for one in found if not one.reused} >= {"_varlen_attn", "embedding"}, found
 
 
 def test_an_event_recorded_too_early_is_noticed(engine, monkeypatch):
-    monkeypatch.setattr(Stream, "record_event", lambda stream: (stream, stream.time // 2))
-    assert races(engine, monkeypatch).found
+    honest = Stream.record_event
+    early = lambda stream: honest(stream) if stream is stream.machine.default else Event(stream.machine)  # noqa: E731
+    monkeypatch.setattr(Stream, "record_event", early)
+    assert races(engine)
 
 
-def test_unrecorded_memory_is_noticed(engine, monkeypatch):
+@pytest.mark.parametrize("forgotten", range(2))
+def test_a_batch_freed_while_the_next_is_copied_is_noticed(engine, monkeypatch, forgotten):
     everything = StepInputs.tensors.fget
-    monkeypatch.setattr(StepInputs, "tensors", property(lambda inputs: [*everything(inputs)[:-1], inputs.tokens_BT]))
-    assert len(races(engine, monkeypatch).unrecorded()) == 1
+    some = lambda inputs: [x for i, x in enumerate(everything(inputs)) if i != forgotten]  # noqa: E731
+    honest = AheadCopies.take
+
+    def take(copies: AheadCopies, inputs: StepInputs) -> StepInputs:
+        monkeypatch.setattr(StepInputs, "tensors", property(some))
+        taken = honest(copies, inputs)
+        monkeypatch.setattr(StepInputs, "tensors", property(everything))
+        return taken
+
+    monkeypatch.setattr(AheadCopies, "take", take)
+    found = races(engine)
+    assert found and all(one.reused and one.first_stream == "the default stream" for one in found), found
 
 
 def test_a_step_on_one_device_waits_for_nothing(engine, monkeypatch):
@@ -202,7 +147,7 @@ def test_a_step_on_one_device_waits_for_nothing(engine, monkeypatch):
 
 def test_inputs_are_copied_ahead_once_and_for_their_micro_batch(engine, monkeypatch):
     monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: None)
-    engine.copies = AheadCopies(engine.placed, Cuda())
+    engine.copies = AheadCopies(engine.placed, torch.cpu)
     one = batch()
     engine.prepare(one, MICRO)
     ahead = one.ahead
@@ -223,14 +168,13 @@ def test_pixels_are_copied_ahead(monkeypatch):
             adapter_hidden_size=64,
         )
     )
-    engine, cuda = on_meta(model, monkeypatch), Cuda()
-    engine.copies, recorded = AheadCopies(engine.placed, cuda), []
-    monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: recorded.append(x.dtype))
-    one = pictures(model)
-    with PixelCopies() as before:
+    engine, one, recorded = on_meta(model, monkeypatch), pictures(model), []
+    with recording(META.type), PixelCopies() as before:
+        monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: recorded.append(x.dtype))
+        engine.copies = AheadCopies(engine.placed, torch.cpu)
         engine.prepare(one, MICRO)
-    with PixelCopies() as within, Counter() as counter:
-        step(engine, one)
+        with PixelCopies() as within, Counter() as counter:
+            step(engine, one)
     assert before.count == 2 and not within.count and not counter.syncs
     assert recorded.count(torch.uint8) == 2 and recorded.count(torch.bool) == 2, "pixels, and where they are"
     with PixelCopies() as within:
