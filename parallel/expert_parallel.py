@@ -4,29 +4,40 @@ The axis has ep * etp ranks. Rank (i, j) holds, of each expert in the i-th group
 token is sent to every rank that holds a slice of its expert. The results are summed, as are those of its K experts.
 Dispatchers treat a slice as a virtual expert, so a token chooses K * etp virtual experts instead of K experts.
 
+A rank that a token needs for several experts gets it once, and returns the sum of their results. Dispatch and combine
+are asynchronous: the layer computes its shared expert while tokens travel.
+
 Shapes: T tokens of this rank, D hidden size, K experts per token, S slices of an expert (etp), N ranks of the axis, E
-virtual experts on one rank, R slots (all-to-all) or tokens (other dispatchers) received, C input rows of the experts
-(slots, plus padding). A slot is a token paired with one of the experts that it chose.
+virtual experts on one rank, M tokens sent, R tokens received (one per rank that a token needs), C input rows of the
+experts (slots, plus padding). A slot is a token paired with one of the experts that it chose.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import ConfigError
 from model.config import WeightsOn
 from model.kernels import StepKernels
-from model.moe import Dispatched, MixtureOfExperts, TopKRouting, dispatch_rows, permute_by_expert
+from model.kernels.moe import SortedSlots
+from model.moe import (
+    Dispatched,
+    MixtureOfExperts,
+    Pending,
+    TopKRouting,
+    dispatch_rows,
+    keep_rows,
+    permute_by_expert,
+)
 from model.transformer import Transformer
-from parallel.comm.collectives import all_gather, all_gather_no_grad, all_to_all, reduce_scatter
+from parallel.comm.collectives import all_to_all, start_all_gather, start_all_to_all, start_reduce_scatter
 from parallel.layout import DispatchMethod
 from parallel.mesh import MeshAxis, Meshes
 from precision.gemm import Groups
@@ -95,56 +106,135 @@ class _Dispatcher:
         weights_TKS = choice.weights_TK[..., None].expand(*choice.weights_TK.shape, self.etp)
         return TopKRouting(experts_TKS.flatten(1), weights_TKS.flatten(1))
 
+    def _local_slots(self, experts_RK: Tensor, known: list[int] | None = None) -> SortedSlots:
+        """Sort slots of this rank's experts: ids from 0 to `local_experts` - 1. Other slots get no row. The host needs
+        the number of rows of each expert; unless it is `known`, it waits for the device.
+        """
+        held = self.local_experts
+        here_RK = (experts_RK >= 0) & (experts_RK < held)
+        slots = permute_by_expert(experts_RK.where(here_RK, held).long(), held + 1, self.token_multiple)
+        groups = Groups(slots.groups.counts_E[:held], known)
+        return keep_rows(slots, sum(groups.host), groups)
+
 
 class AllToAll(_Dispatcher):
-    """Send each slot only to its expert's rank. Counts by rank and expert are copied to the host once per layer."""
+    """Send each token once to each rank that has one of its experts. Counts are copied to the host once per layer."""
 
-    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
-        choice = self.virtual(choice)
-        rows = permute_by_expert(choice.experts_TK, self.axis.size * self.local_experts)
-        sent = dispatch_rows(self.kernels, rows, x_TD, choice.weights_TK, self.weights_on)
-        sent_NE = rows.groups.counts_E.view(self.axis.size, self.local_experts)
-        ones = [1] * self.axis.size
-        arriving_NE = all_to_all(sent_NE, ones, ones, self.axis, "counts")
+    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Pending[Dispatched]:
+        routing = self.virtual(choice)
+        return (self._by_slot if choice.experts_TK.shape[1] == 1 else self._by_rank)(x_TD, routing)
+
+    def _by_slot(self, x_TD: Tensor, routing: TopKRouting) -> Pending[Dispatched]:
+        """Dispatch tokens that have one expert each: none is sent twice to a rank, not even to the slices of an expert.
+        The counts alone say which expert a row is for, and weights stay at home.
+        """
+        slots = permute_by_expert(routing.experts_TK, self.axis.size * self.local_experts)
+        x_CD, collect = dispatch_rows(self.kernels, slots, x_TD, routing.weights_TK, self.weights_on)
+        sent_NE = slots.groups.counts_E.view(self.axis.size, self.local_experts)
+        arriving_NE = self._exchange_counts(sent_NE)
         send, *arriving = torch.cat([sent_NE.sum(1)[None], arriving_NE.t()]).tolist()  # `arriving`: [expert][rank]
         receive = [sum(counts) for counts in zip(*arriving, strict=True)]
-        x_RD = all_to_all(sent.x_CD, send, receive, self.axis, "tokens")
-        indices = torch.arange(self.local_experts, device=x_RD.device).repeat(self.axis.size)
-        experts_R1 = indices.repeat_interleave(arriving_NE.flatten(), output_size=sum(receive))[:, None]
-        by_expert = permute_by_expert(experts_R1, self.local_experts, self.token_multiple)
-        known = [-(-sum(counts) // self.token_multiple) * self.token_multiple for counts in arriving]
-        groups_E = Groups(by_expert.groups.counts_E, known)
+        tokens = start_all_to_all(x_CD, send, receive, self.axis, "tokens")
 
-        def combine(y_CD: Tensor) -> Tensor:
-            y_RD = self.kernels.unpermute(y_CD, by_expert)
-            return sent.combine(all_to_all(y_RD, receive, send, self.axis, "tokens"))
+        def arrived() -> Dispatched:
+            indices = torch.arange(self.local_experts, device=x_TD.device).repeat(self.axis.size)
+            experts_R1 = indices.repeat_interleave(arriving_NE.flatten(), output_size=sum(receive))[:, None]
+            slots = permute_by_expert(experts_R1, self.local_experts, self.token_multiple)
+            groups = Groups(slots.groups.counts_E, self._padded(arriving))
 
-        return Dispatched(self.kernels.permute(x_RD, by_expert), groups_E, combine)
+            def combine(y_CD: Tensor) -> Pending[Tensor]:
+                back = start_all_to_all(self.kernels.unpermute(y_CD, slots), receive, send, self.axis, "tokens")
+                return lambda: collect(back())
+
+            return Dispatched(self.kernels.permute(tokens(), slots), groups, combine)
+
+        return arrived
+
+    def _by_rank(self, x_TD: Tensor, routing: TopKRouting) -> Pending[Dispatched]:
+        """Send ids and weights along with the tokens. Each rank sums its experts' rows per token."""
+        copies, send_N, sent_NE = self._copies(routing.experts_TK)
+        arriving_NX = self._exchange_counts(torch.cat([send_N[:, None], sent_NE], 1))
+        send, receive, *arriving = torch.cat([send_N[None], arriving_NX.t()]).tolist()  # `arriving`: [expert][rank]
+        copies = keep_rows(copies, sum(send), Groups(send_N, send))
+        ids_MK = routing.experts_TK.index_select(0, copies.source_C // copies.top_k).to(torch.int32)
+        ids, weights, tokens = (
+            start_all_to_all(rows, send, receive, self.axis, purpose)
+            for rows, purpose in (
+                (ids_MK, "ids"),
+                (self.kernels.permute(routing.weights_TK, copies), "weights"),
+                (self.kernels.permute(x_TD, copies), "tokens"),
+            )
+        )
+
+        def arrived() -> Dispatched:
+            slots = self._local_slots(ids() - self.axis.rank * self.local_experts, self._padded(arriving))
+            x_CD, collect = dispatch_rows(self.kernels, slots, tokens(), weights(), self.weights_on)
+
+            def combine(y_CD: Tensor) -> Pending[Tensor]:
+                back = start_all_to_all(collect(y_CD), receive, send, self.axis, "tokens")
+                return lambda: self.kernels.unpermute(back(), copies)
+
+            return Dispatched(x_CD, slots.groups, combine)
+
+        return arrived
+
+    def _copies(self, experts_TK: Tensor) -> tuple[SortedSlots, Tensor, Tensor]:
+        """Return the copies of tokens, sorted by rank, the number for each rank, and that of slots by rank and expert.
+        A token's first slot on a rank has a row among the copies; rows of its others come last.
+        """
+        ranks, local = self.axis.size, self.local_experts
+        ranks_TK = experts_TK // local
+        is_repeated_TK = (ranks_TK[:, :, None] == ranks_TK[:, None, :]).tril(-1).any(-1)
+        copies = permute_by_expert(ranks_TK.masked_fill(is_repeated_TK, ranks), ranks + 1)
+        ids_S = experts_TK.flatten()
+        counts_S = ids_S.new_zeros(ranks * local).scatter_add_(0, ids_S, torch.ones_like(ids_S))
+        return copies, copies.groups.counts_E[:ranks], counts_S.view(ranks, local)
+
+    def _exchange_counts(self, sent_NX: Tensor) -> Tensor:
+        ones = [1] * self.axis.size
+        return all_to_all(sent_NX, ones, ones, self.axis, "counts")
+
+    def _padded(self, arriving: list[list[int]]) -> list[int]:
+        """Return the rows of each expert, given the slots that arrive for each expert from each rank."""
+        return [-(-sum(counts) // self.token_multiple) * self.token_multiple for counts in arriving]
 
 
 class AllGather(_Dispatcher):
     """Gather all tokens of the axis, compute those that chose this rank's experts, and reduce-scatter the results."""
 
-    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
-        choice = self.virtual(choice)
-        x_RD = all_gather(x_TD, self.axis, 0, "tokens")
-        experts_RK = all_gather_no_grad(choice.experts_TK, self.axis, 0, "counts")
-        weights_RK = all_gather(choice.weights_TK, self.axis, 0, "weights")
-        mine = _select_local(self, x_RD, experts_RK - self.axis.rank * self.local_experts, weights_RK)
-        return replace(mine, combine=lambda y_CD: reduce_scatter(mine.combine(y_CD), self.axis, 0, "tokens"))
+    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Pending[Dispatched]:
+        routing = self.virtual(choice)
+        ids = start_all_gather(routing.experts_TK, self.axis, "ids")
+        weights = start_all_gather(routing.weights_TK, self.axis, "weights")
+        tokens = start_all_gather(x_TD, self.axis, "tokens")
+
+        def arrived() -> Dispatched:
+            slots = self._local_slots(ids() - self.axis.rank * self.local_experts)
+            x_CD, collect = dispatch_rows(self.kernels, slots, tokens(), weights(), self.weights_on)
+            combine = lambda y_CD: start_reduce_scatter(collect(y_CD), self.axis, "tokens")  # noqa: E731
+            return Dispatched(x_CD, slots.groups, combine)
+
+        return arrived
 
 
 class DeepEP(_Dispatcher):
     """DeepEP's kernels (https://github.com/deepseek-ai/DeepEP), bf16 only. Send a token once to each rank it needs."""
 
-    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
+    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Pending[Dispatched]:
         assert self.buffer is not None
         buffer = self.buffer(x_TD.shape[1] * x_TD.element_size())
         x_RD, weights_RK, experts_RK, handle = _DeepEPDispatch.apply(
             x_TD, choice.weights_TK, choice.experts_TK, buffer, self.axis.size * self.local_experts
         )
-        mine = _select_local(self, x_RD, experts_RK, weights_RK)
-        return replace(mine, combine=lambda y_CD: _DeepEPCombine.apply(mine.combine(y_CD), buffer, handle))
+        slots = self._local_slots(experts_RK)
+        x_CD, collect = dispatch_rows(self.kernels, slots, x_RD, weights_RK, self.weights_on)
+
+        def combine(y_CD: Tensor) -> Pending[Tensor]:
+            y_TD = _DeepEPCombine.apply(collect(y_CD), buffer, handle)
+            return lambda: y_TD
+
+        dispatched = Dispatched(x_CD, slots.groups, combine)
+        return lambda: dispatched
 
 
 _KINDS: dict[DispatchMethod, Any] = {
@@ -152,24 +242,6 @@ _KINDS: dict[DispatchMethod, Any] = {
     DispatchMethod.all_gather: AllGather,
     DispatchMethod.deepep: DeepEP,
 }
-
-
-def _select_local(dispatcher: _Dispatcher, x_RD: Tensor, experts_RK: Tensor, weights_RK: Tensor) -> Dispatched:
-    """Dispatch the slots of this rank's experts: ids from 0 to `local_experts` - 1. `combine` sums per token.
-
-    Other slots are sorted to the end and dropped. The number of rows per local expert is copied to the host.
-    """
-    held = dispatcher.local_experts
-    here_RK = (experts_RK >= 0) & (experts_RK < held)
-    rows = permute_by_expert(experts_RK.where(here_RK, held), held + 1, dispatcher.token_multiple)
-    sent = dispatch_rows(dispatcher.kernels, rows, x_RD, weights_RK, dispatcher.weights_on)
-    mine = Groups(rows.groups.counts_E[:held])
-    kept = sum(mine.host)
-
-    def combine(y_CD: Tensor) -> Tensor:
-        return sent.combine(F.pad(y_CD, (0, 0, 0, sent.x_CD.shape[0] - kept)))
-
-    return Dispatched(sent.x_CD[:kept], mine, combine)
 
 
 class _DeepEPDispatch(torch.autograd.Function):
