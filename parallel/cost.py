@@ -1,10 +1,12 @@
-"""Compute what a layout costs, in closed form: bytes that a rank keeps, and FLOPs and bytes of a layer's attention.
+"""Compute what a layout costs, in closed form: bytes that a rank keeps, and FLOPs and bytes of a layer's attention, and
+bytes of its exchange of tokens.
 
 Models are built on the meta device only, and no process group is needed. Tests compare bytes with those of real ranks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -13,10 +15,10 @@ from typing import assert_never
 
 import torch
 
-from model.config import LayerConfig, ModelConfig
+from model.config import LayerConfig, ModelConfig, WeightsOn
 from model.roles import Role, registry
 from parallel.deepspeed.config import Offload, ParameterOffload
-from parallel.layout import ContextMethod, EngineKind, Layout, split_unit
+from parallel.layout import ContextMethod, DispatchMethod, EngineKind, Layout, Recompute, split_unit
 from parallel.mesh import meshes_of_rank
 from parallel.parallelize import on_meta
 from parallel.pipeline import runtime
@@ -140,6 +142,52 @@ def attention_traffic(
             yield ("cp", "ring"), (cp - 1) * 2 * part * shared * ((2 + again) * size + wide)
         case _:
             assert_never(layout.cp_method)
+
+
+def copies_per_token(model: ModelConfig, layout: Layout) -> float:
+    """Return the mean number of ranks that a token is sent to, if each set of K experts is equally likely.
+
+    A group of E / ep experts is not among a token's K with probability C(E - E / ep, K) / C(E, K). Each slice of an
+    expert (etp) is on a rank of its own.
+    """
+    experts, top_k = model.num_experts, model.router.top_k
+    missed = math.comb(experts - experts // layout.ep, top_k) / math.comb(experts, top_k)
+    return layout.etp * layout.ep * (1 - missed)
+
+
+def expert_traffic(
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    layout: Layout,
+    tokens: int,
+    copies: Fraction | float | None = None,
+) -> Entries:
+    """Yield the bytes that one MoE layer's dispatch and combine hand to collectives per micro-batch of `tokens` on this
+    rank, by purpose. `copies`: mean number of ranks that a token is sent to; None: `copies_per_token`.
+    """
+    ranks, top_k, size = layout.ep * layout.etp, model.router.top_k, precision.compute_dtype.itemsize
+    if ranks == 1:
+        return
+    wide, slots, again = max(4, size), tokens * top_k * layout.etp, layout.recompute is Recompute.full
+    gathered = layout.dispatch is DispatchMethod.all_gather
+    # the combine is recomputed only if an operation after it saves tensors for the backward pass
+    weighted_here = model.router.weights_on is WeightsOn.output and top_k == 1 and not gathered
+    back_again = again and bool(model.shared_hidden_size or weighted_here)
+    if gathered:
+        there = tokens * model.hidden_size * size
+        back = ranks * there
+        yield ("experts", "tokens"), 2 * (there + back) + again * there + back_again * back
+        yield ("experts", "ids"), (1 + again) * slots * 8
+        yield ("experts", "weights"), (1 + again + ranks) * slots * wide
+        return
+    copies = copies_per_token(model, layout) if copies is None else copies
+    sent = Fraction(copies) * tokens
+    yield ("experts", "tokens"), (4 + again + back_again) * sent * model.hidden_size * size
+    counts = model.num_experts * layout.etp + (ranks if top_k > 1 else 0)
+    yield ("experts", "counts"), (1 + again) * counts * 8
+    if top_k > 1:
+        yield ("experts", "ids"), (1 + again) * sent * top_k * layout.etp * 4
+        yield ("experts", "weights"), (2 + again) * sent * top_k * layout.etp * wide
 
 
 @dataclass(frozen=True)

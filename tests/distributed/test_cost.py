@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from bench.layouts import LAYOUTS as CERTIFIED
 from bench.layouts import tiny
 from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
+from model.moe import MixtureOfExperts
 from model.roles import registry
 from parallel import cost, fsdp
 from parallel.comm.world import World
@@ -81,7 +83,9 @@ def counted(
     optimizer: OptimizerConfig = ADAMW,
     aligned: bool = False,
 ) -> Any:
-    """Return the traffic of one step, after comparing it with what torch dispatches, and the bytes this rank keeps."""
+    """Return the traffic of one step, after comparing it with what torch dispatches, the bytes this rank keeps, and the
+    number of copies of tokens for the ranks of their experts, beside that of tokens.
+    """
     placed = placed_here(model, parallel, precision)
     engine, batch, step = synthetic(placed, optimizer, micro_batch_size)
     if aligned:
@@ -91,11 +95,27 @@ def counted(
     if parallel.pp > 1:  # the first step of a pipeline also sends shapes
         step()
         placed.meshes.traffic.take()
+    copies = count_copies(placed, parallel)
     seen, traffic = dispatched_bytes(step), placed.meshes.traffic.take()
     assert by_ranks(placed.meshes, traffic) == seen, traffic
     state = [value for entry in engine.optimizer.state.values() for value in entry.values()]
     kept = [sum(local(t).nbytes for t in tensors) for tensors in (placed.model.parameters(), state)]
-    return traffic, kept
+    return traffic, kept, [sum(copies), len(copies)]
+
+
+def count_copies(placed: Any, parallel: ParallelConfig) -> list[int]:
+    """Return a list that gets, for each token that a router sees, the number of ranks that have its experts."""
+    found: list[int] = []
+    for layer in placed.model.layers.values():
+        if isinstance(layer.ffn, MixtureOfExperts):
+            local = layer.ffn.router.weight.shape[0] // parallel.ep
+            layer.ffn.router.register_forward_hook(
+                lambda module, inputs, outputs, local=local: found.extend(
+                    parallel.etp * len({expert // local for expert in chosen})
+                    for chosen in outputs[0].flatten(0, 1).tolist()
+                )
+            )
+    return found
 
 
 def shape(layout: Layout, micro_batch_size: int, aligned: bool = False) -> cost.BatchShape:
@@ -119,12 +139,15 @@ def assert_formulas_hold(
     """
     layout, summed = config.resolve(count), Counter[tuple[str, str]]()
     found = ranks(count, counted, model, config, precision, micro_batch_size, optimizer, aligned)
-    for rank, (traffic, (parameters, state)) in enumerate(found):
+    total, tokens = (sum(counts) for counts in zip(*(copies for *_, copies in found), strict=True))
+    for rank, (traffic, (parameters, state), _) in enumerate(found):
         summed.update(traffic)
         kept = cost.static_bytes(model, precision, layout, precision.master_dtype, rank, matrices is not None)
         assert (kept.parameters, kept.gradients, kept.optimizer) == (parameters, parameters, state)
     batch = shape(layout, micro_batch_size, aligned)
-    assert summed == step_traffic(model, precision, layout, batch, matrices, image_tokens)
+    assert summed == step_traffic(
+        model, precision, layout, batch, matrices, image_tokens, Fraction(total, max(tokens, 1))
+    )
     return summed
 
 
