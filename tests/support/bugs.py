@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from data.images.batch import BatchImages
 from model import moe
+from model.config import WeightsOn
 from model.kernels import TorchKernels
 from model.transformer import Stack
 from model.vision.encoder import VisionEncoder
@@ -25,6 +26,7 @@ from parallel import context_parallel, fsdp, parallelize, whole_matrices
 from parallel.comm import collectives
 from parallel.context_parallel import ContextShard, RingPlan, ShardedContext
 from parallel.deepspeed import zero3, zero12
+from parallel.expert_parallel import AllToAll
 from parallel.layout import ParallelConfig
 from parallel.mesh import MeshAxis, Meshes
 from parallel.pipeline import runtime
@@ -136,6 +138,46 @@ def experts_left_out_of_the_norm(honest, gradients, *rest):
     """The norm has only the experts of the first ep rank, as if it were summed over data parallel ranks only."""
     later = lambda one: any(split.axis.name == "ep" and split.axis.rank for split in one.spec.splits)  # noqa: E731
     return honest((one for one in gradients if not later(one)), *rest)
+
+
+@replaces(AllToAll, "_copies")
+def token_sent_twice(honest, self, experts_TK):
+    """A token is sent for each of its experts on a rank, and each copy is computed with all of them."""
+    _, _, sent_NE = honest(self, experts_TK)
+    ranks_TK = experts_TK // self.local_experts
+    times_TK = (ranks_TK[:, :, None] == ranks_TK[:, None, :]).sum(-1)
+    rows_NE = torch.zeros_like(sent_NE).flatten().scatter_add_(0, experts_TK.flatten(), times_TK.flatten())
+    return moe.permute_by_expert(ranks_TK, self.axis.size + 1), sent_NE.sum(1), rows_NE.view_as(sent_NE)
+
+
+@replaces(AllToAll, "__call__")
+def token_sent_once_per_expert(honest, self, x_TD, choice):
+    """This is no bug: a token travels as often as it has experts."""
+    return self._by_slot(x_TD, self.virtual(choice))
+
+
+@replaces(AllToAll, "__call__")
+def weights_on_the_wrong_side(honest, self, *arguments):
+    """Routing weights are applied before the experts instead of after them."""
+    return honest(dataclasses.replace(self, weights_on=WeightsOn.input), *arguments)
+
+
+@replaces(AllToAll, "_copies")
+def sums_lost_beside_an_idle_rank(honest, self, experts_TK):
+    """Sums of the ranks after the first one that gets no token are not added."""
+    copies, sent_N, sent_NE = honest(self, experts_TK)
+    before = sent_N[: int((sent_N == 0).int().argmax())].sum() if (sent_N == 0).any() else sent_N.sum()
+    return (
+        copies._replace(place_TK=copies.place_TK.where(copies.place_TK < before, len(copies.source_C))),
+        sent_N,
+        sent_NE,
+    )
+
+
+@replaces(AllToAll, "_by_rank")
+def weights_without_gradient(honest, self, x_TD, routing):
+    """Gradients of routing weights are not sent back."""
+    return honest(self, x_TD, moe.TopKRouting(routing.experts_TK, routing.weights_TK.detach()))
 
 
 @replaces(parallelize, "_count_whole_sequences")
