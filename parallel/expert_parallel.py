@@ -37,7 +37,13 @@ from model.moe import (
     permute_by_expert,
 )
 from model.transformer import Transformer
-from parallel.comm.collectives import all_to_all, start_all_gather, start_all_to_all, start_reduce_scatter
+from parallel.comm.collectives import (
+    all_to_all,
+    start,
+    start_all_gather,
+    start_all_to_all,
+    start_reduce_scatter,
+)
 from parallel.layout import DispatchMethod
 from parallel.mesh import MeshAxis, Meshes
 from precision.gemm import Groups
@@ -218,23 +224,72 @@ class AllGather(_Dispatcher):
 
 
 class DeepEP(_Dispatcher):
-    """DeepEP's kernels (https://github.com/deepseek-ai/DeepEP), bf16 only. Send a token once to each rank it needs."""
+    """DeepEP's kernels (https://github.com/deepseek-ai/DeepEP), bf16 only. Send a token once to each rank it needs.
+
+    They run on DeepEP's stream, on which DeepEP records the tensors (`async_finish`). `dispatch` waits on the host for
+    the number of tokens and returns the number of rows of each expert as well, so nothing else waits.
+    """
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Pending[Dispatched]:
         assert self.buffer is not None
         buffer = self.buffer(x_TD.shape[1] * x_TD.element_size())
-        x_RD, weights_RK, experts_RK, handle = _DeepEPDispatch.apply(
-            x_TD, choice.weights_TK, choice.experts_TK, buffer, self.axis.size * self.local_experts
-        )
-        slots = self._local_slots(experts_RK)
-        x_CD, collect = dispatch_rows(self.kernels, slots, x_RD, weights_RK, self.weights_on)
+        experts, known, handle = self.axis.size * self.local_experts, list[int](), None
+        ids_RK: Tensor
 
-        def combine(y_CD: Tensor) -> Pending[Tensor]:
-            y_TD = _DeepEPCombine.apply(collect(y_CD), buffer, handle)
-            return lambda: y_TD
+        def send(x_TD: Tensor, weights_TK: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+            nonlocal handle, ids_RK
+            per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(choice.experts_TK, experts)
+            x_RD, ids_RK, weights_RK, counts, handle, event = buffer.dispatch(
+                x_TD,
+                topk_idx=choice.experts_TK,
+                topk_weights=weights_TK.float(),
+                num_tokens_per_rank=per_rank,
+                num_tokens_per_rdma_rank=per_node,
+                is_token_in_rank=in_rank,
+                num_tokens_per_expert=per_expert,
+                expert_alignment=self.token_multiple,
+                async_finish=True,
+            )
+            known.extend(counts)
+            return _after(event, x_RD, weights_RK)
 
-        dispatched = Dispatched(x_CD, slots.groups, combine)
-        return lambda: dispatched
+        def return_gradients(grad_RD: Tensor, grad_RK: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+            grad_RD, grad_RK = grad_RD.contiguous(), grad_RK.float()
+            grad_x, grad_weights, event = buffer.combine(grad_RD, handle, topk_weights=grad_RK, async_finish=True)
+            return _after(event, grad_x, grad_weights)
+
+        def send_back(y_RD: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+            y_TD, _, event = buffer.combine(y_RD, handle, async_finish=True)
+            return _after(event, y_TD)
+
+        def send_gradients(grad_TD: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+            grad_RD, *_, event = buffer.dispatch(grad_TD.contiguous(), handle=handle, async_finish=True)
+            return _after(event, grad_RD)
+
+        tokens = start((x_TD, choice.weights_TK), send, return_gradients)
+
+        def arrived() -> Dispatched:
+            x_RD, weights_RK = tokens()
+            slots = self._local_slots(ids_RK, known)
+            x_CD, collect = dispatch_rows(self.kernels, slots, x_RD, weights_RK, self.weights_on)
+
+            def combine(y_CD: Tensor) -> Pending[Tensor]:
+                results = start((collect(y_CD),), send_back, send_gradients)
+                return lambda: results()[0]
+
+            return Dispatched(x_CD, slots.groups, combine)
+
+        return arrived
+
+
+def _after(event: Any, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a function that makes the current stream wait for DeepEP's, and returns what its kernels wrote."""
+
+    def arrived() -> tuple[Tensor, ...]:
+        event.current_stream_wait()
+        return tensors
+
+    return arrived
 
 
 _KINDS: dict[DispatchMethod, Any] = {
@@ -242,37 +297,3 @@ _KINDS: dict[DispatchMethod, Any] = {
     DispatchMethod.all_gather: AllGather,
     DispatchMethod.deepep: DeepEP,
 }
-
-
-class _DeepEPDispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, buffer: Any, experts: int) -> Any:
-        per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(experts_TK, experts)
-        x_RD, experts_RK, weights_RK, _, handle, _ = buffer.dispatch(
-            x_TD,
-            topk_idx=experts_TK,
-            topk_weights=weights_TK.float(),
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_node,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-        )
-        ctx.buffer, ctx.handle, ctx.dtype = buffer, handle, weights_TK.dtype
-        ctx.mark_non_differentiable(experts_RK)
-        return x_RD, weights_RK, experts_RK, handle
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None]:
-        grad_x, grad_weights, _ = ctx.buffer.combine(grads[0].contiguous(), ctx.handle, topk_weights=grads[1].float())
-        return grad_x, grad_weights.to(ctx.dtype), None, None, None
-
-
-class _DeepEPCombine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, buffer: Any, handle: Any) -> Tensor:
-        ctx.buffer, ctx.handle = buffer, handle
-        return buffer.combine(y_RD, handle)[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.buffer.dispatch(grads[0].contiguous(), handle=ctx.handle)[0], None, None

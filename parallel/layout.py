@@ -37,8 +37,8 @@ class Recompute(Enum):
 class DispatchMethod(Enum):
     """How tokens reach the ranks of their experts.
 
-    `all_to_all` sends each token once to each rank of its experts. `all_gather` sends every token to the whole group and
-    sums the results. It has lower latency in small groups with many experts per token. `deepep`: DeepEP's kernels.
+    `all_to_all` sends each token once to each rank of its experts. `all_gather` sends every token to the whole group
+    and sums the results. It has lower latency in small groups with many experts per token. `deepep`: DeepEP's kernels.
     """
 
     all_to_all = "all_to_all"

@@ -158,40 +158,60 @@ def _started(
     tensor: Tensor, there: Callable[[Tensor], _Begun], back: Callable[[Tensor], _Begun], note: Callable[[], None]
 ) -> Callable[[], Tensor]:
     """Begin the collective `there`. `note` tells the watchdog that this rank waits for it, or for `back`."""
-    under_way = _UnderWay(there, back, note)
-    link = _Start.apply(tensor, under_way)
+
+    def transfer(collective: Callable[[Tensor], _Begun], tensor: Tensor) -> Callable[[], tuple[Tensor]]:
+        result, work = collective(tensor)
+
+        def arrived() -> tuple[Tensor]:
+            note()
+            work.wait()
+            return (result,)
+
+        return arrived
+
+    arrived = start((tensor,), partial(transfer, there), partial(transfer, back))
+    return lambda: arrived()[0]
+
+
+Transfer = Callable[..., Callable[[], tuple[Tensor, ...]]]
+"""Begins to transfer tensors. Returns a function that waits for the tensors that arrive."""
+
+
+def start(tensors: tuple[Tensor, ...], there: Transfer, back: Transfer) -> Callable[[], tuple[Tensor, ...]]:
+    """Begin to transfer tensors with `there`; in the backward pass, the gradients of what arrived with `back`. Returns
+    a function that waits for what arrives. Call it once.
+    """
+    under_way = _UnderWay(there, back)
+    link = _Start.apply(under_way, *tensors)
     return lambda: _Finish.apply(link, under_way)
 
 
 @dataclass(eq=False)
 class _UnderWay:
-    """A collective between its start and its end: first the one of the forward pass, then the transposed one."""
+    """A transfer between its start and its end: first the one of the forward pass, then that of the gradients."""
 
-    there: Callable[[Tensor], _Begun]
-    back: Callable[[Tensor], _Begun]
-    note: Callable[[], None]
-    begun: _Begun | None = None
+    there: Transfer
+    back: Transfer
+    arrived: Callable[[], tuple[Tensor, ...]] | None = None
 
-    def end(self) -> Tensor:
-        assert self.begun is not None, "a collective is waited for once"
-        (result, work), self.begun = self.begun, None
-        self.note()
-        work.wait()
-        return result
+    def end(self) -> tuple[Tensor, ...]:
+        assert self.arrived is not None, "a transfer is waited for once"
+        arrived, self.arrived = self.arrived, None
+        return arrived()
 
 
 class _Start(torch.autograd.Function):
     """Returns an empty tensor, whose only use is to order the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, under_way: _UnderWay) -> Tensor:
+    def forward(ctx: Any, under_way: _UnderWay, *tensors: Tensor) -> Tensor:
         ctx.under_way = under_way
-        under_way.begun = under_way.there(tensor)
-        return tensor.new_empty(0)
+        under_way.arrived = under_way.there(*tensors)
+        return tensors[0].new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.under_way.end(), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.under_way.end()
 
 
 class _Finish(torch.autograd.Function):
@@ -200,11 +220,11 @@ class _Finish(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, link: Tensor, under_way: _UnderWay) -> Tensor:
+    def forward(ctx: Any, link: Tensor, under_way: _UnderWay) -> tuple[Tensor, ...]:
         ctx.under_way = under_way
         return under_way.end()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.under_way.begun = ctx.under_way.back(grads[0])
+        ctx.under_way.arrived = ctx.under_way.back(*grads)
         return grads[0].new_empty(0), None

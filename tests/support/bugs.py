@@ -22,7 +22,7 @@ from model.kernels import TorchKernels
 from model.transformer import Stack
 from model.vision.encoder import VisionEncoder
 from model.vision.fusion import Images
-from parallel import context_parallel, fsdp, parallelize, whole_matrices
+from parallel import context_parallel, expert_parallel, fsdp, parallelize, whole_matrices
 from parallel.comm import collectives
 from parallel.context_parallel import ContextShard, RingPlan, ShardedContext
 from parallel.deepspeed import zero3, zero12
@@ -36,6 +36,7 @@ from parallel.vision import exchange
 from parallel.vision.ahead import EncodedStep
 from parallel.vision.exchange import SpreadImages
 from precision import fp8_tiles
+from tests.support.fakes.deep_ep_buffer import Buffer
 from train.certify import worker
 from train.certify.worker import CertifyCase, RankResults
 from train.contrastive import loss as contrastive
@@ -178,6 +179,17 @@ def sums_lost_beside_an_idle_rank(honest, self, experts_TK):
 def weights_without_gradient(honest, self, x_TD, routing):
     """Gradients of routing weights are not sent back."""
     return honest(self, x_TD, moe.TopKRouting(routing.experts_TK, routing.weights_TK.detach()))
+
+
+@replaces(expert_parallel, "_after")
+def event_not_waited_for(honest, event, *tensors):
+    """What DeepEP's kernels write is read before they are done."""
+    return lambda: tensors
+
+
+@replaces(Buffer, "dispatch")
+def counts_of_deepep_not_aligned(honest, self, *arguments, expert_alignment=1, **options):
+    return honest(self, *arguments, **options)
 
 
 @replaces(parallelize, "_count_whole_sequences")
