@@ -144,50 +144,60 @@ def attention_traffic(
             assert_never(layout.cp_method)
 
 
-def copies_per_token(model: ModelConfig, layout: Layout) -> float:
-    """Return the mean number of ranks that a token is sent to, if each set of K experts is equally likely.
+@dataclass(frozen=True)
+class Copies:
+    """Mean number of ranks, and of nodes, that a token is sent to. `nodes` matters under an exchange by node."""
 
-    A group of E / ep experts is not among a token's K with probability C(E - E / ep, K) / C(E, K). Each slice of an
-    expert (etp) is on a rank of its own.
+    ranks: Fraction | float
+    nodes: Fraction | float = 1
+
+
+def copies_per_token(model: ModelConfig, layout: Layout) -> Copies:
+    """Return the copies if each set of K experts is equally likely.
+
+    None of the E / n experts of one of n groups is among a token's K with probability C(E - E / n, K) / C(E, K). Each
+    slice of an expert (etp) is on a rank of its own.
     """
-    experts, top_k = model.num_experts, model.router.top_k
-    missed = math.comb(experts - experts // layout.ep, top_k) / math.comb(experts, top_k)
-    return layout.etp * layout.ep * (1 - missed)
+
+    def groups(count: int) -> float:
+        experts, top_k = model.num_experts, model.router.top_k
+        return count * (1 - math.comb(experts - experts // count, top_k) / math.comb(experts, top_k))
+
+    return Copies(layout.etp * groups(layout.ep), groups(layout.exchange_nodes))
 
 
 def expert_traffic(
-    model: ModelConfig,
-    precision: PrecisionConfig,
-    layout: Layout,
-    tokens: int,
-    copies: Fraction | float | None = None,
+    model: ModelConfig, precision: PrecisionConfig, layout: Layout, tokens: int, copies: Copies | None = None
 ) -> Entries:
     """Yield the bytes that one MoE layer's dispatch and combine hand to collectives per micro-batch of `tokens` on this
-    rank, by purpose. `copies`: mean number of ranks that a token is sent to; None: `copies_per_token`.
+    rank, by purpose. `copies`: None for `copies_per_token`.
     """
     ranks, top_k, size = layout.ep * layout.etp, model.router.top_k, precision.compute_dtype.itemsize
     if ranks == 1:
         return
-    wide, slots, again = max(4, size), tokens * top_k * layout.etp, layout.recompute is Recompute.full
-    gathered = layout.dispatch is DispatchMethod.all_gather
+    wide, chosen, again = max(4, size), top_k * layout.etp, layout.recompute is Recompute.full
+    gathered, by_node = layout.dispatch is DispatchMethod.all_gather, layout.exchange_nodes > 1 and chosen > 1
+    by_slot = top_k == 1 and not by_node
     # the combine is recomputed only if an operation after it saves tensors for the backward pass
-    weighted_here = model.router.weights_on is WeightsOn.output and top_k == 1 and not gathered
+    weighted_here = model.router.weights_on is WeightsOn.output and by_slot and not gathered
     back_again = again and bool(model.shared_hidden_size or weighted_here)
     if gathered:
         there = tokens * model.hidden_size * size
         back = ranks * there
         yield ("experts", "tokens"), 2 * (there + back) + again * there + back_again * back
-        yield ("experts", "ids"), (1 + again) * slots * 8
-        yield ("experts", "weights"), (1 + again + ranks) * slots * wide
+        yield ("experts", "ids"), (1 + again) * tokens * chosen * 8
+        yield ("experts", "weights"), (1 + again + ranks) * tokens * chosen * wide
         return
-    copies = copies_per_token(model, layout) if copies is None else copies
-    sent = Fraction(copies) * tokens
-    yield ("experts", "tokens"), (4 + again + back_again) * sent * model.hidden_size * size
-    counts = model.num_experts * layout.etp + (ranks if top_k > 1 else 0)
-    yield ("experts", "counts"), (1 + again) * counts * 8
-    if top_k > 1:
-        yield ("experts", "ids"), (1 + again) * sent * top_k * layout.etp * 4
-        yield ("experts", "weights"), (2 + again) * sent * top_k * layout.etp * wide
+    copies = copies or copies_per_token(model, layout)
+    hops = {"": copies.nodes, " inside nodes": copies.ranks} if by_node else {"": copies.ranks}
+    numbers = model.num_experts * layout.etp + (0 if by_slot else 2 * ranks if by_node else ranks)
+    yield ("experts", "counts"), (1 + again) * numbers * 8
+    for where, times in hops.items():
+        sent = Fraction(times) * tokens
+        yield ("experts", f"tokens{where}"), (4 + again + back_again) * sent * model.hidden_size * size
+        if not by_slot:
+            yield ("experts", f"ids{where}"), (1 + again) * sent * chosen * 4
+            yield ("experts", f"weights{where}"), (2 + again) * sent * chosen * wide
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from model.moe import (
 )
 from model.transformer import Transformer
 from parallel.comm.collectives import (
+    all_gather_no_grad,
     all_to_all,
     start,
     start_all_gather,
@@ -75,7 +76,8 @@ def apply(model: Transformer, meshes: Meshes) -> None:
         if isinstance(layer.ffn, MixtureOfExperts):
             local, experts = model.config.num_experts // meshes.ep.size, layer.ffn.experts
             weights_on, multiple = model.config.router.weights_on, experts.token_multiple
-            layer.ffn.dispatch = _KINDS[kind](axis, etp, local, weights_on, multiple, experts.kernels, buffer)
+            size = axis.size // meshes.layout.exchange_nodes
+            layer.ffn.dispatch = _KINDS[kind](axis, etp, local, weights_on, multiple, experts.kernels, buffer, size)
 
 
 def _deepep_buffer(axis: MeshAxis, token_bytes: int) -> Any:
@@ -100,6 +102,8 @@ class _Dispatcher:
     kernels: StepKernels
     buffer: Callable[[int], Any] | None = None
     """Returns DeepEP's buffer for tokens of the given number of bytes."""
+    node_size: int | None = None
+    """Ranks of the axis that are on one node, one after the other; None: all."""
 
     def virtual(self, choice: TopKRouting) -> TopKRouting:
         """Translate a choice of experts to virtual experts, which are numbered by rank, then by index on the rank."""
@@ -128,6 +132,8 @@ class AllToAll(_Dispatcher):
 
     def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Pending[Dispatched]:
         routing = self.virtual(choice)
+        if routing.experts_TK.shape[1] > 1 and self.node_size not in (None, self.axis.size):
+            return self._by_node(x_TD, routing)
         return (self._by_slot if choice.experts_TK.shape[1] == 1 else self._by_rank)(x_TD, routing)
 
     def _by_slot(self, x_TD: Tensor, routing: TopKRouting) -> Pending[Dispatched]:
@@ -158,43 +164,73 @@ class AllToAll(_Dispatcher):
 
     def _by_rank(self, x_TD: Tensor, routing: TopKRouting) -> Pending[Dispatched]:
         """Send ids and weights along with the tokens. Each rank sums its experts' rows per token."""
-        copies, send_N, sent_NE = self._copies(routing.experts_TK)
-        arriving_NX = self._exchange_counts(torch.cat([send_N[:, None], sent_NE], 1))
+        copies = self._copies(routing.experts_TK // self.local_experts)
+        send_N = copies.groups.counts_E[: self.axis.size]
+        arriving_NX = self._exchange_counts(torch.cat([send_N[:, None], self._slots(routing.experts_TK)], 1))
         send, receive, *arriving = torch.cat([send_N[None], arriving_NX.t()]).tolist()  # `arriving`: [expert][rank]
-        copies = keep_rows(copies, sum(send), Groups(send_N, send))
-        ids_MK = routing.experts_TK.index_select(0, copies.source_C // copies.top_k).to(torch.int32)
-        ids, weights, tokens = (
-            start_all_to_all(rows, send, receive, self.axis, purpose)
-            for rows, purpose in (
-                (ids_MK, "ids"),
-                (self.kernels.permute(routing.weights_TK, copies), "weights"),
-                (self.kernels.permute(x_TD, copies), "tokens"),
-            )
-        )
+        hop = _Hop(self.kernels, self.axis, copies, send, receive)
+        tokens = hop.start(x_TD, routing.weights_TK, routing.experts_TK)
 
         def arrived() -> Dispatched:
-            slots = self._local_slots(ids() - self.axis.rank * self.local_experts, self._padded(arriving))
-            x_CD, collect = dispatch_rows(self.kernels, slots, tokens(), weights(), self.weights_on)
-
-            def combine(y_CD: Tensor) -> Pending[Tensor]:
-                back = start_all_to_all(collect(y_CD), receive, send, self.axis, "tokens")
-                return lambda: self.kernels.unpermute(back(), copies)
-
-            return Dispatched(x_CD, slots.groups, combine)
+            x_CD, groups, collect = self._rows(*tokens(), self._padded(arriving))
+            return Dispatched(x_CD, groups, lambda y_CD: hop.start_back(collect(y_CD)))
 
         return arrived
 
-    def _copies(self, experts_TK: Tensor) -> tuple[SortedSlots, Tensor, Tensor]:
-        """Return the copies of tokens, sorted by rank, the number for each rank, and that of slots by rank and expert.
-        A token's first slot on a rank has a row among the copies; rows of its others come last.
+    def _by_node(self, x_TD: Tensor, routing: TopKRouting) -> Pending[Dispatched]:
+        """Send a token once to each node that it needs, to the rank with this rank's index there. That rank passes it
+        on to the ranks of its node that need it, and sums their results. All ranks learn all counts, so that the host
+        waits once for the sizes of both exchanges.
         """
-        ranks, local = self.axis.size, self.local_experts
-        ranks_TK = experts_TK // local
+        assert self.node_size is not None
+        size, here, ranks = self.node_size, self.axis.rank, self.axis.size
+        ranks_TK = routing.experts_TK // self.local_experts
+        across = self._copies(ranks_TK // size * size + here % size)
+        direct_N = self._copies(ranks_TK).groups.counts_E[:ranks]
+        sent_X = torch.cat([across.groups.counts_E[:ranks], direct_N, self._slots(routing.experts_TK).flatten()])
+        counts_NX = all_gather_no_grad(sent_X[None], self.axis, 0, "counts")
+        across_NN, direct_NN, slots_NX = counts_NX.split([ranks, ranks, ranks * self.local_experts], 1)
+        by_index_PN = direct_NN.view(-1, size, ranks).sum(0)  # of the ranks with this index on all nodes, to each rank
+        is_near_N = torch.arange(ranks, device=x_TD.device) // size == here // size
+        near_N = by_index_PN[here % size] * is_near_N, by_index_PN[:, here].repeat(ranks // size) * is_near_N
+        mine_E = slots_NX.unflatten(1, (ranks, -1))[:, here].sum(0)
+        sizes = torch.cat([across_NN[here], across_NN[:, here], *near_N, mine_E]).tolist()
+        send, receive, send_near, receive_near = (sizes[i * ranks : (i + 1) * ranks] for i in range(4))
+        hop = _Hop(self.kernels, self.axis, across, send, receive)
+        tokens = hop.start(x_TD, routing.weights_TK, routing.experts_TK)
+
+        def arrived() -> Dispatched:
+            x_RD, weights_RK, experts_RK = tokens()
+            ranks_RK = experts_RK // self.local_experts
+            near = self._copies(ranks_RK.where(ranks_RK // size == here // size, ranks))
+            inside = _Hop(self.kernels, self.axis, near, send_near, receive_near, "inside nodes")
+            known = self._padded([[count] for count in sizes[4 * ranks :]])
+            x_CD, groups, collect = self._rows(*inside.start(x_RD, weights_RK, experts_RK)(), known)
+            return Dispatched(x_CD, groups, lambda y_CD: hop.start_back(inside.start_back(collect(y_CD))()))
+
+        return arrived
+
+    def _rows(
+        self, x_RD: Tensor, weights_RK: Tensor, experts_RK: Tensor, known: list[int]
+    ) -> tuple[Tensor, Groups, Callable[[Tensor], Tensor]]:
+        """Return the rows of this rank's experts and the function that sums their results per token received."""
+        slots = self._local_slots(experts_RK - self.axis.rank * self.local_experts, known)
+        x_CD, collect = dispatch_rows(self.kernels, slots, x_RD, weights_RK, self.weights_on)
+        return x_CD, slots.groups, collect
+
+    def _copies(self, ranks_TK: Tensor) -> SortedSlots:
+        """Sort the copies of tokens by rank; a slot of rank `axis.size` needs none. A token's first slot on a rank has
+        a row among the copies; rows of its others come last.
+        """
+        ranks = self.axis.size
         is_repeated_TK = (ranks_TK[:, :, None] == ranks_TK[:, None, :]).tril(-1).any(-1)
-        copies = permute_by_expert(ranks_TK.masked_fill(is_repeated_TK, ranks), ranks + 1)
+        return permute_by_expert(ranks_TK.masked_fill(is_repeated_TK, ranks), ranks + 1)
+
+    def _slots(self, experts_TK: Tensor) -> Tensor:
+        """Return the number of slots by rank and expert: [N, E]."""
         ids_S = experts_TK.flatten()
-        counts_S = ids_S.new_zeros(ranks * local).scatter_add_(0, ids_S, torch.ones_like(ids_S))
-        return copies, copies.groups.counts_E[:ranks], counts_S.view(ranks, local)
+        counts_S = ids_S.new_zeros(self.axis.size * self.local_experts)
+        return counts_S.scatter_add_(0, ids_S, torch.ones_like(ids_S)).view(self.axis.size, -1)
 
     def _exchange_counts(self, sent_NX: Tensor) -> Tensor:
         ones = [1] * self.axis.size
@@ -203,6 +239,47 @@ class AllToAll(_Dispatcher):
     def _padded(self, arriving: list[list[int]]) -> list[int]:
         """Return the rows of each expert, given the slots that arrive for each expert from each rank."""
         return [-(-sum(counts) // self.token_multiple) * self.token_multiple for counts in arriving]
+
+
+@dataclass(frozen=True)
+class _Hop:
+    """An exchange in which a token travels once to each rank that it needs. `copies` sorts tokens by rank; `send` and
+    `receive` are their numbers by rank. `where`: what the bytes are counted under, besides what is sent.
+    """
+
+    kernels: StepKernels
+    axis: MeshAxis
+    copies: SortedSlots
+    send: list[int]
+    receive: list[int]
+    where: str = ""
+
+    def start(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Pending[tuple[Tensor, Tensor, Tensor]]:
+        """Start to send tokens, weights and ids, which arrive in this order."""
+        copies = self._sent
+        ids_MK = experts_TK.index_select(0, copies.source_C // copies.top_k).to(torch.int32)
+        ids = self._exchange(ids_MK, self.send, self.receive, "ids")
+        weights = self._exchange(self.kernels.permute(weights_TK, copies), self.send, self.receive, "weights")
+        tokens = self._exchange(self.kernels.permute(x_TD, copies), self.send, self.receive, "tokens")
+
+        def arrived() -> tuple[Tensor, Tensor, Tensor]:
+            experts_RK = ids().long()
+            weights_RK = weights()
+            return tokens(), weights_RK, experts_RK
+
+        return arrived
+
+    def start_back(self, y_RD: Tensor) -> Pending[Tensor]:
+        """Start to send results back. They are summed per token."""
+        copies, back = self._sent, self._exchange(y_RD, self.receive, self.send, "tokens")
+        return lambda: self.kernels.unpermute(back(), copies)
+
+    @cached_property
+    def _sent(self) -> SortedSlots:
+        return keep_rows(self.copies, sum(self.send), Groups(self.copies.groups.counts_E[: self.axis.size], self.send))
+
+    def _exchange(self, rows: Tensor, send: list[int], receive: list[int], what: str) -> Pending[Tensor]:
+        return start_all_to_all(rows, send, receive, self.axis, f"{what} {self.where}".strip())
 
 
 class AllGather(_Dispatcher):
@@ -217,8 +294,7 @@ class AllGather(_Dispatcher):
         def arrived() -> Dispatched:
             slots = self._local_slots(ids() - self.axis.rank * self.local_experts)
             x_CD, collect = dispatch_rows(self.kernels, slots, tokens(), weights(), self.weights_on)
-            combine = lambda y_CD: start_reduce_scatter(collect(y_CD), self.axis, "tokens")  # noqa: E731
-            return Dispatched(x_CD, slots.groups, combine)
+            return Dispatched(x_CD, slots.groups, lambda y_CD: start_reduce_scatter(collect(y_CD), self.axis, "tokens"))
 
         return arrived
 

@@ -51,10 +51,16 @@ def test_a_wait_for_the_device_is_counted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dispatch, top_k", [(DispatchMethod.all_to_all, 1), (DispatchMethod.all_to_all, 8), (DispatchMethod.all_gather, 1)]
+    "how",
+    [
+        (DispatchMethod.all_to_all, 1),
+        (DispatchMethod.all_to_all, 8),
+        (DispatchMethod.all_to_all, 8, 4),
+        (DispatchMethod.all_gather, 1),
+    ],
 )
-def test_expert_parallelism_waits_once(monkeypatch, dispatch, top_k):
-    assert budget.syncs_ep(dispatch, top_k).syncs == {"_to_copy": 1}
+def test_expert_parallelism_waits_once(monkeypatch, how):
+    assert budget.syncs_ep(*how).syncs == {"_to_copy": 1}
 
     def counting(*args: Any) -> Any:
         rows = honest(*args)
@@ -63,7 +69,7 @@ def test_expert_parallelism_waits_once(monkeypatch, dispatch, top_k):
 
     honest = expert_parallel.permute_by_expert
     monkeypatch.setattr(expert_parallel, "permute_by_expert", counting)
-    assert budget.syncs_ep(dispatch, top_k).syncs["_to_copy"] > 1, "the control"
+    assert budget.syncs_ep(*how).syncs["_to_copy"] > 1, "the control"
 
 
 def test_a_second_cast_of_weights_exceeds_the_budget(monkeypatch):

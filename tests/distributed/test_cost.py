@@ -84,7 +84,7 @@ def counted(
     aligned: bool = False,
 ) -> Any:
     """Return the traffic of one step, after comparing it with what torch dispatches, the bytes this rank keeps, and the
-    number of copies of tokens for the ranks of their experts, beside that of tokens.
+    numbers of ranks and nodes that each token is sent to.
     """
     placed = placed_here(model, parallel, precision)
     engine, batch, step = synthetic(placed, optimizer, micro_batch_size)
@@ -100,18 +100,19 @@ def counted(
     assert by_ranks(placed.meshes, traffic) == seen, traffic
     state = [value for entry in engine.optimizer.state.values() for value in entry.values()]
     kept = [sum(local(t).nbytes for t in tensors) for tensors in (placed.model.parameters(), state)]
-    return traffic, kept, [sum(copies), len(copies)]
+    return traffic, kept, copies
 
 
-def count_copies(placed: Any, parallel: ParallelConfig) -> list[int]:
-    """Return a list that gets, for each token that a router sees, the number of ranks that have its experts."""
-    found: list[int] = []
+def count_copies(placed: Any, parallel: ParallelConfig) -> list[tuple[int, int]]:
+    """Return a list that gets, for each token that a router sees, the number of ranks and of nodes with its experts."""
+    found: list[tuple[int, int]] = []
     for layer in placed.model.layers.values():
         if isinstance(layer.ffn, MixtureOfExperts):
-            local = layer.ffn.router.weight.shape[0] // parallel.ep
+            experts = layer.ffn.router.weight.shape[0]
+            local, near = experts // parallel.ep, experts // placed.meshes.layout.exchange_nodes
             layer.ffn.router.register_forward_hook(
-                lambda module, inputs, outputs, local=local: found.extend(
-                    parallel.etp * len({expert // local for expert in chosen})
+                lambda module, inputs, outputs, local=local, near=near: found.extend(
+                    (parallel.etp * len({expert // local for expert in chosen}), len({i // near for i in chosen}))
                     for chosen in outputs[0].flatten(0, 1).tolist()
                 )
             )
@@ -139,15 +140,16 @@ def assert_formulas_hold(
     """
     layout, summed = config.resolve(count), Counter[tuple[str, str]]()
     found = ranks(count, counted, model, config, precision, micro_batch_size, optimizer, aligned)
-    total, tokens = (sum(counts) for counts in zip(*(copies for *_, copies in found), strict=True))
+    sent = [
+        Fraction(sum(times), len(times)) for times in zip(*(one for *_, copies in found for one in copies), strict=True)
+    ]
     for rank, (traffic, (parameters, state), _) in enumerate(found):
         summed.update(traffic)
         kept = cost.static_bytes(model, precision, layout, precision.master_dtype, rank, matrices is not None)
         assert (kept.parameters, kept.gradients, kept.optimizer) == (parameters, parameters, state)
     batch = shape(layout, micro_batch_size, aligned)
-    assert summed == step_traffic(
-        model, precision, layout, batch, matrices, image_tokens, Fraction(total, max(tokens, 1))
-    )
+    copies = cost.Copies(*sent) if sent else None
+    assert summed == step_traffic(model, precision, layout, batch, matrices, image_tokens, copies)
     return summed
 
 
@@ -155,6 +157,8 @@ LAYOUTS = {
     **{name: CERTIFIED[name] for name in ("fsdp2", "hsdp 2x2", "tp2", "ep2", "cp2 gather", "cp2 ulysses", "cp2 ring")},
     "ep2-etp2": (4, ParallelConfig(ep=2, etp=2)),
     "tp2-ep2-fsdp2": (4, ParallelConfig(tp=2, ep=2)),
+    "by-node": (4, ParallelConfig(ep=4, exchange_node_size=2)),
+    "by-node-etp-recomputed": (4, ParallelConfig(ep=2, etp=2, exchange_node_size=2, recompute=Recompute.full)),
     "gathered": (2, ParallelConfig(ep=2, dispatch=DispatchMethod.all_gather)),
     "recomputed": (4, ParallelConfig(tp=2, ep=2, recompute=Recompute.full)),
     "recomputed-gathered": (2, ParallelConfig(ep=2, dispatch=DispatchMethod.all_gather, recompute=Recompute.full)),

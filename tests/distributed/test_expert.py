@@ -80,7 +80,7 @@ def tokens(rank: int = 0) -> Tensor:
     return torch.randn(T, D, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
 
 
-def split(meshes: Meshes, moe: MixtureOfExperts, kind: Any) -> tuple[slice, slice]:
+def split(meshes: Meshes, moe: MixtureOfExperts, kind: Any, node_size: int | None = None) -> tuple[slice, slice]:
     """Leave this rank's experts in a layer. Return which they are, and which part of their hidden size."""
     etp, local, size = meshes.etp.size, moe.dispatch.experts // meshes.ep.size, F // meshes.etp.size
     experts = slice(meshes.ep.rank * local, (meshes.ep.rank + 1) * local)
@@ -91,7 +91,7 @@ def split(meshes: Meshes, moe: MixtureOfExperts, kind: Any) -> tuple[slice, slic
         down.weight = torch.nn.Parameter(down.weight[experts, :, columns].clone())
     weights_on, multiple = moe.dispatch.weights_on, moe.experts.token_multiple
     buffer = lambda token_bytes: Buffer(meshes.experts.group)  # noqa: E731
-    moe.dispatch = kind(meshes.experts, etp, local, weights_on, multiple, TorchKernels(), buffer)
+    moe.dispatch = kind(meshes.experts, etp, local, weights_on, multiple, TorchKernels(), buffer, node_size)
     return experts, columns
 
 
@@ -117,6 +117,7 @@ class Case(NamedTuple):
     top_k: int
     weights_on: WeightsOn
     skew: bool
+    node_size: int | None = None
 
     def model(self, gemm: NativeGemm) -> MixtureOfExperts:
         moe = make(gemm, self.top_k, self.weights_on)
@@ -132,7 +133,7 @@ def dispatched(bug: str | None, etp: int, gemm: NativeGemm, cases: list[Case]) -
         found = []
         for case in cases:
             moe = case.model(gemm)
-            experts, columns = split(meshes, moe, case.kind)
+            experts, columns = split(meshes, moe, case.kind, case.node_size)
             found.append(figures(moe, tokens(meshes.world.rank)))
     return found, experts, columns
 
@@ -168,6 +169,11 @@ def test_a_dispatcher_computes_what_one_device_does(ranks, count, etp):
 
 SKEWED = [Case(AllToAll, 2, WeightsOn.output, True)]
 """Tokens choose the first expert or none of the last rank's."""
+
+
+@pytest.mark.parametrize("count, etp", [(4, 1), (4, 2)], ids=["ep4", "ep2-etp2"])
+def test_an_exchange_by_node_computes_what_one_device_does(ranks, count, etp):
+    assert_as_one_device(ranks, count, etp, [case._replace(node_size=2) for case in CASES if case.kind is AllToAll])
 
 
 DEEPEP = [Case(DeepEP, *how, skew) for how in ROUTINGS for skew in (False, True)]
@@ -214,12 +220,14 @@ def test_a_bug_of_the_exchange_is_noticed(ranks, bug):
 MANY, TOP = 16, 8
 
 
-def exchanged(force_balanced: bool, once: bool) -> Any:
-    """Return the bytes that this rank hands to the exchange of tokens, and the ids that its tokens choose."""
+def exchanged(force_balanced: bool, once: bool, node_size: int | None = None) -> Any:
+    """Return the bytes that this rank hands to the exchange of tokens (between nodes, if it is by node), and the ids
+    that its tokens choose.
+    """
     meshes, ids = meshes_here(ParallelConfig(ep=connect().size)), []
     moe = make(NativeGemm(torch.float64), TOP, WeightsOn.output, MANY, force_balanced)
     moe.router.register_forward_hook(lambda module, inputs, outputs: ids.extend(outputs[0].flatten(0, 1).tolist()))
-    split(meshes, moe, AllToAll)
+    split(meshes, moe, AllToAll, node_size)
     meshes.traffic.take()
     with planted(None if once else "token_sent_once_per_expert"):
         figures(moe, tokens(meshes.world.rank))
@@ -238,4 +246,12 @@ def test_a_token_travels_once_to_each_rank(ranks, force_balanced):
     assert not force_balanced or set(copies) == {2}
     config = config_of(TOP, WeightsOn.output, MANY)
     missed = math.comb(MANY - held, TOP) / math.comb(MANY, TOP)
-    assert cost.copies_per_token(config, ParallelConfig(ep=4).resolve(4)) == pytest.approx(4 * (1 - missed))
+    assert cost.copies_per_token(config, ParallelConfig(ep=4).resolve(4)).ranks == pytest.approx(4 * (1 - missed))
+
+
+def test_a_token_crosses_the_network_once_to_each_node(ranks):
+    near = MANY // 2
+    found = ranks(4, exchanged, False, True, 2)
+    nodes = [len({expert // near for expert in chosen}) for _, ids in found for chosen in ids]
+    assert sum(size for size, _ in found) == 4 * sum(nodes) * D * 8
+    assert sum(size for size, _ in ranks(4, exchanged, False, True)) > 1.5 * 4 * sum(nodes) * D * 8, "the control"

@@ -142,13 +142,17 @@ def experts_left_out_of_the_norm(honest, gradients, *rest):
 
 
 @replaces(AllToAll, "_copies")
-def token_sent_twice(honest, self, experts_TK):
+def token_sent_twice(honest, self, ranks_TK):
     """A token is sent for each of its experts on a rank, and each copy is computed with all of them."""
-    _, _, sent_NE = honest(self, experts_TK)
+    return moe.permute_by_expert(ranks_TK, self.axis.size + 1)
+
+
+@replaces(AllToAll, "_slots")
+def token_sent_twice(honest, self, experts_TK):  # noqa: F811
     ranks_TK = experts_TK // self.local_experts
     times_TK = (ranks_TK[:, :, None] == ranks_TK[:, None, :]).sum(-1)
-    rows_NE = torch.zeros_like(sent_NE).flatten().scatter_add_(0, experts_TK.flatten(), times_TK.flatten())
-    return moe.permute_by_expert(ranks_TK, self.axis.size + 1), sent_NE.sum(1), rows_NE.view_as(sent_NE)
+    rows_NE = torch.zeros_like(honest(self, experts_TK)).flatten()
+    return rows_NE.scatter_add_(0, experts_TK.flatten(), times_TK.flatten()).view(self.axis.size, -1)
 
 
 @replaces(AllToAll, "__call__")
@@ -164,15 +168,12 @@ def weights_on_the_wrong_side(honest, self, *arguments):
 
 
 @replaces(AllToAll, "_copies")
-def sums_lost_beside_an_idle_rank(honest, self, experts_TK):
+def sums_lost_beside_an_idle_rank(honest, self, ranks_TK):
     """Sums of the ranks after the first one that gets no token are not added."""
-    copies, sent_N, sent_NE = honest(self, experts_TK)
-    before = sent_N[: int((sent_N == 0).int().argmax())].sum() if (sent_N == 0).any() else sent_N.sum()
-    return (
-        copies._replace(place_TK=copies.place_TK.where(copies.place_TK < before, len(copies.source_C))),
-        sent_N,
-        sent_NE,
-    )
+    copies = honest(self, ranks_TK)
+    sent = copies.groups.host[: self.axis.size]
+    before = sum(sent[: sent.index(0)] if 0 in sent else sent)
+    return copies._replace(place_TK=copies.place_TK.where(copies.place_TK < before, len(copies.source_C)))
 
 
 @replaces(AllToAll, "_by_rank")

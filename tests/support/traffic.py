@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from fractions import Fraction
 
 import torch
 
@@ -19,7 +18,7 @@ from model.config import AuxScope, FeedForward, LayerConfig, ModelConfig, QKNorm
 from model.load_balance import RouterSums
 from model.roles import Role, registry
 from parallel import whole_matrices
-from parallel.cost import BatchShape, Entries, attention_traffic, expert_traffic
+from parallel.cost import BatchShape, Copies, Entries, attention_traffic, expert_traffic
 from parallel.layout import Layout, Recompute
 from parallel.mesh import meshes_of_rank
 from parallel.parallelize import on_meta
@@ -35,13 +34,13 @@ def step_traffic(
     batch: BatchShape,
     matrices: torch.dtype | None = None,
     image_tokens: int = 0,
-    copies: Fraction | None = None,
+    copies: Copies | None = None,
 ) -> dict[tuple[str, str], int]:
     """Return the bytes that all ranks of the world hand to collectives, by axis and purpose.
 
     Bytes are summed over ranks because routing decides how much each rank sends to the experts. There must be several
     ranks, and all micro-batches must be full. `matrices`: the dtype in which Muon's matrices are sent, None without
-    Muon. `image_tokens`: those in the global batch. `copies`: mean number of ranks that the experts of a token are on.
+    Muon. `image_tokens`: those in the global batch. `copies`: those that were sent.
     """
     world, micro_batches = layout.world_size, batch.sequences // batch.micro_batch_size
     step, stage = _Step(model, precision, layout, batch), world // layout.pp
@@ -108,7 +107,7 @@ class _Step:
         split = layer.feed_forward is FeedForward.moe and balance.aux and balance.aux_scope is not AuxScope.whole
         return self.batch.micro_batch_size * self.model.num_experts * 8 if split else 0
 
-    def experts(self, copies: Fraction | None) -> Entries:
+    def experts(self, copies: Copies | None) -> Entries:
         tokens = self.tokens // self.layout.tp
         for key, size in expert_traffic(self.model, self.precision, self.layout, tokens, copies):
             yield key, self.mixtures * size
