@@ -41,11 +41,9 @@ def measure(ranks: Any, name: str, unit_s: float = SECONDS) -> Times:
     """Measure one of `CASES`. `ranks`: a pool of ranks."""
     exchange, shared, top_k, recompute = CASES[name]
     exchanges = 4 if recompute is Recompute.none else 6
-    run = partial(_fastest, ranks, moe_seconds)
-    delay_s, work_s = unit_s * exchange / exchanges, unit_s * shared
-    how = (top_k, recompute)
-    alone = run(delay_s, 0.0, *how, False), run(0.0, work_s, *how, False)
-    return Times(*alone, *(run(delay_s, work_s, *how, waits) for waits in (False, True)))
+    network_s, work_s = unit_s * exchange, unit_s * shared
+    run = partial(_fastest, ranks, moe_seconds, network_s / exchanges, work_s, top_k, recompute)
+    return Times(network_s, work_s, step_s=run(False), waiting_s=run(True))
 
 
 def _fastest(ranks: Any, function: Callable[..., list[float]], *arguments: Any) -> float:
@@ -55,12 +53,9 @@ def _fastest(ranks: Any, function: Callable[..., list[float]], *arguments: Any) 
 
 def gathers(ranks: Any, unit_s: float = SECONDS) -> dict[str, float]:
     """Measure FSDP2's gathers. The ratio is the step over the longer of gathers and layers."""
-    delay_s, work_s = unit_s / 12, unit_s
-    network_s, layers_s, step_s = (
-        _fastest(ranks, gather_seconds, *times) for times in ((delay_s, 0.0), (0.0, work_s), (delay_s, work_s))
-    )
-    ratio = step_s / max(network_s, layers_s)
-    return {"network_s": network_s, "work_s": layers_s, "step_s": step_s, "ratio": ratio}
+    alone_s = _fastest(ranks, gather_seconds, unit_s / 12, 0.0)
+    step_s = _fastest(ranks, gather_seconds, unit_s / 12, unit_s)
+    return {"network_s": alone_s, "work_s": unit_s, "step_s": step_s, "ratio": step_s / max(alone_s, unit_s)}
 
 
 def main() -> int:

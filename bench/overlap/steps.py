@@ -33,8 +33,8 @@ EXPERTS = {"num_experts": 8, "expert_hidden_size": 8, "shared_expert_hidden_size
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of the fastest step on the slowest rank: with nothing but the network, with nothing but the work, with
-    both, and with both where each collective is waited for at once.
+    """Seconds of the network and of the work in a step, which are fixed, and of the fastest step on the slowest rank:
+    with both, and where each collective is waited for at once.
     """
 
     network_s: float
@@ -44,7 +44,7 @@ class Times:
 
     @property
     def ratio(self) -> float:
-        """The step over the longer of network and work: 1 if the shorter one is hidden."""
+        """The step over the longer of network and work: 1 if the shorter one is hidden and nothing else takes time."""
         return self.step_s / max(self.network_s, self.work_s)
 
     @property
