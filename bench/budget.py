@@ -102,27 +102,37 @@ class LayerCase:
         return counter, kept
 
 
-def syncs_ep(dispatch: DispatchMethod = DispatchMethod.all_to_all) -> Counter:
+def syncs_ep(
+    dispatch: DispatchMethod = DispatchMethod.all_to_all,
+    top_k: int = SCOUT.router.top_k,
+    node_size: int | None = None,
+) -> Counter:
     """Return the counts of an MoE layer as one of `RANKS` ranks over which its experts are split."""
-    local = SCOUT.num_experts // RANKS
+    local, model = SCOUT.num_experts // RANKS, replace(SCOUT, router=replace(SCOUT.router, top_k=top_k))
 
     def split(layer: Layer) -> None:
         assert isinstance(layer.ffn, MixtureOfExperts)
         layer.ffn.experts = Experts(local, SCOUT.hidden_size, SCOUT.expert_hidden_size, BFLOAT16.plain)
-        meshes = meshes_of_rank(ParallelConfig(ep=RANKS, dispatch=dispatch).resolve(RANKS), 0)
+        config = ParallelConfig(ep=RANKS, dispatch=dispatch, exchange_node_size=node_size)
+        meshes = meshes_of_rank(config.resolve(RANKS), 0)
         meshes = replace(meshes, experts=replace(meshes.experts, group=dist.group.WORLD))
-        expert_parallel.apply(SimpleNamespace(layers={"0": layer}, config=SCOUT), meshes)  # type: ignore[arg-type]
+        expert_parallel.apply(SimpleNamespace(layers={"0": layer}, config=model), meshes)  # type: ignore[arg-type]
 
     def balanced(counts: Tensor) -> Tensor:
-        """Return what the host reads of counts [E], or [1 + E, N] after the counts that are sent to each rank."""
-        slots = TOKENS * SCOUT.router.top_k
+        """Return what the host reads of counts [E], or [X, N], which end with those of E experts by sending rank. The
+        rows before say how many tokens each rank is sent and sends. By node, it reads four such rows and [E] in one.
+        """
+        slots = TOKENS * top_k
+        if len(counts) == 4 * RANKS + local:
+            return torch.tensor([TOKENS // RANKS] * 4 * RANKS + [slots * RANKS // SCOUT.num_experts] * local)
         if counts.dim() == 1:
             return torch.full(counts.shape, slots * RANKS // SCOUT.num_experts)
-        return torch.tensor([slots // RANKS] + [slots // SCOUT.num_experts] * local)[:, None].expand(counts.shape)
+        rows = [TOKENS * min(top_k, RANKS) // RANKS] * (len(counts) - local) + [slots // SCOUT.num_experts] * local
+        return torch.tensor(rows)[:, None].expand(counts.shape)
 
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     try:
-        return LayerCase(change=split, values=balanced)(DOCUMENTS[-1])[0]
+        return LayerCase(model, change=split, values=balanced)(DOCUMENTS[-1])[0]
     finally:
         dist.destroy_process_group()
 

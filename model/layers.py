@@ -151,9 +151,22 @@ class GatedMLP(nn.Module):
         self.kernels = kernels_for(gemms.kernels)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        if self.kernels.joins and self.gate.joins:
-            return gated_product(self.gate_and_up(x_TD), self.down, self.kernels)
-        return self.down(self.kernels.swiglu(self.gate(x_TD), self.up(x_TD)))
+        return self.second_half(self.first_half(x_TD))
+
+    def first_half(self, x_TD: Tensor) -> Tensor:
+        """Return what `second_half` takes. An MoE layer runs the halves apart, each beside an exchange of tokens."""
+        if self._joined:
+            return self.gate_and_up(x_TD)
+        return self.kernels.swiglu(self.gate(x_TD), self.up(x_TD))
+
+    def second_half(self, inner_TF: Tensor) -> Tensor:
+        if self._joined:
+            return gated_product(inner_TF, self.down, self.kernels)
+        return self.down(inner_TF)
+
+    @property
+    def _joined(self) -> bool:
+        return self.kernels.joins and self.gate.joins
 
     def gate_and_up(self, x_TD: Tensor) -> Tensor:
         return joint(x_TD, [self.gate, self.up])

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -77,20 +77,29 @@ class Router(nn.Module):
         return ranking.topk(self.config.top_k, dim=-1).indices
 
 
+Result = TypeVar("Result", covariant=True)
+
+
+class Pending(Protocol[Result]):
+    """Something under way. Call it once: it waits for the result and returns it."""
+
+    def __call__(self) -> Result: ...
+
+
 @dataclass(frozen=True)
 class Dispatched:
     """Rows for the experts, sorted by expert, and how to combine the results."""
 
     x_CD: Tensor
     groups: Groups
-    combine: Callable[[Tensor], Tensor]
+    combine: Callable[[Tensor], Pending[Tensor]]
     """Sums the experts' rows [C, D] into the result of each token [T, D]."""
 
 
 class Dispatcher(Protocol):
     """Sends tokens to their experts. Applies routing weights before or after the experts, as `weights_on` says."""
 
-    def __call__(self, x_TD: Tensor, routing: TopKRouting, /) -> Dispatched: ...
+    def __call__(self, x_TD: Tensor, routing: TopKRouting, /) -> Pending[Dispatched]: ...
 
 
 @dataclass(frozen=True)
@@ -102,21 +111,26 @@ class LocalDispatcher:
     token_multiple: int = 1
     kernels: StepKernels = field(default_factory=TorchKernels)
 
-    def __call__(self, x_TD: Tensor, routing: TopKRouting) -> Dispatched:
+    def __call__(self, x_TD: Tensor, routing: TopKRouting) -> Pending[Dispatched]:
         slots = routing.experts_TK
         few = slots.device.type == "cpu" and self.token_multiple == 1 and slots.numel() <= _FEW_SLOTS
         if few and len(slots) == 1 and not torch.is_grad_enabled():
             return dispatch_one_token(x_TD, routing, self.experts, self.weights_on)
         permute = permute_on_host if few else partial(permute_by_expert, multiple=self.token_multiple)
         rows = permute(slots, self.experts)
-        return dispatch_rows(self.kernels, rows, x_TD, routing.weights_TK, self.weights_on)
+        x_CD, collect = dispatch_rows(self.kernels, rows, x_TD, routing.weights_TK, self.weights_on)
+        return _done(Dispatched(x_CD, rows.groups, lambda y_CD: partial(collect, y_CD)))
 
 
 _FEW_SLOTS = 64
 """Number of slots up to which Python sorts faster than a dozen tensor operations: in generation, token by token."""
 
 
-def dispatch_one_token(x_1D: Tensor, routing: TopKRouting, experts: int, weights_on: WeightsOn) -> Dispatched:
+def _done(dispatched: Dispatched) -> Pending[Dispatched]:
+    return lambda: dispatched
+
+
+def dispatch_one_token(x_1D: Tensor, routing: TopKRouting, experts: int, weights_on: WeightsOn) -> Pending[Dispatched]:
     """Dispatch a token on a CPU without gradients, in fewer operations: all rows are the token, times their weights."""
     chosen, weights_1K = routing.experts_TK.tolist()[0], routing.weights_TK.to(x_1D.dtype)
     if len(chosen) > 1:
@@ -127,9 +141,10 @@ def dispatch_one_token(x_1D: Tensor, routing: TopKRouting, experts: int, weights
         counts[expert] += 1
     groups = Groups(torch.tensor(counts), counts)
     if weights_on is WeightsOn.output:
-        return Dispatched(x_1D.expand(len(chosen), -1), groups, weights_1K.matmul)
+        rows_KD = x_1D.expand(len(chosen), -1)
+        return _done(Dispatched(rows_KD, groups, lambda y_KD: partial(weights_1K.matmul, y_KD)))
     x_KD = x_1D * weights_1K.t()
-    return Dispatched(x_KD, groups, lambda y_KD: y_KD if len(chosen) == 1 else y_KD.sum(0, keepdim=True))
+    return _done(Dispatched(x_KD, groups, lambda y_KD: lambda: y_KD if len(chosen) == 1 else y_KD.sum(0, keepdim=True)))
 
 
 def permute_on_host(experts_TK: Tensor, experts: int) -> SortedSlots:
@@ -161,17 +176,25 @@ def permute_by_expert(experts_TK: Tensor, experts: int, multiple: int = 1) -> So
     return SortedSlots(source_C, place_S.view(experts_TK.shape), Groups(counts_E), is_padding_C1)
 
 
+def keep_rows(slots: SortedSlots, count: int, groups: Groups) -> SortedSlots:
+    """Keep only the first `count` rows, those of `groups`. The slots of the others have no row then."""
+    source_C, place_TK, _, padding = slots[:4]
+    padding = None if padding is None else padding[:count]
+    return SortedSlots(source_C[:count], place_TK.where(place_TK < count, -1), groups, padding, is_partial=True)
+
+
 def dispatch_rows(
     kernels: StepKernels, rows: SortedSlots, x_TD: Tensor, weights_TK: Tensor, weights_on: WeightsOn
-) -> Dispatched:
-    """Permute tokens to `rows` on this device.
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Permute tokens to `rows` on this device: [C, D]. Return them, and the function that sums the experts' rows
+    [C, D] per token: [T, D].
 
     Routing weights are applied in token order, so values that the GEMMs leave in padding rows (even NaN) reach neither
     the outputs nor the weights' gradients.
     """
     before, after = (weights_TK, None) if weights_on is WeightsOn.input else (None, weights_TK)
     x_CD = kernels.permute(x_TD, rows, before)
-    return Dispatched(x_CD, rows.groups, partial(kernels.unpermute, slots=rows, weights_TK=after))
+    return x_CD, partial(kernels.unpermute, slots=rows, weights_TK=after)
 
 
 class Experts(nn.Module):
@@ -193,7 +216,11 @@ class Experts(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Routed experts plus, if its hidden size is not 0, a shared expert that processes every token."""
+    """Routed experts plus, if its hidden size is not 0, a shared expert that processes every token.
+
+    The halves of the shared expert run while tokens travel to the routed experts and while results travel back. The
+    backward pass runs in the opposite order, so they overlap there too.
+    """
 
     def __init__(self, model: ModelConfig, gemms: LayerGemms) -> None:
         super().__init__()
@@ -209,10 +236,14 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor, context: ForwardContext) -> Tensor:
         experts_BTK, weights_BTK = self.router(x_BTD, context.routed_tokens, context.is_image_BT)
         x_TD = x_BTD.flatten(0, 1)
-        sent = self.dispatch(x_TD, TopKRouting(experts_BTK.flatten(0, 1), weights_BTK.flatten(0, 1)))
-        y_TD = sent.combine(self.experts(sent.x_CD, sent.groups))
+        arrived = self.dispatch(x_TD, TopKRouting(experts_BTK.flatten(0, 1), weights_BTK.flatten(0, 1)))
+        inner_TF = None if self.shared is None else self.shared.first_half(x_TD)
+        rows = arrived()
+        combined = rows.combine(self.experts(rows.x_CD, rows.groups))
+        shared_TD = None if self.shared is None or inner_TF is None else self.shared.second_half(inner_TF)
+        y_TD = combined()
         if self.multiplier != 1:
             y_TD = y_TD * self.multiplier
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BTD)

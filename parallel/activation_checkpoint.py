@@ -23,7 +23,7 @@ from model.moe import LocalDispatcher, MixtureOfExperts
 from model.transformer import Layer
 from model.vision.towers import Network
 from parallel.layout import Recompute
-from parallel.tensor_parallel import GatherScatter
+from parallel.tensor_parallel import Gathered
 
 
 def apply(model: Network, mode: Recompute, compiled: bool = False) -> None:
@@ -73,8 +73,9 @@ def _select(layer: Layer) -> None:
     else:
         parts.append(ffn)
     for part in parts:
-        if isinstance(part.forward, GatherScatter):
-            remade.wrap(part.forward, "gather")
+        for compute in (part.forward, getattr(part, "first_half", None)):
+            if isinstance(compute, Gathered):
+                remade.wrap(compute, "gather")
         if isinstance(part, GatedMLP):
             _swiglu_again(remade, part)
     layer.forward = partial(remade.run, layer.forward)  # type: ignore[method-assign]

@@ -2,7 +2,8 @@
 
 Routed experts stay eager: the number of tokens per expert depends on the data, and the grouped matmul cannot be traced
 in float32 (torch 2.13: its shape function requires bfloat16). Of a layer with experts, attention with its norms is one
-part, and the shared expert another; a dense layer is one part. Shapes are static, but for the number of documents.
+part, and each half of the shared expert another; a dense layer is one part. Shapes are static, but for the number of
+documents.
 Layers of the vision encoder are compiled for no tile, for one, and for any larger number.
 """
 
@@ -65,7 +66,8 @@ def apply(model: Transformer, backend: str = "inductor", traces_whole: bool = Fa
         if isinstance(layer.ffn, MixtureOfExperts):
             layer.attend = compiled(layer.attend)  # type: ignore[method-assign]
             if layer.ffn.shared is not None:
-                layer.ffn.shared.forward = compiled(layer.ffn.shared.forward)  # type: ignore[method-assign]
+                shared: Any = layer.ffn.shared
+                shared.first_half, shared.second_half = compiled(shared.first_half), compiled(shared.second_half)
         else:
             layer.forward = compiled(layer.forward)  # type: ignore[method-assign]
     if model.vision is not None:

@@ -1,10 +1,12 @@
-"""Compute what a layout costs, in closed form: bytes that a rank keeps, and FLOPs and bytes of a layer's attention.
+"""Compute what a layout costs, in closed form: bytes that a rank keeps, and FLOPs and bytes of a layer's attention, and
+bytes of its exchange of tokens.
 
 Models are built on the meta device only, and no process group is needed. Tests compare bytes with those of real ranks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -13,10 +15,20 @@ from typing import assert_never
 
 import torch
 
-from model.config import LayerConfig, ModelConfig
+from model.config import LayerConfig, ModelConfig, WeightsOn
 from model.roles import Role, registry
 from parallel.deepspeed.config import Offload, ParameterOffload
-from parallel.layout import ContextMethod, EngineKind, GatherExperts, Layout, Reduce, ReduceEvery, split_unit
+from parallel.layout import (
+    ContextMethod,
+    DispatchMethod,
+    EngineKind,
+    GatherExperts,
+    Layout,
+    Recompute,
+    Reduce,
+    ReduceEvery,
+    split_unit,
+)
 from parallel.mesh import meshes_of_rank
 from parallel.parallelize import on_meta
 from parallel.pipeline import runtime
@@ -161,6 +173,62 @@ def attention_traffic(
             yield ("cp", "ring"), (cp - 1) * 2 * part * shared * ((2 + again) * size + wide)
         case _:
             assert_never(layout.cp_method)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Mean number of ranks, and of nodes, that a token is sent to. `nodes` matters under an exchange by node."""
+
+    ranks: Fraction | float
+    nodes: Fraction | float = 1
+
+
+def copies_per_token(model: ModelConfig, layout: Layout) -> Copies:
+    """Return the copies if each set of K experts is equally likely.
+
+    None of the E / n experts of one of n groups is among a token's K with probability C(E - E / n, K) / C(E, K). Each
+    slice of an expert (etp) is on a rank of its own.
+    """
+
+    def groups(count: int) -> float:
+        experts, top_k = model.num_experts, model.router.top_k
+        return count * (1 - math.comb(experts - experts // count, top_k) / math.comb(experts, top_k))
+
+    return Copies(layout.etp * groups(layout.ep), groups(layout.exchange_nodes))
+
+
+def expert_traffic(
+    model: ModelConfig, precision: PrecisionConfig, layout: Layout, tokens: int, copies: Copies | None = None
+) -> Entries:
+    """Yield the bytes that one MoE layer's dispatch and combine hand to collectives per micro-batch of `tokens` on this
+    rank, by purpose. `copies`: None for `copies_per_token`.
+    """
+    ranks, top_k, size = layout.ep * layout.etp, model.router.top_k, precision.compute_dtype.itemsize
+    if ranks == 1:
+        return
+    wide, chosen, again = max(4, size), top_k * layout.etp, layout.recompute is Recompute.full
+    gathered, by_node = layout.dispatch is DispatchMethod.all_gather, layout.exchange_nodes > 1 and chosen > 1
+    by_slot = top_k == 1 and not by_node
+    # the combine is recomputed only if an operation after it saves tensors for the backward pass
+    weighted_here = model.router.weights_on is WeightsOn.output and by_slot and not gathered
+    back_again = again and bool(model.shared_hidden_size or weighted_here)
+    if gathered:
+        there = tokens * model.hidden_size * size
+        back = ranks * there
+        yield ("experts", "tokens"), 2 * (there + back) + again * there + back_again * back
+        yield ("experts", "ids"), (1 + again) * tokens * chosen * 8
+        yield ("experts", "weights"), (1 + again + ranks) * tokens * chosen * wide
+        return
+    copies = copies or copies_per_token(model, layout)
+    hops = {"": copies.nodes, " inside nodes": copies.ranks} if by_node else {"": copies.ranks}
+    numbers = model.num_experts * layout.etp + (0 if by_slot else 2 * ranks if by_node else ranks)
+    yield ("experts", "counts"), (1 + again) * numbers * 8
+    for where, times in hops.items():
+        sent = Fraction(times) * tokens
+        yield ("experts", f"tokens{where}"), (4 + again + back_again) * sent * model.hidden_size * size
+        if not by_slot:
+            yield ("experts", f"ids{where}"), (1 + again) * sent * chosen * 4
+            yield ("experts", f"weights{where}"), (2 + again) * sent * chosen * wide
 
 
 @dataclass(frozen=True)

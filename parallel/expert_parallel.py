@@ -4,29 +4,47 @@ The axis has ep * etp ranks. Rank (i, j) holds, of each expert in the i-th group
 token is sent to every rank that holds a slice of its expert. The results are summed, as are those of its K experts.
 Dispatchers treat a slice as a virtual expert, so a token chooses K * etp virtual experts instead of K experts.
 
+A rank that a token needs for several experts gets it once, and returns the sum of their results. Dispatch and combine
+are asynchronous: the layer computes its shared expert while tokens travel.
+
 Shapes: T tokens of this rank, D hidden size, K experts per token, S slices of an expert (etp), N ranks of the axis, E
-virtual experts on one rank, R slots (all-to-all) or tokens (other dispatchers) received, C input rows of the experts
-(slots, plus padding). A slot is a token paired with one of the experts that it chose.
+virtual experts on one rank, M tokens sent, R tokens received (one per rank that a token needs), C input rows of the
+experts (slots, plus padding). A slot is a token paired with one of the experts that it chose.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from core.errors import ConfigError
 from model.config import WeightsOn
 from model.kernels import StepKernels
-from model.moe import Dispatched, MixtureOfExperts, TopKRouting, dispatch_rows, permute_by_expert
+from model.kernels.moe import SortedSlots
+from model.moe import (
+    Dispatched,
+    MixtureOfExperts,
+    Pending,
+    TopKRouting,
+    dispatch_rows,
+    keep_rows,
+    permute_by_expert,
+)
 from model.transformer import Transformer
-from parallel.comm.collectives import all_gather, all_gather_no_grad, all_to_all, reduce_scatter
+from parallel.comm.collectives import (
+    all_gather_no_grad,
+    all_to_all,
+    start,
+    start_all_gather,
+    start_all_to_all,
+    start_reduce_scatter,
+)
 from parallel.layout import DispatchMethod
 from parallel.mesh import MeshAxis, Meshes
 from precision.gemm import Groups
@@ -58,7 +76,8 @@ def apply(model: Transformer, meshes: Meshes) -> None:
         if isinstance(layer.ffn, MixtureOfExperts):
             local, experts = model.config.num_experts // meshes.ep.size, layer.ffn.experts
             weights_on, multiple = model.config.router.weights_on, experts.token_multiple
-            layer.ffn.dispatch = _KINDS[kind](axis, etp, local, weights_on, multiple, experts.kernels, buffer)
+            size = axis.size // meshes.layout.exchange_nodes
+            layer.ffn.dispatch = _KINDS[kind](axis, etp, local, weights_on, multiple, experts.kernels, buffer, size)
 
 
 def _deepep_buffer(axis: MeshAxis, token_bytes: int) -> Any:
@@ -83,6 +102,8 @@ class _Dispatcher:
     kernels: StepKernels
     buffer: Callable[[int], Any] | None = None
     """Returns DeepEP's buffer for tokens of the given number of bytes."""
+    node_size: int | None = None
+    """Ranks of the axis that are on one node, one after the other; None: all."""
 
     def virtual(self, choice: TopKRouting) -> TopKRouting:
         """Translate a choice of experts to virtual experts, which are numbered by rank, then by index on the rank."""
@@ -95,56 +116,256 @@ class _Dispatcher:
         weights_TKS = choice.weights_TK[..., None].expand(*choice.weights_TK.shape, self.etp)
         return TopKRouting(experts_TKS.flatten(1), weights_TKS.flatten(1))
 
+    def _local_slots(self, experts_RK: Tensor, known: list[int] | None = None) -> SortedSlots:
+        """Sort slots of this rank's experts: ids from 0 to `local_experts` - 1. Other slots get no row. The host needs
+        the number of rows of each expert; unless it is `known`, it waits for the device.
+        """
+        held = self.local_experts
+        here_RK = (experts_RK >= 0) & (experts_RK < held)
+        slots = permute_by_expert(experts_RK.where(here_RK, held).long(), held + 1, self.token_multiple)
+        groups = Groups(slots.groups.counts_E[:held], known)
+        return keep_rows(slots, sum(groups.host), groups)
+
 
 class AllToAll(_Dispatcher):
-    """Send each slot only to its expert's rank. Counts by rank and expert are copied to the host once per layer."""
+    """Send each token once to each rank that has one of its experts. Counts are copied to the host once per layer."""
 
-    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
-        choice = self.virtual(choice)
-        rows = permute_by_expert(choice.experts_TK, self.axis.size * self.local_experts)
-        sent = dispatch_rows(self.kernels, rows, x_TD, choice.weights_TK, self.weights_on)
-        sent_NE = rows.groups.counts_E.view(self.axis.size, self.local_experts)
-        ones = [1] * self.axis.size
-        arriving_NE = all_to_all(sent_NE, ones, ones, self.axis, "counts")
+    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Pending[Dispatched]:
+        routing = self.virtual(choice)
+        if routing.experts_TK.shape[1] > 1 and self.node_size not in (None, self.axis.size):
+            return self._by_node(x_TD, routing)
+        return (self._by_slot if choice.experts_TK.shape[1] == 1 else self._by_rank)(x_TD, routing)
+
+    def _by_slot(self, x_TD: Tensor, routing: TopKRouting) -> Pending[Dispatched]:
+        """Dispatch tokens that have one expert each: none is sent twice to a rank, not even to the slices of an expert.
+        The counts alone say which expert a row is for, and weights stay at home.
+        """
+        slots = permute_by_expert(routing.experts_TK, self.axis.size * self.local_experts)
+        x_CD, collect = dispatch_rows(self.kernels, slots, x_TD, routing.weights_TK, self.weights_on)
+        sent_NE = slots.groups.counts_E.view(self.axis.size, self.local_experts)
+        arriving_NE = self._exchange_counts(sent_NE)
         send, *arriving = torch.cat([sent_NE.sum(1)[None], arriving_NE.t()]).tolist()  # `arriving`: [expert][rank]
         receive = [sum(counts) for counts in zip(*arriving, strict=True)]
-        x_RD = all_to_all(sent.x_CD, send, receive, self.axis, "tokens")
-        indices = torch.arange(self.local_experts, device=x_RD.device).repeat(self.axis.size)
-        experts_R1 = indices.repeat_interleave(arriving_NE.flatten(), output_size=sum(receive))[:, None]
-        by_expert = permute_by_expert(experts_R1, self.local_experts, self.token_multiple)
-        known = [-(-sum(counts) // self.token_multiple) * self.token_multiple for counts in arriving]
-        groups_E = Groups(by_expert.groups.counts_E, known)
+        tokens = start_all_to_all(x_CD, send, receive, self.axis, "tokens")
 
-        def combine(y_CD: Tensor) -> Tensor:
-            y_RD = self.kernels.unpermute(y_CD, by_expert)
-            return sent.combine(all_to_all(y_RD, receive, send, self.axis, "tokens"))
+        def arrived() -> Dispatched:
+            indices = torch.arange(self.local_experts, device=x_TD.device).repeat(self.axis.size)
+            experts_R1 = indices.repeat_interleave(arriving_NE.flatten(), output_size=sum(receive))[:, None]
+            slots = permute_by_expert(experts_R1, self.local_experts, self.token_multiple)
+            groups = Groups(slots.groups.counts_E, self._padded(arriving))
 
-        return Dispatched(self.kernels.permute(x_RD, by_expert), groups_E, combine)
+            def combine(y_CD: Tensor) -> Pending[Tensor]:
+                back = start_all_to_all(self.kernels.unpermute(y_CD, slots), receive, send, self.axis, "tokens")
+                return lambda: collect(back())
+
+            return Dispatched(self.kernels.permute(tokens(), slots), groups, combine)
+
+        return arrived
+
+    def _by_rank(self, x_TD: Tensor, routing: TopKRouting) -> Pending[Dispatched]:
+        """Send ids and weights along with the tokens. Each rank sums its experts' rows per token."""
+        copies = self._copies(routing.experts_TK // self.local_experts)
+        send_N = copies.groups.counts_E[: self.axis.size]
+        arriving_NX = self._exchange_counts(torch.cat([send_N[:, None], self._slots(routing.experts_TK)], 1))
+        send, receive, *arriving = torch.cat([send_N[None], arriving_NX.t()]).tolist()  # `arriving`: [expert][rank]
+        hop = _Hop(self.kernels, self.axis, copies, send, receive)
+        tokens = hop.start(x_TD, routing.weights_TK, routing.experts_TK)
+
+        def arrived() -> Dispatched:
+            x_CD, groups, collect = self._rows(*tokens(), self._padded(arriving))
+            return Dispatched(x_CD, groups, lambda y_CD: hop.start_back(collect(y_CD)))
+
+        return arrived
+
+    def _by_node(self, x_TD: Tensor, routing: TopKRouting) -> Pending[Dispatched]:
+        """Send a token once to each node that it needs, to the rank with this rank's index there. That rank passes it
+        on to the ranks of its node that need it, and sums their results. All ranks learn all counts, so that the host
+        waits once for the sizes of both exchanges.
+        """
+        assert self.node_size is not None
+        size, here, ranks = self.node_size, self.axis.rank, self.axis.size
+        ranks_TK = routing.experts_TK // self.local_experts
+        across = self._copies(ranks_TK // size * size + here % size)
+        direct_N = self._copies(ranks_TK).groups.counts_E[:ranks]
+        sent_X = torch.cat([across.groups.counts_E[:ranks], direct_N, self._slots(routing.experts_TK).flatten()])
+        counts_NX = all_gather_no_grad(sent_X[None], self.axis, 0, "counts")
+        across_NN, direct_NN, slots_NX = counts_NX.split([ranks, ranks, ranks * self.local_experts], 1)
+        by_index_PN = direct_NN.view(-1, size, ranks).sum(0)  # of the ranks with this index on all nodes, to each rank
+        is_near_N = torch.arange(ranks, device=x_TD.device) // size == here // size
+        near_N = by_index_PN[here % size] * is_near_N, by_index_PN[:, here].repeat(ranks // size) * is_near_N
+        mine_E = slots_NX.unflatten(1, (ranks, -1))[:, here].sum(0)
+        sizes = torch.cat([across_NN[here], across_NN[:, here], *near_N, mine_E]).tolist()
+        send, receive, send_near, receive_near = (sizes[i * ranks : (i + 1) * ranks] for i in range(4))
+        hop = _Hop(self.kernels, self.axis, across, send, receive)
+        tokens = hop.start(x_TD, routing.weights_TK, routing.experts_TK)
+
+        def arrived() -> Dispatched:
+            x_RD, weights_RK, experts_RK = tokens()
+            ranks_RK = experts_RK // self.local_experts
+            near = self._copies(ranks_RK.where(ranks_RK // size == here // size, ranks))
+            inside = _Hop(self.kernels, self.axis, near, send_near, receive_near, "inside nodes")
+            known = self._padded([[count] for count in sizes[4 * ranks :]])
+            x_CD, groups, collect = self._rows(*inside.start(x_RD, weights_RK, experts_RK)(), known)
+            return Dispatched(x_CD, groups, lambda y_CD: hop.start_back(inside.start_back(collect(y_CD))()))
+
+        return arrived
+
+    def _rows(
+        self, x_RD: Tensor, weights_RK: Tensor, experts_RK: Tensor, known: list[int]
+    ) -> tuple[Tensor, Groups, Callable[[Tensor], Tensor]]:
+        """Return the rows of this rank's experts and the function that sums their results per token received."""
+        slots = self._local_slots(experts_RK - self.axis.rank * self.local_experts, known)
+        x_CD, collect = dispatch_rows(self.kernels, slots, x_RD, weights_RK, self.weights_on)
+        return x_CD, slots.groups, collect
+
+    def _copies(self, ranks_TK: Tensor) -> SortedSlots:
+        """Sort the copies of tokens by rank; a slot of rank `axis.size` needs none. A token's first slot on a rank has
+        a row among the copies; rows of its others come last.
+        """
+        ranks = self.axis.size
+        is_repeated_TK = (ranks_TK[:, :, None] == ranks_TK[:, None, :]).tril(-1).any(-1)
+        return permute_by_expert(ranks_TK.masked_fill(is_repeated_TK, ranks), ranks + 1)
+
+    def _slots(self, experts_TK: Tensor) -> Tensor:
+        """Return the number of slots by rank and expert: [N, E]."""
+        ids_S = experts_TK.flatten()
+        counts_S = ids_S.new_zeros(self.axis.size * self.local_experts)
+        return counts_S.scatter_add_(0, ids_S, torch.ones_like(ids_S)).view(self.axis.size, -1)
+
+    def _exchange_counts(self, sent_NX: Tensor) -> Tensor:
+        ones = [1] * self.axis.size
+        return all_to_all(sent_NX, ones, ones, self.axis, "counts")
+
+    def _padded(self, arriving: list[list[int]]) -> list[int]:
+        """Return the rows of each expert, given the slots that arrive for each expert from each rank."""
+        return [-(-sum(counts) // self.token_multiple) * self.token_multiple for counts in arriving]
+
+
+@dataclass(frozen=True)
+class _Hop:
+    """An exchange in which a token travels once to each rank that it needs. `copies` sorts tokens by rank; `send` and
+    `receive` are their numbers by rank. `where`: what the bytes are counted under, besides what is sent.
+    """
+
+    kernels: StepKernels
+    axis: MeshAxis
+    copies: SortedSlots
+    send: list[int]
+    receive: list[int]
+    where: str = ""
+
+    def start(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Pending[tuple[Tensor, Tensor, Tensor]]:
+        """Start to send tokens, weights and ids, which arrive in this order."""
+        copies = self._sent
+        ids_MK = experts_TK.index_select(0, copies.source_C // copies.top_k).to(torch.int32)
+        ids = self._exchange(ids_MK, self.send, self.receive, "ids")
+        weights = self._exchange(self.kernels.permute(weights_TK, copies), self.send, self.receive, "weights")
+        tokens = self._exchange(self.kernels.permute(x_TD, copies), self.send, self.receive, "tokens")
+
+        def arrived() -> tuple[Tensor, Tensor, Tensor]:
+            experts_RK = ids().long()
+            weights_RK = weights()
+            return tokens(), weights_RK, experts_RK
+
+        return arrived
+
+    def start_back(self, y_RD: Tensor) -> Pending[Tensor]:
+        """Start to send results back. They are summed per token."""
+        copies, back = self._sent, self._exchange(y_RD, self.receive, self.send, "tokens")
+        return lambda: self.kernels.unpermute(back(), copies)
+
+    @cached_property
+    def _sent(self) -> SortedSlots:
+        return keep_rows(self.copies, sum(self.send), Groups(self.copies.groups.counts_E[: self.axis.size], self.send))
+
+    def _exchange(self, rows: Tensor, send: list[int], receive: list[int], what: str) -> Pending[Tensor]:
+        return start_all_to_all(rows, send, receive, self.axis, f"{what} {self.where}".strip())
 
 
 class AllGather(_Dispatcher):
     """Gather all tokens of the axis, compute those that chose this rank's experts, and reduce-scatter the results."""
 
-    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
-        choice = self.virtual(choice)
-        x_RD = all_gather(x_TD, self.axis, 0, "tokens")
-        experts_RK = all_gather_no_grad(choice.experts_TK, self.axis, 0, "counts")
-        weights_RK = all_gather(choice.weights_TK, self.axis, 0, "weights")
-        mine = _select_local(self, x_RD, experts_RK - self.axis.rank * self.local_experts, weights_RK)
-        return replace(mine, combine=lambda y_CD: reduce_scatter(mine.combine(y_CD), self.axis, 0, "tokens"))
+    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Pending[Dispatched]:
+        routing = self.virtual(choice)
+        ids = start_all_gather(routing.experts_TK, self.axis, "ids")
+        weights = start_all_gather(routing.weights_TK, self.axis, "weights")
+        tokens = start_all_gather(x_TD, self.axis, "tokens")
+
+        def arrived() -> Dispatched:
+            slots = self._local_slots(ids() - self.axis.rank * self.local_experts)
+            x_CD, collect = dispatch_rows(self.kernels, slots, tokens(), weights(), self.weights_on)
+            return Dispatched(x_CD, slots.groups, lambda y_CD: start_reduce_scatter(collect(y_CD), self.axis, "tokens"))
+
+        return arrived
 
 
 class DeepEP(_Dispatcher):
-    """DeepEP's kernels (https://github.com/deepseek-ai/DeepEP), bf16 only. Send a token once to each rank it needs."""
+    """DeepEP's kernels (https://github.com/deepseek-ai/DeepEP), bf16 only. Send a token once to each rank it needs.
 
-    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Dispatched:
+    They run on DeepEP's stream, on which DeepEP records the tensors (`async_finish`). `dispatch` waits on the host for
+    the number of tokens and returns the number of rows of each expert as well, so nothing else waits.
+    """
+
+    def __call__(self, x_TD: Tensor, choice: TopKRouting) -> Pending[Dispatched]:
         assert self.buffer is not None
         buffer = self.buffer(x_TD.shape[1] * x_TD.element_size())
-        x_RD, weights_RK, experts_RK, handle = _DeepEPDispatch.apply(
-            x_TD, choice.weights_TK, choice.experts_TK, buffer, self.axis.size * self.local_experts
-        )
-        mine = _select_local(self, x_RD, experts_RK, weights_RK)
-        return replace(mine, combine=lambda y_CD: _DeepEPCombine.apply(mine.combine(y_CD), buffer, handle))
+        experts, known, handle = self.axis.size * self.local_experts, list[int](), None
+        ids_RK: Tensor
+
+        def send(x_TD: Tensor, weights_TK: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+            nonlocal handle, ids_RK
+            per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(choice.experts_TK, experts)
+            x_RD, ids_RK, weights_RK, counts, handle, event = buffer.dispatch(
+                x_TD,
+                topk_idx=choice.experts_TK,
+                topk_weights=weights_TK.float(),
+                num_tokens_per_rank=per_rank,
+                num_tokens_per_rdma_rank=per_node,
+                is_token_in_rank=in_rank,
+                num_tokens_per_expert=per_expert,
+                expert_alignment=self.token_multiple,
+                async_finish=True,
+            )
+            known.extend(counts)
+            return _after(event, x_RD, weights_RK)
+
+        def return_gradients(grad_RD: Tensor, grad_RK: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+            grad_RD, grad_RK = grad_RD.contiguous(), grad_RK.float()
+            grad_x, grad_weights, event = buffer.combine(grad_RD, handle, topk_weights=grad_RK, async_finish=True)
+            return _after(event, grad_x, grad_weights)
+
+        def send_back(y_RD: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+            y_TD, _, event = buffer.combine(y_RD, handle, async_finish=True)
+            return _after(event, y_TD)
+
+        def send_gradients(grad_TD: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+            grad_RD, *_, event = buffer.dispatch(grad_TD.contiguous(), handle=handle, async_finish=True)
+            return _after(event, grad_RD)
+
+        tokens = start((x_TD, choice.weights_TK), send, return_gradients)
+
+        def arrived() -> Dispatched:
+            x_RD, weights_RK = tokens()
+            slots = self._local_slots(ids_RK, known)
+            x_CD, collect = dispatch_rows(self.kernels, slots, x_RD, weights_RK, self.weights_on)
+
+            def combine(y_CD: Tensor) -> Pending[Tensor]:
+                results = start((collect(y_CD),), send_back, send_gradients)
+                return lambda: results()[0]
+
+            return Dispatched(x_CD, slots.groups, combine)
+
+        return arrived
+
+
+def _after(event: Any, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a function that makes the current stream wait for DeepEP's, and returns what its kernels wrote."""
+
+    def arrived() -> tuple[Tensor, ...]:
+        event.current_stream_wait()
+        return tensors
+
+    return arrived
 
 
 _KINDS: dict[DispatchMethod, Any] = {
@@ -152,55 +373,3 @@ _KINDS: dict[DispatchMethod, Any] = {
     DispatchMethod.all_gather: AllGather,
     DispatchMethod.deepep: DeepEP,
 }
-
-
-def _select_local(dispatcher: _Dispatcher, x_RD: Tensor, experts_RK: Tensor, weights_RK: Tensor) -> Dispatched:
-    """Dispatch the slots of this rank's experts: ids from 0 to `local_experts` - 1. `combine` sums per token.
-
-    Other slots are sorted to the end and dropped. The number of rows per local expert is copied to the host.
-    """
-    held = dispatcher.local_experts
-    here_RK = (experts_RK >= 0) & (experts_RK < held)
-    rows = permute_by_expert(experts_RK.where(here_RK, held), held + 1, dispatcher.token_multiple)
-    sent = dispatch_rows(dispatcher.kernels, rows, x_RD, weights_RK, dispatcher.weights_on)
-    mine = Groups(rows.groups.counts_E[:held])
-    kept = sum(mine.host)
-
-    def combine(y_CD: Tensor) -> Tensor:
-        return sent.combine(F.pad(y_CD, (0, 0, 0, sent.x_CD.shape[0] - kept)))
-
-    return Dispatched(sent.x_CD[:kept], mine, combine)
-
-
-class _DeepEPDispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, buffer: Any, experts: int) -> Any:
-        per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(experts_TK, experts)
-        x_RD, experts_RK, weights_RK, _, handle, _ = buffer.dispatch(
-            x_TD,
-            topk_idx=experts_TK,
-            topk_weights=weights_TK.float(),
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_node,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-        )
-        ctx.buffer, ctx.handle, ctx.dtype = buffer, handle, weights_TK.dtype
-        ctx.mark_non_differentiable(experts_RK)
-        return x_RD, weights_RK, experts_RK, handle
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None]:
-        grad_x, grad_weights, _ = ctx.buffer.combine(grads[0].contiguous(), ctx.handle, topk_weights=grads[1].float())
-        return grad_x, grad_weights.to(ctx.dtype), None, None, None
-
-
-class _DeepEPCombine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, buffer: Any, handle: Any) -> Tensor:
-        ctx.buffer, ctx.handle = buffer, handle
-        return buffer.combine(y_RD, handle)[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.buffer.dispatch(grads[0].contiguous(), handle=ctx.handle)[0], None, None

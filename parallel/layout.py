@@ -37,8 +37,8 @@ class Recompute(Enum):
 class DispatchMethod(Enum):
     """How tokens reach the ranks of their experts.
 
-    `all_to_all` sends each token to the ranks of its experts. `all_gather` sends every token to the whole group and
-    sums the results. It has lower latency in small groups with many experts per token. `deepep`: DeepEP's kernels.
+    `all_to_all` sends each token once to each rank of its experts. `all_gather` sends every token to the whole group
+    and sums the results. It has lower latency in small groups with many experts per token. `deepep`: DeepEP's kernels.
     """
 
     all_to_all = "all_to_all"
@@ -128,6 +128,9 @@ class ParallelConfig:
     """Used by engine=deepspeed only."""
     dispatch: DispatchMethod = DispatchMethod.all_to_all
     """Used if ep * etp > 1."""
+    exchange_node_size: int | None = None
+    """Ranks per node, for dispatch=all_to_all among several nodes: a token crosses the network once to each node and is
+    passed on there. null: it is sent to each rank directly."""
     cp_method: ContextMethod = ContextMethod.gather
     reduce_dtype: Reduce = Reduce.master
     reduce_every: ReduceEvery = ReduceEvery.micro_batch
@@ -160,6 +163,26 @@ class ParallelConfig:
             if (degree := getattr(self, key)) != AUTO and degree < 1:
                 raise ConfigError(key, degree, "must be positive")
         self._check_schedule()
+        self._check_exchange()
+
+    def _check_exchange(self) -> None:
+        size, ranks = self.exchange_node_size, self.ep * self.etp
+        if size is None:
+            return
+        if self.dispatch is not DispatchMethod.all_to_all:
+            reason = f"is for dispatch=all_to_all, not {self.dispatch.value}: omit it"
+            raise ConfigError("exchange_node_size", size, reason)
+        if size < 1 or (size < ranks and ranks % size) or (size < ranks and size % self.etp):
+            legal = [d for d in divisors(ranks) if d % self.etp == 0]
+            reason = (
+                f"must divide ep * etp = {ranks} ranks into nodes that have all etp = {self.etp} slices of an expert"
+            )
+            raise ConfigError("exchange_node_size", size, reason, legal)
+
+    @property
+    def exchange_nodes(self) -> int:
+        """Number of nodes among which tokens are exchanged by node; 1: they are sent to ranks directly."""
+        return max(1, self.ep * self.etp // self.exchange_node_size) if self.exchange_node_size else 1
 
     def _check_reductions(self) -> None:
         for key, usual in (("reduce_every", ReduceEvery.micro_batch), ("gather_experts", GatherExperts.each_pass)):

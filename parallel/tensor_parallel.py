@@ -48,7 +48,9 @@ def apply(model: Transformer, axis: MeshAxis) -> None:
         if not isinstance(feed_forward, MixtureOfExperts):
             _wrap(feed_forward, GatherScatter(feed_forward.forward, axis, 1))
         elif feed_forward.shared is not None:
-            _wrap(feed_forward.shared, GatherScatter(feed_forward.shared.forward, axis, 0))
+            shared: Any = feed_forward.shared
+            shared.first_half = Gathered(shared.first_half, axis, 0)
+            shared.second_half = partial(_compute_scatter, shared.second_half, axis)
     if model.head is not None:
         _wrap(model.head, partial(_gather_compute, model.head.forward, axis))
         model.head.shard = VocabAxis(axis, axis.rank * len(model.head.table))
@@ -58,17 +60,28 @@ def _wrap(module: Any, forward: Callable[..., Tensor]) -> None:
     module.forward = forward
 
 
-class GatherScatter:
-    """Gathers `x` along `dim`, computes this rank's partial result, and reduce-scatters it along `dim`."""
+class Gathered:
+    """Gathers `x` along `dim` and computes this rank's part."""
 
     def __init__(self, forward: Callable[..., Tensor], axis: MeshAxis, dim: int) -> None:
         self.forward, self.axis, self.dim = forward, axis, dim
 
     def __call__(self, x: Tensor, *rest: Any) -> Tensor:
-        return collectives.reduce_scatter(self.forward(self.gather(x), *rest), self.axis, self.dim, _ACTIVATIONS)
+        return self.forward(self.gather(x), *rest)
 
     def gather(self, x: Tensor) -> Tensor:
         return collectives.all_gather(x, self.axis, self.dim, _ACTIVATIONS)
+
+
+class GatherScatter(Gathered):
+    """Gathers `x` along `dim`, computes this rank's partial result, and reduce-scatters it along `dim`."""
+
+    def __call__(self, x: Tensor, *rest: Any) -> Tensor:
+        return collectives.reduce_scatter(super().__call__(x, *rest), self.axis, self.dim, _ACTIVATIONS)
+
+
+def _compute_scatter(forward: Callable[..., Tensor], axis: MeshAxis, x_TF: Tensor) -> Tensor:
+    return collectives.reduce_scatter(forward(x_TF), axis, 0, _ACTIVATIONS)
 
 
 def _gather_compute(forward: Callable[..., Tensor], axis: MeshAxis, x_BTD: Tensor, *rest: Any) -> Tensor:

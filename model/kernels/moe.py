@@ -6,7 +6,7 @@ which threads run.
 Two operations serve permute, unpermute and both backward passes, because each is the transpose of the other:
 
     spread:   row[c]   = weight[slot of c] * token[slot of c // K], zero where c is padding
-    collect:  token[t] = sum over k of weight[t, k] * row[place[t, k]]
+    collect:  token[t] = sum over k of weight[t, k] * row[place[t, k]], without slots that have no row
 
 The gradient of a weight is the dot product of its token and its row. The backward pass computes it together with the
 other gradient, which reads both.
@@ -34,11 +34,13 @@ class SortedSlots(NamedTuple):
     source_C: Tensor
     """Slot (token * K + k) of each row, int64; arbitrary for padding rows."""
     place_TK: Tensor
-    """Row of each slot, int64."""
+    """Row of each slot, int64; -1 for a slot without a row."""
     groups: Groups
     """Rows of each expert, padding included."""
     is_padding_C1: Tensor | None = None
     """Whether each row is padding, bool; None without padding."""
+    is_partial: bool = False
+    """Whether slots may have no row. Such a slot adds nothing, and the gradient of its weight is zero."""
 
     @property
     def top_k(self) -> int:
@@ -200,8 +202,14 @@ class TorchKernels(StepKernels):
 
 
 def _rows_of_tokens(y_CD: Tensor, slots: SortedSlots) -> Tensor:
-    """Return the rows of each token [T, K, D]."""
-    return y_CD.index_select(0, slots.place_TK.flatten()).view(*slots.place_TK.shape, y_CD.shape[1])
+    """Return the rows of each token [T, K, D], zero for slots without a row."""
+    shape = (*slots.place_TK.shape, y_CD.shape[1])
+    if not slots.is_partial:
+        return y_CD.index_select(0, slots.place_TK.flatten()).view(shape)
+    if not len(y_CD):
+        return y_CD.new_zeros(shape)
+    rows_TKD = y_CD.index_select(0, slots.place_TK.flatten().clamp(min=0)).view(shape)
+    return rows_TKD.masked_fill_((slots.place_TK < 0)[..., None], 0)
 
 
 def _dot_products(x_TD: Tensor, rows_TKD: Tensor, weights_TK: Tensor) -> Tensor:

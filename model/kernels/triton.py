@@ -41,6 +41,8 @@ class TritonKernels(StepKernels):
         y_CD = None if weights_TK is None else y_CD
         given = [_dense(t) for t in (weights_TK, slots.is_padding_C1, y_CD)]
         rows_CD, found_TK = OPS.spread(_dense(x_TD), slots.source_C, slots.place_TK, *given)
+        if y_CD is not None and slots.is_partial:  # the kernel has one program per row
+            found_TK.masked_fill_(slots.place_TK < 0, 0)
         return rows_CD, None if y_CD is None else found_TK
 
     def collect(self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, x_TD: Tensor | None) -> MovedRows:
@@ -353,7 +355,7 @@ def _permute_kernels() -> tuple[Any, Any]:
                 mine = tl.load(x + token * WIDTH + columns, mask=here, other=0).to(WIDE)
             for k in tl.static_range(K):
                 row = tl.load(place + token * K + k)
-                part = tl.load(y + row * WIDTH + columns, mask=here, other=0).to(WIDE)
+                part = tl.load(y + row * WIDTH + columns, mask=here & (row >= 0), other=0).to(WIDE)
                 if x is not None:
                     products += tl.where(slots == k, tl.sum(part * mine, 0), 0)
                 if weights is not None:

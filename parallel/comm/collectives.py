@@ -2,11 +2,17 @@
 
 Each rank of an axis has the whole tensor, a shard of it, or a partial tensor. Partial tensors add up to the whole one.
 The gradient of a whole tensor is partial, because each rank uses the tensor for its own part of the loss.
+
+A function `start_...` begins a collective and returns a function that waits for its result. In the backward pass the
+order is reversed: where the forward pass waited, the transposed collective begins, and where it began, its result is
+waited for. What runs between the two overlaps with the collective in both passes, on CUDA because a collective has a
+stream of its own. torch keeps the tensors of a collective until it has been waited for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,6 +49,30 @@ def all_to_all(rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis
     return _Collective.apply(rows, there, back)
 
 
+def start_all_to_all(
+    rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str
+) -> Callable[[], Tensor]:
+    """Start `all_to_all`."""
+    return _started(
+        rows,
+        partial(_begin_all_to_all, axis=axis, purpose=purpose, send=send, receive=receive),
+        partial(_begin_all_to_all, axis=axis, purpose=purpose, send=receive, receive=send),
+        partial(axis.wait, purpose),
+    )
+
+
+def start_all_gather(shard: Tensor, axis: MeshAxis, purpose: str) -> Callable[[], Tensor]:
+    """Start `all_gather` along the first dimension."""
+    there, back = partial(_begin_all_gather, axis, purpose), partial(_begin_reduce_scatter, axis, purpose)
+    return _started(shard, there, back, partial(axis.wait, purpose))
+
+
+def start_reduce_scatter(tensor: Tensor, axis: MeshAxis, purpose: str) -> Callable[[], Tensor]:
+    """Start `reduce_scatter` along the first dimension."""
+    there, back = partial(_begin_reduce_scatter, axis, purpose), partial(_begin_all_gather, axis, purpose)
+    return _started(tensor, there, back, partial(axis.wait, purpose))
+
+
 def ring_shift(tensor: Tensor, axis: MeshAxis, purpose: str) -> Callable[[], Tensor]:
     """Start to send a tensor to the next rank of the axis, in a ring, and to receive one of the same shape from the
     previous rank. Returns a function that waits for the received tensor and returns it. No gradient flows through it.
@@ -63,25 +93,38 @@ def ring_shift(tensor: Tensor, axis: MeshAxis, purpose: str) -> Callable[[], Ten
 def all_gather_no_grad(shard: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
     if axis.size == 1:
         return shard
-    axis.count(purpose, shard)
-    parts = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:]))
-    all_gather_single(parts, shard.contiguous(), group=axis.group)
+    parts, _ = _begin_all_gather(axis, purpose, shard, async_op=False)
     return parts if dim == 0 else torch.cat(parts.chunk(axis.size), dim)
 
 
 def _reduce_scatter_no_grad(tensor: Tensor, axis: MeshAxis, dim: int, purpose: str) -> Tensor:
-    axis.count(purpose, tensor)
     parts = tensor if dim == 0 else torch.cat(tensor.chunk(axis.size, dim))
-    shard = tensor.new_empty((parts.shape[0] // axis.size, *parts.shape[1:]))
-    reduce_scatter_single(shard, parts.contiguous(), group=axis.group)
-    return shard
+    return _begin_reduce_scatter(axis, purpose, parts, async_op=False)[0]
 
 
 def _all_to_all_no_grad(rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str) -> Tensor:
+    return _begin_all_to_all(rows, send, receive, axis, purpose, async_op=False)[0]
+
+
+def _begin_all_gather(axis: MeshAxis, purpose: str, shard: Tensor, async_op: bool = True) -> _Begun:
+    axis.count(purpose, shard)
+    parts = shard.new_empty((axis.size * shard.shape[0], *shard.shape[1:]))
+    return parts, all_gather_single(parts, shard.contiguous(), group=axis.group, async_op=async_op)
+
+
+def _begin_reduce_scatter(axis: MeshAxis, purpose: str, tensor: Tensor, async_op: bool = True) -> _Begun:
+    axis.count(purpose, tensor)
+    shard = tensor.new_empty((tensor.shape[0] // axis.size, *tensor.shape[1:]))
+    return shard, reduce_scatter_single(shard, tensor.contiguous(), group=axis.group, async_op=async_op)
+
+
+def _begin_all_to_all(
+    rows: Tensor, send: list[int], receive: list[int], axis: MeshAxis, purpose: str, async_op: bool = True
+) -> _Begun:
     axis.count(purpose, rows)
     received = rows.new_empty((sum(receive), *rows.shape[1:]))
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=axis.group)
-    return received
+    work = dist.all_to_all_single(received, rows.contiguous(), receive, send, group=axis.group, async_op=async_op)
+    return received, work
 
 
 def _all_reduce_no_grad(tensor: Tensor, axis: MeshAxis, purpose: str) -> Tensor:
@@ -105,3 +148,83 @@ class _Collective(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return ctx.transposed(grads[0]), None, None
+
+
+_Begun = tuple[Tensor, Any]
+"""The result of a collective, which may not be there yet, and torch's handle to wait for it."""
+
+
+def _started(
+    tensor: Tensor, there: Callable[[Tensor], _Begun], back: Callable[[Tensor], _Begun], note: Callable[[], None]
+) -> Callable[[], Tensor]:
+    """Begin the collective `there`. `note` tells the watchdog that this rank waits for it, or for `back`."""
+
+    def transfer(collective: Callable[[Tensor], _Begun], tensor: Tensor) -> Callable[[], tuple[Tensor]]:
+        result, work = collective(tensor)
+
+        def arrived() -> tuple[Tensor]:
+            note()
+            work.wait()
+            return (result,)
+
+        return arrived
+
+    arrived = start((tensor,), partial(transfer, there), partial(transfer, back))
+    return lambda: arrived()[0]
+
+
+Transfer = Callable[..., Callable[[], tuple[Tensor, ...]]]
+"""Begins to transfer tensors. Returns a function that waits for the tensors that arrive."""
+
+
+def start(tensors: tuple[Tensor, ...], there: Transfer, back: Transfer) -> Callable[[], tuple[Tensor, ...]]:
+    """Begin to transfer tensors with `there`; in the backward pass, the gradients of what arrived with `back`. Returns
+    a function that waits for what arrives. Call it once.
+    """
+    under_way = _UnderWay(there, back)
+    link = _Start.apply(under_way, *tensors)
+    return lambda: _Finish.apply(link, under_way)
+
+
+@dataclass(eq=False)
+class _UnderWay:
+    """A transfer between its start and its end: first the one of the forward pass, then that of the gradients."""
+
+    there: Transfer
+    back: Transfer
+    arrived: Callable[[], tuple[Tensor, ...]] | None = None
+
+    def end(self) -> tuple[Tensor, ...]:
+        assert self.arrived is not None, "a transfer is waited for once"
+        arrived, self.arrived = self.arrived, None
+        return arrived()
+
+
+class _Start(torch.autograd.Function):
+    """Returns an empty tensor, whose only use is to order the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, under_way: _UnderWay, *tensors: Tensor) -> Tensor:
+        ctx.under_way = under_way
+        under_way.arrived = under_way.there(*tensors)
+        return tensors[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.under_way.end()
+
+
+class _Finish(torch.autograd.Function):
+    """Autograd runs the node that was made last first: this one starts, what was made in between runs, and `_Start`
+    waits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, under_way: _UnderWay) -> tuple[Tensor, ...]:
+        ctx.under_way = under_way
+        return under_way.end()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.under_way.arrived = ctx.under_way.back(*grads)
+        return grads[0].new_empty(0), None

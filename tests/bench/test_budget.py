@@ -45,18 +45,25 @@ def test_a_loop_over_documents_exceeds_the_budget(monkeypatch):
 
 def test_a_wait_for_the_device_is_counted(monkeypatch):
     def waiting(*args: Any) -> Any:
-        found = honest(*args)
-        found.groups.counts_E.sum().item()
-        return found
+        args[1].groups.counts_E.sum().item()
+        return honest(*args)
 
     honest = moe.dispatch_rows
     monkeypatch.setattr(moe, "dispatch_rows", waiting)
     assert budget.LayerCase()(1)[0].syncs == {"_local_scalar_dense": 1}
 
 
-@pytest.mark.parametrize("dispatch", [DispatchMethod.all_to_all, DispatchMethod.all_gather])
-def test_expert_parallelism_waits_once(monkeypatch, dispatch):
-    assert budget.syncs_ep(dispatch).syncs == {"_to_copy": 1}
+@pytest.mark.parametrize(
+    "how",
+    [
+        (DispatchMethod.all_to_all, 1),
+        (DispatchMethod.all_to_all, 8),
+        (DispatchMethod.all_to_all, 8, 4),
+        (DispatchMethod.all_gather, 1),
+    ],
+)
+def test_expert_parallelism_waits_once(monkeypatch, how):
+    assert budget.syncs_ep(*how).syncs == {"_to_copy": 1}
 
     def counting(*args: Any) -> Any:
         rows = honest(*args)
@@ -65,7 +72,7 @@ def test_expert_parallelism_waits_once(monkeypatch, dispatch):
 
     honest = expert_parallel.permute_by_expert
     monkeypatch.setattr(expert_parallel, "permute_by_expert", counting)
-    assert budget.syncs_ep(dispatch).syncs["_to_copy"] > 1, "the control"
+    assert budget.syncs_ep(*how).syncs["_to_copy"] > 1, "the control"
 
 
 def test_a_second_cast_of_weights_exceeds_the_budget(monkeypatch):

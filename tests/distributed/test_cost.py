@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from bench.layouts import LAYOUTS as CERTIFIED
 from bench.layouts import tiny
 from model.config import BalanceConfig, ModelConfig, QKNorm, WeightsOn
+from model.moe import MixtureOfExperts
 from model.roles import registry
 from parallel import cost, fsdp
 from parallel.comm.world import World
@@ -81,7 +83,9 @@ def counted(
     optimizer: OptimizerConfig = ADAMW,
     aligned: bool = False,
 ) -> Any:
-    """Return the traffic of one step, after comparing it with what torch dispatches, and the bytes this rank keeps."""
+    """Return the traffic of one step, after comparing it with what torch dispatches, the bytes this rank keeps, and the
+    numbers of ranks and nodes that each token is sent to.
+    """
     placed = placed_here(model, parallel, precision)
     engine, batch, step = synthetic(placed, optimizer, micro_batch_size)
     if aligned:
@@ -91,11 +95,28 @@ def counted(
     if parallel.pp > 1:  # the first step of a pipeline also sends shapes
         step()
         placed.meshes.traffic.take()
+    copies = count_copies(placed, parallel)
     seen, traffic = dispatched_bytes(step), placed.meshes.traffic.take()
     assert by_ranks(placed.meshes, traffic) == seen, traffic
     state = [value for entry in engine.optimizer.state.values() for value in entry.values()]
     kept = [sum(local(t).nbytes for t in tensors) for tensors in (placed.model.parameters(), state)]
-    return traffic, kept
+    return traffic, kept, copies
+
+
+def count_copies(placed: Any, parallel: ParallelConfig) -> list[tuple[int, int]]:
+    """Return a list that gets, for each token that a router sees, the number of ranks and of nodes with its experts."""
+    found: list[tuple[int, int]] = []
+    for layer in placed.model.layers.values():
+        if isinstance(layer.ffn, MixtureOfExperts):
+            experts = layer.ffn.router.weight.shape[0]
+            local, near = experts // parallel.ep, experts // placed.meshes.layout.exchange_nodes
+            layer.ffn.router.register_forward_hook(
+                lambda module, inputs, outputs, local=local, near=near: found.extend(
+                    (parallel.etp * len({expert // local for expert in chosen}), len({i // near for i in chosen}))
+                    for chosen in outputs[0].flatten(0, 1).tolist()
+                )
+            )
+    return found
 
 
 def shape(layout: Layout, micro_batch_size: int, aligned: bool = False) -> cost.BatchShape:
@@ -119,12 +140,16 @@ def assert_formulas_hold(
     """
     layout, summed = config.resolve(count), Counter[tuple[str, str]]()
     found = ranks(count, counted, model, config, precision, micro_batch_size, optimizer, aligned)
-    for rank, (traffic, (parameters, state)) in enumerate(found):
+    sent = [
+        Fraction(sum(times), len(times)) for times in zip(*(one for *_, copies in found for one in copies), strict=True)
+    ]
+    for rank, (traffic, (parameters, state), _) in enumerate(found):
         summed.update(traffic)
         kept = cost.static_bytes(model, precision, layout, precision.master_dtype, rank, matrices is not None)
         assert (kept.parameters, kept.gradients, kept.optimizer) == (parameters, parameters, state)
     batch = shape(layout, micro_batch_size, aligned)
-    assert summed == step_traffic(model, precision, layout, batch, matrices, image_tokens)
+    copies = cost.Copies(*sent) if sent else None
+    assert summed == step_traffic(model, precision, layout, batch, matrices, image_tokens, copies)
     return summed
 
 
@@ -135,6 +160,8 @@ LAYOUTS = {
     "whole-experts": (4, ParallelConfig(ep=2, gather_experts=GatherExperts.step)),
     "ep2-etp2": (4, ParallelConfig(ep=2, etp=2)),
     "tp2-ep2-fsdp2": (4, ParallelConfig(tp=2, ep=2)),
+    "by-node": (4, ParallelConfig(ep=4, exchange_node_size=2)),
+    "by-node-etp-recomputed": (4, ParallelConfig(ep=2, etp=2, exchange_node_size=2, recompute=Recompute.full)),
     "gathered": (2, ParallelConfig(ep=2, dispatch=DispatchMethod.all_gather)),
     "recomputed": (4, ParallelConfig(tp=2, ep=2, recompute=Recompute.full)),
     "recomputed-gathered": (2, ParallelConfig(ep=2, dispatch=DispatchMethod.all_gather, recompute=Recompute.full)),

@@ -33,6 +33,7 @@ def assert_as_one_process(ranks, count: int, config: ParallelConfig, model: Mode
 QUICK = {
     "hsdp-selective": (4, ParallelConfig(dp_replicate=2, recompute=Recompute.selective), 1),
     "ep-etp-gathered": (4, ParallelConfig(ep=2, etp=2, dispatch=DispatchMethod.all_gather), 2),
+    "ep-by-node": (4, ParallelConfig(ep=4, exchange_node_size=2), 2),
     "pp-zbv": (2, ParallelConfig(pp=2, schedule=PipelineSchedule.zbv), 2),
     "pp-ep": (4, ParallelConfig(pp=2, ep=2), 2),
 }
@@ -41,6 +42,7 @@ SLOW = {
     "hsdp-reduced-once": (4, ParallelConfig(dp_replicate=2, reduce_every=ReduceEvery.step), 2),
     "ep-fsdp-reduced-once": (4, ParallelConfig(ep=2, reduce_every=ReduceEvery.step), 2),
     "ep-whole-experts": (4, ParallelConfig(ep=2, gather_experts=GatherExperts.step), 2),
+    "ep-by-node-recomputed": (8, ParallelConfig(ep=4, exchange_node_size=2, recompute=Recompute.full), 2),
     "pp-tied": (3, ParallelConfig(pp=3), 1),
     "all-axes-recomputed": (8, ParallelConfig(dp_replicate=2, tp=2, ep=2, etp=2, recompute=Recompute.full), 2),
     "pp-tp-zero-bubble": (4, ParallelConfig(pp=2, tp=2, schedule=PipelineSchedule.interleaved_zero_bubble), 2),

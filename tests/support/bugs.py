@@ -17,14 +17,16 @@ import torch.distributed as dist
 
 from data.images.batch import BatchImages
 from model import moe
+from model.config import WeightsOn
 from model.kernels import TorchKernels
 from model.transformer import Stack
 from model.vision.encoder import VisionEncoder
 from model.vision.fusion import Images
-from parallel import context_parallel, fsdp, parallelize, whole_matrices
+from parallel import context_parallel, expert_parallel, fsdp, parallelize, whole_matrices
 from parallel.comm import collectives
 from parallel.context_parallel import ContextShard, RingPlan, ShardedContext
 from parallel.deepspeed import zero3, zero12
+from parallel.expert_parallel import AllToAll
 from parallel.mesh import MeshAxis, Meshes
 from parallel.pipeline import runtime
 from parallel.pipeline.deferred_wgrad import Deferred
@@ -33,6 +35,7 @@ from parallel.vision import exchange
 from parallel.vision.ahead import EncodedStep
 from parallel.vision.exchange import SpreadImages
 from precision import fp8_tiles
+from tests.support.fakes.deep_ep_buffer import Buffer
 from train.certify import worker
 from train.contrastive import loss as contrastive
 from train.engine import fsdp as engine
@@ -159,6 +162,58 @@ def experts_left_out_of_the_norm(honest, gradients, *rest):
     """The norm has only the experts of the first ep rank, as if it were summed over data parallel ranks only."""
     later = lambda one: any(split.axis.name == "ep" and split.axis.rank for split in one.spec.splits)  # noqa: E731
     return honest((one for one in gradients if not later(one)), *rest)
+
+
+@replaces(AllToAll, "_copies")
+def token_sent_twice(honest, self, ranks_TK):
+    """A token is sent for each of its experts on a rank, and each copy is computed with all of them."""
+    return moe.permute_by_expert(ranks_TK, self.axis.size + 1)
+
+
+@replaces(AllToAll, "_slots")
+def token_sent_twice(honest, self, experts_TK):  # noqa: F811
+    ranks_TK = experts_TK // self.local_experts
+    times_TK = (ranks_TK[:, :, None] == ranks_TK[:, None, :]).sum(-1)
+    rows_NE = torch.zeros_like(honest(self, experts_TK)).flatten()
+    return rows_NE.scatter_add_(0, experts_TK.flatten(), times_TK.flatten()).view(self.axis.size, -1)
+
+
+@replaces(AllToAll, "__call__")
+def token_sent_once_per_expert(honest, self, x_TD, choice):
+    """This is no bug: a token travels as often as it has experts."""
+    return self._by_slot(x_TD, self.virtual(choice))
+
+
+@replaces(AllToAll, "__call__")
+def weights_on_the_wrong_side(honest, self, *arguments):
+    """Routing weights are applied before the experts instead of after them."""
+    return honest(dataclasses.replace(self, weights_on=WeightsOn.input), *arguments)
+
+
+@replaces(AllToAll, "_copies")
+def sums_lost_beside_an_idle_rank(honest, self, ranks_TK):
+    """Sums of the ranks after the first one that gets no token are not added."""
+    copies = honest(self, ranks_TK)
+    sent = copies.groups.host[: self.axis.size]
+    before = sum(sent[: sent.index(0)] if 0 in sent else sent)
+    return copies._replace(place_TK=copies.place_TK.where(copies.place_TK < before, len(copies.source_C)))
+
+
+@replaces(AllToAll, "_by_rank")
+def weights_without_gradient(honest, self, x_TD, routing):
+    """Gradients of routing weights are not sent back."""
+    return honest(self, x_TD, moe.TopKRouting(routing.experts_TK, routing.weights_TK.detach()))
+
+
+@replaces(expert_parallel, "_after")
+def event_not_waited_for(honest, event, *tensors):
+    """What DeepEP's kernels write is read before they are done."""
+    return lambda: tensors
+
+
+@replaces(Buffer, "dispatch")
+def counts_of_deepep_not_aligned(honest, self, *arguments, expert_alignment=1, **options):
+    return honest(self, *arguments, **options)
 
 
 @replaces(parallelize, "_count_whole_sequences")

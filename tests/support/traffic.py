@@ -2,7 +2,7 @@
 
 On real ranks `parallel.mesh.Traffic` must count the same.
 
-Shapes: D hidden size, K experts per token, S slots (a rank's tokens * K * etp).
+Shapes: D hidden size.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Iterator
 import torch
 
 from data.images.batch import MODALITIES
-from model.config import AuxScope, FeedForward, LayerConfig, ModelConfig, QKNorm, WeightsOn
+from model.config import AuxScope, FeedForward, LayerConfig, ModelConfig, QKNorm
 from model.load_balance import RouterSums
 from model.roles import Role, registry
 from parallel import whole_matrices
-from parallel.cost import BatchShape, Entries, attention_traffic
-from parallel.layout import DispatchMethod, GatherExperts, Layout, Recompute, ReduceEvery
+from parallel.cost import BatchShape, Copies, Entries, attention_traffic, expert_traffic
+from parallel.layout import GatherExperts, Layout, Recompute, ReduceEvery
 from parallel.mesh import meshes_of_rank
 from parallel.parallelize import on_meta
 from parallel.sharding import ShardSpec, shard_specs
@@ -35,18 +35,22 @@ def step_traffic(
     batch: BatchShape,
     matrices: torch.dtype | None = None,
     image_tokens: int = 0,
+    copies: Copies | None = None,
 ) -> dict[tuple[str, str], int]:
     """Return the bytes that all ranks of the world hand to collectives, by axis and purpose.
 
     Bytes are summed over ranks because routing decides how much each rank sends to the experts. There must be several
     ranks, and all micro-batches must be full. `matrices`: the dtype in which Muon's matrices are sent, None without
-    Muon. `image_tokens`: those in the global batch.
+    Muon. `image_tokens`: those in the global batch. `copies`: those that were sent.
     """
     world, micro_batches = layout.world_size, batch.sequences // batch.micro_batch_size
     step, stage = _Step(model, precision, layout, batch), world // layout.pp
     found: Counter[tuple[str, str]] = Counter()
     for times, entries in (
-        *((stage * micro_batches, part()) for part in (step.tensor, step.context, step.experts, step.pipeline)),
+        *(
+            (stage * micro_batches, part)
+            for part in (step.tensor(), step.context(), step.experts(copies), step.pipeline())
+        ),
         (stage * (1 if layout.pp > 1 else micro_batches), step.gathers()),
         (stage * (1 if layout.pp > 1 or layout.reduce_every is ReduceEvery.step else micro_batches), step.reductions()),
         (stage, step.replicas()),
@@ -108,26 +112,10 @@ class _Step:
         split = layer.feed_forward is FeedForward.moe and balance.aux and balance.aux_scope is not AuxScope.whole
         return self.batch.micro_batch_size * self.model.num_experts * 8 if split else 0
 
-    def experts(self) -> Entries:
-        model, layout, ranks = self.model, self.layout, self.layout.ep * self.layout.etp
-        if ranks == 1:
-            return
-        tokens = self.tokens // layout.tp
-        slots = tokens * model.router.top_k * layout.etp
-        again, gathered = layout.recompute is Recompute.full, layout.dispatch is DispatchMethod.all_gather
-        # the combine is recomputed only if an operation after it saves tensors for the backward pass
-        weighted_here = model.router.weights_on is WeightsOn.output and not gathered
-        back_again = again and bool(model.shared_hidden_size or weighted_here)
-        if gathered:
-            there = tokens * model.hidden_size * self.size
-            back = ranks * there
-            yield ("experts", "tokens"), self.mixtures * (2 * (there + back) + again * there + back_again * back)
-            yield ("experts", "counts"), self.mixtures * (1 + again) * slots * 8
-            yield ("experts", "weights"), self.mixtures * (1 + again + ranks) * slots * self.wide
-        else:
-            sent = (4 + again + back_again) * slots * model.hidden_size * self.size
-            yield ("experts", "tokens"), self.mixtures * sent
-            yield ("experts", "counts"), self.mixtures * (1 + again) * model.num_experts * layout.etp * 8
+    def experts(self, copies: Copies | None) -> Entries:
+        tokens = self.tokens // self.layout.tp
+        for key, size in expert_traffic(self.model, self.precision, self.layout, tokens, copies):
+            yield key, self.mixtures * size
 
     def pipeline(self) -> Entries:
         """Yield hidden states from stage to stage, and their gradients back. Stages on the same rank send nothing."""

@@ -341,6 +341,8 @@ def techniques(
     spread = replace(parallel.vision, image_token_share=None)
     if spread != VisionParallelConfig():
         found["vision"] = plain(spread)
+    if parallel.exchange_node_size is not None:
+        found["exchange_node_size"] = parallel.exchange_node_size
     if freeze:
         found["frozen"] = sorted(role.name for role in roles_of(freeze))
     float8 = fp8.describe(precision) if precision and precision.uses_float8 else None

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from model.kernels import StepKernels, TorchKernels, TritonKernels
 from model.kernels.moe import SortedSlots
-from model.moe import permute_by_expert
+from model.moe import keep_rows, permute_by_expert
+from precision.gemm import Groups
 from tests.support.kernels.head_cases import FLAWS, STEPS, head_errors
 from tests.support.kernels.loss_cases import LOSSES, loss_errors
 
@@ -28,6 +29,8 @@ class Case:
     top_k: int
     multiple: int
     experts: int = 6
+    held: int | None = None
+    """Number of experts whose rows are kept; None: all."""
 
 
 CASES = {
@@ -41,6 +44,9 @@ CASES = {
     "several tiles": Case("bfloat16", 3, 1027, 2, 2),
     "most experts empty": Case("float32", 3, 16, 1, 8, experts=12),
     "no token": Case("float32", 0, 16, 2, 4),
+    "slots without rows": Case("float32", 9, 24, 3, 1, held=3),
+    "slots without rows, padded": Case("bfloat16", 9, 24, 2, 4, held=3),
+    "no slot with a row": Case("float64", 3, 8, 1, 1, held=0),
 }
 
 GATES = {"bfloat16": 8e-3, "float32": 1e-6, "float64": 1e-14}
@@ -60,7 +66,7 @@ def figures(case: Case, kernels: StepKernels, device: str, broken: str = "") -> 
 
 def _distance(found: Tensor, wanted: Tensor) -> float:
     assert found.shape == wanted.shape
-    if not wanted.numel():
+    if torch.equal(found, wanted):  # also where all are zero
         return 0.0
     return float(((found - wanted).abs().max() / wanted.abs().max()).nan_to_num(torch.inf))
 
@@ -75,6 +81,9 @@ def results(case: Case, kernels: Any, dtype: torch.dtype, device: str, broken: s
     # the last expert and one other get no token
     ranked = torch.rand(case.tokens, case.experts - 1, generator=generator).index_fill_(1, torch.tensor(1), -1)
     slots = permute_by_expert(ranked.topk(case.top_k).indices, case.experts, case.multiple)
+    if case.held is not None:
+        counts_E = slots.groups.counts_E[: case.held]
+        slots = keep_rows(slots, int(counts_E.sum()), Groups(counts_E))
     x_TD, y_CD = values(case.tokens, case.width), values(len(slots.source_C), case.width)
     weights = torch.rand(case.tokens, case.top_k, generator=generator)
     weights_TK = weights.to(device, torch.promote_types(dtype, torch.float32)).requires_grad_()
@@ -116,13 +125,14 @@ class _Plain:
             token, k = divmod(slot, top_k)
             real = slots.is_padding_C1 is None or not slots.is_padding_C1[row]
             found.append(x_TD[token] * (1 if weights_TK is None else weights_TK[token, k]) * real)
-        return torch.stack(found) if found else x_TD.sum() + x_TD.new_empty(0, x_TD.shape[1]) + _zero(weights_TK)
+        return torch.stack(found) if found else x_TD.sum() * 0 + x_TD.new_empty(0, x_TD.shape[1]) + _zero(weights_TK)
 
     def unpermute(self, y_CD: Tensor, slots: SortedSlots, weights_TK: Tensor | None) -> Tensor:
         found = []
         for token, places_K in enumerate(slots.place_TK.tolist()):
             weights = [1] * len(places_K) if weights_TK is None else weights_TK[token]
-            found.append(sum(y_CD[row] * weight for row, weight in zip(places_K, weights, strict=True)))
+            rows = [y_CD[row] * weight for row, weight in zip(places_K, weights, strict=True) if row >= 0]
+            found.append(sum(rows, y_CD.sum() * 0 + y_CD.new_zeros(y_CD.shape[1]) + _zero(weights_TK) * 0))
         return torch.stack(found) if found else y_CD.sum() + y_CD.new_empty(0, y_CD.shape[1]) + _zero(weights_TK)
 
     def swiglu(self, gate_BTF: Tensor, up_BTF: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""Measure how much of a slow network hides behind other work: `python -m bench.overlap [--json FILE]`.
+
+Two gloo ranks run an MoE layer whose exchanges of tokens each complete a fixed time after they began. Its shared expert
+takes a fixed time too, so that the load of the machine does not matter. A step (forward and backward pass) should take
+no longer than the longer of both. `waiting` is the same step with synchronous exchanges. The last rows are dense layers
+under FSDP2, whose gathers take a fixed time; they are only reported.
+
+Where exchange and shared expert take equally long, the halves of the shared expert, 2/3 and 1/3 of its matmuls, cannot
+hide exchanges of equal length completely: 1.19 is the least ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.overlap.steps import Times, gather_seconds, moe_seconds
+from core.files import write_json
+from launch.rank_pool import Pool
+from parallel.layout import Recompute
+
+LIMIT = 1.1
+RANKS = 2
+CASES: dict[str, tuple[float, float, int, Recompute]] = {
+    "exchange twice the shared expert": (2.0, 1.0, 1, Recompute.none),
+    "shared expert twice the exchange": (1.0, 2.0, 1, Recompute.none),
+    "equal": (1.0, 1.0, 1, Recompute.none),
+    "top-2, exchange twice the shared expert": (2.0, 1.0, 2, Recompute.none),
+    "recomputed, exchange twice the shared expert": (2.0, 1.0, 1, Recompute.full),
+}
+"""Exchange and shared expert in units of `SECONDS`, top-k, and recomputation."""
+LIMITED = [name for name in CASES if name != "equal"]
+SECONDS = 1.0
+
+
+def measure(ranks: Any, name: str, unit_s: float = SECONDS) -> Times:
+    """Measure one of `CASES`. `ranks`: a pool of ranks."""
+    exchange, shared, top_k, recompute = CASES[name]
+    exchanges = 4 if recompute is Recompute.none else 6
+    network_s, work_s = unit_s * exchange, unit_s * shared
+    run = partial(_fastest, ranks, moe_seconds, network_s / exchanges, work_s, top_k, recompute)
+    return Times(network_s, work_s, step_s=run(False), waiting_s=run(True))
+
+
+def _fastest(ranks: Any, function: Callable[..., list[float]], *arguments: Any) -> float:
+    """Return the seconds of the fastest step, each on its slowest rank."""
+    return min(map(max, zip(*ranks(RANKS, function, *arguments), strict=True)))
+
+
+def gathers(ranks: Any, unit_s: float = SECONDS) -> dict[str, float]:
+    """Measure FSDP2's gathers. The ratio is the step over the longer of gathers and layers."""
+    alone_s = _fastest(ranks, gather_seconds, unit_s / 12, 0.0)
+    step_s = _fastest(ranks, gather_seconds, unit_s / 12, unit_s)
+    return {"network_s": alone_s, "work_s": unit_s, "step_s": step_s, "ratio": step_s / max(alone_s, unit_s)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, help="file to write the times to")
+    arguments = parser.parse_args()
+    ranks, found = Pool(), {}
+    try:
+        for name in CASES:
+            times = measure(ranks, name)
+            found[name] = asdict(times) | {"ratio": times.ratio, "waiting_ratio": times.waiting_ratio}
+            print(f"{name}: {times.ratio:.2f} of the longer part, {times.waiting_ratio:.2f} if waiting", flush=True)
+        found["gathers"] = gathers(ranks)
+        print(f"FSDP2's gathers beside dense layers: {found['gathers']['ratio']:.2f} of the longer part")
+    finally:
+        ranks.close()
+    if arguments.json:
+        write_json(arguments.json, found)
+    return 0 if all(found[name]["ratio"] <= LIMIT for name in LIMITED) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

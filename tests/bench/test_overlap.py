@@ -1,0 +1,15 @@
+"""A slow exchange of tokens hides behind the shared expert, in both passes, and under recomputation."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.overlap.__main__ import LIMIT, LIMITED, measure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LIMITED)
+def test_the_shorter_of_exchange_and_shared_expert_is_hidden(ranks, name):
+    times = measure(ranks, name)
+    assert times.ratio <= LIMIT, times
+    assert times.waiting_s >= times.network_s + times.work_s, "the control: exchanges that are waited for at once"
