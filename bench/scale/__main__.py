@@ -63,8 +63,9 @@ class CountingStore(dist.Store):
         self.inner, self.requests = dist.HashStore(), Counter[str]()
 
     def _forward(self, name: str, *arguments: Any) -> Any:
+        answer = getattr(self.inner, name)(*arguments)
         self.requests[name] += 1
-        return getattr(self.inner, name)(*arguments)
+        return answer
 
     def set(self, key: str, value: Any) -> None:
         self._forward("set", key, value)
