@@ -6,7 +6,6 @@ Shapes: results are M x N, and K is contracted.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import mmap
 import re
@@ -35,8 +34,7 @@ def is_faster(a: Tensor, *sizes: int) -> bool:
     return _ONEDNN is not None and torch.backends.mkl.is_available() and all(n and n % 64 == 0 for n in sizes)
 
 
-@functools.cache
-def has_full_width() -> bool:
+def _has_full_width() -> bool:
     """Return whether this is an AMD processor that computes 512 bits at once (Zen 5, family 26).
 
     MKL uses half of that width, so oneDNN is twice as fast for every matmul. Zen 4 computes 512 bits in two halves:
@@ -48,6 +46,10 @@ def has_full_width() -> bool:
         return False
     family = re.search(r"^cpu family\s*:\s*(\d+)", text, re.MULTILINE)
     return "AuthenticAMD" in text and family is not None and int(family[1]) >= 26
+
+
+FULL_WIDTH = _has_full_width()
+"""Whether oneDNN computes the matmuls of experts and weight gradients too. A constant, since Dynamo reads it."""
 
 
 def multiply(a: Tensor, b_KN: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ def multiply_few_rows(x: Tensor, w_NK: Tensor) -> Tensor:
 
 def _main_part(a: Tensor, widths: torch.Size) -> int:
     """Return how many rows of `a` oneDNN gets: one of eight counts per power of two, to limit its cache of shapes."""
-    rows, by_onednn = len(a), has_full_width() and is_faster(a, *widths)
+    rows, by_onednn = len(a), FULL_WIDTH and is_faster(a, *widths)
     return rows - rows % max(16, 1 << max(rows.bit_length() - 4, 0)) if by_onednn else 0
 
 

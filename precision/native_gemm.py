@@ -125,14 +125,14 @@ def _input_gradient(grad: Tensor, w: Tensor, groups: Groups | None) -> Tensor:
 def _weight_gradient(grad: Tensor, x: Tensor, groups: Groups | None) -> Tensor:
     if groups is None:
         transposed, rows = grad.flatten(0, -2).t(), x.flatten(0, -2)
-        return cpu_gemm.multiply(transposed, rows) if cpu_gemm.has_full_width() else transposed @ rows
+        return cpu_gemm.multiply(transposed, rows) if cpu_gemm.FULL_WIDTH else transposed @ rows
     return _by_columns(grad, x, groups)
 
 
 def _loops(like: Tensor, groups: int, *widths: int) -> bool:
     """Return whether F.grouped_mm lacks a kernel for this matmul or is slower than a loop over the groups."""
     has_rows = len(like) >= 64 * max(groups, 1)  # at least 64 rows per group, on average
-    return like.dtype is torch.float64 or (has_rows and cpu_gemm.has_full_width() and cpu_gemm.is_faster(like, *widths))
+    return like.dtype is torch.float64 or (has_rows and cpu_gemm.FULL_WIDTH and cpu_gemm.is_faster(like, *widths))
 
 
 def _by_rows(a_CK: Tensor, b_EKN: Tensor, groups: Groups) -> Tensor:

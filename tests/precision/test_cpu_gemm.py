@@ -25,7 +25,7 @@ needs_onednn = pytest.mark.skipif(not cpu_gemm.is_faster(torch.zeros(1), 64), re
 @pytest.fixture(autouse=True, params=[True, False], ids=["zen5", "zen4"])
 def full_width(request, monkeypatch) -> bool:
     """Whether the processor is one for which oneDNN computes experts and weight gradients too."""
-    monkeypatch.setattr(cpu_gemm, "has_full_width", lambda: request.param)
+    monkeypatch.setattr(cpu_gemm, "FULL_WIDTH", request.param)
     return request.param
 
 
