@@ -1,0 +1,1 @@
+"""Readers of published measurements: one module per kind of table, recognised from its header."""
