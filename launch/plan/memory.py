@@ -84,7 +84,7 @@ def state_bytes(job: Job, local: LocalParameters) -> tuple[float, float, float]:
                 gradients = 2 * whole
             if job.sharding is Sharding.parameters:
                 weights, gradients = sharded(2), sharded(4)
-            return weights, gradients, sharded(8 if "bf16_moments" in job.traits else 12)
+            return weights, gradients, sharded(6 if "low_precision_optimizer" in job.traits else 12)
         case _:
             kept = {Sharding.parameters: 4, Sharding.gradients: 2, Sharding.optimizer: 0, Sharding.none: 0}
             master, small = 4, 2
@@ -94,46 +94,63 @@ def state_bytes(job: Job, local: LocalParameters) -> tuple[float, float, float]:
             return small * whole, gradients, sharded(master + 8)
 
 
-def chunks_in_flight(job: Job, at: int) -> float:
-    """Return the micro-batches whose activations stage `at` holds, as a number of passes of the whole stage."""
+def passes_in_flight(job: Job, at: int) -> list[float]:
+    """Return how many micro-batches stage `at` holds activations of at the peak, for each of its model chunks.
+
+    1F1B holds one per later stage, and its own. Interleaved 1F1B first runs `pp` micro-batches through a chunk, then
+    through the next.
+    """
     pp, vpp, batches = job.axes.pp, job.axes.vpp, job.micro_batches
-    if pp == 1:
-        return 1
     if vpp == 1:
-        return min(pp - at, batches)
-    warm_up = 2 * (pp - at - 1) + (vpp - 1) * pp + 1
-    return min(warm_up, batches * vpp) / vpp
+        return [min(pp - at, batches)]
+    warm_up = min(2 * (pp - at - 1) + (vpp - 1) * pp + 1, batches * vpp)
+    held = [0.0] * vpp
+    for step in range(warm_up):
+        held[step // pp % vpp] += 1
+    return held
 
 
 def layer_activations(job: Job, layer: int, calibration: Calibration) -> dict[str, float]:
     """Return the bytes that a layer keeps for its backward pass per micro-batch, by module."""
     shapes, axes, h = job.shapes, job.axes, job.shapes.hidden
     size = 4 if job.precision is ProductDtype.fp32 else 2
+    quantised = 1 if "fp8_activations" in job.traits else size  # inputs of products
     split = 1 / axes.tp
     whole = split if axes.sequence_parallel else 1.0
-    found = {"layernorm": size * 2 * h * whole, "residual": size * 2 * h * whole}
+    encoded = shapes.encoder is not None and layer < shapes.encoder.layers
+    seq, tokens = job.seq, job.tokens
+    if shapes.encoder is not None and encoded:
+        seq, tokens = shapes.encoder.seq, job.mbs * shapes.encoder.seq // axes.cp
+    found = {"layernorm": quantised * 2 * h * whole, "residual": size * 2 * h * whole}
     query, value, key = shapes.query_size, shapes.value_size, shapes.key_size
     found["core_attn"] = 4 * shapes.heads * split
     if job.attention is AttentionKernel.unfused:
-        found["core_attn"] += (2 * size + 1) * shapes.heads * (job.seq / axes.cp) * split
+        found["core_attn"] += (2 * size + 1) * shapes.heads * (seq / axes.cp) * split
     found["attention"] = size * (query + key + 2 * value if shapes.latent else query + 2 * key + value) * split
     if shapes.latent is not None:
         latent = shapes.latent
         found["latent"] = 2 * size * ((latent.query_rank or 0) + latent.key_rank) * whole + size * latent.rope_dim
     if shapes.dropout:
         found["dropout"] = 2 * h * whole
-    wide = 3 if shapes.gated else 2
+    if shapes.encoder is not None and not encoded:
+        found["cross_attn"] = 5 * h * whole + 2 * size * h * split
+        found["cross_attn"] += 2 * size * key * split * shapes.encoder.seq / job.seq
+        if job.attention is AttentionKernel.unfused:
+            found["cross_attn"] += (2 * size + 1) * shapes.heads * shapes.encoder.seq * split
+    wide = 2 if shapes.gated else 1
     if shapes.is_moe[layer] and shapes.experts is not None:
         moe = shapes.experts
-        routed = moe.top_k * split
-        found["dispatch"] = size * routed * axes.etp * h * calibration.dispatch_copies
-        found["moe_fc1"] = size * routed * (wide - 1) * moe.hidden
-        found["moe_act"] = size * routed * moe.hidden
-        found["mlp"] = size * wide * moe.shared_hidden * split
+        routed = moe.top_k * split * calibration.imbalance
+        found["dispatch"] = (quantised + size * calibration.dispatch_copies) * routed * axes.etp * h
+        found["moe_fc1"] = size * routed * wide * moe.hidden
+        found["moe_act"] = quantised * routed * moe.hidden
+        found["mlp"] = (size * wide + quantised) * moe.shared_hidden * split
+        if "gathered_dispatch" in job.traits:
+            found["dispatch"] += size * h * axes.ep * whole
         found["router"] = (8 * moe.count + 2 * h * calibration.router_copies) * whole
     else:
-        found["mlp"] = size * wide * shapes.ffn * split
-    return {name: job.tokens * value for name, value in found.items()}
+        found["mlp"] = (size * wide + quantised) * shapes.ffn * split
+    return {name: tokens * value for name, value in found.items()}
 
 
 _RECOMPUTED = {
@@ -168,29 +185,55 @@ def _stage_memory(job: Job, stage: PlanStage, at: int, calibration: Calibration)
     shapes, axes = job.shapes, job.axes
     local = parameters(job, stage)
     weights, gradients, optimizer = state_bytes(job, local)
-    activations = chunks_in_flight(job, at) * sum(kept_activations(job, layer, calibration) for layer in stage.layers)
+    activations = sum(
+        passes * sum(kept_activations(job, layer, calibration) for layer in chunk)
+        for passes, chunk in zip(passes_in_flight(job, at), stage.chunks, strict=True)
+    )
     whole = 1 / axes.tp if axes.sequence_parallel else 1.0
     ends = job.tokens * shapes.hidden * whole
     activations += 4 * ends * stage.head + shapes.dropout * ends * stage.embedding
     logits = 0.0
     if stage.head:
-        logits = calibration.logit_bytes(job) * job.tokens * shapes.vocab / axes.tp * (1 + shapes.mtp)
+        bytes_each = calibration.logit_bytes(job) + 4.6 * ("deferred_head_gradient" in job.traits)
+        logits = bytes_each * job.tokens * shapes.vocab / axes.tp * (1 + shapes.mtp)
     buffers = sum(_buffers(job, stage, local, calibration))
-    return StageMemory(weights, gradients, optimizer, activations, logits, buffers, _workspace(job))
+    return StageMemory(weights, gradients, optimizer, activations, logits, buffers, _workspace(job, calibration))
 
 
 def _buffers(job: Job, stage: PlanStage, local: LocalParameters, calibration: Calibration) -> Iterator[float]:
     """Yield temporary memory: one layer's recomputed activations, or a gathered unit of FSDP."""
     if job.recomputes_all and stage.layers and not stage.head:
         yield sum(layer_activations(job, stage.layers[-1], calibration).values())
+    if "fused_accumulation" in job.traits and stage.layers:
+        yield _stand_in_gradients(job, stage)
     if job.sharding is Sharding.parameters and stage.layers:
         yield 2 * 2 * 2 * local.total / len(stage.layers)
 
 
-def _workspace(job: Job) -> float:
-    """Return the bytes of workspaces: cuBLAS, and Transformer Engine's own on Hopper and later."""
+def _stand_in_gradients(job: Job, stage: PlanStage) -> float:
+    """Return the bytes of the bf16 tensors that autograd gets in place of gradients, which the products have added into
+    the fp32 ones. Transformer Engine keeps one for each shape of weights.
+    """
+    shapes, axes = job.shapes, job.axes
+    kinds = {shapes.is_moe[layer] for layer in stage.layers}
+    size = shapes.attention_parameters / axes.tp + stage.head * shapes.vocab * shapes.hidden / axes.tp
+    if False in kinds:
+        size += shapes.dense_parameters / axes.tp
+    if True in kinds:
+        size += shapes.shared_parameters / axes.tp + shapes.expert_parameters / axes.etp
+    return 2 * size
+
+
+def _workspace(job: Job, calibration: Calibration) -> float:
+    """Return the bytes of workspaces: those of cuBLAS, by torch and by Transformer Engine, and small tables."""
+    if job.software is Software.nanotron:  # tables of the rotation, and the buffers that tp gathers into
+        gathered = 2 * 2 * job.tokens * job.shapes.hidden if job.axes.tp > 1 else 0
+        return calibration.nanotron_base_mib * MIB + gathered
     if job.software is not Software.megatron:
-        return 75e6
+        return calibration.base_mib * MIB
+    ampere = job.gpu.generation is Generation.ampere
+    ours = 8.1 if "free_workspace" in job.traits and job.gpu.generation is not Generation.hopper else 32
     if "local_layers" in job.traits:
-        return 133e6
-    return 71e6 if job.gpu.generation is Generation.ampere else 100e6
+        return (calibration.base_mib + ours + 8 + 65 / job.axes.tp) * MIB
+    streams = 5 if "grouped_products" in job.traits else 1
+    return (calibration.base_mib + ours + streams * (4 if ampere else 32)) * MIB

@@ -79,7 +79,8 @@ def parameters(job: Job, stage: PlanStage) -> LocalParameters:
     shapes, axes = job.shapes, job.axes
     dense, experts, h = 0.0, 0.0, shapes.hidden
     for layer in stage.layers:
-        dense += shapes.attention_parameters / axes.tp + 2 * h
+        crossed = shapes.encoder is not None and layer >= shapes.encoder.layers
+        dense += (1 + crossed) * shapes.attention_parameters / axes.tp + 2 * h
         if shapes.latent is not None:  # the down projections are not split
             latent = shapes.latent
             whole = h * ((latent.query_rank or 0) + latent.key_rank + latent.rope_dim)
@@ -95,7 +96,7 @@ def parameters(job: Job, stage: PlanStage) -> LocalParameters:
         if layer >= shapes.layers:
             dense += 2 * h * h
     table = shapes.vocab * h / axes.tp
-    if stage.embedding:
+    if stage.embedding or (shapes.mtp and stage.head):  # later tokens are embedded again where MTP runs
         dense += table + shapes.learned_positions * h
     if stage.head and not (shapes.tied and axes.pp == 1):
         dense += table

@@ -46,6 +46,18 @@ class AttentionKernel(Enum):
     """Scores, softmax and dropout are written to memory: 5 bytes per score are kept."""
 
 
+class LossKernel(Enum):
+    """Kernel of the cross-entropy. Each keeps another number of bytes per logit."""
+
+    plain = "plain"
+    compiled = "compiled"
+    """Megatron's own fusion by torch.compile."""
+    fused = "fused"
+    """Transformer Engine's, which writes the gradient over the logits."""
+    chunked = "chunked"
+    """Head and loss together, some tokens at a time."""
+
+
 class ProductDtype(Enum):
     """Dtype of the matrix products."""
 
@@ -86,6 +98,14 @@ class ExpertShapes:
 
 
 @dataclass(frozen=True)
+class EncoderShapes:
+    """The encoder of an encoder-decoder: of all layers, the first `layers`, over sequences of `seq` tokens."""
+
+    layers: int
+    seq: int
+
+
+@dataclass(frozen=True)
 class Shapes:
     """Shapes of a decoder. `mtp`: further layers that predict later tokens, each with a head (DeepSeek-V3)."""
 
@@ -106,6 +126,7 @@ class Shapes:
     latent: LatentShapes | None = None
     experts: ExpertShapes | None = None
     mtp: int = 0
+    encoder: EncoderShapes | None = None
 
     @cached_property
     def is_moe(self) -> tuple[bool, ...]:
@@ -243,7 +264,7 @@ class Job:
     """Year of the software, with its fraction."""
     attention: AttentionKernel = AttentionKernel.flash
     recompute: frozenset[str] = field(default_factory=frozenset)
-    fused_loss: bool = False
+    loss: LossKernel = LossKernel.plain
     overlapped: bool = True
     """Whether collectives of tp, ep and dp may run beside kernels."""
     forced_balance: bool = True
