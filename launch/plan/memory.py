@@ -140,7 +140,7 @@ def layer_activations(job: Job, layer: int, calibration: Calibration) -> dict[st
     wide = 2 if shapes.gated else 1
     if shapes.is_moe[layer] and shapes.experts is not None:
         moe = shapes.experts
-        routed = moe.top_k * split * calibration.imbalance
+        routed = moe.top_k * split * (1 if job.forced_balance else calibration.imbalance)
         found["dispatch"] = (quantised + size * calibration.dispatch_copies) * routed * axes.etp * h
         found["moe_fc1"] = size * routed * wide * moe.hidden
         found["moe_act"] = quantised * routed * moe.hidden

@@ -75,6 +75,7 @@ def read(line: int, row: Row) -> Measured:
         attention=_attention(row, case),
         recompute=frozenset(filter(None, [row.get("recompute", "").strip()])),
         loss=_loss(case),
+        forced_balance=False,
         traits=_traits(row, case),
         edges=_edges(case),
     )
