@@ -38,6 +38,8 @@ class Calibration:
     attention_hopper: float = 0.50
     attention_blackwell: float = 0.50
     """Share of the bf16 peak in flash attention's forward pass. The backward pass has 2.5 times its FLOPs."""
+    attention_second: float = 0.7
+    """Rate of FlashAttention 2, relative to kernels made for the GPU's generation."""
     stream: float = 0.70
     """Share of the memory's bandwidth in elementwise kernels."""
     elementwise: float = 1.0
@@ -54,7 +56,9 @@ class Calibration:
     # Links: share of the data sheet's bandwidth; seconds per message
     nvlink: float = 0.75
     network: float = 0.75
-    latency_s: float = 1.5e-5
+    network_nanotron: float = 0.3
+    """The same in the cluster of the sweep."""
+    latency_s: float = 8e-6
     network_latency_s: float = 4e-5
     tp_exposed: float = 0.7
     ep_exposed: float = 0.9

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 Seconds = float
 
@@ -47,11 +48,21 @@ def simulate_pipeline(stages: Sequence[Sequence[ChunkTime]], batches: int, send:
     pp, chunks = len(stages), len(stages[0])
     if pp == 1:
         return PipelineTime(pace * batches, pace * batches)
-    shown = min(batches, 3 * pp)
+    shown = min(batches, 2 * pp + 2 if chunks == 1 else 2 * pp)
     if chunks > 1:
         shown = -(-shown // pp) * pp
     total = _simulate(stages, shown, send) + (batches - shown) * pace
     return PipelineTime(max(total, pace * batches), pace * batches)
+
+
+def estimate_pipeline(stages: Sequence[Sequence[ChunkTime]], batches: int, send: Seconds = 0.0) -> PipelineTime:
+    """Return the same as `simulate_pipeline` in closed form, quickly and less exactly: the busiest stage's work, and
+    once the other stages' work on a chunk.
+    """
+    work = [sum(chunk.total for chunk in stage) for stage in stages]
+    busy = max(work) * batches
+    fill = (sum(work) - max(work)) / len(stages[0])
+    return PipelineTime(busy + fill + 2 * (len(stages) - 1) * send, busy)
 
 
 def schedule(pp: int, chunks: int, stage: int, batches: int) -> list[tuple[bool, int, int]]:
@@ -80,34 +91,44 @@ def schedule(pp: int, chunks: int, stage: int, batches: int) -> list[tuple[bool,
 
 def _simulate(stages: Sequence[Sequence[ChunkTime]], batches: int, send: Seconds) -> Seconds:
     pp, chunks = len(stages), len(stages[0])
-    orders = [schedule(pp, chunks, stage, batches) for stage in range(pp)]
-    done: dict[tuple[bool, int, int], Seconds] = {}  # (forward, position along the model, micro-batch) -> end
-    clock, at = [0.0] * pp, [0] * pp
     last = pp * chunks - 1
+    forwards = [[-1.0] * batches for _ in range(last + 1)]  # ends of the passes, by place in the model and micro-batch
+    backwards = [[-1.0] * batches for _ in range(last + 1)]
+    orders = [_order(pp, chunks, stage, batches) for stage in range(pp)]
+    clock, at = [0.0] * pp, [0] * pp
     ready = list(range(pp))
     waiting: dict[tuple[bool, int, int], int] = {}
     while ready:
         stage = ready.pop()
-        while at[stage] < len(orders[stage]):
-            forward, chunk, batch = orders[stage][at[stage]]
-            position = chunk * pp + stage
-            before = (True, position - 1, batch) if forward else (False, position + 1, batch)
-            if forward and position == 0:
-                start = 0.0
-            elif not forward and position == last:
-                start = done[(True, last, batch)]
-            elif before in done:
-                start = done[before] + send
-            else:
-                waiting[before] = stage
-                break
+        order, now = orders[stage], clock[stage]
+        for index in range(at[stage], len(order)):
+            forward, chunk, batch = order[index]
+            place = chunk * pp + stage
             times = stages[stage][chunk]
-            clock[stage] = max(clock[stage], start) + (times.forward if forward else times.backward)
-            key = (forward, position, batch)
-            done[key] = clock[stage]
-            at[stage] += 1
-            if key in waiting:
-                ready.append(waiting.pop(key))
+            ends = forwards if forward else backwards
+            if forward:
+                before, ended = place - 1, forwards[place - 1][batch] if place else 0.0
+            elif place == last:
+                before, ended = last, forwards[last][batch]
+            else:
+                before, ended = place + 1, backwards[place + 1][batch]
+            if ended < 0:
+                at[stage], clock[stage] = index, now
+                waiting[forward or place == last, before, batch] = stage
+                break
+            start = ended + (send if before != place and (place or not forward) else 0.0)
+            now = max(now, start) + (times.forward if forward else times.backward)
+            ends[place][batch] = now
+            follower = waiting.pop((forward, place, batch), None)
+            if follower is not None:
+                ready.append(follower)
+        else:
+            at[stage], clock[stage] = len(order), now
     if any(place < len(order) for place, order in zip(at, orders, strict=True)):
         raise AssertionError("the schedule waits for itself")
     return max(clock)
+
+
+@lru_cache(maxsize=4096)
+def _order(pp: int, chunks: int, stage: int, batches: int) -> list[tuple[bool, int, int]]:
+    return schedule(pp, chunks, stage, batches)

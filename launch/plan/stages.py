@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from launch.plan.workload import Job, Shapes, Software
 
@@ -34,6 +34,7 @@ class LocalParameters:
         return self.dense + self.experts
 
 
+@lru_cache(maxsize=4096)
 def split_layers(job: Job) -> list[PlanStage]:
     """Return the stages of a job, first to last."""
     shapes, axes = job.shapes, job.axes
@@ -74,6 +75,7 @@ def _by_cost(shapes: Shapes, pp: int) -> list[int]:
     return counts
 
 
+@lru_cache(maxsize=16384)
 def parameters(job: Job, stage: PlanStage) -> LocalParameters:
     """Return the parameters that one rank of a stage holds, before any sharding by data parallelism."""
     shapes, axes = job.shapes, job.axes

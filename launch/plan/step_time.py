@@ -8,18 +8,20 @@ optimizer come on top. FLOPs follow `launch.plan.workload`, bytes follow docs/pl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, cached_property
 
 from launch.plan.calibration import Calibration
 from launch.plan.cluster import Generation
-from launch.plan.pipeline import ChunkTime, simulate_pipeline
+from launch.plan.pipeline import ChunkTime, PipelineTime, simulate_pipeline
 from launch.plan.stages import PlanStage, parameters, split_layers
 from launch.plan.traffic import Exchange, layer_exchanges, state_exchanges
 from launch.plan.workload import AttentionKernel, Job, ProductDtype, Sharding, Software
 
 Seconds = float
+Pipeline = Callable[[list[list[ChunkTime]], int, Seconds], PipelineTime]
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,12 @@ class LayerTime:
     host: Seconds = 0.0
     """Seconds that the device waits for the host."""
 
-    @property
+    @cached_property
     def total(self) -> Seconds:
-        return sum(getattr(self, one.name) for one in fields(self))
+        return sum(getattr(self, name) for name in CAUSES)
+
+
+CAUSES = tuple(one.name for one in fields(LayerTime))
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ class StepTime:
         return sum(getattr(self, one.name) for one in fields(self))
 
 
-def step_time(job: Job, calibration: Calibration) -> StepTime:
-    """Return the predicted time of a step."""
+def step_time(job: Job, calibration: Calibration, pipeline: Pipeline = simulate_pipeline) -> StepTime:
+    """Return the predicted time of a step. `pipeline`: how stages become a pipeline."""
     stages = split_layers(job)
     kinds = _Layers(job, calibration)
     head = _head_time(job, calibration)
@@ -77,11 +82,13 @@ def step_time(job: Job, calibration: Calibration) -> StepTime:
             ends[-1] += head * (1 + job.shapes.mtp)
         chunks.append([_split(job, time, end) for time, end in zip(found, ends, strict=True)])
     sent = _send_time(job, calibration)
-    piped = simulate_pipeline(chunks, job.micro_batches, sent)
+    piped = pipeline(chunks, job.micro_batches, sent)
     busiest = max(range(len(stages)), key=lambda at: sum(chunk.total for chunk in chunks[at]))
     layers = [kinds.of(layer) for layer in stages[busiest].layers]
+    counts = Counter(layers)
     parts = {
-        one.name: job.micro_batches * sum(getattr(layer, one.name) for layer in layers) for one in fields(LayerTime)
+        name: job.micro_batches * sum(getattr(layer, name) * count for layer, count in counts.items())
+        for name in CAUSES
     }
     last = max(sum(chunk.backward for chunk in stage) for stage in chunks)
     data = max(_data_time(job, stage, last, calibration) for stage in stages)
@@ -200,6 +207,8 @@ def _attention_time(job: Job, layer: int, calibration: Calibration) -> Seconds:
         return flops / rate + 26 * scores / (gpu.hbm * 1e9 * calibration.stream)
     flops = 3.5 * 2 * job.tokens * shapes.reach(layer, job.seq) * sizes
     rate = gpu.bf16 * 1e12 * getattr(calibration, f"attention_{generation}")
+    if job.software is not Software.megatron:
+        rate *= calibration.attention_second
     return flops * (1 + 512 / job.seq) / rate
 
 
@@ -268,7 +277,8 @@ def exchange_time(job: Job, exchange: Exchange, calibration: Calibration) -> Sec
     """Return the seconds of a collective: bytes over each kind of link, and its messages."""
     gpu = job.gpu
     inside = exchange.nvlink_bytes / (gpu.nvlink * 1e9 * calibration.nvlink)
-    across = exchange.network_bytes / (gpu.network * 1e9 * calibration.network)
+    share = calibration.network_nanotron if job.software is Software.nanotron else calibration.network
+    across = exchange.network_bytes / (gpu.network * 1e9 * share)
     each = calibration.network_latency_s if exchange.network_bytes else calibration.latency_s
     return max(inside, across) + exchange.messages * each
 

@@ -21,14 +21,19 @@ class Exchange:
 
 
 def _ring(job: Job, axis: str, purpose: str, size: float, ranks: int, span: int, calls: int = 1) -> Exchange:
-    """Return a ring collective over `ranks` that lie within `span` neighbouring GPUs: each sends (n-1)/n of `size`.
+    """Return ring collectives over `ranks` that lie within `span` neighbouring GPUs: each sends (n-1)/n of `size`.
 
-    Where the ranks fill several NVLink domains, the network carries the part that leaves a domain.
+    Where the ranks fill several NVLink domains, a ring crosses from domain to domain once, and as many rings as there
+    are members in a domain share the traffic, each with a network card of its own.
     """
     sent = size * (ranks - 1) / ranks
     if span <= job.gpu.domain:
-        return Exchange(axis, purpose, sent, 0.0, calls * min(ranks - 1, 8))
-    return Exchange(axis, purpose, 0.0, sent, calls * min(ranks - 1, 16))
+        return Exchange(axis, purpose, sent, 0.0, calls * (ranks - 1))
+    stride = max(1, span // ranks)
+    members = max(1, min(ranks, job.gpu.domain // stride))
+    if job.software is Software.deepspeed:
+        members = 1
+    return Exchange(axis, purpose, sent, sent / members, calls * (ranks - 1))
 
 
 def layer_exchanges(job: Job, is_moe: bool) -> Iterator[Exchange]:
@@ -42,7 +47,7 @@ def layer_exchanges(job: Job, is_moe: bool) -> Iterator[Exchange]:
         yield _ring(job, "tp", "activations", unit * calls, axes.tp, axes.tp, calls)
     if axes.cp > 1:
         keys = 2.0 * job.tokens * 2 * shapes.key_size / axes.tp
-        yield _ring(job, "cp", "keys", keys * axes.cp * (3 + again), axes.cp, axes.cp * axes.tp, 3 + again)
+        yield _ring(job, "cp", "keys", keys * axes.cp * (3 + again), axes.cp, axes.cp * axes.tp, 1)
     if is_moe and shapes.experts is not None and axes.ep > 1:
         yield _all_to_all(job, 4 + 2 * again)
 
@@ -83,5 +88,5 @@ def state_exchanges(job: Job, stage: PlanStage) -> Iterator[Exchange]:
             yield _ring(job, "dp", f"{purpose} gradients", 2.0 * size, ranks, span, len(stage.layers))
             continue
         gathered = gradient if job.sharding is Sharding.none else 2.0
-        yield _ring(job, "dp", f"{purpose} gradients", gradient * size, ranks, span, 8)
-        yield _ring(job, "dp", f"{purpose} parameters", gathered * size, ranks, span, 8)
+        yield _ring(job, "dp", f"{purpose} gradients", gradient * size, ranks, span)
+        yield _ring(job, "dp", f"{purpose} parameters", gathered * size, ranks, span)

@@ -151,7 +151,9 @@ def _axes(row: Row, shapes: Shapes, software: Software) -> tuple[int, Axes]:
     ep, etp = max(1, count(row, "ep", 1)), max(1, count(row, "etp", 1))
     if (dp * cp * tp) % (ep * etp):
         raise UnusableRow(f"ep*etp={ep * etp} does not divide dp*cp*tp={dp * cp * tp}")
-    vpp = max(1, count(row, "vpp", 1))
+    vpp = max(1, count(row, "vpp", 0))
+    if not number(row, "vpp") and "interleaved" in row.get("notes", "").lower():
+        vpp = min(8, max(1, shapes.layers // pp))
     if pp == 1 or pp * vpp > shapes.layers + 2:
         vpp = 1
     return ranks, Axes(tp, cp, pp, vpp, ep, etp, dp, sequence_parallel=_splits_sequence(row, software))
@@ -225,6 +227,8 @@ def _traits(row: Row, shapes: Shapes, precision: ProductDtype, released: float) 
         found.add("bf16_gradients")
         if shapes.latent is not None:
             found.add("low_precision_optimizer")
+        if number(row, "vpp") and (number(row, "ep") or 1) > 8:
+            found.add("ep_overlap")  # their recipes do where the experts leave a node, under an interleaved schedule
     return frozenset(found)
 
 
