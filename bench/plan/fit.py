@@ -30,6 +30,7 @@ PRIOR = 0.35
 """Standard deviation of the logarithm of a constant around its first value."""
 NOISE = 0.10
 """Standard deviation of the logarithm of a measured time, beyond which a row counts less."""
+NFEV = 12
 SWEEP_STEP = 5
 """Every so many rows of the sweep are fitted, for speed."""
 
@@ -51,18 +52,22 @@ class Fit:
         first = np.log([max(getattr(start, name), 1e-9) for name in self.names])
         prior = np.log([max(getattr(Calibration(), name), 1e-9) for name in self.names])
 
-        def residuals(logs: Numbers) -> Numbers:
+        def residuals(moved: Numbers) -> Numbers:
+            logs = first + moved - 1
             calibration = self.at(start, logs)
             errors = [np.log(self.predict(row, calibration) / self.measured(row)) for row in self.rows]
             scaled = np.array(errors) / NOISE
             robust = np.sign(scaled) * np.sqrt(2 * (np.sqrt(1 + scaled**2) - 1))
             return np.concatenate([self.weights * robust, (logs - prior) / PRIOR])
 
-        found = least_squares(residuals, first, max_nfev=8, diff_step=1e-3, bounds=(first - 3, first + 3))
-        return self.at(start, found.x)
+        ones = np.ones(len(first))  # moves around 1, since steps of derivatives are relative
+        found = least_squares(residuals, ones, max_nfev=NFEV, diff_step=1e-3, bounds=(ones - 3, ones + 3))
+        final = self.at(start, first + found.x - 1)
+        rounded = {name: float(f"{getattr(final, name):.4g}") for name in self.names}
+        return dataclasses.replace(final, **rounded)
 
     def at(self, start: Calibration, logs: Numbers) -> Calibration:
-        changed = {name: float(f"{np.exp(log):.4g}") for name, log in zip(self.names, logs, strict=True)}
+        changed = {name: float(np.exp(log)) for name, log in zip(self.names, logs, strict=True)}
         shares = ("product_ampere", "product_hopper", "product_blackwell", "attention_", "stream", "nvlink", "network")
         for name in changed:
             if name.startswith(shares) and not name.endswith("_s"):

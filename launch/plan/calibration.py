@@ -78,6 +78,10 @@ class Calibration:
     host_nanotron_step_s: float = 0.1
     send_s: float = 5e-5
     nanotron_send_s: float = 3e-3
+    slow_send_s: float = 0.75
+    """Seconds of a send between stages in nanotron before a fix, the cause of which was not published. It is the same
+    for all sizes.
+    """
 
     # Memory
     dispatch_copies: float = 0.0

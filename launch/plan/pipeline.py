@@ -56,11 +56,13 @@ def simulate_pipeline(stages: Sequence[Sequence[ChunkTime]], batches: int, send:
 
 
 def estimate_pipeline(stages: Sequence[Sequence[ChunkTime]], batches: int, send: Seconds = 0.0) -> PipelineTime:
-    """Return the same as `simulate_pipeline` in closed form, quickly and less exactly: the busiest stage's work, and
-    once the other stages' work on a chunk.
+    """Return the same as `simulate_pipeline` in closed form, quickly and less exactly. The pace is that of the busiest
+    stage, or of a micro-batch's round trip where slow sends leave all stages idle. The fill adds the other stages' work
+    on a chunk.
     """
     work = [sum(chunk.total for chunk in stage) for stage in stages]
-    busy = max(work) * batches
+    round_trip = (sum(work) + 2 * (len(stages) - 1) * send) / len(stages)
+    busy = max(max(work), round_trip) * batches
     fill = (sum(work) - max(work)) / len(stages[0])
     return PipelineTime(busy + fill + 2 * (len(stages) - 1) * send, busy)
 

@@ -316,7 +316,9 @@ def _send_time(job: Job, calibration: Calibration) -> Seconds:
     if axes.pp == 1:
         return 0.0
     size = 2 * job.tokens * job.shapes.hidden * (1 / axes.tp if axes.sequence_parallel else 1.0)
-    base = calibration.nanotron_send_s if job.software is Software.nanotron else calibration.send_s
+    base = calibration.send_s
+    if job.software is Software.nanotron:
+        base = calibration.slow_send_s if "slow_sends" in job.traits else calibration.nanotron_send_s
     link = gpu.nvlink * calibration.nvlink if axes.ranks <= gpu.domain else gpu.network * calibration.network
     return base + size / (link * 1e9)
 
