@@ -44,6 +44,8 @@ class Fit:
 
     rows: list[Measured]
     weights: Numbers
+    outliers: Numbers
+    """Rows whose source has gross outliers."""
     names: list[str]
     predict: Callable[[Measured, Calibration], float]
     measured: Callable[[Measured], float]
@@ -57,7 +59,9 @@ class Fit:
             calibration = self.at(start, logs)
             errors = [np.log(self.predict(row, calibration) / self.measured(row)) for row in self.rows]
             scaled = np.array(errors) / NOISE
-            robust = np.sign(scaled) * np.sqrt(2 * (np.sqrt(1 + scaled**2) - 1))
+            mild = np.sqrt(2 * (np.sqrt(1 + scaled**2) - 1))
+            strong = np.sqrt(np.log1p(scaled**2))  # trials on sick nodes are several times slower than their twins
+            robust = np.sign(scaled) * np.where(self.outliers, strong, mild)
             return np.concatenate([self.weights * robust, (logs - prior) / PRIOR])
 
         ones = np.ones(len(first))  # moves around 1, since steps of derivatives are relative
@@ -102,13 +106,15 @@ def time_fit(tables: dict[str, list[Measured]]) -> Fit:
         for one in dataclasses.fields(Calibration)
         if not one.name.startswith(MEMORY) or one.name == "nanotron_send_s"
     ]
-    return Fit(runs + sweep, np.array(weights), names, _predicted_seconds, _seconds)
+    outliers = np.array([False] * len(runs) + [True] * len(sweep))
+    return Fit(runs + sweep, np.array(weights), outliers, names, _predicted_seconds, _seconds)
 
 
 def memory_fit(tables: dict[str, list[Measured]]) -> Fit:
     rows = [row for row in tables["megatron"] if row.memory_bytes]
     names = ["imbalance", "base_mib"]
-    return Fit(rows, np.ones(len(rows)), names, lambda row, c: stage_memories(row.job, c)[-1].peak, _bytes)
+    outliers = np.full(len(rows), True)
+    return Fit(rows, np.ones(len(rows)), outliers, names, lambda row, c: stage_memories(row.job, c)[-1].peak, _bytes)
 
 
 def _recipe(row: Measured) -> tuple[object, ...]:

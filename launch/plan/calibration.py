@@ -44,7 +44,7 @@ class Calibration:
     """Share of the memory's bandwidth in elementwise kernels."""
     elementwise: float = 1.0
     """Elementwise traffic relative to fused kernels."""
-    elementwise_unfused: float = 1.6
+    elementwise_unfused: float = 1.4
     """The same for frameworks without fused kernels: nanotron, DeepSpeed, FSDP without compilation."""
     moe_traffic: float = 12.0
     """Bytes per routed token and hidden element that routing, permutation and combination move, both passes."""
@@ -72,15 +72,15 @@ class Calibration:
     host_layer_s: float = 4e-4
     """Seconds of the host per dense layer and micro-batch, both passes, in Megatron."""
     host_moe_s: float = 1.0e-3
-    host_nanotron_s: float = 4.5e-3
+    host_nanotron_s: float = 2.5e-3
     host_nanotron_tp_s: float = 2e-3
     host_step_s: float = 0.03
     host_nanotron_step_s: float = 0.1
     send_s: float = 5e-5
     nanotron_send_s: float = 3e-3
-    slow_send_s: float = 0.75
-    """Seconds of a send between stages in nanotron before a fix, the cause of which was not published. It is the same
-    for all sizes.
+    slow_batch_s: float = 1.4
+    """Seconds that a micro-batch took longer in nanotron's pipelines before a fix, the cause of which was not published.
+    They do not depend on sizes or stages.
     """
 
     # Memory

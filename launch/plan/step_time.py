@@ -73,6 +73,7 @@ def step_time(job: Job, calibration: Calibration, pipeline: Pipeline = simulate_
     stages = split_layers(job)
     kinds = _Layers(job, calibration)
     head = _head_time(job, calibration)
+    slow = calibration.slow_batch_s if job.axes.pp > 1 and "slow_batches" in job.traits else 0.0
     chunks = []
     for stage in stages:
         times = [[kinds.of(layer) for layer in chunk] for chunk in stage.chunks]
@@ -80,6 +81,7 @@ def step_time(job: Job, calibration: Calibration, pipeline: Pipeline = simulate_
         ends = [0.0] * len(found)
         if stage.head:
             ends[-1] += head * (1 + job.shapes.mtp)
+            ends[-1] += slow
         chunks.append([_split(job, time, end) for time, end in zip(found, ends, strict=True)])
     sent = _send_time(job, calibration)
     piped = pipeline(chunks, job.micro_batches, sent)
@@ -90,6 +92,7 @@ def step_time(job: Job, calibration: Calibration, pipeline: Pipeline = simulate_
         name: job.micro_batches * sum(getattr(layer, name) * count for layer, count in counts.items())
         for name in CAUSES
     }
+    parts["host"] += job.micro_batches * slow * stages[busiest].head
     last = max(sum(chunk.backward for chunk in stage) for stage in chunks)
     data = max(_data_time(job, stage, last, calibration) for stage in stages)
     if job.sharding is Sharding.parameters:
@@ -316,9 +319,7 @@ def _send_time(job: Job, calibration: Calibration) -> Seconds:
     if axes.pp == 1:
         return 0.0
     size = 2 * job.tokens * job.shapes.hidden * (1 / axes.tp if axes.sequence_parallel else 1.0)
-    base = calibration.send_s
-    if job.software is Software.nanotron:
-        base = calibration.slow_send_s if "slow_sends" in job.traits else calibration.nanotron_send_s
+    base = calibration.nanotron_send_s if job.software is Software.nanotron else calibration.send_s
     link = gpu.nvlink * calibration.nvlink if axes.ranks <= gpu.domain else gpu.network * calibration.network
     return base + size / (link * 1e9)
 

@@ -49,7 +49,7 @@ def read(line: int, row: Row) -> Measured:
         sharding=Sharding.optimizer if count(row, "zero_stage") else Sharding.none,
         software=Software.nanotron,
         released=2025.0,
-        traits=frozenset({"slow_sends"}) if row.get("after_pp_fix", "").strip().lower() == "false" else frozenset(),
+        traits=frozenset({"slow_batches"}) if row.get("after_pp_fix", "").strip().lower() == "false" else frozenset(),
     )
     status = row.get("status", "").strip()
     if status not in ("Success", "OOM", "Other"):
