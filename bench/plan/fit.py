@@ -31,7 +31,7 @@ PRIOR = 0.35
 NOISE = 0.10
 """Standard deviation of the logarithm of a measured time, beyond which a row counts less."""
 NFEV = 12
-SWEEP_STEP = 5
+SWEEP_STEP = 4
 """Every so many rows of the sweep are fitted, for speed."""
 
 Numbers = np.ndarray
@@ -104,7 +104,7 @@ def time_fit(tables: dict[str, list[Measured]]) -> Fit:
     names = [
         one.name
         for one in dataclasses.fields(Calibration)
-        if not one.name.startswith(MEMORY) or one.name == "nanotron_send_s"
+        if not one.name.startswith(MEMORY) or one.name in ("nanotron_send_s", "nanotron_sharded")
     ]
     outliers = np.array([False] * len(runs) + [True] * len(sweep))
     return Fit(runs + sweep, np.array(weights), outliers, names, _predicted_seconds, _seconds)

@@ -77,6 +77,8 @@ class Calibration:
     host_step_s: float = 0.03
     host_nanotron_step_s: float = 0.1
     send_s: float = 5e-5
+    nanotron_sharded: float = 1.3
+    """Time of ZeRO-1's reduction and gathering per tensor, relative to one all-reduce at the same bandwidth."""
     nanotron_send_s: float = 3e-3
     slow_batch_s: float = 1.4
     """Seconds that a micro-batch took longer in nanotron's pipelines before a fix, the cause of which was not published.

@@ -181,7 +181,27 @@ def kept_activations(job: Job, layer: int, calibration: Calibration) -> float:
     return total
 
 
+def _nanotron_memory(job: Job, stage: PlanStage, at: int, calibration: Calibration) -> StageMemory:
+    """Return what nanotron's allocator reserves. Its layers are not fused, so what they keep is fitted: bytes for each
+    hidden element and each element of the MLP.
+    """
+    shapes, axes, tokens = job.shapes, job.axes, job.tokens
+    local = parameters(job, stage)
+    weights, gradients, optimizer = state_bytes(job, local)
+    layer = calibration.nanotron_hidden_bytes * shapes.hidden + calibration.nanotron_ffn_bytes * shapes.ffn
+    held = sum(n * len(chunk) for n, chunk in zip(passes_in_flight(job, at), stage.chunks, strict=True))
+    logits = stage.head * calibration.nanotron_logit_bytes * tokens * shapes.vocab / axes.tp
+    buffers = calibration.nanotron_gathered_bytes * tokens * shapes.hidden
+    buffers += calibration.nanotron_layer_bytes * tokens * (shapes.hidden + shapes.ffn) / axes.tp
+    if job.sharding is Sharding.none:
+        buffers += calibration.nanotron_bucket_bytes * local.total
+    activations = held * layer * tokens / axes.tp
+    return StageMemory(weights, gradients, optimizer, activations, logits, buffers, _workspace(job, calibration))
+
+
 def _stage_memory(job: Job, stage: PlanStage, at: int, calibration: Calibration) -> StageMemory:
+    if job.software is Software.nanotron:
+        return _nanotron_memory(job, stage, at, calibration)
     shapes, axes = job.shapes, job.axes
     local = parameters(job, stage)
     weights, gradients, optimizer = state_bytes(job, local)

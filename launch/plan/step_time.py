@@ -329,7 +329,9 @@ def _data_time(job: Job, stage: PlanStage, backward: Seconds, calibration: Calib
     if job.sharding is Sharding.parameters:
         return 0.0
     total = sum(exchange_time(job, exchange, calibration) for exchange in state_exchanges(job, stage))
-    if not job.overlapped or job.software is Software.nanotron:
+    if job.software is Software.nanotron and job.sharding is Sharding.optimizer:
+        return total * calibration.nanotron_sharded  # reduced after the last backward pass
+    if not job.overlapped:
         return total
     return max(total - calibration.dp_hidden * backward, 0.15 * total)
 

@@ -64,6 +64,6 @@ def read(line: int, row: Row) -> Measured:
         memory_bytes=static * GIB if done and static else None,
         memory_kind=MemoryKind.static,
         fits=None if status == "Other" else done,
-        group=f"{hidden}x{shapes.layers}, {axes.ranks} GPUs" if done else None,
+        group=f"{hidden}x{shapes.layers}, {axes.ranks} GPUs, {job.gbs} sequences" if done else None,
         source="nanotron",
     )
