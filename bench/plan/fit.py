@@ -104,7 +104,7 @@ def time_fit(tables: dict[str, list[Measured]]) -> Fit:
     names = [
         one.name
         for one in dataclasses.fields(Calibration)
-        if not one.name.startswith(MEMORY) or one.name in ("nanotron_send_s", "nanotron_sharded")
+        if not one.name.startswith(MEMORY) or one.name in ("nanotron_send_s", "nanotron_sharded", "nanotron_dp_hidden")
     ]
     outliers = np.array([False] * len(runs) + [True] * len(sweep))
     return Fit(runs + sweep, np.array(weights), outliers, names, _predicted_seconds, _seconds)

@@ -30,6 +30,8 @@ class Calibration:
     product_blackwell: float = 0.75
     product_blackwell_fp8: float = 0.60
     product_blackwell_fp4: float = 0.45
+    power_exponent: float = 0.7
+    """How the rate of products follows the power limit."""
     product_tile: float = 150.0
     """Rows at which a product of narrow shape reaches half its rate, on an H100 in bf16."""
     group_tile: float = 150.0
@@ -52,6 +54,8 @@ class Calibration:
     """By which factor the MoE layers' overheads fell per year of software."""
     quantise: float = 1.0
     """Traffic of quantisation relative to reading 2 bytes and writing 1."""
+    quantise_expert: float = 2.0
+    """The same for the many small tensors of experts, relative to a dense layer's."""
 
     # Links: share of the data sheet's bandwidth; seconds per message
     nvlink: float = 0.75
@@ -69,14 +73,18 @@ class Calibration:
     fsdp_exposed: float = 0.15
 
     # Host
-    host_layer_s: float = 4e-4
+    host_layer_s: float = 1e-3
     """Seconds of the host per dense layer and micro-batch, both passes, in Megatron."""
-    host_moe_s: float = 1.0e-3
+    host_moe_s: float = 5e-3
+    """More seconds for a MoE layer: it waits for the counts of tokens, and launches a kernel for each step."""
+    host_quantised: float = 1.3
+    """Launches with quantisation, relative to without."""
     host_nanotron_s: float = 2.5e-3
     host_nanotron_tp_s: float = 2e-3
     host_step_s: float = 0.03
     host_nanotron_step_s: float = 0.1
     send_s: float = 5e-5
+    nanotron_dp_hidden: float = 0.9
     nanotron_sharded: float = 1.3
     """Time of ZeRO-1's reduction and gathering per tensor, relative to one all-reduce at the same bandwidth."""
     nanotron_send_s: float = 3e-3

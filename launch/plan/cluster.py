@@ -36,6 +36,8 @@ class Gpu:
     domain: int = 8
     per_node: int = 8
     host: float = 1.0
+    power: float = 1.0
+    """Power limit relative to the generation's reference (400 W, 700 W, 1,200 W), which sustained clocks follow."""
 
     def peak(self, precision: str) -> float:
         """Return the dense peak of a precision's products in FLOP/s. A format that the GPU lacks runs in bf16."""
@@ -53,15 +55,15 @@ GPUS = {
         Gpu("A100-80G", _A, 79.2, 312, 0, 0, 2039, 300, 25, host=1.3),
         Gpu("A800", _A, 79.2, 312, 0, 0, 2039, 200, 25, host=1.3),
         Gpu("H100", _H, 79.1, 989.5, 1979, 0, 3352, 450, 50),
-        Gpu("H100-96G", _H, 94.0, 835, 1670, 0, 2400, 450, 50),
+        Gpu("H100-96G", _H, 94.0, 989.5, 1979, 0, 2400, 450, 50, power=0.71),
         Gpu("H800", _H, 79.1, 989.5, 1979, 0, 3352, 200, 50),
         Gpu("H20", _H, 95.0, 148, 296, 0, 4000, 450, 50),
         Gpu("H200", _H, 139.8, 989.5, 1979, 0, 4800, 450, 50),
         Gpu("GH200", _H, 94.0, 989.5, 1979, 0, 4000, 450, 50, domain=4, per_node=4),
-        Gpu("B200", _B, 178.4, 2250, 4500, 9000, 8000, 900, 50),
-        Gpu("B300", _B, 268.0, 2250, 4500, 13500, 8000, 900, 100),
+        Gpu("B200", _B, 178.4, 2250, 4500, 9000, 8000, 900, 50, power=0.83),
+        Gpu("B300", _B, 268.0, 2250, 4500, 13500, 8000, 900, 100, power=0.92),
         Gpu("GB200", _B, 184.0, 2500, 5000, 10000, 8000, 900, 50, domain=72, per_node=4, host=1.1),
-        Gpu("GB300", _B, 277.0, 2500, 5000, 15000, 8000, 900, 100, domain=72, per_node=4, host=1.1),
+        Gpu("GB300", _B, 277.0, 2500, 5000, 15000, 8000, 900, 100, domain=72, per_node=4, host=1.1, power=1.17),
     )
 }
 _ALIASES = {"A100": "A100-80G", "H100-80G": "H100", "H100-NVL": "H100-96G", "H800-80G": "H800", "A800-80G": "A800"}

@@ -41,7 +41,7 @@ def split_layers(job: Job) -> list[PlanStage]:
     if job.software is Software.nanotron:
         counts = _by_cost(shapes, axes.pp)
     else:
-        counts = _evenly(shapes.layers, axes.pp * axes.vpp, job.edges)
+        counts = _evenly(shapes, axes.pp * axes.vpp, job.edges)
     layers = iter(range(shapes.layers))
     chunks = [tuple(next(layers) for _ in range(count)) for count in counts]
     if shapes.mtp:
@@ -50,14 +50,27 @@ def split_layers(job: Job) -> list[PlanStage]:
     return [PlanStage(found, at == 0, at == axes.pp - 1) for at, found in enumerate(stages)]
 
 
-def _evenly(layers: int, chunks: int, edges: tuple[int, int] | None) -> list[int]:
-    """Return the layers of each chunk. What remains goes to the middle: the ends hold embedding and head."""
+def _evenly(shapes: Shapes, chunks: int, edges: tuple[int, int] | None) -> list[int]:
+    """Return the layers of each chunk. If they do not divide, embedding, head and MTP fill the place of a layer each,
+    as in the layouts that recipes state for DeepSeek-V3, and the middle takes the rest.
+    """
+    layers = shapes.layers
     if edges is not None and chunks > 2:
-        inner = _evenly(layers - sum(edges), chunks - 2, None)
-        return [edges[0], *inner, edges[1]]
-    count, rest = divmod(layers, chunks)
+        first, last = edges
+        count, rest = divmod(layers - first - last, chunks - 2)
+        return [first, *[count + (at < rest) for at in range(chunks - 2)], last]
+    if layers % chunks == 0:
+        return [layers // chunks] * chunks
+    tail = 1 + shapes.mtp
+    count, rest = divmod(layers + 1 + tail, chunks)
     start = max(0, (chunks - rest) // 2)
-    return [count + (start <= at < start + rest) for at in range(chunks)]
+    sizes = [count + (start <= at < start + rest) for at in range(chunks)]
+    for at, extra in ((0, 1), (chunks - 1, tail)):
+        taken = min(sizes[at], extra)
+        sizes[at] -= taken
+        for more in range(extra - taken):  # too small a chunk: its neighbours give up layers
+            sizes[1 + more % (chunks - 2) if chunks > 2 else 0] -= 1
+    return sizes
 
 
 def _by_cost(shapes: Shapes, pp: int) -> list[int]:

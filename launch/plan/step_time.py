@@ -164,7 +164,8 @@ def product_time(job: Job, calibration: Calibration, m: float, n: float, k: floa
     tile = calibration.product_tile * balance
     rows = calibration.group_tile * balance if groups > 1 else tile
     slow = (1 + rows / m) * (1 + tile / n) * (1 + tile / k)
-    rate = peak * getattr(calibration, _efficiency(gpu.generation, job.precision))
+    rate = peak * gpu.power**calibration.power_exponent
+    rate *= getattr(calibration, _efficiency(gpu.generation, job.precision))
     return groups * 6 * m * n * k * slow / rate
 
 
@@ -209,7 +210,8 @@ def _attention_time(job: Job, layer: int, calibration: Calibration) -> Seconds:
         rate = gpu.bf16 * 1e12 * getattr(calibration, f"product_{generation}") * 0.7
         return flops / rate + 26 * scores / (gpu.hbm * 1e9 * calibration.stream)
     flops = 3.5 * 2 * job.tokens * shapes.reach(layer, job.seq) * sizes
-    rate = gpu.bf16 * 1e12 * getattr(calibration, f"attention_{generation}")
+    rate = gpu.bf16 * 1e12 * getattr(calibration, f"attention_{generation}") * gpu.power**calibration.power_exponent
+    rate *= min(1.0, 1.5 * shapes.head_dim / (shapes.head_dim + 64))  # the softmax costs the same for small heads
     if job.software is not Software.megatron:
         rate *= calibration.attention_second
     return flops * (1 + 512 / job.seq) / rate
@@ -228,7 +230,7 @@ def _elementwise_time(job: Job, is_moe: bool, calibration: Calibration) -> Secon
         moe = shapes.experts
         routed = moe.top_k / axes.tp
         traffic += 8 * (wide + 1) * (routed * moe.hidden + moe.shared_hidden / axes.tp)
-        inputs += routed * (h + (wide + 1) * moe.hidden)
+        inputs += calibration.quantise_expert * routed * (h + (wide + 1) * moe.hidden)
         extra = calibration.moe_traffic * routed * h + 60 * moe.count * whole
         extra *= calibration.moe_yearly ** (2026.5 - min(job.released, 2026.5))
     else:
@@ -292,8 +294,10 @@ def _host_time(job: Job, is_moe: bool, calibration: Calibration) -> Seconds:
         seconds = calibration.host_nanotron_s + (job.axes.tp > 1) * calibration.host_nanotron_tp_s
     else:
         seconds = calibration.host_layer_s
-        if is_moe:
-            seconds += calibration.host_moe_s * calibration.moe_yearly ** (2026.5 - min(job.released, 2026.5))
+        if is_moe and "whole_graphs" not in job.traits:
+            seconds += calibration.host_moe_s
+        if job.precision.is_quantised:
+            seconds *= calibration.host_quantised
     return seconds * job.gpu.host * (4 / 3 if job.recomputes_all else 1)
 
 
@@ -308,6 +312,7 @@ def _head_time(job: Job, calibration: Calibration) -> Seconds:
     local = job.shapes.vocab / job.axes.tp
     peak = job.gpu.bf16 * 1e12
     rate = peak * getattr(calibration, f"product_{job.gpu.generation.value}")
+    rate *= job.gpu.power**calibration.power_exponent
     products = 6 * job.tokens * local * job.shapes.hidden / rate
     traffic = 24 * job.tokens * local / (job.gpu.hbm * 1e9 * calibration.stream)
     return products + traffic
@@ -333,7 +338,8 @@ def _data_time(job: Job, stage: PlanStage, backward: Seconds, calibration: Calib
         return total * calibration.nanotron_sharded  # reduced after the last backward pass
     if not job.overlapped:
         return total
-    return max(total - calibration.dp_hidden * backward, 0.15 * total)
+    hidden = calibration.nanotron_dp_hidden if job.software is Software.nanotron else calibration.dp_hidden
+    return max(total - hidden * backward, 0.15 * total)
 
 
 def _gather_time(job: Job, stage: PlanStage, compute: Seconds, calibration: Calibration) -> Seconds:

@@ -58,7 +58,7 @@ def read(line: int, row: Row) -> Measured:
         loss=LossKernel.fused if software is Software.megatron and released > 2025 else LossKernel.plain,
         overlapped=overlapped,
         forced_balance="real routing" not in notes,
-        traits=_traits(row, shapes, precision, released),
+        traits=_traits(row, shapes, precision, released, gpu),
     )
     step = _step_seconds(row, job, ranks, notes)
     peak = number(row, "peak_mem_gb")
@@ -206,7 +206,7 @@ def _sharding(row: Row, software: Software) -> Sharding:
     return Sharding.optimizer
 
 
-def _traits(row: Row, shapes: Shapes, precision: ProductDtype, released: float) -> frozenset[str]:
+def _traits(row: Row, shapes: Shapes, precision: ProductDtype, released: float, gpu: Gpu) -> frozenset[str]:
     """Return what else the source says or is known to use."""
     notes, source = row.get("notes", "").lower(), row["source"].lower()
     stated = {
@@ -217,6 +217,8 @@ def _traits(row: Row, shapes: Shapes, precision: ProductDtype, released: float) 
         "cuda_graphs": r"cuda graph",
     }
     found = {trait for trait, pattern in stated.items() if re.search(pattern, notes)}
+    if "bridge" in source and released >= 2026.4 and gpu.generation is Generation.blackwell:
+        found.add("whole_graphs")  # its MoE recipes on Blackwell run in CUDA graphs since release 26.06
     if released >= 2024:
         found.add("fused_accumulation")
         if shapes.experts is not None:
