@@ -52,6 +52,8 @@ class Calibration:
     """Bytes per routed token and hidden element that routing, permutation and combination move, both passes."""
     moe_yearly: float = 1.25
     """By which factor the MoE layers' overheads fell per year of software."""
+    moe_fused: float = 0.6
+    """The same traffic with the kernels and whole-step graphs of 2026, relative to before."""
     quantise: float = 1.0
     """Traffic of quantisation relative to reading 2 bytes and writing 1."""
     quantise_expert: float = 2.0

@@ -229,9 +229,12 @@ def _elementwise_time(job: Job, is_moe: bool, calibration: Calibration) -> Secon
     if is_moe and shapes.experts is not None:
         moe = shapes.experts
         routed = moe.top_k / axes.tp
-        traffic += 8 * (wide + 1) * (routed * moe.hidden + moe.shared_hidden / axes.tp)
+        passes = 3.0 if shapes.biased_experts else 1.0  # bias, clamp and product are kernels of their own
+        traffic += 8 * (wide + 1) * (passes * routed * moe.hidden + moe.shared_hidden / axes.tp)
         inputs += calibration.quantise_expert * routed * (h + (wide + 1) * moe.hidden)
         extra = calibration.moe_traffic * routed * h + 60 * moe.count * whole
+        if "whole_graphs" in job.traits:
+            extra *= calibration.moe_fused
         extra *= calibration.moe_yearly ** (2026.5 - min(job.released, 2026.5))
     else:
         traffic += 8 * (wide + 1) * shapes.ffn / axes.tp
@@ -294,8 +297,8 @@ def _host_time(job: Job, is_moe: bool, calibration: Calibration) -> Seconds:
         seconds = calibration.host_nanotron_s + (job.axes.tp > 1) * calibration.host_nanotron_tp_s
     else:
         seconds = calibration.host_layer_s
-        if is_moe and "whole_graphs" not in job.traits:
-            seconds += calibration.host_moe_s
+        if is_moe and not job.traits & {"whole_graphs", "token_drop"}:  # fixed shapes need no counts
+            seconds += calibration.host_moe_s * (0.5 if "cuda_graphs" in job.traits else 1.0)
         if job.precision.is_quantised:
             seconds *= calibration.host_quantised
     return seconds * job.gpu.host * (4 / 3 if job.recomputes_all else 1)

@@ -125,6 +125,8 @@ class Shapes:
     """Tokens that a windowed layer looks back; every second layer is windowed."""
     latent: LatentShapes | None = None
     experts: ExpertShapes | None = None
+    biased_experts: bool = False
+    """Experts have biases and a clamped activation, which kernels do not fuse (GPT-OSS)."""
     mtp: int = 0
     encoder: EncoderShapes | None = None
 

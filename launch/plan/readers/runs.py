@@ -111,6 +111,7 @@ def _shapes(row: Row, model: str, notes: str) -> Shapes:
         window=_NEMO_WINDOW if "sliding window" in notes or "oss" in name else None,
         latent=latent,
         experts=_experts(row, name, notes),
+        biased_experts="oss" in name,
         mtp=1 if "deepseekv3" in name.replace("-", "") and "w/o MTP" not in notes else 0,
     )
 
@@ -214,7 +215,7 @@ def _traits(row: Row, shapes: Shapes, precision: ProductDtype, released: float, 
         "ep_overlap": r"ep overlap on|a2a overlap|\+ ep overlap|hybridep \+ ep overlap",
         "plain_all_to_all": r"nccl a2a",
         "token_drop": r"token-drop",
-        "cuda_graphs": r"cuda graph",
+        "cuda_graphs": r"cuda graph|hybridep",
     }
     found = {trait for trait, pattern in stated.items() if re.search(pattern, notes)}
     if "bridge" in source and released >= 2026.4 and gpu.generation is Generation.blackwell:
