@@ -35,7 +35,7 @@ SWEEP_STEP = 4
 """Every so many rows of the sweep are fitted, for speed."""
 
 Numbers = np.ndarray
-MEMORY = ("imbalance", "base_mib", "nanotron_", "dispatch_", "router_", "usable")
+MEMORY = ("imbalance", "base_mib", "nanotron_", "dispatch_", "router_", "usable", "all_to_all_")
 
 
 @dataclass(frozen=True)

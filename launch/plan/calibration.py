@@ -40,6 +40,8 @@ class Calibration:
     attention_hopper: float = 0.50
     attention_blackwell: float = 0.50
     """Share of the bf16 peak in flash attention's forward pass. The backward pass has 2.5 times its FLOPs."""
+    attention_triton: float = 0.5
+    """Rate of the Triton kernel that llm-foundry ran in 2023, relative to kernels made for the GPU's generation."""
     attention_second: float = 0.7
     """Rate of FlashAttention 2, relative to kernels made for the GPU's generation."""
     stream: float = 0.70
@@ -64,6 +66,10 @@ class Calibration:
     network: float = 0.75
     network_nanotron: float = 0.3
     """The same in the cluster of the sweep."""
+    all_to_all_nvlink: float = 0.65
+    """Not fitted: 325 of 450 GB/s on H100, 497 of 900 on GB200 (2603.07685, table 7)."""
+    all_to_all_network: float = 0.88
+    """Not fitted: 44 of 50 GB/s (2603.07685, table 7)."""
     latency_s: float = 8e-6
     network_latency_s: float = 4e-5
     tp_exposed: float = 0.7

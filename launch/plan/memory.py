@@ -174,11 +174,22 @@ def kept_activations(job: Job, layer: int, calibration: Calibration) -> float:
         whole = 1 / job.axes.tp if job.axes.sequence_parallel else 1.0
         return 2 * job.tokens * job.shapes.hidden * whole
     total = sum(found.values())
+    if job.software is Software.fsdp2 and "selective" in job.recompute:
+        return _half_of_products(job, found)
     dropped = {name for kind in job.recompute for name in _RECOMPUTED.get(kind, ())}
     total -= sum(value for name, value in found.items() if name in dropped)
     if "core_attn_scores" in dropped:
         total -= found["core_attn"]
     return total
+
+
+def _half_of_products(job: Job, found: dict[str, float]) -> float:
+    """Return what torchtitan's selective checkpointing keeps: a layer's input, the attention, and the result of every
+    second product.
+    """
+    shapes, whole = job.shapes, 2 * job.tokens * job.shapes.hidden
+    products = sum(found.get(name, 0.0) for name in ("attention", "mlp", "moe_fc1", "moe_act", "dispatch"))
+    return whole + found["core_attn"] + 2 * job.tokens * shapes.value_size / job.axes.tp + (products + whole) / 2
 
 
 def _nanotron_memory(job: Job, stage: PlanStage, at: int, calibration: Calibration) -> StageMemory:

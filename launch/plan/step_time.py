@@ -212,7 +212,9 @@ def _attention_time(job: Job, layer: int, calibration: Calibration) -> Seconds:
     flops = 3.5 * 2 * job.tokens * shapes.reach(layer, job.seq) * sizes
     rate = gpu.bf16 * 1e12 * getattr(calibration, f"attention_{generation}") * gpu.power**calibration.power_exponent
     rate *= min(1.0, 1.5 * shapes.head_dim / (shapes.head_dim + 64))  # the softmax costs the same for small heads
-    if job.software is not Software.megatron:
+    if job.software is Software.fsdp1:
+        rate *= calibration.attention_triton
+    elif job.software is not Software.megatron:
         rate *= calibration.attention_second
     return flops * (1 + 512 / job.seq) / rate
 
@@ -283,9 +285,12 @@ def _exposed(job: Job, axis: str, calibration: Calibration) -> float:
 
 def exchange_time(job: Job, exchange: Exchange, calibration: Calibration) -> Seconds:
     """Return the seconds of a collective: bytes over each kind of link, and its messages."""
-    gpu = job.gpu
-    inside = exchange.nvlink_bytes / (gpu.nvlink * 1e9 * calibration.nvlink)
-    share = calibration.network_nanotron if job.software is Software.nanotron else calibration.network
+    gpu, local, share = job.gpu, calibration.nvlink, calibration.network
+    if exchange.axis == "ep":
+        local, share = calibration.all_to_all_nvlink, calibration.all_to_all_network
+    elif job.software is Software.nanotron:
+        share = calibration.network_nanotron
+    inside = exchange.nvlink_bytes / (gpu.nvlink * 1e9 * local)
     across = exchange.network_bytes / (gpu.network * 1e9 * share)
     each = calibration.network_latency_s if exchange.network_bytes else calibration.latency_s
     return max(inside, across) + exchange.messages * each

@@ -63,8 +63,11 @@ def _all_to_all(job: Job, calls: int) -> Exchange:
     domains = axes.ep / inside
     local = token * moe.top_k * (inside - 1) / axes.ep
     remote = token * moe.top_k * (1 - inside / axes.ep)
-    if "plain_all_to_all" not in job.traits and job.software is Software.megatron and domains > 1:
+    old = job.released < 2024.5 or job.software in (Software.nanotron, Software.deepspeed)
+    if "plain_all_to_all" not in job.traits and not old and domains > 1:
         hit = (domains - 1) * (1 - (1 - 1 / domains) ** moe.top_k)
+        if moe.groups is not None:  # routing limited to some groups of experts, and so to as many domains
+            hit = min(hit, moe.groups * (domains - 1) / domains)
         remote = min(remote, token * hit)
         local += token * moe.top_k * (1 - inside / axes.ep)  # forwarded inside the domain
     return Exchange("ep", "tokens", local * calls, remote * calls, calls)

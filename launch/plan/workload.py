@@ -95,6 +95,8 @@ class ExpertShapes:
     every: int = 1
     """A layer is MoE if its index is a multiple of `every`, from `first_dense` on."""
     first_dense: int = 0
+    groups: int | None = None
+    """Groups of experts that a token's experts lie in (DeepSeek-V3: 4 of 8); None: no limit."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def read(line: int, row: Row) -> Measured:
         released=released,
         attention=AttentionKernel.unfused if released < 2022.8 else AttentionKernel.flash,
         recompute=recompute,
-        loss=LossKernel.fused if software is Software.megatron and released > 2025 else LossKernel.plain,
+        loss=_loss(software, released),
         overlapped=overlapped,
         forced_balance="real routing" not in notes,
         traits=_traits(row, shapes, precision, released, gpu),
@@ -126,7 +126,8 @@ def _experts(row: Row, name: str, notes: str) -> ExpertShapes | None:
     first = int(dense) if dense is not None else int(stated[1]) if stated else 0
     shared = count(row, "shared_experts", 0)
     every = max(1, count(row, "moe_every", 1))
-    return ExpertShapes(experts, count(row, "topk"), size, shared * size, every, first)
+    groups = 4 if re.search(r"deepseek-?v3", name) else None
+    return ExpertShapes(experts, count(row, "topk"), size, shared * size, every, first, groups)
 
 
 def _software(row: Row) -> Software:
@@ -153,11 +154,20 @@ def _axes(row: Row, shapes: Shapes, software: Software) -> tuple[int, Axes]:
     if (dp * cp * tp) % (ep * etp):
         raise UnusableRow(f"ep*etp={ep * etp} does not divide dp*cp*tp={dp * cp * tp}")
     vpp = max(1, count(row, "vpp", 0))
-    if not number(row, "vpp") and "interleaved" in row.get("notes", "").lower():
-        vpp = min(8, max(1, shapes.layers // pp))
+    if not number(row, "vpp") and _interleaves(row, software):
+        vpp = max((size for size in range(1, 9) if shapes.layers % (pp * size) == 0), default=1)
     if pp == 1 or pp * vpp > shapes.layers + 2:
         vpp = 1
     return ranks, Axes(tp, cp, pp, vpp, ep, etp, dp, sequence_parallel=_splits_sequence(row, software))
+
+
+def _interleaves(row: Row, software: Software) -> bool:
+    """Whether a pipeline has several chunks per stage though the table does not say how many. Megatron's users have
+    interleaved since 2023; Bridge's tables leave the cell empty where there is one chunk.
+    """
+    if "interleaved" in row.get("notes", "").lower():
+        return True
+    return software is Software.megatron and _year(row["source"]) >= 2023 and "Bridge" not in row["source"]
 
 
 def _splits_sequence(row: Row, software: Software) -> bool:
@@ -196,6 +206,12 @@ def _recompute(row: Row, software: Software) -> frozenset[str]:
     return frozenset(re.sub(r"\W", "_", word) for word in words(text) if word != "sp")
 
 
+def _loss(software: Software, released: float) -> LossKernel:
+    if software is Software.fsdp2:
+        return LossKernel.compiled
+    return LossKernel.fused if software is Software.megatron and released > 2025 else LossKernel.plain
+
+
 def _sharding(row: Row, software: Software) -> Sharding:
     text = row.get("zero", "").strip().lower()
     if re.search(r"no reshard|zero-?2|^2", text):
@@ -230,8 +246,8 @@ def _traits(row: Row, shapes: Shapes, precision: ProductDtype, released: float, 
         found.add("bf16_gradients")
         if shapes.latent is not None:
             found.add("low_precision_optimizer")
-        if number(row, "vpp") and (number(row, "ep") or 1) > 8:
-            found.add("ep_overlap")  # their recipes do where the experts leave a node, under an interleaved schedule
+    if released >= 2025.5 and (number(row, "vpp") or 1) > 1 and (number(row, "ep") or 1) > gpu.per_node:
+        found.add("ep_overlap")  # recipes do where the experts leave a node, under an interleaved schedule
     return frozenset(found)
 
 
