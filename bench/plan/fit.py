@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from scipy.optimize import least_squares
 
 from core.files import write_json
 from launch.plan.calibration import FILE, Calibration, default_calibration
-from launch.plan.memory import stage_memories
+from launch.plan.memory import GIB, peak_bytes, stage_memories
 from launch.plan.pipeline import estimate_pipeline
 from launch.plan.readers import open_table
 from launch.plan.readers.common import Measured
@@ -112,9 +113,38 @@ def time_fit(tables: dict[str, list[Measured]]) -> Fit:
 
 def memory_fit(tables: dict[str, list[Measured]]) -> Fit:
     rows = [row for row in tables["megatron"] if row.memory_bytes]
-    names = ["imbalance", "base_mib"]
     outliers = np.full(len(rows), True)
-    return Fit(rows, np.ones(len(rows)), outliers, names, lambda row, c: stage_memories(row.job, c)[-1].peak, _bytes)
+    return Fit(rows, np.ones(len(rows)), outliers, ["imbalance", "base_mib"], _last_peak, _bytes)
+
+
+def reservation_fit(tables: dict[str, list[Measured]]) -> Fit:
+    """Fit what nanotron's layers keep to the reservations of the trials that ran."""
+    rows = [row for row in tables["nanotron"] if row.reserved_bytes]
+    names = [one.name for one in dataclasses.fields(Calibration) if re.fullmatch(r"nanotron_\w+_bytes", one.name)]
+    outliers = np.full(len(rows), False)
+    return Fit(rows, np.ones(len(rows)), outliers, names, _first_peak, _reserved)
+
+
+def usable_share(tables: dict[str, list[Measured]], calibration: Calibration) -> float:
+    """Return the share of a GPU's memory above which trials most often ran out of it."""
+    shares, fits = [], []
+    for row in tables["nanotron"]:
+        if row.fits is not None:
+            shares.append(peak_bytes(row.job, calibration) / (row.job.gpu.memory_gib * GIB))
+            fits.append(row.fits)
+    found, truth = np.array(shares), np.array(fits)
+    limits = np.arange(0.80, 1.0, 0.01)
+    scores = [np.mean(found[truth] <= limit) + np.mean(found[~truth] > limit) for limit in limits]
+    best = np.flatnonzero(np.array(scores) >= max(scores) - 2e-3)
+    return round(float(limits[best].mean()), 3)
+
+
+def _last_peak(row: Measured, calibration: Calibration) -> float:
+    return stage_memories(row.job, calibration)[-1].peak
+
+
+def _first_peak(row: Measured, calibration: Calibration) -> float:
+    return stage_memories(row.job, calibration)[0].peak
 
 
 def _recipe(row: Measured) -> tuple[object, ...]:
@@ -136,12 +166,19 @@ def _bytes(row: Measured) -> float:
     return row.memory_bytes
 
 
+def _reserved(row: Measured) -> float:
+    assert row.reserved_bytes is not None
+    return row.reserved_bytes
+
+
 def main(arguments: Sequence[str]) -> None:
     folder, what = Path(arguments[0]), arguments[1:] or ["memory", "time"]
     tables = rows_to_fit(folder)
     calibration = default_calibration()
     if "memory" in what:
         calibration = memory_fit(tables).run(calibration)
+        calibration = reservation_fit(tables).run(calibration)
+        calibration = dataclasses.replace(calibration, usable=usable_share(tables, calibration))
     if "time" in what:
         calibration = time_fit(tables).run(calibration)
     stored = {"fitted_on": SPLIT, "constants": dataclasses.asdict(calibration)}

@@ -36,6 +36,8 @@ class Measured:
     step_s: float | None = None
     memory_bytes: float | None = None
     memory_kind: MemoryKind = MemoryKind.fullest_rank_peak
+    reserved_bytes: float | None = None
+    """Peak of the allocator's reservation on the first rank."""
     fits: bool | None = None
     group: str | None = None
     """Name of the group of rows with one model on one number of GPUs, between which layout regret is measured."""

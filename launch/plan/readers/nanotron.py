@@ -55,7 +55,7 @@ def read(line: int, row: Row) -> Measured:
     if status not in ("Success", "OOM", "Other"):
         raise UnusableRow(f"status={status!r} is neither Success, OOM nor Other")
     done = status == "Success"
-    tokens_s, static = number(row, "tok/s/gpu"), number(row, "Mem Alloc (GB)")
+    tokens_s, static, peak = (number(row, name) for name in ("tok/s/gpu", "Mem Alloc (GB)", "Mem Res (GB)"))
     step = job.gbs * seq / (tokens_s * axes.ranks) if done and tokens_s else None
     return Measured(
         number=line,
@@ -63,6 +63,7 @@ def read(line: int, row: Row) -> Measured:
         step_s=step,
         memory_bytes=static * GIB if done and static else None,
         memory_kind=MemoryKind.static,
+        reserved_bytes=peak * GIB if done and peak else None,
         fits=None if status == "Other" else done,
         group=f"{hidden}x{shapes.layers}, {axes.ranks} GPUs, {job.gbs} sequences" if done else None,
         source="nanotron",

@@ -155,7 +155,8 @@ def _axes(row: Row, shapes: Shapes, software: Software) -> tuple[int, Axes]:
         raise UnusableRow(f"ep*etp={ep * etp} does not divide dp*cp*tp={dp * cp * tp}")
     vpp = max(1, count(row, "vpp", 0))
     if not number(row, "vpp") and _interleaves(row, software):
-        vpp = max((size for size in range(1, 9) if shapes.layers % (pp * size) == 0), default=1)
+        even = [size for size in range(2, 9) if shapes.layers % (pp * size) == 0]
+        vpp = max(even, default=max(1, min(8, shapes.layers // pp)))
     if pp == 1 or pp * vpp > shapes.layers + 2:
         vpp = 1
     return ranks, Axes(tp, cp, pp, vpp, ep, etp, dp, sequence_parallel=_splits_sequence(row, software))
@@ -235,7 +236,7 @@ def _traits(row: Row, shapes: Shapes, precision: ProductDtype, released: float, 
     }
     found = {trait for trait, pattern in stated.items() if re.search(pattern, notes)}
     if "bridge" in source and released >= 2026.4 and gpu.generation is Generation.blackwell:
-        found.add("whole_graphs")  # its MoE recipes on Blackwell run in CUDA graphs since release 26.06
+        found |= {"whole_graphs", "ep_overlap"}  # its MoE recipes on Blackwell since release 26.06
     if released >= 2024:
         found.add("fused_accumulation")
         if shapes.experts is not None:
