@@ -99,7 +99,8 @@ def rows_to_fit(folder: Path) -> dict[str, list[Measured]]:
 def time_fit(tables: dict[str, list[Measured]]) -> Fit:
     """Weigh rows so that several releases of one recipe, or the many rows of a sweep, count as a few."""
     runs = [row for row in tables["runs"] + tables["simumax"] if row.step_s]
-    sweep = [row for row in tables["nanotron"] if row.step_s][::SWEEP_STEP]
+    measured = [row for row in tables["nanotron"] if row.step_s]
+    sweep = [row for at, row in enumerate(measured) if at % SWEEP_STEP == 0 or row.job.axes.ranks > 256]
     recipes = Counter(_recipe(row) for row in runs)
     weights = [recipes[_recipe(row)] ** -0.5 for row in runs] + [0.5] * len(sweep)
     names = [

@@ -66,6 +66,8 @@ class Calibration:
     network: float = 0.75
     network_nanotron: float = 0.3
     """The same in the cluster of the sweep."""
+    network_nanotron_wide: float = 0.5
+    """Relative to that, between more than 32 nodes."""
     all_to_all_nvlink: float = 0.65
     """Not fitted: 325 of 450 GB/s on H100, 497 of 900 on GB200 (2603.07685, table 7)."""
     all_to_all_network: float = 0.88

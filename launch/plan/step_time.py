@@ -290,6 +290,8 @@ def exchange_time(job: Job, exchange: Exchange, calibration: Calibration) -> Sec
         local, share = calibration.all_to_all_nvlink, calibration.all_to_all_network
     elif job.software is Software.nanotron:
         share = calibration.network_nanotron
+        if exchange.span > 256:
+            share *= calibration.network_nanotron_wide
     inside = exchange.nvlink_bytes / (gpu.nvlink * 1e9 * local)
     across = exchange.network_bytes / (gpu.network * 1e9 * share)
     each = calibration.network_latency_s if exchange.network_bytes else calibration.latency_s

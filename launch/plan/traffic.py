@@ -18,6 +18,8 @@ class Exchange:
     nvlink_bytes: float
     network_bytes: float
     messages: float
+    span: int = 0
+    """GPUs over which the ranks of a group are spread."""
 
 
 def _ring(job: Job, axis: str, purpose: str, size: float, ranks: int, span: int, calls: int = 1) -> Exchange:
@@ -33,7 +35,7 @@ def _ring(job: Job, axis: str, purpose: str, size: float, ranks: int, span: int,
     members = max(1, min(ranks, job.gpu.domain // stride))
     if job.software is Software.deepspeed:
         members = 1
-    return Exchange(axis, purpose, sent, sent / members, calls * (ranks - 1))
+    return Exchange(axis, purpose, sent, sent / members, calls * (ranks - 1), span)
 
 
 def layer_exchanges(job: Job, is_moe: bool) -> Iterator[Exchange]:
