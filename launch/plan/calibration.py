@@ -99,8 +99,8 @@ class Calibration:
     """Time of ZeRO-1's reduction and gathering per tensor, relative to one all-reduce at the same bandwidth."""
     nanotron_send_s: float = 3e-3
     slow_batch_s: float = 1.4
-    """Seconds that a micro-batch took longer in nanotron's pipelines before a fix, the cause of which was not published.
-    They do not depend on sizes or stages.
+    """Seconds that a micro-batch took longer in nanotron's pipelines before a fix. The cause was not published, and
+    sizes and stages do not matter.
     """
 
     # Memory

@@ -22,7 +22,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Trial:
+class MeasuredLayout:
     """A measured layout in a group of layouts between which a planner chooses."""
 
     group: str
@@ -58,11 +58,11 @@ def fit_scores(outcomes: Iterable[tuple[bool, bool]]) -> dict[str, Any]:
     return {"balanced_accuracy": statistics.fmean(shares) if len(shares) == 2 else None, "n": len(outcomes)}
 
 
-def regret_scores(trials: Iterable[Trial]) -> dict[str, Any]:
+def regret_scores(trials: Iterable[MeasuredLayout]) -> dict[str, Any]:
     """Return how good the predicted layouts are: the measured throughput of the layout with the lowest predicted time
     over the best measured one, for each group of at least two.
     """
-    groups: dict[str, list[Trial]] = {}
+    groups: dict[str, list[MeasuredLayout]] = {}
     for trial in trials:
         groups.setdefault(trial.group, []).append(trial)
     shares = []

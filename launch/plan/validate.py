@@ -11,7 +11,7 @@ from launch.plan.calibration import Calibration
 from launch.plan.memory import GIB, StageMemory, stage_memories
 from launch.plan.readers import open_table
 from launch.plan.readers.common import Measured, MemoryKind, Skipped, Table
-from launch.plan.scores import Pair, Trial, error_scores, fit_scores, memory_scores, regret_scores
+from launch.plan.scores import Pair, MeasuredLayout, error_scores, fit_scores, memory_scores, regret_scores
 from launch.plan.step_time import step_time
 
 
@@ -79,13 +79,13 @@ def report(table: Table, predictions: list[Prediction]) -> dict[str, Any]:
     }
 
 
-def _trials(predictions: list[Prediction]) -> Iterator[Trial]:
+def _trials(predictions: list[Prediction]) -> Iterator[MeasuredLayout]:
     """Yield the layouts that ran and that the planner would allow."""
     for one in predictions:
         if one.row.group is not None and one.row.step_s and one.fits:
             job = one.row.job
             tokens = job.gbs * job.seq
-            yield Trial(one.row.group, one.step_s / tokens, tokens / one.row.step_s)
+            yield MeasuredLayout(one.row.group, one.step_s / tokens, tokens / one.row.step_s)
 
 
 def _skipped(one: Skipped) -> dict[str, Any]:

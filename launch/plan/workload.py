@@ -14,6 +14,9 @@ from core.errors import ConfigError
 from launch.plan.cluster import Gpu
 
 
+MOST_LAYERS = 1000
+
+
 class Software(Enum):
     """The framework that runs the job. Its habits are in `launch.plan.habits`."""
 
@@ -276,6 +279,20 @@ class Job:
     """Further facts that a source states: see `launch.plan.habits`."""
     edges: tuple[int, int] | None = None
     """Layers of the first and the last stage, where a source states them."""
+
+    def __post_init__(self) -> None:
+        shapes, axes = self.shapes, self.axes
+        sizes = {name: getattr(shapes, name) for name in ("hidden", "layers", "ffn", "heads", "kv_heads", "vocab")}
+        for name, size in (sizes | {"seq": self.seq, "mbs": self.mbs, "gbs": self.gbs}).items():
+            if size < 1:
+                raise ConfigError(name, size, "must be at least 1", [1])
+        if shapes.layers > MOST_LAYERS:
+            raise ConfigError("layers", shapes.layers, f"must be at most {MOST_LAYERS}")
+        if axes.pp * axes.vpp > shapes.layers + 4:
+            reason = f"with vpp={axes.vpp} there are more chunks than the model's {shapes.layers} layers"
+            raise ConfigError("pp", axes.pp, reason)
+        if self.tokens < 1:
+            raise ConfigError("cp", axes.cp, f"must be at most seq={self.seq}")
 
     @property
     def tokens(self) -> int:

@@ -76,7 +76,9 @@ def read_rows(path: Path) -> tuple[list[str], list[tuple[int, Row]]]:
             reader = csv.DictReader(file)
             header = [name.strip() for name in reader.fieldnames or []]
             reader.fieldnames = header
-            rows = [(reader.line_num, {k: v or "" for k, v in row.items() if k is not None}) for row in reader]
+            rows: list[tuple[int, Row]] = []
+            for row in reader:
+                rows.append((reader.line_num, {name: row.get(name) or "" for name in header}))
     except OSError as error:
         raise ConfigError("validate", str(path), error.strerror or "cannot be read") from error
     except (UnicodeDecodeError, csv.Error) as error:

@@ -173,7 +173,7 @@ def _interleaves(row: Row, software: Software) -> bool:
 
 def _splits_sequence(row: Row, software: Software) -> bool:
     """Whether the rest of a layer is split over tp too. Megatron does since 2022."""
-    return software is not Software.megatron or _year(row["source"]) >= 2022.4 and row.get("recompute") != "full"
+    return software is not Software.megatron or (_year(row["source"]) >= 2022.4 and row.get("recompute") != "full")
 
 
 def _micro_batch(row: Row, axes: Axes, gbs: int, software: Software) -> int:
