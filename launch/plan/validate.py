@@ -11,7 +11,7 @@ from launch.plan.calibration import Calibration
 from launch.plan.memory import GIB, StageMemory, stage_memories
 from launch.plan.readers import open_table
 from launch.plan.readers.common import Measured, MemoryKind, Skipped, Table
-from launch.plan.scores import Pair, MeasuredLayout, error_scores, fit_scores, memory_scores, regret_scores
+from launch.plan.scores import MeasuredLayout, Pair, error_scores, fit_scores, memory_scores, regret_scores
 from launch.plan.step_time import step_time
 
 

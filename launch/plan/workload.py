@@ -13,7 +13,6 @@ from functools import cached_property
 from core.errors import ConfigError
 from launch.plan.cluster import Gpu
 
-
 MOST_LAYERS = 1000
 
 
@@ -288,7 +287,8 @@ class Job:
                 raise ConfigError(name, size, "must be at least 1", [1])
         if shapes.layers > MOST_LAYERS:
             raise ConfigError("layers", shapes.layers, f"must be at most {MOST_LAYERS}")
-        if axes.pp * axes.vpp > shapes.layers + 4:
+        most = MOST_LAYERS if self.software is Software.nanotron else shapes.layers + 4  # its stages may be empty
+        if axes.pp * axes.vpp > most:
             reason = f"with vpp={axes.vpp} there are more chunks than the model's {shapes.layers} layers"
             raise ConfigError("pp", axes.pp, reason)
         if self.tokens < 1:
