@@ -52,9 +52,7 @@ def _errors(scores: dict[str, Any], show: Callable[[dict[str, Any]], str]) -> st
 
 def main(folder: Path) -> None:
     calibration = default_calibration()
-    print(
-        "| table | step time: median / mean error (rows) | memory: mean error, lowest (rows) | fits | layouts | skipped |"
-    )
+    print("| table | step time: median / mean error (rows) | memory: mean error, lowest | fits | layouts | skipped |")
     print("|---|---|---|---|---|---|")
     for name in FILES:
         table = open_table(folder / f"{name}.csv")

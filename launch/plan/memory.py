@@ -80,6 +80,8 @@ def state_bytes(job: Job, local: LocalParameters) -> tuple[float, float, float]:
                 case ProductDtype.bf16:
                     pass
             weights, gradients = 2 * whole, 4 * whole
+            if "fp8_copies" in job.traits:  # of weights, by rows and by columns
+                weights += 2 * whole
             if "bf16_gradients" in job.traits:
                 gradients = 2 * whole
             if job.sharding is Sharding.parameters:
@@ -145,8 +147,6 @@ def layer_activations(job: Job, layer: int, calibration: Calibration) -> dict[st
         found["moe_fc1"] = size * routed * wide * moe.hidden
         found["moe_act"] = quantised * routed * moe.hidden
         found["mlp"] = (size * wide + quantised) * moe.shared_hidden * split
-        if "gathered_dispatch" in job.traits:
-            found["dispatch"] += size * h * axes.ep * whole
         found["router"] = (8 * moe.count + 2 * h * calibration.router_copies) * whole
     else:
         found["mlp"] = (size * wide + quantised) * shapes.ffn * split

@@ -185,7 +185,5 @@ def _traits(row: Row, case: str) -> frozenset[str]:
     if flag(row, "grouped"):
         found.add("grouped_products")
     if row.get("fp8"):
-        found.add("fp8_activations")
-    if re.search(r"ep\d.*muon|moe_mcore_te_ep8", case):
-        found.add("gathered_dispatch")
+        found |= {"fp8_activations", "fp8_copies"}
     return frozenset(found)
