@@ -58,7 +58,7 @@ def read(line: int, row: Row) -> Measured:
         loss=_loss(software, released),
         overlapped=overlapped,
         forced_balance="real routing" not in notes,
-        traits=_traits(row, shapes, precision, released, gpu),
+        traits=_traits(row, shapes, axes, precision, released, gpu),
     )
     step = _step_seconds(row, job, ranks, notes)
     peak = number(row, "peak_mem_gb")
@@ -155,8 +155,9 @@ def _axes(row: Row, shapes: Shapes, software: Software) -> tuple[int, Axes]:
         raise UnusableRow(f"ep*etp={ep * etp} does not divide dp*cp*tp={dp * cp * tp}")
     vpp = max(1, count(row, "vpp", 0))
     if not number(row, "vpp") and _interleaves(row, software):
-        even = [size for size in range(2, 9) if shapes.layers % (pp * size) == 0]
-        vpp = max(even, default=max(1, min(8, shapes.layers // pp)))
+        # embedding and head often take the place of a layer each: 126 layers of Llama 3, 61 of DeepSeek-V3
+        whole = (shapes.layers, shapes.layers + 2 + shapes.mtp)
+        vpp = max((size for size in range(1, 9) if any(count % (pp * size) == 0 for count in whole)), default=1)
     if pp == 1 or pp * vpp > shapes.layers + 2:
         vpp = 1
     return ranks, Axes(tp, cp, pp, vpp, ep, etp, dp, sequence_parallel=_splits_sequence(row, software))
@@ -224,7 +225,7 @@ def _sharding(row: Row, software: Software) -> Sharding:
     return Sharding.optimizer
 
 
-def _traits(row: Row, shapes: Shapes, precision: ProductDtype, released: float, gpu: Gpu) -> frozenset[str]:
+def _traits(row: Row, shapes: Shapes, axes: Axes, precision: ProductDtype, released: float, gpu: Gpu) -> frozenset[str]:
     """Return what else the source says or is known to use."""
     notes, source = row.get("notes", "").lower(), row["source"].lower()
     stated = {
@@ -247,7 +248,7 @@ def _traits(row: Row, shapes: Shapes, precision: ProductDtype, released: float, 
         found.add("bf16_gradients")
         if shapes.latent is not None:
             found.add("low_precision_optimizer")
-    if released >= 2025.5 and (number(row, "vpp") or 1) > 1 and (number(row, "ep") or 1) > gpu.per_node:
+    if released >= 2024.9 and axes.vpp > 1 and axes.ep > gpu.per_node:
         found.add("ep_overlap")  # recipes do where the experts leave a node, under an interleaved schedule
     return frozenset(found)
 
