@@ -31,7 +31,7 @@ PRIOR = 0.35
 """Standard deviation of the logarithm of a constant around its first value."""
 NOISE = 0.10
 """Standard deviation of the logarithm of a measured time, beyond which a row counts less."""
-NFEV = 12
+NFEV = 40
 SWEEP_STEP = 4
 """Every so many rows of the sweep are fitted, for speed."""
 
@@ -75,7 +75,7 @@ class Fit:
         changed = {name: float(np.exp(log)) for name, log in zip(self.names, logs, strict=True)}
         shares = ("product_ampere", "product_hopper", "product_blackwell", "attention_", "stream", "nvlink", "network")
         for name in changed:
-            if name.startswith(shares) and not name.endswith("_s"):
+            if (name.startswith(shares) or name.endswith("_exposed")) and not name.endswith("_s"):
                 changed[name] = min(changed[name], 1.0)
         return dataclasses.replace(start, **changed)
 
