@@ -14,7 +14,7 @@ from bench.plan.fit import SPLIT
 from launch.plan.calibration import default_calibration
 from launch.plan.readers import open_table
 from launch.plan.readers.common import Measured, Table
-from launch.plan.validate import predict, report
+from launch.plan.validate import predict_all, report
 
 FILES = ("runs", "simumax_b200", "nanotron_h100_sweep", "megatron_peak_memory")
 
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
     print("|---|---|---|---|---|---|")
     for name in FILES:
         table = open_table(folder / f"{name}.csv")
-        predictions = [predict(row, calibration) for row in table.rows]
+        predictions = predict_all(table, calibration)
         print(line(f"`{name}.csv`", report(table, predictions), len(table.skipped)))
         for label, fitted in (("fitted sources", True), ("held-out sources", False)):
             part = [one for one in predictions if is_fitted(name, one.row) == fitted]

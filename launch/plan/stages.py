@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from core.errors import ConfigError
 from launch.plan.workload import Job, Shapes, Software
 
 
@@ -42,6 +43,9 @@ def split_layers(job: Job) -> list[PlanStage]:
         counts = _by_cost(shapes, axes.pp)
     else:
         counts = _evenly(shapes, axes.pp * axes.vpp, job.edges)
+    if min(counts) < 0 or sum(counts) != shapes.layers:
+        reason = f"{shapes.layers} layers do not fill {len(counts)} chunks"
+        raise ConfigError("pp", axes.pp, reason)
     layers = iter(range(shapes.layers))
     chunks = [tuple(next(layers) for _ in range(count)) for count in counts]
     if shapes.mtp:

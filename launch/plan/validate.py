@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.errors import ConfigError
 from launch.plan.calibration import Calibration
 from launch.plan.memory import GIB, StageMemory, stage_memories
 from launch.plan.readers import open_table
@@ -51,7 +52,18 @@ def predict(row: Measured, calibration: Calibration) -> Prediction:
 def validate(path: Path, calibration: Calibration) -> dict[str, Any]:
     """Return the report on a table: see docs/plan.md for its keys."""
     table = open_table(path)
-    return report(table, [predict(row, calibration) for row in table.rows])
+    return report(table, predict_all(table, calibration))
+
+
+def predict_all(table: Table, calibration: Calibration) -> list[Prediction]:
+    """Return a prediction for each row. Rows whose layout is impossible join the skipped ones."""
+    found = []
+    for row in table.rows:
+        try:
+            found.append(predict(row, calibration))
+        except ConfigError as error:
+            table.skipped.append(Skipped(row.number, f"{error.key}={error.value}: {error.reason}"))
+    return found
 
 
 def report(table: Table, predictions: list[Prediction]) -> dict[str, Any]:

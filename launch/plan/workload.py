@@ -282,6 +282,12 @@ class Job:
     def __post_init__(self) -> None:
         shapes, axes = self.shapes, self.axes
         sizes = {name: getattr(shapes, name) for name in ("hidden", "layers", "ffn", "heads", "kv_heads", "vocab")}
+        sizes["head_dim"] = shapes.head_dim
+        if shapes.experts is not None:
+            moe = shapes.experts
+            sizes |= {"experts": moe.count, "topk": moe.top_k, "expert_ffn": moe.hidden, "moe_every": moe.every}
+        if shapes.latent is not None:
+            sizes["kv_lora_rank"] = shapes.latent.key_rank
         for name, size in (sizes | {"seq": self.seq, "mbs": self.mbs, "gbs": self.gbs}).items():
             if size < 1:
                 raise ConfigError(name, size, "must be at least 1", [1])

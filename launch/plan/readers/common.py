@@ -98,14 +98,14 @@ def number(row: Row, *names: str) -> float | None:
     return None
 
 
-def count(row: Row, name: str, default: int | None = None) -> int:
-    """Return a cell as a positive integer. Raises `UnusableRow` if it is none and there is no default."""
+def count(row: Row, name: str, default: int | None = None, least: int = 0) -> int:
+    """Return a cell as an integer. Raises `UnusableRow` if it is none and there is no default, or below `least`."""
     value = number(row, name)
     if value is None:
         if default is None:
             raise UnusableRow(f"{name} is missing")
-        return default
-    if value < 0 or value != int(value) or value > 1e12:
+        value = default
+    if value < least or value != int(value) or value > 1e12:
         raise UnusableRow(f"{name}={value:g} is no count")
     return int(value)
 

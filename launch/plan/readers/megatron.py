@@ -41,13 +41,15 @@ _RELEASE_NODES = 16
 def read(line: int, row: Row) -> Measured:
     """Return the job of one test. Raises `UnusableRow` where the model is no decoder that the planner knows."""
     case = row["case"].strip().lower()
+    if not case:
+        raise UnusableRow("case is missing")
     other = _NOT_GPT.search(case)
     if other:
         raise UnusableRow(f"{other[0]}: the model is no plain decoder, and the table does not give its other parts")
     gpu = find_gpu(_gpu_of(row["file"]))
-    tp, pp, cp, ep = (count(row, name, 1) for name in ("tp", "pp", "cp", "ep"))
+    tp, pp, cp, ep = (count(row, name, 1, least=1) for name in ("tp", "pp", "cp", "ep"))
     experts = _experts(row)
-    etp = count(row, "etp", tp) if experts else 1
+    etp = count(row, "etp", tp, least=1) if experts else 1
     ranks = _ranks(case, gpu.per_node, tp, pp, cp, ep * etp)
     t5 = case.startswith("t5")
     layers = count(row, "layers", (48 if "11b" in case else 24) if t5 else None)
@@ -124,7 +126,7 @@ def _experts(row: Row) -> ExpertShapes | None:
 
 
 def _shapes(row: Row, case: str, layers: int, tp: int, seq: int, experts: ExpertShapes | None) -> Shapes:
-    hidden, heads = count(row, "hidden"), count(row, "heads")
+    hidden, heads = count(row, "hidden"), count(row, "heads", least=1)
     vocab = count(row, "vocab", next((size for name, size in _VOCABULARIES if re.search(name, case)), 50_257))
     modern = flag(row, "swiglu") or re.search(r"15b_8t|^mixtral", case) is not None
     t5 = case.startswith("t5")

@@ -22,7 +22,7 @@ _TIED_BELOW = 4096
 def read(line: int, row: Row) -> Measured:
     """Return the job of one trial. A trial that failed for another reason than memory measures nothing."""
     name = row["name"]
-    hidden, heads = count(row, "hidden_size"), count(row, "num_heads")
+    hidden, heads = count(row, "hidden_size"), count(row, "num_heads", least=1)
     shared = re.search(r"gqa(\d+)", name)
     kv_heads = count(row, "num_kv_heads", int(shared[1]) if shared else heads)
     tied = flag(row, "tie_word_embeddings") if row.get("tie_word_embeddings") else hidden < _TIED_BELOW

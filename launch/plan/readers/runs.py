@@ -80,7 +80,7 @@ def read(line: int, row: Row) -> Measured:
 
 
 def _shapes(row: Row, model: str, notes: str) -> Shapes:
-    hidden, heads = count(row, "hidden"), count(row, "heads")
+    hidden, heads = count(row, "hidden"), count(row, "heads", least=1)
     name = model.lower()
     head_dim = hidden // heads
     if "qwen3" in name:

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -11,6 +12,7 @@ from launch.cli import main
 from launch.plan.calibration import FILE, Calibration, read_calibration
 from launch.plan.readers import open_table
 from launch.plan.scores import MeasuredLayout, Pair, error_scores, fit_scores, memory_scores, regret_scores
+from launch.plan.validate import validate
 
 HERE = Path(__file__).parent
 ERRORS = {"median_error", "mean_error", "n"}
@@ -75,6 +77,21 @@ def test_a_column_may_be_missing(column, tmp_path):
         writer.writerows(lines)
     table = open_table(path)
     assert len(table.skipped) <= len(lines) / 10
+
+
+@pytest.mark.parametrize("table", ["sweep", "runs", "rival", "peaks"])
+def test_nonsense_in_cells_is_survived(table, tmp_path):
+    lines = list(csv.DictReader((HERE / f"{table}.csv").open()))
+    random, path = Random(table), tmp_path / "table.csv"
+    nonsense = ["", "0", "-1", "nan", "inf", "x", "1e9", "7", "0.5", "None", "full", "TPU"]
+    for _ in range(10):
+        rows = [row | {random.choice(list(row)): random.choice(nonsense) for _ in range(3)} for row in lines]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        content = validate(path, Calibration())
+        assert content["time"]["n"] + len(content["skipped"]) <= len(lines)
 
 
 @pytest.mark.parametrize(
