@@ -36,7 +36,7 @@ SWEEP_STEP = 4
 """Every so many rows of the sweep are fitted, for speed."""
 
 Numbers = np.ndarray
-MEMORY = ("imbalance", "base_mib", "nanotron_", "dispatch_", "router_", "usable", "all_to_all_")
+MEMORY = ("imbalance", "base_mib", "nanotron_", "usable", "all_to_all_")
 
 
 @dataclass(frozen=True)

@@ -104,12 +104,11 @@ class Calibration:
     """
 
     # Memory
-    dispatch_copies: float = 0.0
-    router_copies: float = 1.0
     imbalance: float = 1.4
     """Routed tokens of the fullest rank over the mean, at the start of training without forced balance."""
     base_mib: float = 32.0
     nanotron_base_mib: float = 72.0
+    """Not fitted: what the smallest trials keep beside their state."""
     nanotron_hidden_bytes: float = 30.7
     nanotron_ffn_bytes: float = 5.1
     nanotron_logit_bytes: float = 15.7

@@ -143,11 +143,11 @@ def layer_activations(job: Job, layer: int, calibration: Calibration) -> dict[st
     if shapes.is_moe[layer] and shapes.experts is not None:
         moe = shapes.experts
         routed = moe.top_k * split * (1 if job.forced_balance else calibration.imbalance)
-        found["dispatch"] = (quantised + size * calibration.dispatch_copies) * routed * axes.etp * h
+        found["dispatch"] = quantised * routed * axes.etp * h
         found["moe_fc1"] = size * routed * wide * moe.hidden
         found["moe_act"] = quantised * routed * moe.hidden
         found["mlp"] = (size * wide + quantised) * moe.shared_hidden * split
-        found["router"] = (8 * moe.count + 2 * h * calibration.router_copies) * whole
+        found["router"] = (8 * moe.count + 2 * h) * whole
     else:
         found["mlp"] = (size * wide + quantised) * shapes.ffn * split
     return {name: tokens * value for name, value in found.items()}
