@@ -74,6 +74,7 @@ VERBS = {
         function="run_export",
     ),
     "certify": Verb("CertifyConfig", "prove that a layout computes what one process computes", ("run",)),
+    "plan": Verb("PlanConfig", "predict memory and step time; compare with published runs"),
     "report": Verb("ReportConfig", "plot one run, or several side by side", ("runs...",)),
     "jobs": Verb("JobsConfig", "list, show or cancel this project's SLURM jobs", ("action", "job")),
     "doctor": Verb("DoctorConfig", "check this machine and installation"),

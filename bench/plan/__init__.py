@@ -1,0 +1,1 @@
+"""Fit the planner's constants to published runs."""
