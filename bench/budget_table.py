@@ -15,6 +15,7 @@ MOST_SAVED = {"none": 145e3, "selective": 80e3, "full": 12e3}
 MOST_SAVED_FP8 = {"none": 161e3, "selective": 118e3, "full": 12e3}
 MOST_RECOMPUTED = {"none": MOST_LAUNCHES, "selective": 145, "full": 183}
 MOST_GATHERED, MOST_PREPARED, MOST_EP = 134, 33, 170
+MOST_MOVED = {"_to_copy": 14e9, "add_": 26.5e9}
 MOST_LOSS_LAUNCHES = {"": 213, "_tp2": 122}
 
 
@@ -34,6 +35,9 @@ def table(found: dict[str, Any]) -> str:
     rows.append([f"{layer}, one of 8 ranks of `ep`", "", str(found["launches_ep"]), str(MOST_EP)])
     prepared = max(found["launches_prepare"].values())
     rows.append(["launches once per micro-batch, for all layers", "", str(prepared), str(MOST_PREPARED)])
+    for name, what in (("_to_copy", "cast"), ("add_", "add up")):
+        moved = (_in(1e9, "GB", 1, x) for x in (None, found["moved_bytes"][name], MOST_MOVED[name]))
+        rows.append([f"memory traffic of a layer to {what} gradients (`{name}`)", *moved])
     rows.append(["host synchronisations of a layer", "", str(found["syncs"]), "0"])
     rows.append(["host synchronisations of a layer, one of 8 ranks of `ep`", "", str(found["syncs_ep"]), "1"])
     rows.append(["host synchronisations of a layer, `precision=fp8`", "", str(found["syncs_fp8"]["none"]), "1"])

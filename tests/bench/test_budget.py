@@ -31,6 +31,7 @@ def test_launches_do_not_grow_with_documents():
     for layer, prepared in counts.values():
         assert layer.launches.total() <= budget_table.MOST_LAUNCHES, layer.launches
         assert prepared.launches.total() <= budget_table.MOST_PREPARED, prepared.launches
+        assert all(layer.moved[name] <= most for name, most in budget_table.MOST_MOVED.items()), layer.moved
         assert not layer.syncs and not prepared.syncs
 
 
@@ -96,6 +97,7 @@ def test_a_second_cast_of_weights_exceeds_the_budget(monkeypatch):
     before = budget.LayerCase()(1)
     monkeypatch.setattr(WeightCopies, "narrow", lambda copies, w: w.to(copies.dtype))
     after = budget.LayerCase()(1)
+    assert after[0].moved["_to_copy"] > budget_table.MOST_MOVED["_to_copy"]
     assert after[0].launches.total() > before[0].launches.total() + 3 and after[1] > 1.5 * before[1]
 
 
@@ -223,6 +225,6 @@ def test_the_report_has_all_counts():
     assert found["launches"].keys() == {"1", "8", "32"} and found["syncs"] == 0 and found["syncs_ep"] == 1
     assert found["saved_bytes"].keys() == {"none", "selective", "full"}
     assert found["quantise_calls"].keys() == {"8", "128"}
-    assert found["syncs_fp8"]["none"] == 1 and found["moved_bytes"]["add_"] < 27e9
+    assert found["syncs_fp8"]["none"] == 1 and "add_" in found["moved_bytes"]
     assert found["step_syncs"] == 0 and found["step_launches"].keys() == {"clip", "optimizer", "balancer"}
     assert found["loss_peak_bytes"] and found["loss_launches"]

@@ -15,6 +15,7 @@ FOUND = {
     "launches_gathered": 120,
     "launches_ep": 150,
     "launches_prepare": {"1": 33, "32": 32},
+    "moved_bytes": {"add_": 26.4e9, "_to_copy": 13.97e9},
     "syncs": 0,
     "syncs_ep": 1,
     "syncs_fp8": {"none": 1},
@@ -32,6 +33,7 @@ def test_counts_become_a_table():
     lines = table(FOUND).splitlines()
     assert lines[3] == "| launches of a layer, 32 documents a row | 1,074 | 121 | 139 |"
     for line in (
+        "| memory traffic of a layer to add up gradients (`add_`) |  | 26.4 GB | 26.5 GB |",
         "| launches once per micro-batch, for all layers |  | 33 | 33 |",
         "| activations a token keeps in a layer, `recompute=none` | 294 kB | 142 kB | 145 kB |",
         "| activations a token keeps in a layer, `precision=fp8`, `recompute=full` |  | 10 kB | 12 kB |",
