@@ -9,9 +9,13 @@ forward to the backward pass, its input among them, for each kind of recomputati
 head and loss without the weight and its gradient, and `loss_launches` are their launches; `_tp2` is one of two ranks of
 tensor parallelism. `step_launches` and `step_syncs` are those of `bench.budget_step`. `quantise_calls` and
 `product_calls` are the calls of an FP8 library for a micro-batch, for 8 and 128 experts, and `weight_quantise_calls`
-those for the weights in a step of 1 and 4 micro-batches, all with the blockwise recipe. `syncs_ep` are the host
-synchronisations of the layer as one of eight ranks of expert parallelism, without a network: routing is balanced, and a
-copy to the host gives its counts.
+those for the weights in a step of 1 and 4 micro-batches, all with the blockwise recipe, as are `saved_bytes_fp8` and
+`syncs_fp8`. `syncs_ep` and `launches_ep` are those of the layer as one of eight ranks of expert parallelism, without a
+network: routing is balanced, and a copy to the host gives its counts.
+
+`launches_recompute` are those of each kind of recomputation, `launches_gathered` those with weights in bfloat16, as
+FSDP2 gathers them (its own casts and copies are not counted), and `launches_prepare` those that prepare a micro-batch
+for all layers. `moved_bytes` are the bytes of the operands and results of the operators that move most.
 """
 
 from __future__ import annotations
@@ -80,6 +84,7 @@ class LayerCase:
             layer = Layer(model, blocks[index], gemms)
             change(layer)
         self.values = values
+        self.prepared = Counter()
         self.model, self.stack = model, Stack(None, {str(index): layer}, None, None)
         activation_checkpoint.apply(self.stack, recompute)  # type: ignore[arg-type]
         self(1, collect=False)
@@ -89,8 +94,9 @@ class LayerCase:
         are exact after garbage is collected.
         """
         positions_BT = torch.arange(tokens // documents).repeat(documents)[None]
-        context = ForwardContext(positions_BT, META, float(tokens))
-        context.prepare(self.model, torch.bfloat16, BFLOAT16.attention)
+        with Counter() as self.prepared:
+            context = ForwardContext(positions_BT, META, float(tokens))
+            context.prepare(self.model, torch.bfloat16, BFLOAT16.attention)
         x_BTD = torch.empty(1, tokens, self.model.hidden_size, device=META, dtype=torch.bfloat16, requires_grad=True)
         if collect:
             gc.collect()
@@ -102,7 +108,7 @@ class LayerCase:
         return counter, kept
 
 
-def syncs_ep(
+def ep_counts(
     dispatch: DispatchMethod = DispatchMethod.all_to_all,
     top_k: int = SCOUT.router.top_k,
     node_size: int | None = None,
@@ -137,15 +143,30 @@ def syncs_ep(
         dist.destroy_process_group()
 
 
-def launches(model: ModelConfig = SCOUT) -> dict[int, Counter]:
-    """Return the counts of a layer for packed rows of 1, 8 and 32 documents."""
+def launches(model: ModelConfig = SCOUT) -> dict[int, tuple[Counter, Counter]]:
+    """Return the counts of a layer, and of what is prepared for all layers, for rows of 1, 8 and 32 documents."""
     case = LayerCase(model)
-    return {documents: case(documents)[0] for documents in DOCUMENTS}
+    return {documents: (case(documents)[0], case.prepared) for documents in DOCUMENTS}
 
 
-def saved_bytes() -> dict[str, float]:
-    """Return the bytes per token that a layer keeps, for each kind of recomputation."""
-    return {mode.value: LayerCase(recompute=mode)(DOCUMENTS[-1])[1] / TOKENS for mode in Recompute}
+def recomputed(float8: bool = False) -> dict[str, tuple[Counter, float]]:
+    """Return the counts of a layer and the bytes that it keeps of a token, for each kind of recomputation."""
+    found = {}
+    for mode in Recompute:
+        counter, kept = LayerCase(recompute=mode, float8=Float8Calls() if float8 else None)(DOCUMENTS[-1])
+        found[mode.value] = counter, kept / TOKENS
+    return found
+
+
+def gathered() -> Counter:
+    """Return the counts of a layer whose weights, but the router's, are in bfloat16, as FSDP2 gathers them."""
+
+    def narrow(layer: Layer) -> None:
+        assert isinstance(layer.ffn, MixtureOfExperts)
+        layer.to(torch.bfloat16)
+        layer.ffn.router.float()
+
+    return LayerCase(change=narrow)(DOCUMENTS[-1])[0]
 
 
 def quantise_calls(model: ModelConfig = SCOUT) -> Float8Calls:
@@ -178,13 +199,10 @@ class _Half:
     def sum(self, x: Tensor) -> None: ...
 
 
-def loss_peak_bytes(ranks: int = 1) -> int:
-    """Return the peak of head and loss at the vocabulary of Llama 4, sharded over one or two ranks."""
-    return loss_counts(ranks).peak
-
-
 def loss_counts(ranks: int = 1, tokens: int = TOKENS) -> Counter:
-    """Return the counts of head and loss, forward and backward."""
+    """Return the counts of head and loss, forward and backward. The gradient of the weight, which exists during all of
+    the backward pass, is not in the peak.
+    """
     BFLOAT16.clock.tick()
     with META:
         head = Head(SCOUT.hidden_size, SCOUT.vocab_size // ranks, Role.head, BFLOAT16.plain)
@@ -192,8 +210,12 @@ def loss_counts(ranks: int = 1, tokens: int = TOKENS) -> Counter:
         labels_BT = torch.zeros(1, tokens, dtype=torch.int64)
     head.shard = _Half() if ranks > 1 else None
     narrow = head.gemm.narrowed(head.weight)  # the copy of the optimizer step
-    with Counter(ignored=[head.weight.shape]) as counter:
-        head(x_BTD, labels_BT).sum().backward()
+    with Counter() as counter:
+        loss = head(x_BTD, labels_BT).sum()
+        forward_peak = counter.peak
+        loss.backward()
+    assert head.weight.grad is not None
+    counter.peak = max(forward_peak, counter.peak - head.weight.grad.nbytes)
     del narrow
     return counter
 
@@ -201,15 +223,23 @@ def loss_counts(ranks: int = 1, tokens: int = TOKENS) -> Counter:
 def report() -> dict[str, Any]:
     from bench.budget_step import step_counts  # engines need libraries that a layer does not
 
-    counts, losses, (step_launches, step_syncs) = launches(), loss_counts(), step_counts(TOKENS)
-    split_losses = loss_counts(2)
+    both, losses, (step_launches, step_syncs) = launches(), loss_counts(), step_counts(TOKENS)
+    counts = {documents: counter for documents, (counter, _) in both.items()}
+    split_losses, modes, float8_modes, ranks = loss_counts(2), recomputed(), recomputed(float8=True), ep_counts()
     float8 = {str(experts): quantise_calls(replace(SCOUT, num_experts=experts)) for experts in EXPERTS}
     return {
         "launches": {str(documents): counter.launches.total() for documents, counter in counts.items()},
+        "launches_recompute": {mode: counter.launches.total() for mode, (counter, _) in modes.items()},
+        "launches_gathered": gathered().launches.total(),
+        "launches_ep": ranks.launches.total(),
+        "launches_prepare": {str(documents): counter.launches.total() for documents, (_, counter) in both.items()},
         "operators": dict(counts[DOCUMENTS[-1]].launches.most_common()),
-        "syncs": sum(counter.syncs.total() for counter in counts.values()),
-        "syncs_ep": syncs_ep().syncs.total(),
-        "saved_bytes": saved_bytes(),
+        "moved_bytes": dict(counts[DOCUMENTS[-1]].moved.most_common(5)),
+        "syncs": sum(counter.syncs.total() for pair in both.values() for counter in pair),
+        "syncs_ep": ranks.syncs.total(),
+        "syncs_fp8": {mode: counter.syncs.total() for mode, (counter, _) in float8_modes.items()},
+        "saved_bytes": {mode: kept for mode, (_, kept) in modes.items()},
+        "saved_bytes_fp8": {mode: kept for mode, (_, kept) in float8_modes.items()},
         "loss_peak_bytes": losses.peak,
         "loss_peak_bytes_tp2": split_losses.peak,
         "loss_launches": losses.launches.total(),

@@ -50,17 +50,19 @@ def _ones_on_host(x: Tensor) -> Tensor:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operators that run under it. `launches` [operator] and `syncs` [operator]; `live` and `peak`: bytes of
-    the tensors that they made and that are still alive, without those whose shape is `ignored`.
+    """Counts the operators that run under it: `launches` and `syncs` of each operator. `moved` [operator]: bytes
+    of the operands and results of operators that launch kernels. `live` and `peak`: bytes of the tensors that were made
+    and are still alive.
 
     A copy from meta tensors to the host gets the values that `values` returns: by default ones.
     """
 
-    def __init__(self, ignored: Sequence[torch.Size] = (), values: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, values: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
-        self.ignored, self.values = set(ignored), values or _ones_on_host
+        self.values = values or _ones_on_host
         self.launches: Counts[str] = Counts()
         self.syncs: Counts[str] = Counts()
+        self.moved: Counts[str] = Counts()
         self.peak = 0
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
         self._pinned: list[Tensor] = []
@@ -95,6 +97,7 @@ class Counter(TorchDispatchMode):
             self.syncs[name] += 1
         if not on_host and not _is_view(operation) and name not in _ALLOCATIONS:
             self.launches[name] += _launches(name, args)
+            self.moved[name] += sum(tensor.nbytes for tensor in _tensors((args, kwargs, result)))
         given = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(result):
             self._note(tensor, given)
@@ -111,12 +114,16 @@ class Counter(TorchDispatchMode):
         self._made.pop(StorageWeakRef(tensor.untyped_storage()).cdata, None)
 
     def _waits_for_copy(self, name: str, args: Any, kwargs: Any) -> bool:
-        """Return whether the host waits for a copy: one from the device, or one to the device that is not asked to run
-        on its own, or not from pinned memory. Indices on the host are such copies.
+        """Return whether the host waits for a copy: one from the device, a blocking upload, or an upload from pageable
+        memory. Indices on the host are such copies. The number of places that a mask selects is copied from the
+        device, unless a single value is written to them.
         """
         given = [tensor.device.type for tensor in _tensors(args)]
         if name in ("index", "index_put", "index_put_"):
-            return args[0].device.type == "meta" and "cpu" in [x.device.type for x in _tensors(args[1])]
+            indices = _tensors(args[1])
+            selects = any(x.dtype in (torch.bool, torch.uint8) for x in indices)
+            counts = selects and (name == "index" or args[2].numel() != 1)
+            return args[0].device.type == "meta" and (counts or "cpu" in [x.device.type for x in indices])
         if name == "copy_":
             waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
             uploads = given == ["meta", "cpu"] and args[1].dim() > 0
@@ -130,7 +137,7 @@ class Counter(TorchDispatchMode):
 
     def _note(self, tensor: Tensor, given: set[int]) -> None:
         reference = StorageWeakRef(tensor.untyped_storage())
-        if tensor.device.type == "meta" and reference.cdata not in given and tensor.shape not in self.ignored:
+        if tensor.device.type == "meta" and reference.cdata not in given:
             self._made[reference.cdata] = reference, tensor.untyped_storage().nbytes()
 
 
@@ -188,7 +195,7 @@ class Shell:
     """An operand of which only the shape is known, with the tensors of its rows and columns, one byte per element."""
 
     shape: torch.Size
-    parts: tuple[Tensor, ...]
+    parts: tuple[Tensor | None, ...]
 
     def only_columns(self) -> Shell:
         return Shell(self.shape, self.parts[-1:])
@@ -197,13 +204,14 @@ class Shell:
         return list(self.parts)
 
     def restored(self, tensors: Sequence[Tensor | None]) -> Shell:
-        return self
+        return Shell(self.shape, tuple(tensors))
 
 
 class Float8Calls:
     """An FP8 library that computes nothing: `precision.fp8_linear.Arithmetic` with the shapes of the blockwise recipe.
     `quantised` [operand] and `products` count its calls. Transformer Engine's backend turns each into one call of its
-    library, whatever the number of experts (tests/precision).
+    library, whatever the number of experts (tests/precision). Like that backend, it reads the counts of experts on the
+    host.
     """
 
     compute_dtype = torch.bfloat16
@@ -218,6 +226,8 @@ class Float8Calls:
 
     def quantise(self, x: Tensor, operand: Operand, groups: Groups | None, rows: bool, columns: bool) -> Shell:
         self.quantised[operand] += 1
+        if groups is not None:
+            assert groups.host
         return Shell(x.shape, tuple(torch.empty_like(x, dtype=torch.uint8) for _ in range(rows + columns)))
 
     def forward(self, x: Shell, w: Shell, groups: Groups | None) -> Tensor:
@@ -232,4 +242,5 @@ class Float8Calls:
 
     def _product(self, operand: Shell, *shape: int) -> Tensor:
         self.products += 1
-        return torch.empty(shape, dtype=self.compute_dtype, device=operand.parts[0].device)
+        part = next(part for part in operand.parts if part is not None)
+        return part.new_empty(shape, dtype=self.compute_dtype)

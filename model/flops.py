@@ -1,4 +1,4 @@
-"""Model FLOPs of training per token, and parameter counts.
+"""Model FLOPs of training per token, parameter counts, and the peak FLOPS of devices.
 
 Convention: a multiply-add counts as 2 FLOPs, and the backward pass as twice the forward pass. Recomputation is not
 counted. A frozen matrix has no gradient, which saves a third. Attention counts causal pairs only: on average half the
@@ -11,10 +11,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from model.config import FeedForward, LayerConfig, ModelConfig, QKNorm
 from model.roles import Role
 from model.vision.config import VisionConfig
+
+if TYPE_CHECKING:
+    import torch
+
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.5e12,
+    "NVIDIA H100 PCIe": 756.5e12,
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA H800": 989.5e12,
+    "NVIDIA H200": 989.5e12,
+    "NVIDIA H200 NVL": 835.5e12,
+    "NVIDIA GH200 480GB": 989.5e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+}
+"""Dense bf16 peak FLOPS by the device's name, from the vendors' data sheets. Cards of one chip differ in clock and
+power, and a slice of a GPU (MIG) has a name of its own, so only the whole name counts.
+"""
 
 
 @dataclass(frozen=True)
@@ -127,3 +150,12 @@ def count_parameters(model: ModelConfig) -> Parameters:
     active += 0 if model.vision is None else vision_parameters(model.vision, model.hidden_size)
     idle = moe * 3 * model.hidden_size * model.expert_hidden_size * (model.num_experts - model.router.top_k)
     return Parameters(active + idle, active)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the device's dense bf16 peak in FLOPS, or None if it is unknown (as for a CPU); MFU is then None."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))

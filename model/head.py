@@ -24,7 +24,7 @@ from precision.resolve import LayerGemms
 IGNORED = -100
 """The label of a position without one."""
 _BLOCK_BYTES = 128 << 20
-"""Size of a block of logits in the compute dtype. Fewer logits are computed at once, and kept for the backward pass."""
+"""Size of a block of logits in the compute dtype. Smaller inputs use plain cross-entropy, which keeps the logits."""
 
 _MULTIPLE = 64
 """The number of words of a block is a multiple of this, which matmuls prefer."""
@@ -160,7 +160,7 @@ class _ShardedLoss(torch.autograd.Function):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The loss of a head's input, by blocks of tokens and words. The backward pass computes the logits again, block by
+    """The loss of a head's input, by blocks of tokens and words. The backward pass recomputes the logits, block by
     block: a third more work in the head, for memory that does not grow with the vocabulary.
     """
 

@@ -47,13 +47,13 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
         self.roles = {"weight": Role.router}
         self.balance = RouterBalance(experts, config, balance)
+        self._gemms = {dtype: NativeGemm(dtype) for dtype in (torch.float32, torch.float64)}
 
     def forward(
         self, x_BTD: Tensor, routed_tokens: Tensor | float | None, is_image_BT: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return expert ids, int64, and their routing weights, both [B, T, K]."""
-        wide = at_least_float32(x_BTD.dtype)
-        logits_BTE = NativeGemm(wide).linear(x_BTD, self.weight)
+        logits_BTE = self._gemms[at_least_float32(x_BTD.dtype)].linear(x_BTD, self.weight)
         experts_BTK = self._select(logits_BTE.detach())
         logits_BTE = self.balance(logits_BTE, experts_BTK, routed_tokens, is_image_BT)
         weights_BTK = scores(self.config, logits_BTE).gather(-1, experts_BTK)

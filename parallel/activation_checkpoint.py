@@ -1,7 +1,7 @@
 """Recompute activations in the backward pass instead of keeping them (Chen et al. 2016).
 
 `full` checkpoints whole layers. `selective` keeps what is dear, the results of matmuls, attention and exchanges, and
-computes again what follows from them by memory-bound steps: norms, the rows of experts, SwiGLU, gathered sequences, and
+recomputes what follows from them by memory-bound steps: norms, the rows of experts, SwiGLU, gathered sequences, and
 the first product of a shared expert.
 """
 
@@ -48,7 +48,7 @@ def apply(model: Network, mode: Recompute, compiled: bool = False) -> None:
 
 
 def _select_experts(layer: Layer) -> None:
-    """Mark what the routed experts of a layer compute again."""
+    """Mark what is recomputed of the routed experts of a layer."""
     remade, ffn = Remade(), layer.ffn
     if isinstance(ffn, MixtureOfExperts):
         _experts_again(remade, ffn)
@@ -62,7 +62,7 @@ def _experts_again(remade: Remade, ffn: MixtureOfExperts) -> None:
 
 
 def _select(layer: Layer) -> None:
-    """Mark what a layer computes again in its backward pass."""
+    """Mark what a layer recomputes in its backward pass."""
     remade, ffn = Remade(), layer.ffn
     for norm in (layer.attention_norm, layer.ffn_norm):
         remade.wrap(norm, "forward", norm)
@@ -89,16 +89,16 @@ def _swiglu_again(remade: Remade, module: Any) -> None:
 
 
 class Remade:
-    """Tensors that autograd does not keep, because a function of kept tensors makes them again, bit by bit.
+    """Tensors that autograd does not keep: they are recomputed from kept tensors, bit by bit.
 
-    A tensor is made once for all operations that saved it, and freed after the last of them.
+    A tensor is recomputed once for all operations that saved it, and freed after the last of them.
     """
 
     def __init__(self) -> None:
         self._makers: dict[int, tuple[StorageWeakRef, _Maker]] = {}
 
     def wrap(self, owner: Any, name: str, again: Callable[..., Tensor] | None = None) -> None:
-        """Make the results of a method again with `again`: by default with the method itself."""
+        """Recompute the results of a method with `again`: by default with the method itself."""
         compute = getattr(owner, name)
         setattr(owner, name, partial(self._computed, compute, again or compute))
 
@@ -115,7 +115,7 @@ class Remade:
     def _computed(self, compute: Callable[..., Tensor], again: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
         result = compute(*args, **kwargs)
         if torch.is_grad_enabled():
-            # arguments may be tensors that are made again themselves
+            # arguments may be recomputed tensors themselves
             kept = [self._pack(arg) if isinstance(arg, Tensor) else arg for arg in args]
             reference = StorageWeakRef(result.untyped_storage())  # keeps the key from being used again
             self._makers[reference.cdata] = reference, _Maker(partial(again, **kwargs), kept, result.dtype)
@@ -132,7 +132,7 @@ class Remade:
 
 @dataclass
 class _Maker:
-    """Makes a tensor of kept arguments. `wanted`: how many saved views of it were not read yet."""
+    """Recomputes a tensor from kept arguments. `wanted`: how many saved views of it were not read yet."""
 
     compute: Callable[..., Tensor]
     args: list[Any]

@@ -1,8 +1,8 @@
 """Copies of weights in the dtype of the matmuls, refreshed when a weight has changed: once per optimizer step.
 
-Without them every micro-batch casts every weight again, and keeps the result until its backward pass. Under FSDP2 the
-gathered weights have the compute dtype already, so nothing is cast; matrices that are multiplied as one are stacked in
-each pass.
+Without them every micro-batch casts every weight again, and keeps the result until its backward pass. FSDP2 casts a
+rank's shard of the weights at every all-gather. The gathered weights have the compute dtype, so no copies are made of
+them; matrices that are multiplied as one are stacked in the forward pass and again in the backward pass.
 """
 
 from __future__ import annotations

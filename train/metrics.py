@@ -24,29 +24,10 @@ from core.errors import Diverged
 from core.files import append_json_line, append_text
 from core.process import say
 from model.config import ModelConfig
-from model.flops import Lengths, training_flops, vision_flops
+from model.flops import Lengths, peak_flops, training_flops, vision_flops
 from model.roles import Role
 from train.config import LoggingConfig, Wandb
 from train.engine.base import StepResult
-
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.5e12,
-    "NVIDIA H100 PCIe": 756.5e12,
-    "NVIDIA H100 NVL": 835.5e12,
-    "NVIDIA H800": 989.5e12,
-    "NVIDIA H200": 989.5e12,
-    "NVIDIA H200 NVL": 835.5e12,
-    "NVIDIA GH200 480GB": 989.5e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-}
-"""Dense bf16 peak FLOPS by the device's name, from the vendors' data sheets. Cards of one chip differ in clock and
-power, and a slice of a GPU (MIG) has a name of its own, so only the whole name counts.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +52,6 @@ class StepMetrics(StepResult):
         wrong = [f"the {name} after step {steps} is {x}" for name, x in figures.items() if not math.isfinite(x)]
         what = wrong[0] if wrong else f"a loss or a gradient norm before step {steps} was NaN or infinite"
         raise Diverged(f"{what}: start a new run (run.name) with a lower optimizer.lr")
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Return the device's dense bf16 peak in FLOPS, or None if it is unknown (as for a CPU); MFU is then None."""
-    if device.type != "cuda":
-        return None
-    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -18,10 +18,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.gpu.clock import distance
 from bench.gpu.context import PLAIN, Bench, BenchJob
-from bench.gpu.documents import count, keys_per_token, packed_positions
+from bench.gpu.documents import count, packed_positions
 from bench.gpu.record import BenchRow
 from model.attention.layer import local_attention, varlen_attention
-from model.attention.plan import ForwardContext
+from model.attention.plan import ForwardContext, squared_lengths
 from precision.resolve import no_varlen
 
 GATE = 1e-2
@@ -163,7 +163,7 @@ def _measure(bench: Bench, name: str, kind: AttentionCase, h: int, g: int, k: in
     shape: dict[str, int | str] = {"B": rows, "T": kind.length, "H": h, "G": g, "K": k}
     shape |= {"documents": count(case.positions_BT)} | ({"chunk": kind.chunk} if kind.chunk else {})
     tokens, what = rows * kind.length, f"{name}, {kind.name}, {kind.length}"
-    flops = 2.0 * tokens * keys_per_token(case.context, kind.chunk) * h * k
+    flops = 2.0 * squared_lengths(case.positions_BT, kind.chunk) * h * k
     moved = 2 * tokens * k * (2 * h + 2 * g)
     errors, raised = _errors(bench, kind, (h // g, 1, k))
     wrong = {side: f"wrong: {e:.1e} from float32, allowed {GATE:.0e}" for side, e in errors.items() if not e < GATE}

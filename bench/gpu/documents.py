@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.attention.plan import ForwardContext
+from model.attention.plan import squared_lengths
 from model.config import ModelConfig
-from model.flops import training_flops
+from model.flops import mean_lengths, training_flops
 
 LOG_MEAN, LOG_STD = 6.0, 1.3
 """Mean and standard deviation of the logarithm of a length in tokens: a median of 403 and a mean of 940 tokens (735 in
@@ -37,16 +37,8 @@ def count(positions_BT: Tensor) -> int:
     return int((positions_BT == 0).sum())
 
 
-def keys_per_token(context: ForwardContext, chunk: int | None) -> float:
-    """Return the sum of the squared lengths of documents (or of their chunks) over their tokens. A query attends to
-    half of these keys on average.
-    """
-    lengths = context.borders(chunk)[0].diff().double()
-    return float(lengths.square().sum() / lengths.sum())
-
-
 def packed_flops(model: ModelConfig, positions_BT: Tensor) -> float:
     """Return the FLOPs per token of training on packed documents, counted as in `model.flops`."""
-    context = ForwardContext(positions_BT)
-    reach = sum(keys_per_token(context, layer.attention_chunk_size) for layer in model.blocks)
-    return training_flops(model, 1).matrices + 6.0 * reach * model.num_heads * model.head_dim
+    chunks = {layer.attention_chunk_size for layer in model.blocks}
+    squares = {chunk: squared_lengths(positions_BT, chunk) for chunk in chunks}
+    return training_flops(model, mean_lengths(squares, positions_BT.numel())).total

@@ -1,4 +1,5 @@
-"""Compare the head and its loss by blocks of words with the loss of whole logits: results, time and peak memory.
+"""Compare the head and its loss by blocks with PyTorch's chunked loss and with the loss of whole logits: results, time
+and peak memory.
 
 Shapes: T tokens, D hidden size, V vocabulary.
 """
@@ -9,7 +10,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from bench.gpu.clock import distance
 from bench.gpu.context import PLAIN, Bench, BenchJob
@@ -21,7 +23,7 @@ from precision.resolve import resolve
 GATE = 1e-2
 MOST_BYTES = 1.5e9
 """Largest peak of the loss by blocks for 8,192 tokens and 202,048 words, without the weight and its gradient."""
-WHOLE = "whole logits"
+WHOLE, CHUNKED = "whole logits", "F.linear_cross_entropy"
 
 
 def head(bench: Bench) -> Iterator[BenchJob]:
@@ -49,12 +51,18 @@ class _HeadCase:
     def whole(self) -> Tensor:
         return token_losses(self.head(self.x).flatten(0, 1), self.labels.flatten())[None]
 
+    def chunked(self) -> Tensor:
+        """Return losses in bfloat16: PyTorch's chunked loss rounds them to the dtype of its input."""
+        options, given = nn.LinearCrossEntropyOptions(), (self.x[0], self.head.weight, self.labels[0])
+        found: Tensor = F.linear_cross_entropy(*given, reduction="none", options=options)
+        return found[None]
+
     def results(self, side: Callable[[], Tensor]) -> list[Tensor]:
         losses = side()
-        return [losses.detach(), *torch.autograd.grad(losses.mean(), [self.x, self.head.weight])]
+        return [losses.detach(), *torch.autograd.grad(losses.float().mean(), [self.x, self.head.weight])]
 
     def step(self, side: Callable[[], Tensor]) -> None:
-        side().mean().backward()
+        side().float().mean().backward()
         self.x.grad = self.head.weight.grad = None
 
 
@@ -66,6 +74,14 @@ def _measure(bench: Bench, name: str, tokens: int, width: int, words: int) -> It
     bench.clear()
     failed = None if error < GATE else f"wrong: {error:.1e} from the loss of whole logits, allowed {GATE:.0e}"
     yield BenchRow("head", name, PLAIN, "check", shape, tokens, error=error, gate=GATE, failed=failed)
+    if hasattr(nn, "LinearCrossEntropyOptions"):
+        sides[CHUNKED] = case.chunked
+        error = max(map(distance, case.results(case.chunked), case.results(case.whole)))
+        bench.clear()
+        yield BenchRow("head", name, CHUNKED, "check", shape, tokens, error=error)
+    else:
+        missing = f"torch {torch.__version__} does not have its options"
+        yield BenchRow("head", name, CHUNKED, "check", shape, tokens, missing=missing)
     peaks = {side: peak_bytes(bench, partial(case.step, work), case.head.weight) for side, work in sides.items()}
     timings = dict(zip(sides, bench.clock.turns([partial(case.step, work) for work in sides.values()]), strict=True))
     for side, timing in timings.items():
@@ -77,8 +93,9 @@ def _measure(bench: Bench, name: str, tokens: int, width: int, words: int) -> It
             spread=timing.spread, flops=6.0 * tokens * width * words, memory_bytes=peak, failed=failed,
             note="peak without the weight and its gradient",
         )  # fmt: skip
-    ratio = timings[PLAIN].over(timings[WHOLE])
-    yield BenchRow("head", f"{name}, time ratio", PLAIN, "forward+backward", shape, tokens, ratio=ratio, against=WHOLE)
+    for side in [side for side in timings if side != PLAIN]:
+        ratio, what = timings[PLAIN].over(timings[side]), f"{name}, time ratio"
+        yield BenchRow("head", what, PLAIN, "forward+backward", shape, tokens, ratio=ratio, against=side)
 
 
 def peak_bytes(bench: Bench, work: Callable[[], None], weight: Tensor) -> int | None:

@@ -23,7 +23,7 @@ from bench.gpu.record import BenchRow
 from bench.gpu.shapes import LLAMA4
 from bench.gpu.split import Span, divided, observed
 from model.config import BalanceConfig, ModelConfig, QKNorm, RouterConfig, Score, WeightsOn
-from model.flops import count_parameters
+from model.flops import count_parameters, peak_flops
 from model.load_balance import Balancer
 from parallel.grad_norm import gradient_norm, scale_gradients
 from parallel.layout import Layout
@@ -34,8 +34,6 @@ from precision.config import Compute, KernelKind, ParamDtype, PrecisionConfig
 from train.optim.config import Moments, OptimizerConfig
 from train.optim.optimizer import make_optimizer
 
-PEAK_TFLOPS = 989.0
-"""Peak of an H100 or H200 SXM in dense bfloat16, by its data sheet. MFU is relative to it."""
 MICRO_BATCHES = 4
 """Micro-batches per step: enough for the optimizer to take no larger a fraction of the time than in a real run."""
 MOST_MS = 15e3
@@ -85,7 +83,9 @@ TINY = replace(
 
 
 class Training:
-    """A model, its optimizer and the step that the trainer takes, without the trainer."""
+    """A model, its optimizer and the step of `train.engine`, which needs more libraries than torch; a test compares the
+    two.
+    """
 
     def __init__(
         self, config: ModelConfig, precision: PrecisionConfig, bench: Bench, moments: Moments, lr: float
@@ -109,6 +109,7 @@ class Training:
         for part_BT, places_BT in zip(tokens_BT.split(rows), positions_BT.split(rows), strict=True):
             context = self.placed.sequence_context(places_BT, float(tokens))
             context.labels_BT = part_BT[:, 1:]
+            self.placed.prepare(context)
             loss = self.placed.model(part_BT[:, :-1], context).sum() / tokens
             loss.backward()
             total += loss.detach()
@@ -236,12 +237,13 @@ def _measured(
     shape |= {"documents": count(positions), "total": parameters.total, "active": parameters.active}
     is_default = side == PLAIN + bench.default_kernels and load == _Load(balanced=True)
     goal: dict[str, Any] = {"floor": 300.0, "moonshot": 400.0} if config.moe_every and is_default else {}
-    speed, mfu = tokens / timing.ms * 1e3, flops / timing.ms / 1e9 / PEAK_TFLOPS
+    speed, fastest = tokens / timing.ms * 1e3, peak_flops(bench.device)
+    mfu = "no MFU" if fastest is None else f"MFU {flops / timing.ms * 1e3 / fastest:.1%} of {fastest / 1e12:g} TFLOP/s"
     row = BenchRow(
         "step", name, side, "step", shape, tokens, _load_name(config, load), ms=timing.ms, spread=timing.spread,
         flops=flops, memory_bytes=peak, failed=None if math.isfinite(last_loss) else "the loss is not finite",
         note=f"{parameters.active / 1e9:.2f} B active of {parameters.total / 1e9:.2f} B, {speed:,.0f} tokens/s, "
-        f"MFU {mfu:.1%} of {PEAK_TFLOPS:.0f}, moments in {moments.value}",
+        f"{mfu}, moments in {moments.value}",
         **goal,
     )  # fmt: skip
     return row, spans, wall_ms

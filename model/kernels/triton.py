@@ -131,7 +131,7 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, inverse: Tensor, gain: Tensor | 
 def _plain_rms_norm_backward(grad: Tensor, x: Tensor, inverse: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute the same on CPUs, where PyTorch has no fused kernel."""
     y, wide = widened(x) * inverse, widened(grad)
-    scaled = wide if gain is None else wide * gain
+    scaled = wide if gain is None else wide * gain.to(x.dtype)  # the forward pass rounds it too
     to_x = inverse * (scaled - y * (scaled * y).mean(-1, keepdim=True))
     return to_x.to(x.dtype), x.new_empty(0) if gain is None else (wide * y).flatten(0, -2).sum(0).to(gain.dtype)
 

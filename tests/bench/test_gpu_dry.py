@@ -21,20 +21,27 @@ from bench.gpu.__main__ import SECTIONS, in_new_process, main, measure
 from bench.gpu.attention import attention, flex
 from bench.gpu.clock import Timing, distance
 from bench.gpu.context import DENSE, PLAIN, TRITON, Bench
-from bench.gpu.documents import count, keys_per_token, packed_flops, packed_positions
-from bench.gpu.head import WHOLE
+from bench.gpu.documents import count, packed_flops, packed_positions
+from bench.gpu.head import CHUNKED, WHOLE
 from bench.gpu.record import BenchRecord, BenchRow, judged, tables
 from bench.gpu.shapes import MAVERICK, counts, moe_shapes
 from bench.gpu.split import KernelClass, class_of, divided, launched
-from bench.gpu.training import TINY
+from bench.gpu.training import TINY, Training
+from data.loader import Batch
 from model import head
-from model.attention.plan import ForwardContext
 from model.flops import training_flops
 from model.kernels import TorchKernels
-from precision.config import KernelKind
+from model.load_balance import Balancer
+from parallel.layout import Layout
+from parallel.mesh import meshes_of_rank
+from parallel.parallelize import build
+from precision.config import Compute, KernelKind, PrecisionConfig
 from precision.native_gemm import NativeGemm
 from tests.conftest import ROOT
 from tests.model.attention.test_segments import inputs, masked, positions
+from train.engine.base import optimizer_step
+from train.engine.fsdp import TorchEngine
+from train.optim.config import Moments, OptimizerConfig
 
 HIDDEN = ("hydra", "omegaconf", "datasets", "wandb", "pyarrow", "tokenizers", "tiktoken", "matplotlib", "xxhash")
 HIDDEN += ("transformers", "torchtitan")
@@ -206,8 +213,9 @@ def test_documents_are_packed_and_counted():
     assert sum(lengths) == 3 * 8192 and count(positions) == len(lengths) > 10
     assert max(lengths) / statistics.median(lengths) > 5 and min(lengths) < 200
     assert torch.equal(positions, packed_positions(3, 8192)) and not torch.equal(positions[0], positions[1])
-    squares = sum(length**2 for length in lengths) / sum(lengths)
-    assert keys_per_token(ForwardContext(positions), None) == pytest.approx(squares)
+    reach = sum(length**2 for length in lengths) / sum(lengths)
+    attention = packed_flops(TINY, positions) - training_flops(TINY, 64).matrices
+    assert attention == pytest.approx(6 * reach * TINY.num_layers * TINY.num_heads * TINY.head_dim)
     whole = torch.arange(64)[None]
     assert packed_flops(TINY, whole) == training_flops(TINY, 64).total
     chunked = replace(TINY, attention_chunk_size=16)
@@ -269,10 +277,13 @@ def test_a_trace_of_a_run_is_divided(tmp_path, capsys):
 def test_the_loss_is_compared_by_blocks(monkeypatch):
     monkeypatch.setattr("model.head._BLOCK_BYTES", 2 * 64 * 128)
     rows = list(measure("head", bench()))
-    assert not [row for row in rows if row.failed] and [row for row in rows if row.ratio and row.against == WHOLE]
+    assert not [row for row in rows if row.failed]
+    assert {row.against for row in rows if row.ratio} == {WHOLE, CHUNKED}
     honest = head._blocks
     monkeypatch.setattr(head, "_blocks", lambda *sizes: list(honest(*sizes))[1:])
-    assert next(row for row in measure("head", bench())).failed
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions")
+    rows = list(measure("head", bench()))
+    assert rows[0].failed and rows[1].missing
 
 
 @pytest.mark.parametrize("version, kind", [("2.11.0+cu130", "segments"), ("2.13.0", "varlen")])
@@ -284,3 +295,19 @@ def test_the_attention_that_a_gpu_can_run_is_measured(monkeypatch, version, kind
     first = next(attention(here))
     lacking = [row.missing for row in first.measure()] if kind == "segments" else []
     assert (first.name == "varlen") is bool(lacking) and all("pip install 'torch>=2.12'" in line for line in lacking)
+
+
+def test_the_step_is_that_of_the_engine():
+    precision, optimizer = PrecisionConfig(Compute.float32), OptimizerConfig(lr=1e-2)
+    training, other = (Training(TINY, precision, bench(), Moments.float32, lr=lr) for lr in (1e-2, 2e-2))
+    placed = build(TINY, precision, meshes_of_rank(Layout(dp_shard=1), 0), torch.device("cpu"), seed=0)
+    engine, balancer = TorchEngine(placed, optimizer), Balancer(placed.model)
+    tokens, positions = torch.arange(4 * 33).view(4, 33) * 7 % TINY.vocab_size, packed_positions(4, 32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], positions, torch.zeros(4, dtype=torch.int64))
+    for _ in range(3):
+        wanted = optimizer_step(engine, balancer, batch, 2, 1.0, 1.0).loss
+        found, different = (one.step(tokens, 2, positions) for one in (training, other))
+        assert float(found) == pytest.approx(float(wanted), rel=1e-6)
+    for one, same in zip(training.placed.model.parameters(), placed.model.parameters(), strict=True):
+        torch.testing.assert_close(one, same, rtol=1e-6, atol=1e-7)
+    assert float(different) != pytest.approx(float(wanted), rel=1e-4), "the control"

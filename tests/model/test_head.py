@@ -111,3 +111,32 @@ def test_the_first_of_equal_words_is_the_likeliest(monkeypatch):
     made.weight = torch.nn.Parameter(torch.tensor([[1.0], [3.0], [2.0], [3.0], [0.0], [3.0]], dtype=torch.float64))
     found = made(torch.ones(1, 1, 1, dtype=torch.float64), torch.tensor([[3]]), likeliest=True)
     assert found[0, 0, 1] == 1
+
+
+SIZES = {"words": (8, 800), "tokens": (800, 8)}
+"""Tokens and words of 100 blocks, in which the gradient of the input or that of the weight is a sum of 100 parts."""
+
+
+def bfloat16_errors(tokens: int, words: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Return the relative errors of the gradients of a loss by blocks of 8 x 8 logits in bfloat16."""
+    monkeypatch.setattr(head, "_MULTIPLE", 1)
+    monkeypatch.setattr(head, "_BLOCK_BYTES", 2 * 8 * 8)
+    generator = torch.Generator().manual_seed(0)
+    made = Head(D, words, Role.head, resolve(PrecisionConfig(Compute.bfloat16)).plain)
+    made.weight = torch.nn.Parameter(torch.randn(words, D, generator=generator).abs())
+    x = torch.randn(1, tokens, D, generator=generator).abs().bfloat16().requires_grad_()
+    labels = torch.randint(words, (1, tokens), generator=generator)
+    made(x, labels).sum().backward()
+    exact_x, exact_w = (one.detach().bfloat16().double().requires_grad_() for one in (x, made.weight))
+    F.cross_entropy((exact_x @ exact_w.t())[0], labels[0], reduction="sum").backward()
+    pairs = {"x": (x, exact_x), "w": (made.weight, exact_w)}
+    return {name: float((a.grad - b.grad).norm() / b.grad.norm()) for name, (a, b) in pairs.items()}
+
+
+@pytest.mark.parametrize("tokens, words", SIZES.values(), ids=SIZES.keys())
+def test_sums_over_blocks_are_not_rounded(tokens, words, monkeypatch):
+    errors = bfloat16_errors(tokens, words, monkeypatch)
+    assert errors["x"] < 6e-3 and errors["w"] < 5e-3
+    monkeypatch.setattr(head, "widened", lambda x: x)
+    monkeypatch.setattr(head, "at_least_float32", lambda dtype: dtype)
+    assert max(bfloat16_errors(tokens, words, monkeypatch).values()) > 1e-2, "the control"

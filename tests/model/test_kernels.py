@@ -187,3 +187,21 @@ def test_fused_swiglu_equals_autograd_to_the_bit(dtype):
         assert torch.equal(way(both), plain(both))
         found, wanted = (torch.autograd.grad(f(both), both, grad)[0] for f in (way, plain))
         assert torch.equal(found, wanted) and found.abs().min() > 0
+
+
+def test_the_norm_rounds_its_gain_in_both_passes():
+    generator = torch.Generator().manual_seed(0)
+    x, grad, gain = (torch.randn(*shape, generator=generator) for shape in ((8, 64), (8, 64), (64,)))
+    rounded = gain.bfloat16().float()
+    found, wanted = (norm_gradient(x.bfloat16(), one, grad.bfloat16()) for one in (gain, rounded))
+    assert torch.equal(found, wanted)
+    exact, other = (norm_gradient(x, one, grad) for one in (gain, rounded))
+    assert not torch.equal(exact, other), "float32 rounds nothing"
+
+
+def norm_gradient(x: Tensor, gain: Tensor, grad: Tensor) -> Tensor:
+    x.requires_grad_()
+    kernels.TritonKernels().rms_norm(x, gain, 1e-5).backward(grad)
+    assert x.grad is not None
+    found, x.grad = x.grad, None
+    return found

@@ -20,6 +20,7 @@ from precision.gemm import Groups
 from precision.native_gemm import NativeGemm
 from precision.quantised_weights import QuantisedWeights
 from precision.resolve import LayerGemms
+from precision.weight_copies import WeightClock
 from tests.support import tiny
 from train.optim.config import Moments, OptimizerConfig
 from train.optim.optimizer import elementwise
@@ -193,11 +194,28 @@ def test_stacking_where_a_scale_spans_matrices_is_noticed(recipe, monkeypatch):
 
 @pytest.mark.parametrize("config", [OptimizerConfig(lr=0.1), NARROW], ids=["fused", "narrow moments"])
 def test_a_step_of_the_optimizer_refreshes_bfloat16_copies(config):
-    gemm, w = NativeGemm(torch.bfloat16), nn.Parameter(draw(F, D))
+    check_refresh_of_a_copy(config)
+
+
+def test_without_clock_and_versions_copies_would_be_stale(monkeypatch):
+    monkeypatch.setattr(WeightClock, "tick", lambda clock: setattr(clock, "ticks", 1))
+    monkeypatch.setattr("precision.weight_copies.state_of", lambda weights: [])
+    with pytest.raises(AssertionError, match="stale"):
+        check_refresh_of_a_copy(OptimizerConfig(lr=0.1))
+
+
+def check_refresh_of_a_copy(config: OptimizerConfig) -> None:
+    clock, w = WeightClock(), nn.Parameter(draw(F, D))
+    gemm = NativeGemm(torch.bfloat16, clock)
+    clock.tick()
     w.grad = draw(F, D, seed=1)
-    before = gemm.narrowed(w).clone()
+    copy = gemm.narrowed(w)
+    assert gemm.narrowed(w).data_ptr() == copy.data_ptr(), "kept"
+    before = copy.clone()
     elementwise([{"params": [w]}], config).step()
-    assert torch.equal(gemm.narrowed(w), w.bfloat16()) and not torch.equal(gemm.narrowed(w), before)
+    clock.tick()
+    assert torch.equal(gemm.narrowed(w), w.bfloat16()), "stale"
+    assert not torch.equal(gemm.narrowed(w), before)
 
 
 def trained(

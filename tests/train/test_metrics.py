@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.flops import training_flops
+from model.flops import PEAK_FLOPS, peak_flops, training_flops
 from tests.support.models import small
 from tests.support.tiny import trainer
-from train.metrics import PEAK_FLOPS, Throughput, peak_flops
+from train.metrics import Throughput
 
 GPU = torch.device("cuda")
 
