@@ -253,5 +253,6 @@ class GradientSum:
 def gradient_sums(stack: nn.Module) -> dict[nn.Module, GradientSum]:
     """Return a `GradientSum` for every module under `stack` that owns a weight."""
     groups = [group for _, group in units(stack) if group is not None]
-    sharded = {parameter._module_info.module: parameter for group in groups for parameter in group.fsdp_params}
+    parameters = [parameter for group in groups for parameter in group.fsdp_params]
+    sharded = {one._module_info.module: one for one in parameters if one._module_info.param_name == "weight"}
     return {module: GradientSum(module, sharded.get(module)) for module in stack.modules() if hasattr(module, "weight")}
