@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -15,7 +16,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import xxhash
 
 from core.errors import ConfigError, first_line
 from core.exit_codes import ATTEMPT
@@ -88,7 +88,8 @@ class World:
 
     def _differs(self, claims: Mapping[str, str]) -> bool:
         """Return whether any rank has other claims, on every rank. Compares hashes: all texts would be megabytes."""
-        digest = xxhash.xxh3_64_intdigest(json.dumps(dict(claims), sort_keys=True).encode()) >> 1
+        text = json.dumps(dict(claims), sort_keys=True).encode()
+        digest = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) >> 1
         bounds = torch.tensor([digest, -digest], device=self.device)
         self.heartbeat.begin("world", "agreement")
         with self._patient():

@@ -329,7 +329,7 @@ def test_a_run_without_scores_does_not_block_its_correction(tmp_path):
         write_lines(source, prose(count))
         with pytest.raises(ConfigError, match="needs labels"):
             filtered(source, tmp_path / "out", unfit)
-    assert {path.name.split("-")[0] for path in (tmp_path / "out" / "stages").iterdir()} == {
+    assert {path.name.split("-")[0] for path in (tmp_path / "out" / "stages").iterdir()} - {".lock"} == {
         "records",
         "screened",
         "duplicates",
@@ -341,7 +341,7 @@ def test_a_run_without_scores_does_not_block_its_correction(tmp_path):
     filtered(source, tmp_path / "out", scorer)
     assert (tmp_path / "out" / "stages" / "records").stat().st_ino == made, "read once"
     left = {path.name for path in (tmp_path / "out" / "stages").iterdir() if not path.name.startswith("scored-")}
-    assert left == {"records", "screened", "duplicates", "scored", "decisions"}
+    assert left - {".lock"} == {"records", "screened", "duplicates", "scored", "decisions"}
     shutil.rmtree(tmp_path / "out" / "stages" / "decisions")
     before = stamps()
     write_lines(source, prose(42))
@@ -371,7 +371,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, source, alone, monkey
             DataError, match=rf"cannot write .*{name} \(No space left on device\): free some space and run"
         ):
             filtered(source, tmp_path / "out", **KEYS)
-    assert not list((tmp_path / "out").rglob(".*")) and not list((tmp_path / "out").rglob(name))
+    assert {path.name for path in (tmp_path / "out").rglob(".*")} == {".lock"} and not list(
+        (tmp_path / "out").rglob(name)
+    )
     filtered(source, tmp_path / "out", **KEYS)
     assert outputs(tmp_path / "out") == alone
 
