@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from bench.overlap.slow import network, taking
 from model.config import FeedForward, ModelConfig, RouterConfig
@@ -24,7 +25,9 @@ from parallel.layout import ParallelConfig, Recompute
 from parallel.mesh import make_meshes
 from precision.config import Compute, PrecisionConfig
 
-T, D, LAYERS, STEPS = 64, 64, 4, 3
+T, D, LAYERS, STEPS = 64, 64, 16, 3
+GATHERS = 2 * LAYERS + 3
+"""Gathers of a step of `gather_seconds`: the layers in both passes, the embedding, the head and the rest."""
 FIRST_HALF = 2 / 3
 """The part of a gated MLP's matmuls that is in its first half: gate and up of gate, up and down."""
 SIZES = {"hidden_size": D, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "vocab_size": 64}
@@ -81,9 +84,9 @@ def _waiting(dispatch: Callable[..., Pending[Dispatched]], x_TD: Tensor, routing
     return lambda: Dispatched(rows.x_CD, rows.groups, combine)
 
 
-def gather_seconds(delay_s: float, work_s: float) -> list[float]:
+def gather_seconds(delay_s: float, work_s: float, ahead: bool) -> list[float]:
     """Return the seconds of steps of dense layers under FSDP2. Each gather takes `delay_s`, and all layers together
-    `work_s`, in equal parts.
+    `work_s`, in equal parts. `ahead`: gathers are asynchronous, as on a stream of their own, which gloo lacks.
     """
     plain = ModelConfig(**SIZES, **EXPERTS, num_layers=LAYERS)  # type: ignore[arg-type]
     layers = [replace(layer, feed_forward=FeedForward.dense) for layer in plain.blocks]
@@ -92,6 +95,9 @@ def gather_seconds(delay_s: float, work_s: float) -> list[float]:
     for layer in placed.model.layers.values():
         ffn: Any = layer.ffn
         ffn.second_half = taking(ffn.second_half, work_s / 3 / LAYERS)
+    for unit in placed.model.modules():
+        if isinstance(unit, FSDPModule):
+            unit._set_unshard_async_op(ahead)
     return _seconds(placed, delay_s, D * D, "all_gather_single", "all_gather_into_tensor")
 
 
