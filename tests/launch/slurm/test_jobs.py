@@ -233,7 +233,12 @@ WRONG = {
 
 @pytest.mark.parametrize("override, message", WRONG.items(), ids=["ids", "nodes"])
 def test_a_wrong_configuration_is_not_requeued(user, request, override, message):
+    """What the login node can know is not even submitted."""
     name = f"wrong-{request.node.callspec.id}"
+    if name == "wrong-ids":
+        done = user.leviathan("train", *user.job(name), override)
+        assert done.returncode == 2 and message in done.stderr and not (user.home / "jobs" / name).exists()
+        return
     number = user.submit(name, override)
     log = user.ended(name, number, "FAILED")
     assert log.count(message) == 1 and "not requeued: the same error would occur again" in log, log
