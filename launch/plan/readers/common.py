@@ -99,14 +99,14 @@ def number(row: Row, *names: str) -> float | None:
 
 
 def count(row: Row, name: str, default: int | None = None, least: int = 0) -> int:
-    """Return a cell as an integer. Raises `UnusableRow` if it is none and there is no default, or below `least`."""
+    """Return a cell as an integer. Raises `UnusableRow` for another value, without a default, or below `least`."""
     value = number(row, name)
     if value is None:
         if default is None:
             raise UnusableRow(f"{name} is missing")
         value = default
     if value < least or value != int(value) or value > 1e12:
-        raise UnusableRow(f"{name}={value:g} is no count")
+        raise UnusableRow(f"{name}={value:g} is not a count")
     return int(value)
 
 

@@ -39,13 +39,13 @@ _RELEASE_NODES = 16
 
 
 def read(line: int, row: Row) -> Measured:
-    """Return the job of one test. Raises `UnusableRow` where the model is no decoder that the planner knows."""
+    """Return the job of one test. Raises `UnusableRow` for a model other than a decoder that the planner knows."""
     case = row["case"].strip().lower()
     if not case:
         raise UnusableRow("case is missing")
     other = _NOT_GPT.search(case)
     if other:
-        raise UnusableRow(f"{other[0]}: the model is no plain decoder, and the table does not give its other parts")
+        raise UnusableRow(f"{other[0]}: the model is not a plain decoder, and the table does not give its other parts")
     gpu = find_gpu(_gpu_of(row["file"]))
     tp, pp, cp, ep = (count(row, name, 1, least=1) for name in ("tp", "pp", "cp", "ep"))
     experts = _experts(row)
