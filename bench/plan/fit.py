@@ -33,7 +33,7 @@ NOISE = 0.10
 """Standard deviation of the logarithm of a measured time, beyond which a row counts less."""
 NFEV = 40
 SWEEP_STEP = 4
-"""Every so many rows of the sweep are fitted, for speed."""
+"""Interval between the rows of the sweep that are fitted, for speed."""
 
 Numbers = np.ndarray
 MEMORY = ("imbalance", "base_mib", "nanotron_", "usable", "all_to_all_")

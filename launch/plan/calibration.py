@@ -132,7 +132,7 @@ def default_calibration() -> Calibration:
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Return a stored calibration. Raises `ConfigError` for an unknown constant or one that is no positive number."""
+    """Return a stored calibration. Raises `ConfigError` for an unknown constant, or one that is not positive."""
     try:
         values: dict[str, Any] = json.loads(path.read_text())["constants"]
     except (OSError, ValueError, KeyError, TypeError) as error:

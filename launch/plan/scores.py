@@ -32,7 +32,7 @@ class MeasuredLayout:
 
 
 def error_scores(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Return the median and the mean absolute relative error, and their number. None where there is no pair."""
+    """Return the median and the mean absolute relative error, and the number of pairs; None without pairs."""
     errors = [abs(pair.error) for pair in pairs]
     if not errors:
         return {"median_error": None, "mean_error": None, "n": 0}
