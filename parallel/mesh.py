@@ -166,7 +166,7 @@ def make_meshes(layout: Layout, world: World) -> Meshes:
         if axis.size > 1:
             world.heartbeat.join(name)
     if meshes.ends.size == 1:
-        axes.pop("ends", None)  # a rank that is no end has made a group with the others between them
+        axes.pop("ends", None)  # ranks between the ends have made a group of their own
     meshes = replace(meshes, **axes)
     dense = _device_mesh(world, meshes.replicate, meshes.fsdp, layout.tp)
     return replace(meshes, dense=dense, sparse=_device_mesh(world, meshes.replicate, meshes.efsdp, meshes.experts.size))
