@@ -102,7 +102,7 @@ def test_each_rule_decides_except_those_of_the_connection(scorer):
 
 
 def test_hashes_of_stored_stages_stay_as_they_are():
-    """A new setting is left out where it has its default; one that was renamed has its old name."""
+    """Omit a new setting at its default; keep the old name of one that was renamed."""
     ensemble = ScorerConfig(ScorerKind.ensemble, members=[ScorerConfig(order=3), ScorerConfig(ScorerKind.random)])
     found = [
         sha256_text(json.dumps(settings))[:8]
