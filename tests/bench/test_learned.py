@@ -96,4 +96,6 @@ def of_permuted_labels(kind: str, count: int, draws: int, one_domain: bool) -> l
 def test_intervals_of_permuted_labels_contain_chance(kind, one_domain):
     found = [of_permuted_labels(kind, count, 100, one_domain) for count in (60, 100, 200)]
     assert abs(np.mean([one.value for mine in found for one in mine]) - 0.5) < 0.015
-    assert np.mean([one.low <= 0.5 <= one.high for mine in found for one in mine]) > 0.92
+    # 300 intervals at 95%: the share of those that contain it has a standard error of 1.3%. Intervals that ignore the
+    # folds are too short by sqrt(2) and contain it in 83% of the cases.
+    assert np.mean([one.low <= 0.5 <= one.high for mine in found for one in mine]) > 0.9

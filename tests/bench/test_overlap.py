@@ -12,4 +12,4 @@ from bench.overlap.__main__ import LIMIT, LIMITED, measure
 def test_the_shorter_of_exchange_and_shared_expert_is_hidden(ranks, name):
     times = measure(ranks, name)
     assert times.ratio <= LIMIT, times
-    assert times.waiting_s >= times.network_s + times.work_s, "the control: exchanges that are waited for at once"
+    assert times.waiting_ratio > 1.3, "the control: exchanges that are waited for at once"

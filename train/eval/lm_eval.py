@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
@@ -29,6 +29,8 @@ from train.eval.open_model import open_scoring_model
 from train.eval.scoring_model import ScoringModel, TokenWindow
 from train.overlap.samples import search_samples
 from train.overlap.search import check_files
+
+T = TypeVar("T")
 
 
 class HarnessModel(TemplateLM):
@@ -170,6 +172,18 @@ def _stops(options: dict[str, Any]) -> list[str]:
     return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
 
 
+def _reported(tasks: Sequence[str], function: Callable[[], T]) -> T:
+    """Return what `function` returns. Report what the harness raises about a task as one of our errors."""
+    import datasets
+
+    try:
+        return function()
+    except (OSError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        raise CheckpointError(f"a task's data cannot be read: {first_line(error)}") from error
+    except (ValueError, KeyError) as error:  # such as a template or doc_to_image that names no column of the data
+        raise ConfigError("tasks", ",".join(tasks), f"a task cannot be asked: {first_line(error)}") from error
+
+
 def run_tasks(
     run: Path,
     tasks: Sequence[str],
@@ -211,16 +225,14 @@ def run_tasks(
             near = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.5)
             raise ConfigError("tasks", task, "no such task; task_path names a directory of your own tasks", near)
     model = HarnessModel(open_scoring_model(run, world, backend), batch_size)
-    try:
-        if world.size > 1:  # the others then find the data in the cache
-            world.from_main(lambda: bool(get_task_dict(list(tasks), manager)))
-        found: Any = simple_evaluate(
+    if world.size > 1:  # the others then find the data in the cache
+        world.from_main(lambda: _reported(tasks, lambda: bool(get_task_dict(list(tasks), manager))))
+    found: Any = _reported(
+        tasks,
+        lambda: simple_evaluate(
             model, tasks=list(tasks), num_fewshot=few_shot, limit=limit, task_manager=manager, bootstrap_iters=0
-        )
-    except (OSError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-        raise CheckpointError(f"a task's data cannot be read: {first_line(error)}") from error
-    except (ValueError, KeyError) as error:  # such as a template or doc_to_image that names no column of the data
-        raise ConfigError("tasks", ",".join(tasks), f"a task cannot be asked: {first_line(error)}") from error
+        ),
+    )
     if not world.is_main:
         return 0
     beside = search_samples(found.get("samples", {}), run, corpus, search_tokens)
