@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -180,6 +181,22 @@ def no_triton(device: torch.device) -> str | None:
         return "Triton is not installed: pip install triton"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton's kernels run on GPUs only"
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if device.type == "cuda" and torch.cuda.is_available() and not found:
+        return "Triton needs a C compiler: install gcc, or set CC"
+    return None
+
+
+def no_compilation(device: torch.device) -> str | None:
+    """Return why torch.compile cannot compile for a device, or None."""
+    if device.type == "cuda":
+        return no_triton(device)
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return "torch.compile needs a C++ compiler: install g++, or set CXX to one that runs"
     return None
 
 

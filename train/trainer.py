@@ -32,7 +32,7 @@ from parallel.deepspeed.config import Offload
 from parallel.layout import Layout
 from parallel.mesh import make_meshes
 from parallel.sharding import fill
-from precision.resolve import resolve, slow_experts
+from precision.resolve import no_compilation, resolve, slow_experts
 from train.batches import StepBatches
 from train.callbacks import imported_callbacks, make_callbacks
 from train.callbacks.base import Callback
@@ -277,6 +277,8 @@ def run(config: TrainConfig) -> int:
         with world.watch(config.parallel.timeout_s, directory.logs):
             world.agree(_identity(config, world.device))
             resolve(config.precision, world.device)
+            if config.parallel.compile and (reason := no_compilation(world.device)):
+                raise ConfigError("parallel.compile", True, reason, [False])
             suites: dict[str, Suite] = {}  # of rank 0
             world.from_main(lambda: suites.update(make_suites(config.evaluation)))
             world.from_main(lambda: _claim(directory, config))

@@ -23,7 +23,7 @@ from core.files import read_json
 from launch.diagnose.machine import FEW_FILES, cores, driver, free_space
 from parallel.layout import ParallelConfig
 from precision.config import Backend, Compute, PrecisionConfig
-from precision.resolve import FLOAT8_LIBRARIES, availability, no_triton, no_varlen, slow_experts
+from precision.resolve import FLOAT8_LIBRARIES, availability, no_compilation, no_triton, no_varlen, slow_experts
 from train.config import RunConfig, TrainConfig
 from train.run_directory import RunDirectory, write_config
 
@@ -74,6 +74,7 @@ def examine(folders: list[Path]) -> dict[str, Any]:
         "kernels": {
             "flash attention": no_varlen(PrecisionConfig(Compute.bfloat16), device),
             "Triton kernels": no_triton(device),
+            "torch.compile": no_compilation(device),
             **({"grouped matmuls of experts": slow_experts(device)} if device.type == "cuda" else {}),
         },
         "backends": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
