@@ -24,7 +24,8 @@ def grown(model: ModelConfig, axis: SizeAxis, factor: int) -> ModelConfig:
     if axis is SizeAxis.width:
         keys = ["hidden_size", "num_heads", "num_kv_heads", "dense_hidden_size", "expert_hidden_size"]
         keys += [] if model.shared_expert_hidden_size is None else ["shared_expert_hidden_size"]
-        return replace(model, **{key: getattr(model, key) * factor for key in keys})
+        latent = None if model.latent is None else model.latent.wider(factor)
+        return replace(model, latent=latent, **{key: getattr(model, key) * factor for key in keys})
     if axis is SizeAxis.depth:
         if model.layer_list is not None:
             raise ConfigError("model.layer_list", None, "an explicit list of layers cannot be made deeper: remove it")

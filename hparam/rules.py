@@ -29,6 +29,8 @@ METAP = """
 role                        std             lr                             eps
 embedding                   1               1                              hidden_size^-1
 query key value             fan_in^-1/2     fan_in^-1 num_layers^a-1       hidden_size^-1 num_layers^-a
+query_down query_up         fan_in^-1/2     fan_in^-1 num_layers^a-1       hidden_size^-1 num_layers^-a
+latent_down latent_up       fan_in^-1/2     fan_in^-1 num_layers^a-1       hidden_size^-1 num_layers^-a
 attention_output            fan_in^-1/2     fan_in^-1 num_layers^a-1       hidden_size^-1 num_layers^-a
 dense_gate dense_up         fan_in^-1/2     fan_in^-1 num_layers^a-1       hidden_size^-1 num_layers^-a
 dense_down                  fan_in^-1/2     fan_in^-1 num_layers^a-1       hidden_size^-1 num_layers^-a
@@ -38,6 +40,7 @@ expert_gate_up expert_down  fan_in^-1/2     fan_in^-1 num_layers^a-1       hidde
 router                      hidden_size^-1  hidden_size^-1 num_layers^a-1  num_layers^-a num_experts^-1
 block_norm                  1               num_layers^a-1                 hidden_size^-1 num_layers^-a
 qk_norm                     1               num_layers^a-1                 num_layers^-a
+latent_norm                 1               num_layers^a-1                 hidden_size^-1 num_layers^-a
 final_norm                  1               1                              1
 head                        hidden_size^-1  hidden_size^-1                 1
 vision_patch                1               1                              vision_hidden_size^-1
@@ -57,6 +60,8 @@ head  1    1   hidden_size^-1
 STANDARD = """
 role                                         std                          lr  eps
 embedding block_norm qk_norm final_norm      1                            1   1
+latent_norm                                  1                            1   1
+query_down query_up latent_down latent_up    fan_in^-1/2                  1   1
 query key value dense_gate dense_up          fan_in^-1/2                  1   1
 shared_gate shared_up expert_gate_up router  fan_in^-1/2                  1   1
 attention_output dense_down                  fan_in^-1/2 num_layers^-1/2  1   1

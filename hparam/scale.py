@@ -15,6 +15,7 @@ from model.vision.config import SHUFFLE, VisionConfig
 
 _MAY_BE_ABSENT = (
     *("dense_hidden_size", "shared_expert_hidden_size", "expert_hidden_size", "num_experts", "top_k"),
+    *("query_rank", "latent_rank", "latent_down_width", "latent_up_width", "result_width"),
     *("vision_hidden_size", "vision_mlp_hidden_size", "vision_adapter_hidden_size", "vision_patch_values"),
 )
 
@@ -49,6 +50,16 @@ class Scale:
     """Tokens per optimizer step: global_batch_size * seq_len."""
     tokens: int
     """Tokens of the whole run."""
+    query_rank: int = 0
+    """Width from which latent attention projects queries up; 0: none."""
+    latent_rank: int = 0
+    """Width from which latent attention projects keys and values up; 0: none."""
+    latent_down_width: int = 0
+    """Width of latent attention's projection down for keys and values, with the rotated part of keys; 0: none."""
+    latent_up_width: int = 0
+    """Width of all heads' keys, without the rotated part, and values in latent attention; 0: none."""
+    result_width: int = 0
+    """Width of all heads' results in latent attention; 0: none, results are as wide as queries."""
     vision_hidden_size: int = 0
     """Width of the vision encoder; 0: the model has none."""
     vision_mlp_hidden_size: int = 0
@@ -79,6 +90,7 @@ def scale_of(model: ModelConfig, batch: int, tokens: int) -> Scale:
         head_dim=model.head_dim,
         query_width=model.num_heads * model.head_dim,
         value_width=model.num_kv_heads * model.head_dim,
+        **_latent_sizes(model),
         dense_hidden_size=model.dense_hidden_size if dense else 0,
         shared_expert_hidden_size=model.shared_hidden_size if moe else 0,
         expert_hidden_size=model.expert_hidden_size if moe else 0,
@@ -88,6 +100,19 @@ def scale_of(model: ModelConfig, batch: int, tokens: int) -> Scale:
         tokens=tokens,
         **_vision_sizes(model.vision),
     )
+
+
+def _latent_sizes(model: ModelConfig) -> dict[str, int]:
+    latent = model.latent
+    if latent is None:
+        return {}
+    return {
+        "query_rank": latent.query_rank or 0,
+        "latent_rank": latent.kv_rank,
+        "latent_down_width": latent.kv_rank + latent.rope_dim,
+        "latent_up_width": model.num_heads * (model.head_dim - latent.rope_dim + latent.value_dim),
+        "result_width": model.num_heads * latent.value_dim,
+    }
 
 
 def _vision_sizes(vision: VisionConfig | None) -> dict[str, int]:
@@ -107,6 +132,8 @@ def kind_of(model: ModelConfig) -> dict[str, str]:
         "norms": "+".join(sorted({layer.qk_norm.value for layer in model.blocks})),
         "tied": str(model.tie_embeddings).lower(),
     }
+    if model.latent is not None:
+        found["attention"] = "latent" if model.latent.query_rank is None else "latent, with latent queries"
     if model.has_experts:
         found |= model.router.kind()
     return found
@@ -118,6 +145,10 @@ SPANS: Mapping[Role, tuple[str | None, str]] = {
     Role.query: ("query_width", "hidden_size"),
     Role.key: ("value_width", "hidden_size"),
     Role.value: ("value_width", "hidden_size"),
+    Role.query_down: ("query_rank", "hidden_size"),
+    Role.query_up: ("query_width", "query_rank"),
+    Role.latent_down: ("latent_down_width", "hidden_size"),
+    Role.latent_up: ("latent_up_width", "latent_rank"),
     Role.attention_output: ("hidden_size", "query_width"),
     Role.dense_gate: ("dense_hidden_size", "hidden_size"),
     Role.dense_up: ("dense_hidden_size", "hidden_size"),
@@ -147,6 +178,8 @@ no rule uses. The adapter's input is `SHUFFLE`^2 encoder widths.
 
 def fan_in(role: Role, sizes: Mapping[str, int]) -> int:
     """Return the fan in of a role's matrix, given the sizes by name."""
+    if role is Role.attention_output and sizes.get("result_width"):
+        return sizes["result_width"]
     return sizes[SPANS[role][1]] * (SHUFFLE**2 if role is Role.adapter_in else 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from core.errors import ConfigError, check_numbers, divisors
@@ -99,6 +99,79 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class YarnScaling:
+    """YaRN's frequency scaling (Peng et al. 2023, arXiv 2309.00071, section 3.2): wavelengths that fit into the
+    original sequence fewer than `beta_slow` times are stretched by `factor`, those that fit more than `beta_fast` times
+    are kept.
+
+    m(x) = 1 + 0.1 x ln(factor). Cosines and sines are multiplied by m(mscale) / m(mscale_all_dim), or by m(1) without
+    both. Attention logits are multiplied by m(mscale_all_dim)^2 (DeepSeek-V3, latent attention only).
+    """
+
+    factor: float = 40.0
+    """Factor by which long wavelengths are stretched."""
+    original_seq_len: int = 4096
+    """Sequence length in tokens before the scaling."""
+    beta_fast: float = 32.0
+    """Wavelengths that fit this often into `original_seq_len` are kept."""
+    beta_slow: float = 1.0
+    """Wavelengths that fit this often into `original_seq_len` are stretched in full."""
+    mscale: float = 0.0
+    """Used in the factor of cosines and sines; 0: none."""
+    mscale_all_dim: float = 0.0
+    """Used in the factors of cosines and sines, and of attention logits; 0: none."""
+    truncate: bool = True
+    """Round the range of pairs that are blended to whole pairs."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, ("original_seq_len", "beta_fast", "beta_slow"), ("mscale", "mscale_all_dim"))
+        if not (self.factor >= 1 and self.beta_slow <= self.beta_fast):
+            raise ConfigError("factor", self.factor, "must be at least 1, with beta_slow <= beta_fast")
+
+    @property
+    def rotation_factor(self) -> float:
+        """The factor of cosines and sines."""
+        if self.mscale and self.mscale_all_dim:
+            return self._grown(self.mscale) / self._grown(self.mscale_all_dim)
+        return self._grown(1.0)
+
+    @property
+    def logit_factor(self) -> float:
+        """The factor of the logits of latent attention."""
+        return self._grown(self.mscale_all_dim) ** 2
+
+    def _grown(self, mscale: float) -> float:
+        return 1 + 0.1 * mscale * math.log(self.factor)
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values of all heads are projected up from
+    one vector per token, and so are queries. Of the `head_dim` elements of a query or key, the last `rope_dim` carry
+    the position; those of the key are shared by all heads.
+    """
+
+    kv_rank: int = 512
+    """Width of the vector from which keys and values are projected up."""
+    query_rank: int | None = 1536
+    """Width of the vector from which queries are projected up. None: they are projected directly."""
+    rope_dim: int = 64
+    """Elements of a query or key that are rotated; even, and fewer than `head_dim`."""
+    value_dim: int = 128
+    """Width of a value head, at most `head_dim`."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, positive=("kv_rank", "query_rank", "rope_dim", "value_dim"))
+        if self.rope_dim % 2:
+            raise ConfigError("rope_dim", self.rope_dim, "must be even: the rotation acts on pairs")
+
+    def wider(self, factor: int) -> LatentConfig:
+        """Return the same with ranks `factor` times as large. Sizes of a head stay the same."""
+        query_rank = None if self.query_rank is None else self.query_rank * factor
+        return replace(self, kv_rank=self.kv_rank * factor, query_rank=query_rank)
+
+
+@dataclass(frozen=True)
 class RouterConfig:
     """Top-k routing of tokens to experts. The defaults are Llama 4's."""
 
@@ -111,11 +184,21 @@ class RouterConfig:
     scale: float = 1.0
     """Factor on all routing weights."""
     weights_on: WeightsOn = WeightsOn.input
+    groups: int = 1
+    """Groups of consecutive experts, such as those of a node. A token's experts are in few of them."""
+    top_groups: int = 1
+    """Groups in which a token's experts are: those whose two largest scores have the largest sums (DeepSeek-V3, arXiv
+    2412.19437, section 2.1.2).
+    """
+    selection_bias: bool = False
+    """Choose experts by their scores plus a bias that is not trained, even if `balance.bias_rate` is 0."""
     force_balanced: bool = False
     """Assign tokens to experts in turn, ignoring the router. For benchmarks only."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, positive=("top_k", "scale"))
+        check_numbers(self, positive=("top_k", "scale", "groups", "top_groups"))
+        if self.top_groups > self.groups:
+            raise ConfigError("top_groups", self.top_groups, f"must not exceed the {self.groups} groups")
 
     def kind(self) -> dict[str, str]:
         """Return the choices in which two models must agree for hyperparameters to transfer."""
@@ -258,6 +341,8 @@ class ModelConfig:
     """Number of routed experts per MoE layer. `router.top_k` of them process a token."""
     moe_every: int = 1
     """Layers whose (index + 1) is a multiple of this are MoE layers; 0: none."""
+    first_dense: int = 0
+    """This many layers at the beginning are dense, whatever `moe_every`."""
     nope_every: int = 4
     """Layers whose (index + 1) is a multiple of this have full attention without rotary positions; 0: none."""
     attention_chunk_size: int | None = 8192
@@ -270,6 +355,10 @@ class ModelConfig:
     """A checkpoint fits one pairing only."""
     rope_scaling: RopeScaling | None = None
     """Scaling of the rotary frequencies for sequences longer than those of the first training; null: none."""
+    rope_yarn: YarnScaling | None = None
+    """YaRN's scaling of the rotary frequencies, instead of `rope_scaling`; null: none."""
+    latent: LatentConfig | None = None
+    """Latent attention, instead of separate projections for queries, keys and values; null: none."""
     temperature: bool = True
     """Scale NoPE queries at position p by 1 + temperature_scale * ln(1 + floor((p + 1) / temperature_floor))."""
     temperature_floor: float = 8192.0
@@ -297,7 +386,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = ["vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"]
         sizes += ["dense_hidden_size", "expert_hidden_size", "attention_chunk_size"]
-        not_negative = ("shared_expert_hidden_size", "temperature_scale", "moe_every", "nope_every")
+        not_negative = ("shared_expert_hidden_size", "temperature_scale", "moe_every", "nope_every", "first_dense")
         check_numbers(self, (*sizes, "rope_theta", "temperature_floor", "norm_eps"), not_negative)
         if self.num_layers > MOST_LAYERS:
             raise ConfigError("num_layers", self.num_layers, f"must be at most {MOST_LAYERS:,}")
@@ -309,6 +398,10 @@ class ModelConfig:
         if self.layer_list is not None and len(self.layer_list) != self.num_layers:
             reason = f"has {len(self.layer_list)} layers, but model.num_layers is {self.num_layers}"
             raise ConfigError("layer_list", None, reason)
+        if self.latent is not None:
+            self._check_latent(self.latent)
+        if self.rope_yarn is not None and self.rope_scaling is not None:
+            raise ConfigError("rope_yarn", None, "rope_scaling is set too: remove one of the two")
         columns = [self.vocab_size, self.num_heads * self.head_dim, 2 * self.dense_hidden_size]
         columns += [2 * self.shared_hidden_size, 2 * self.expert_hidden_size * max(self.num_experts, 1)]
         if self.hidden_size * max(columns) > MOST_ELEMENTS:
@@ -324,12 +417,30 @@ class ModelConfig:
         if self.init_from is not None and self.init_parts.any:
             raise ConfigError("init_parts", None, "init_from gives the weights of all parts: remove one of the two")
 
+    def _check_latent(self, latent: LatentConfig) -> None:
+        for key in ("rope_dim", "value_dim"):
+            width = getattr(latent, key)
+            if width > self.head_dim - (key == "rope_dim"):
+                reason = f"must be less than model.head_dim={self.head_dim}, the width of queries and keys"
+                raise ConfigError(f"latent.{key}", width, reason)
+        if self.num_kv_heads != self.num_heads:
+            reason = "latent attention has one key head for each query head"
+            raise ConfigError("num_kv_heads", self.num_kv_heads, reason, [self.num_heads])
+        if any(layer.qk_norm is not QKNorm.none for layer in self.blocks):
+            raise ConfigError("qk_norm", self.qk_norm, "latent attention has norms of its own", [QKNorm.none.value])
+
     def _check_experts(self) -> None:
         if self.num_experts < 2:
             reason = "must be at least 2; moe_every=0 makes every layer dense"
             raise ConfigError("num_experts", self.num_experts, reason)
         if self.router.top_k > self.num_experts:
             raise ConfigError("router.top_k", self.router.top_k, f"must not exceed the {self.num_experts} experts")
+        groups, each = self.router.groups, self.num_experts // self.router.groups
+        if self.num_experts % groups:
+            raise ConfigError("router.groups", groups, f"must divide the {self.num_experts} experts")
+        if groups > 1 and (each < 2 or self.router.top_k > each * self.router.top_groups):
+            reason = f"groups of {each} experts cannot hold a token's {self.router.top_k}; each needs two or more"
+            raise ConfigError("router.top_groups", self.router.top_groups, reason)
         for key in ("hidden_size", "expert_hidden_size"):
             if getattr(self, key) % 8:  # grouped kernels need rows whose size in bfloat16 is a multiple of 16 bytes
                 raise ConfigError(key, getattr(self, key), "must be a multiple of 8 for the grouped matmul")
@@ -352,7 +463,7 @@ class ModelConfig:
 
     def _layer(self, index: int) -> LayerConfig:
         nope = self.nope_every > 0 and (index + 1) % self.nope_every == 0
-        moe = self.moe_every > 0 and (index + 1) % self.moe_every == 0
+        moe = self.moe_every > 0 and (index + 1) % self.moe_every == 0 and index >= self.first_dense
         return LayerConfig(
             feed_forward=FeedForward.moe if moe else FeedForward.dense,
             rope=not nope,

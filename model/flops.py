@@ -77,7 +77,13 @@ def training_flops(model: ModelConfig, lengths: Lengths, frozen: AbstractSet[Rol
         reach = float(sum(min(lengths, chunk or lengths) for chunk in chunks))
     else:
         reach = sum(lengths[chunk] for chunk in chunks)
-    return Flops(matrices=6.0 * active - 2.0 * still, attention=6.0 * reach * model.num_heads * model.head_dim)
+    return Flops(matrices=6.0 * active - 2.0 * still, attention=6.0 * reach * attention_width(model))
+
+
+def attention_width(model: ModelConfig) -> float:
+    """Return the mean width of all query heads together and of all their results."""
+    value_dim = model.head_dim if model.latent is None else model.latent.value_dim
+    return model.num_heads * (model.head_dim + value_dim) / 2
 
 
 def active_parameters(model: ModelConfig, layer: LayerConfig) -> int:
@@ -87,8 +93,7 @@ def active_parameters(model: ModelConfig, layer: LayerConfig) -> int:
 
 def active_matrices(model: ModelConfig, layer: LayerConfig) -> dict[Role, int]:
     """Return how many parameters in the matrices of one layer each token uses, by role."""
-    queries, keys = (model.hidden_size * model.head_dim * n for n in (model.num_heads, model.num_kv_heads))
-    found = {Role.query: queries, Role.key: keys, Role.value: keys, Role.attention_output: queries}
+    found = _attention_matrices(model)
     if layer.feed_forward is FeedForward.dense:
         return found | dict.fromkeys(
             (Role.dense_gate, Role.dense_up, Role.dense_down), model.hidden_size * model.dense_hidden_size
@@ -99,6 +104,22 @@ def active_matrices(model: ModelConfig, layer: LayerConfig) -> dict[Role, int]:
     expert = model.router.top_k * model.hidden_size * model.expert_hidden_size
     routed = {Role.expert_gate_up: 2 * expert, Role.expert_down: expert}
     return found | shared | routed | {Role.router: model.num_experts * model.hidden_size}
+
+
+def _attention_matrices(model: ModelConfig) -> dict[Role, int]:
+    width, latent = model.hidden_size, model.latent
+    queries, keys = (width * model.head_dim * n for n in (model.num_heads, model.num_kv_heads))
+    if latent is None:
+        return {Role.query: queries, Role.key: keys, Role.value: keys, Role.attention_output: queries}
+    each = model.head_dim - latent.rope_dim + latent.value_dim
+    found = {
+        Role.latent_down: width * (latent.kv_rank + latent.rope_dim),
+        Role.latent_up: latent.kv_rank * model.num_heads * each,
+        Role.attention_output: width * model.num_heads * latent.value_dim,
+    }
+    if (rank := latent.query_rank) is None:
+        return found | {Role.query: queries}
+    return found | {Role.query_down: width * rank, Role.query_up: rank * model.num_heads * model.head_dim}
 
 
 def vision_flops(vision: VisionConfig, decoder_size: int, frozen: AbstractSet[Role] = frozenset()) -> Flops:
@@ -143,8 +164,10 @@ def count_parameters(model: ModelConfig) -> Parameters:
     outside = tables * model.vocab_size * model.hidden_size + model.hidden_size
     layers = model.blocks
     gains = {QKNorm.per_head: 2 * model.head_dim, QKNorm.full: model.head_dim * (model.num_heads + model.num_kv_heads)}
+    latent = 0 if model.latent is None else model.latent.kv_rank + (model.latent.query_rank or 0)
     active = outside + sum(
-        active_parameters(model, layer) + 2 * model.hidden_size + gains.get(layer.qk_norm, 0) for layer in layers
+        active_parameters(model, layer) + 2 * model.hidden_size + gains.get(layer.qk_norm, 0) + latent
+        for layer in layers
     )
     moe = sum(layer.feed_forward is FeedForward.moe for layer in layers)
     active += 0 if model.vision is None else vision_parameters(model.vision, model.hidden_size)

@@ -70,11 +70,23 @@ class Router(nn.Module):
             count = batch * length * self.config.top_k
             return (torch.arange(count, device=logits_BTE.device) % experts).view(batch, length, -1)
         ranking = logits_BTE
-        if self.balance.config.bias_rate:
+        if self.balance.config.bias_rate or self.config.selection_bias or self.config.groups > 1:
             ranking = scores(self.config, logits_BTE) + self.balance.bias_E
+        if self.config.groups > 1:
+            ranking = in_best_groups(ranking, self.config)
         if self.config.top_k == 1:  # several times faster than topk on a CPU
             return ranking.max(dim=-1, keepdim=True).indices
         return ranking.topk(self.config.top_k, dim=-1).indices
+
+
+def in_best_groups(ranking_BTE: Tensor, router: RouterConfig) -> Tensor:
+    """Return the scores with -inf outside of each token's `top_groups` groups, those in which the two largest scores
+    have the largest sums.
+    """
+    grouped = ranking_BTE.unflatten(-1, (router.groups, -1))
+    best = grouped.topk(2, dim=-1).values.sum(-1).topk(router.top_groups, dim=-1).indices
+    is_out = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=best.device).scatter_(-1, best, False)
+    return grouped.masked_fill(is_out[..., None], -torch.inf).flatten(-2)
 
 
 Result = TypeVar("Result", covariant=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from core.errors import ConfigError
 from model.config import ModelConfig, MultipliersConfig, QKNorm
 from model.roles import ParameterInfo, Role
-from model.tensor_source import TensorSource, parameter_infos
+from model.tensor_source import TensorSource, parameter_infos, selection_biases
 
 
 def fold_multipliers(source: TensorSource) -> TensorSource:
@@ -33,6 +33,9 @@ class FoldedMultipliers:
         self.config = replace(model, multipliers=MultipliersConfig())
         self.shapes, self.dtypes = source.shapes, source.dtypes
 
+    def selection_biases(self) -> dict[str, Tensor]:
+        return selection_biases(self.source)
+
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         block, factor = self.source.read(name, offset, shape), self.factors[name]
         if factor == 1:
@@ -51,6 +54,8 @@ def _factor(info: ParameterInfo, model: ModelConfig) -> float:
         return 1.0
     parts = info.name.split(".")
     norm = model.blocks[int(parts[1])].qk_norm if parts[0] == "layers" else None
+    if info.role is Role.query_up:
+        return factors.attention
     if info.role is Role.query and norm is QKNorm.weightless:
         reason = "cannot be folded: queries are normalised without a gain (qk_norm: weightless)"
         raise ConfigError("model.multipliers.attention", factors.attention, reason, [1.0])

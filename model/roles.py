@@ -28,6 +28,13 @@ class Role(Enum):
     query = "query"
     key = "key"
     value = "value"
+    query_down = "query_down"
+    """Latent attention: from hidden states to the vector from which queries are projected up."""
+    query_up = "query_up"
+    latent_down = "latent_down"
+    """Latent attention: from hidden states to the vector for keys and values, and to the rotated part of keys."""
+    latent_up = "latent_up"
+    latent_norm = "latent_norm"
     attention_output = "attention_output"
     dense_gate = "dense_gate"
     dense_up = "dense_up"
@@ -68,7 +75,7 @@ class Role(Enum):
         """The initial value of gains and biases; None for parameters that start with random values. A network may set
         another one: see `registry`.
         """
-        if self in (Role.block_norm, Role.final_norm, Role.qk_norm, Role.vision_norm):
+        if self in (Role.block_norm, Role.final_norm, Role.qk_norm, Role.latent_norm, Role.vision_norm):
             return 1.0
         return 0.0 if self in (Role.vision_bias, Role.logit_scale, Role.logit_bias) else None
 
@@ -105,6 +112,7 @@ _PRODUCTS = {
     Role.head: Products.head,
     Role.router: Products.router,
     **dict.fromkeys((Role.query, Role.key, Role.value, Role.attention_output), Products.attention),
+    **dict.fromkeys((Role.query_down, Role.query_up, Role.latent_down, Role.latent_up), Products.attention),
     **dict.fromkeys((Role.dense_gate, Role.dense_up, Role.dense_down), Products.dense),
     **dict.fromkeys((Role.shared_gate, Role.shared_up, Role.shared_down), Products.shared),
     **dict.fromkeys((Role.expert_gate_up, Role.expert_down), Products.expert),

@@ -7,10 +7,10 @@ shard and no rank holds a whole tensor.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.init import reset_buffers
@@ -35,6 +35,20 @@ class TensorSource(Protocol):
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Return the block of parameter `name` at `offset`, in the stored dtype, on the CPU."""
         ...
+
+
+@runtime_checkable
+class BiasedSource(TensorSource, Protocol):
+    """A source that has the routers' selection biases, which are no parameters."""
+
+    def selection_biases(self) -> dict[str, Tensor]:
+        """Return the bias on each expert's routing score, [E], by buffer name."""
+        ...
+
+
+def selection_biases(source: TensorSource | None) -> dict[str, Tensor]:
+    """Return the biases of a source; empty if it has none."""
+    return source.selection_biases() if isinstance(source, BiasedSource) else {}
 
 
 class PartSources:
@@ -86,4 +100,13 @@ def materialise(source: TensorSource, dtype: torch.dtype | None = None) -> Trans
             tensor = whole(source, name)
             parameter.copy_(tensor.to(dtype) if dtype else tensor)
     reset_buffers(model)
+    copy_buffers(model, selection_biases(source))
     return model.eval()
+
+
+@torch.no_grad()
+def copy_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into the buffers of these names."""
+    for name, buffer in model.named_buffers():
+        if name in values:
+            buffer.copy_(values[name])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import DataError
+from model.attention.latent import LatentAttention
 from model.attention.layer import Attention
 from model.attention.plan import ForwardContext
 from model.config import FeedForward, LayerConfig, ModelConfig
@@ -29,7 +30,7 @@ class Layer(nn.Module):
     def __init__(self, model: ModelConfig, layer: LayerConfig, gemms: LayerGemms) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm, gemms)
-        self.attention = Attention(model, layer, gemms)
+        self.attention = (Attention if model.latent is None else LatentAttention)(model, layer, gemms)
         self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, Role.block_norm, gemms)
         self.is_moe = layer.feed_forward is FeedForward.moe
         self.multiplier = model.multipliers.residual

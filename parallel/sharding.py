@@ -31,6 +31,8 @@ _TENSOR_DIM = {
     Role.query: 0,
     Role.key: 0,
     Role.value: 0,
+    Role.query_up: 0,
+    Role.latent_up: 0,
     Role.attention_output: 1,
     Role.dense_gate: 0,
     Role.dense_up: 0,

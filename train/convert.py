@@ -20,7 +20,7 @@ from model.huggingface import HuggingFaceCheckpoint, compare_logits, compare_set
 from model.huggingface.checkpoint import tokenizer_files
 from model.huggingface.vision import processor_files
 from model.multipliers import fold_multipliers
-from model.tensor_source import TensorSource
+from model.tensor_source import TensorSource, selection_biases
 from parallel.comm.world import World
 from train.checkpoint.index import read_progress
 from train.checkpoint.init_from import open_model
@@ -74,8 +74,8 @@ def export_checkpoint(
         raise error.under("source") from None
     if (path / "config.yaml").exists():
         check_language(load_config(path), "source", str(path))
-    biases = source.selection_biases() if isinstance(source, CheckpointedModel) else {}
-    bias = max((float(bias_E.abs().max()) for bias_E in biases.values()), default=0.0)
+    biases = selection_biases(source).values()
+    bias = 0.0 if source.config.router.selection_bias else max((float(one.abs().max()) for one in biases), default=0.0)
     if bias and not drop_selection_bias:
         reason = f"the routers choose experts with biases (up to {bias:.2g}) that other formats cannot store"
         raise ConfigError("drop_selection_bias", False, reason, ["true, which exports the model without them"])

@@ -41,7 +41,7 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, layer: LayerConfig, gemms: LayerGemms) -> None:
         super().__init__()
         self.model, self.layer = model, layer
-        self.attend: Attend = varlen_attention if gemms.attention is AttentionKind.varlen else local_attention
+        self.attend = attend_of(gemms)
         self.kernels = kernels_for(gemms.kernels)
         query_size, kv_size = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         self.query = Linear(model.hidden_size, query_size, Role.query, gemms)
@@ -122,6 +122,11 @@ class Attention(nn.Module):
     def _joined_weights(self) -> Tensor:
         weights: list[Tensor] = [part.weight for part in (self.query, self.key, self.value)]
         return torch.cat(weights).to(self.query.gemm.compute_dtype)
+
+
+def attend_of(gemms: LayerGemms) -> Attend:
+    """Return how a layer attends on one device."""
+    return varlen_attention if gemms.attention is AttentionKind.varlen else local_attention
 
 
 def varlen_attention(

@@ -127,8 +127,10 @@ class ForwardContext:
         if key not in self._rotations:
             chunk = layer.attention_chunk_size
             positions = self.positions_BT if chunk is None else self.positions_BT % chunk
-            table = frequencies(model.head_dim, model.rope_theta, model.rope_scaling, positions.device)
-            self._rotations[key] = rotation(positions, table, dtype)
+            width = model.head_dim if model.latent is None else model.latent.rope_dim
+            scaling = model.rope_scaling or model.rope_yarn
+            turns = rotation(positions, frequencies(width, model.rope_theta, scaling, positions.device), dtype)
+            self._rotations[key] = turns if model.rope_yarn is None else turns * model.rope_yarn.rotation_factor
         return self._rotations[key]
 
     def temperature(self, model: ModelConfig, dtype: torch.dtype) -> Tensor:

@@ -10,19 +10,28 @@ import math
 import torch
 from torch import Tensor
 
-from model.config import RopePairing, RopeScaling
+from model.config import RopePairing, RopeScaling, YarnScaling
 from precision.gemm import at_least_float32, widened
 
 
 def frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None = None, device: torch.device | None = None
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | YarnScaling | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Return the angle per position of each pair in radians, float64 [K/2] (Su et al. 2021, section 3.2.2). They are
     computed on the device, since a copy from the host would make the step wait.
     """
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
     plain = theta ** (-pairs / head_dim)
-    return plain if scaling is None else _scaled(plain, scaling)
+    match scaling:
+        case None:
+            return plain
+        case RopeScaling():
+            return _scaled(plain, scaling)
+        case YarnScaling():
+            return _yarn(plain, theta, scaling)
 
 
 def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
@@ -37,6 +46,23 @@ def _scaled(plain: Tensor, scaling: RopeScaling) -> Tensor:
         between = (wavelength <= long) & (wavelength >= short)
         result = torch.where(between, (1 - blend) * stretched + blend * plain, result)
     return result
+
+
+def _yarn(plain: Tensor, theta: float, scaling: YarnScaling) -> Tensor:
+    """Stretch slow pairs by `factor`, keep fast ones, and blend linearly in the index of the pair in between."""
+    pairs = len(plain)
+
+    def pair(turns: float) -> float:
+        """Return the (fractional) pair that turns this often in the original sequence."""
+        return pairs * math.log(scaling.original_seq_len / (2 * math.pi * turns)) / math.log(theta)
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    indices = torch.arange(pairs, dtype=plain.dtype, device=plain.device)
+    stretched = ((indices - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return plain / scaling.factor * stretched + plain * (1 - stretched)
 
 
 def rotation(positions_BT: Tensor, frequencies_K2: Tensor, dtype: torch.dtype) -> Tensor:

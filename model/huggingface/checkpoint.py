@@ -14,7 +14,7 @@ from core.files import read_json
 from model.config import ModelConfig
 from model.huggingface.families import read_config
 from model.huggingface.files import TensorEntry, open_directory, read_rows
-from model.huggingface.locations import Location, MoENames, locations
+from model.huggingface.locations import Location, MoENames, bias_locations, locations
 from model.huggingface.vision import PROCESSOR_FILES, TENSORS, vision_locations
 from model.tensor_source import Shape, blocks, parameter_shapes
 
@@ -46,9 +46,15 @@ class HuggingFaceCheckpoint:
         self.family, self.config = read_config(self.raw_config, text_only)
         self.entries: dict[str, TensorEntry] = open_directory(directory)
         self.shapes: dict[str, Shape] = parameter_shapes(self.config)
+        self.biases = bias_locations(self.config, self.family.names)
         self.locations = self._locate(text_only)
         self.dtypes = {name: self.entries[place.tensor()].dtype for name, place in self.locations.items()}
         self._last: tuple[tuple[str, int, int, int], Tensor] | None = None
+
+    def selection_biases(self) -> dict[str, Tensor]:
+        """Return the bias on each expert's routing score, float32 [E], by buffer name."""
+        entries = {name: self.entries[stored] for name, stored in self.biases.items()}
+        return {name: read_rows(entry, 0, entry.shape[0])[:, 0].float() for name, entry in entries.items()}
 
     @property
     def tokenizer_files(self) -> list[Path]:
@@ -109,6 +115,10 @@ class HuggingFaceCheckpoint:
                     problem = f"has shape {list(self.entries[stored].shape)}, but config.json asks for {list(wanted)}"
                     raise CheckpointError(f"{here}: {stored} {problem}")
                 extra.discard(stored)
+        for stored in self.biases.values():
+            if stored not in self.entries or self.entries[stored].shape != (self.config.num_experts,):
+                raise CheckpointError(f"{here} lacks the tensor {stored} of {self.config.num_experts} elements")
+            extra.discard(stored)
         if extra:
             odd = f"{len(extra)} tensors that {self.family.model_type} does not have, such as {min(extra)}"
             raise CheckpointError(f"{here} holds {odd}")

@@ -15,6 +15,7 @@ from core.config import differences, plain
 from core.errors import ConfigError
 from model.config import (
     FeedForward,
+    LatentConfig,
     LayerConfig,
     ModelConfig,
     QKNorm,
@@ -23,6 +24,7 @@ from model.config import (
     RouterConfig,
     Score,
     WeightsOn,
+    YarnScaling,
 )
 from model.huggingface.locations import MoENames
 from model.huggingface.values import Json, layer_count, whole_number
@@ -98,7 +100,14 @@ def canonical(model: ModelConfig) -> ModelConfig:
     """Return a model that computes the same function, with explicit layers and defaults for keys without effect."""
     layers, default = model.blocks, ModelConfig()
     kinds = {layer.feed_forward for layer in layers}
-    idle = ["moe_every", "nope_every", "attention_chunk_size", "qk_norm", "temperature"]  # layer_list has them
+    idle = [
+        "moe_every",
+        "first_dense",
+        "nope_every",
+        "attention_chunk_size",
+        "qk_norm",
+        "temperature",
+    ]  # layer_list has them
     idle += ["balance", "init", "init_from", "init_parts", "upcycle"]
     if FeedForward.moe not in kinds:
         idle += ["num_experts", "expert_hidden_size", "shared_expert_hidden_size", "router"]
@@ -124,7 +133,9 @@ def compact(model: ModelConfig) -> ModelConfig:
         temperature=nope_every > 0 and layers[nope_every - 1].temperature,
         layer_list=None,
     )
-    return shorter if shorter.blocks == layers else replace(model, layer_list=list(layers))
+    first = next((index for index, layer in enumerate(layers) if layer.feed_forward is FeedForward.moe), 0)
+    later = replace(shorter, moe_every=1, first_dense=first)
+    return next((one for one in (shorter, later) if one.blocks == layers), replace(model, layer_list=list(layers)))
 
 
 def _refuse(config: Json) -> None:
@@ -161,17 +172,38 @@ def _rope_of(rope: Json, config: Json, default_theta: float) -> dict[str, Any]:
     turned = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if turned != 1.0:
         raise ConfigError("config.json partial_rotary_factor", turned, "is not supported", [1.0])
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    if kind != "llama3":
-        raise ConfigError("config.json rope_type", kind, "is not supported", ["default", "llama3"])
-    scaling = RopeScaling(
+    none: dict[str, Any] = {"rope_theta": theta, "rope_scaling": None, "rope_yarn": None}
+    match kind:
+        case "default":
+            return none
+        case "llama3":
+            return none | {"rope_scaling": _llama3(rope)}
+        case "yarn":
+            return none | {"rope_yarn": _yarn(rope)}
+    raise ConfigError("config.json rope_type", kind, "is not supported", ["default", "llama3", "yarn"])
+
+
+def _llama3(rope: Json) -> RopeScaling:
+    return RopeScaling(
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),
         high_freq_factor=float(rope["high_freq_factor"]),
         original_seq_len=whole_number(rope, "original_max_position_embeddings"),
     )
-    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _yarn(rope: Json) -> YarnScaling:
+    if rope.get("attention_factor") is not None:
+        raise ConfigError("config.json attention_factor", rope["attention_factor"], "is not supported: remove it")
+    return YarnScaling(
+        factor=float(rope["factor"]),
+        original_seq_len=whole_number(rope, "original_max_position_embeddings"),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        mscale=float(rope.get("mscale") or 0),
+        mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
+        truncate=bool(rope.get("truncate", True)),
+    )
 
 
 def _indices(config: Json, key: str, layers: int) -> set[int] | None:
@@ -207,6 +239,17 @@ def _write_common(model: ModelConfig) -> dict[str, Any]:
             "low_freq_factor": model.rope_scaling.low_freq_factor,
             "high_freq_factor": model.rope_scaling.high_freq_factor,
             "original_max_position_embeddings": model.rope_scaling.original_seq_len,
+        }
+    if (yarn := model.rope_yarn) is not None:
+        scaling = {
+            "rope_type": "yarn",
+            "factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original_seq_len,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "mscale": yarn.mscale,
+            "mscale_all_dim": yarn.mscale_all_dim,
+            "truncate": yarn.truncate,
         }
     return {
         "vocab_size": model.vocab_size,
@@ -395,6 +438,77 @@ def _write_olmoe(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _read_deepseek_v3(config: Json) -> ModelConfig:
+    only = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+    for key, value in only.items():
+        if config.get(key, value) != value:
+            raise ConfigError(f"config.json {key}", config[key], "is not supported", [value])
+    common = _read_common({**config, "head_dim": None}, theta=10000.0, eps=1e-6)
+    turned = whole_number(config, "qk_rope_head_dim", 64)
+    expert = whole_number(config, "moe_intermediate_size", 2048)
+    latent = LatentConfig(
+        kv_rank=whole_number(config, "kv_lora_rank", 512),
+        query_rank=None if config.get("q_lora_rank", 0) is None else whole_number(config, "q_lora_rank", 1536),
+        rope_dim=turned,
+        value_dim=whole_number(config, "v_head_dim", 128),
+    )
+    router = RouterConfig(
+        top_k=whole_number(config, "num_experts_per_tok", 8),
+        norm_topk_prob=bool(config.get("norm_topk_prob", True)),
+        scale=float(config.get("routed_scaling_factor", 2.5)),
+        weights_on=WeightsOn.output,
+        groups=whole_number(config, "n_group", 8),
+        top_groups=whole_number(config, "topk_group", 4),
+        selection_bias=True,
+    )
+    if router.groups == router.top_groups:
+        router = replace(router, groups=1, top_groups=1)
+    first = 0 if config.get("first_k_dense_replace") == 0 else whole_number(config, "first_k_dense_replace", 3)
+    count = common["num_layers"]
+    kinds = [FeedForward.dense if index < first else FeedForward.moe for index in range(count)]
+    pairing = RopePairing.adjacent if config.get("rope_interleave", True) else RopePairing.halves
+    return ModelConfig(
+        **{**common, "head_dim": whole_number(config, "qk_nope_head_dim", 128) + turned},
+        latent=latent,
+        dense_hidden_size=whole_number(config, "intermediate_size", 18432),
+        expert_hidden_size=expert,
+        shared_expert_hidden_size=whole_number(config, "n_shared_experts", 1) * expert,
+        num_experts=whole_number(config, "n_routed_experts", 256),
+        router=router,
+        rope_pairing=pairing,
+        layer_list=[LayerConfig(kind) for kind in kinds],
+    )
+
+
+def _write_deepseek_v3(model: ModelConfig) -> dict[str, Any]:
+    latent = model.latent or LatentConfig()
+    kinds = [layer.feed_forward for layer in model.blocks]
+    return {
+        **_write_common(model),
+        "head_dim": latent.rope_dim,
+        "qk_nope_head_dim": model.head_dim - latent.rope_dim,
+        "qk_rope_head_dim": latent.rope_dim,
+        "v_head_dim": latent.value_dim,
+        "kv_lora_rank": latent.kv_rank,
+        "q_lora_rank": latent.query_rank,
+        "rope_interleave": model.rope_pairing is RopePairing.adjacent,
+        "intermediate_size": model.dense_hidden_size,
+        "moe_intermediate_size": model.expert_hidden_size,
+        "n_shared_experts": model.shared_hidden_size // model.expert_hidden_size,
+        "n_routed_experts": model.num_experts,
+        "num_experts_per_tok": model.router.top_k,
+        "norm_topk_prob": model.router.norm_topk_prob,
+        "routed_scaling_factor": model.router.scale,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "n_group": model.router.groups,
+        "topk_group": model.router.top_groups,
+        "first_k_dense_replace": kinds.index(FeedForward.moe) if FeedForward.moe in kinds else len(kinds),
+        "moe_layer_freq": 1,
+        "num_nextn_predict_layers": 0,
+    }
+
+
 def _read_dense(norm: QKNorm, config: Json) -> ModelConfig:
     common = _read_common(config, theta=10000.0, eps=1e-6)
     return ModelConfig(**_plain_layers(common, (), norm), dense_hidden_size=whole_number(config, "intermediate_size"))
@@ -406,6 +520,7 @@ def _write_dense(model: ModelConfig) -> dict[str, Any]:
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _QWEN = MoENames("mlp", "gate.weight", _PROJECTIONS)
+_DEEPSEEK = MoENames("mlp", "gate.weight", _PROJECTIONS, shared="shared_experts", bias="gate.e_score_correction_bias")
 _LLAMA4 = MoENames("feed_forward", "router.weight", _PROJECTIONS, dense="feed_forward", fused=True)
 
 FAMILIES = {
@@ -430,5 +545,7 @@ FAMILIES = {
         ),
         Family("qwen3_moe", "Qwen3MoeForCausalLM", _QWEN, _read_qwen3_moe, _write_qwen3_moe),
         Family("olmoe", "OlmoeForCausalLM", _QWEN, _read_olmoe, _write_olmoe),
+        Family("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK, _read_deepseek_v3, _write_deepseek_v3),
+        Family("kimi_k2", "DeepseekV3ForCausalLM", _DEEPSEEK, _read_deepseek_v3, _write_deepseek_v3),
     )
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from model.config import FeedForward, LayerConfig, ModelConfig, QKNorm
+from model.config import FeedForward, LatentConfig, LayerConfig, ModelConfig, QKNorm
 
 NESTED = "language_model."
 """Prefix of the decoder's tensors in a checkpoint with a vision encoder."""
@@ -56,6 +56,9 @@ class MoENames:
     expert: tuple[str, str, str]
     """Names of gate, up and down of one expert, below `experts.{expert}`."""
     dense: str = "mlp"
+    shared: str = "shared_expert"
+    bias: str | None = None
+    """Name of the router's selection bias; None: the family has none."""
     fused: bool = False
     """Whether experts may be stacked in one tensor, as in Llama 4."""
 
@@ -73,7 +76,7 @@ def locations(model: ModelConfig, names: MoENames, available: Collection[str]) -
     }
     for index, layer in enumerate(model.blocks):
         theirs, ours = f"{prefix}model.layers.{index}", f"layers.{index}"
-        found |= _attention(theirs, ours, layer)
+        found |= _attention(theirs, ours, layer, model.latent)
         if layer.feed_forward is FeedForward.dense:
             found |= {
                 f"{ours}.ffn.{part}.weight": Location(f"{theirs}.{names.dense}.{part}_proj.weight")
@@ -84,16 +87,39 @@ def locations(model: ModelConfig, names: MoENames, available: Collection[str]) -
     return found
 
 
-def _attention(theirs: str, ours: str, layer: LayerConfig) -> dict[str, Location]:
+def _attention(theirs: str, ours: str, layer: LayerConfig, latent: LatentConfig | None) -> dict[str, Location]:
     found = {
         f"{ours}.attention_norm.weight": Location(f"{theirs}.input_layernorm.weight"),
         f"{ours}.ffn_norm.weight": Location(f"{theirs}.post_attention_layernorm.weight"),
     }
+    if latent is not None:
+        for part, name in _latent_parts(latent).items():
+            found[f"{ours}.attention.{part}.weight"] = Location(f"{theirs}.self_attn.{name}.weight")
+        return found
     for part, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o")):
         found[f"{ours}.attention.{part}.weight"] = Location(f"{theirs}.self_attn.{letter}_proj.weight")
         if part in ("query", "key") and layer.qk_norm in (QKNorm.per_head, QKNorm.full):
             found[f"{ours}.attention.{part}_norm.weight"] = Location(f"{theirs}.self_attn.{letter}_norm.weight")
     return found
+
+
+def _latent_parts(latent: LatentConfig) -> dict[str, str]:
+    found = {"latent_down": "kv_a_proj_with_mqa", "latent_norm": "kv_a_layernorm", "latent_up": "kv_b_proj"}
+    found |= {"output": "o_proj"}
+    if latent.query_rank is None:
+        return found | {"query": "q_proj"}
+    return found | {"query_down": "q_a_proj", "query_norm": "q_a_layernorm", "query_up": "q_b_proj"}
+
+
+def bias_locations(model: ModelConfig, names: MoENames) -> dict[str, str]:
+    """Return the stored names of the routers' selection biases, by buffer name. Empty if the model uses none."""
+    if names.bias is None or not model.router.selection_bias:
+        return {}
+    return {
+        f"layers.{index}.ffn.router.balance.bias_E": f"model.layers.{index}.{names.block}.{names.bias}"
+        for index, layer in enumerate(model.blocks)
+        if layer.feed_forward is FeedForward.moe
+    }
 
 
 def _moe(
@@ -111,7 +137,7 @@ def _moe(
         found[f"{ours}.experts.down.weight"] = Location(f"{one}.{down}.weight")
     if model.shared_hidden_size:
         found |= {
-            f"{ours}.shared.{part}.weight": Location(f"{theirs}.shared_expert.{part}_proj.weight")
+            f"{ours}.shared.{part}.weight": Location(f"{theirs}.{names.shared}.{part}_proj.weight")
             for part in ("gate", "up", "down")
         }
     return found

@@ -16,10 +16,10 @@ from core.files import new_directory, write_json
 from model.huggingface.checkpoint import HuggingFaceCheckpoint, parameter_locations
 from model.huggingface.families import write_config
 from model.huggingface.files import PlannedTensor, write_directory
-from model.huggingface.locations import Location
+from model.huggingface.locations import Location, MoENames, bias_locations
 from model.huggingface.vision import processor_files
 from model.multipliers import fold_multipliers
-from model.tensor_source import TensorSource, blocks
+from model.tensor_source import TensorSource, blocks, selection_biases
 
 
 def export(
@@ -50,6 +50,7 @@ def export(
     planned = [tensor for name, place in places.items() for tensor in _plan(source, name, place, dtype)]
     precision = {tensor.dtype for tensor in planned}
     name = str(max(precision, key=lambda kind: kind.itemsize)).removeprefix("torch.")
+    planned += _plan_biases(source, chosen.names)
     config |= {"dtype": name, "torch_dtype": name}  # the keys of transformers 5 and 4
     with new_directory(directory, exclusive=True) as scratch:
         write_directory(scratch, planned, shard_bytes, progress)
@@ -74,6 +75,18 @@ def _plan(source: TensorSource, name: str, location: Location, dtype: torch.dtyp
     else:
         for number, tensor in enumerate(location.tensors(shape)):
             yield PlannedTensor(tensor, kind, stored, partial(_one, source, name, number))
+
+
+def _plan_biases(source: TensorSource, names: MoENames) -> Iterator[PlannedTensor]:
+    """Yield the routers' selection biases, in float32. A source without them has zeros."""
+    values = selection_biases(source)
+    for name, stored in bias_locations(source.config, names).items():
+        bias_E = values.get(name, torch.zeros(source.config.num_experts)).float()
+        yield PlannedTensor(stored, torch.float32, tuple(bias_E.shape), partial(_one_block, bias_E))
+
+
+def _one_block(block: Tensor) -> Iterator[Tensor]:
+    yield block
 
 
 def _whole(source: TensorSource, name: str, transposed: bool) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from enum import Enum
 
 from core.errors import ConfigError
 from model.config import ModelConfig
-from model.flops import active_parameters, vision_flops
+from model.flops import active_parameters, attention_width, vision_flops
 
 V_SCHEDULES_SINCE = (2, 13)
 """The first torch version in which V-schedules run on gloo. In earlier versions a rank could not send to itself."""
@@ -112,7 +112,7 @@ def layer_costs(model: ModelConfig, seq_len: int = 4096, image_token_share: floa
     """
     reaches = [min(seq_len, layer.attention_chunk_size or seq_len) for layer in model.blocks]
     costs: list[float] = [
-        active_parameters(model, layer) + reach * model.num_heads * model.head_dim
+        active_parameters(model, layer) + reach * attention_width(model)
         for layer, reach in zip(model.blocks, reaches, strict=True)
     ]
     costs[0] += model.hidden_size

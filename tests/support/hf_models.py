@@ -44,6 +44,33 @@ SCALED = {
 }
 TOP2 = {**COMMON, "intermediate_size": 32, "num_experts_per_tok": 2}
 QWEN3_MOE = {"intermediate_size": 48, "moe_intermediate_size": 32, "norm_topk_prob": True, "mlp_only_layers": [1]}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 16,
+}
+DEEPSEEK = {
+    **{key: value for key, value in COMMON.items() if key != "head_dim"},
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 2,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 40,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "num_mtp_layers": 0,
+    "rope_parameters": YARN,
+}
 LLAMA_ROPE = {**SCALED, "factor": 8.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 48}
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "scout": ("Llama4Text", {**LLAMA4, "interleave_moe_layer_step": 1, "rope_parameters": SCALED}),
@@ -52,6 +79,11 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**TOP2, "num_local_experts": 4}),
     "qwen3_moe": ("Qwen3Moe", {**TOP2, **QWEN3_MOE, "num_experts": 4}),
     "olmoe": ("Olmoe", {"num_experts": 4} | {key: value for key, value in TOP2.items() if key != "head_dim"}),
+    "deepseek_v3": ("DeepseekV3", DEEPSEEK),
+    "latent_queries_direct": (
+        "DeepseekV3",
+        {**DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "rope_parameters": None},
+    ),
     "llama": (
         "Llama",
         {**COMMON, "intermediate_size": 48, "tie_word_embeddings": True, "rope_parameters": LLAMA_ROPE},
@@ -100,6 +132,9 @@ def filled(model: Any) -> Any:
                 parameter.copy_(noise)
             else:
                 parameter.copy_(noise * 1.5 / 64**0.5)
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

@@ -27,7 +27,16 @@ import torch
 from core.config import plain
 from core.errors import ConfigError, LeviathanError
 from core.exit_codes import RankFailure
-from model.config import AuxScope, BalanceConfig, FeedForward, InitPartsConfig, LayerConfig, ModelConfig
+from model.config import (
+    AuxScope,
+    BalanceConfig,
+    FeedForward,
+    InitPartsConfig,
+    LatentConfig,
+    LayerConfig,
+    ModelConfig,
+    RouterConfig,
+)
 from model.roles import Role, check_freeze, roles_of
 from model.tensor_source import parameter_infos
 from model.vision.config import VisionConfig
@@ -308,6 +317,7 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int
         num_heads=num_kv_heads * (1 if model.num_kv_heads == model.num_heads else 2),
         num_kv_heads=num_kv_heads,
         head_dim=side,
+        latent=None if model.latent is None else _small_latent(model.latent, side),
         dense_hidden_size=math.lcm(6 * side, side * degrees.tp),
         expert_hidden_size=math.lcm(4 * side, side * degrees.etp),
         shared_expert_hidden_size=math.lcm(2 * side, side * degrees.tp) if model.shared_hidden_size else 0,
@@ -315,11 +325,23 @@ def shrink(model: ModelConfig, parallel: ParallelConfig | None = None, side: int
         attention_chunk_size=None if model.attention_chunk_size is None else 16,
         temperature_floor=16,
         vision=None if model.vision is None else _small_encoder(model.vision, math.lcm(64, degrees.tp) - 1),
-        router=replace(model.router, top_k=min(model.router.top_k, 4), force_balanced=False),
+        router=_small_router(model.router),
         init_from=None,
         init_parts=InitPartsConfig(),
         upcycle=None,
     )
+
+
+def _small_router(router: RouterConfig) -> RouterConfig:
+    """Return the router for at least 8 experts."""
+    groups, top_groups = (4, 2) if router.groups > 1 else (1, 1)
+    top_k = min(router.top_k, 4)
+    return replace(router, top_k=top_k, groups=groups, top_groups=top_groups, force_balanced=False)
+
+
+def _small_latent(latent: LatentConfig, side: int) -> LatentConfig:
+    query_rank = None if latent.query_rank is None else 3 * side
+    return LatentConfig(kv_rank=2 * side, query_rank=query_rank, rope_dim=side // 4 * 2, value_dim=side // 2)
 
 
 def _small_encoder(vision: VisionConfig, image_token_id: int) -> VisionConfig:

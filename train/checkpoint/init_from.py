@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from core.config import differences, plain
@@ -17,7 +16,7 @@ from data.tokenizer import vocabulary_of_file
 from model.config import FeedForward, ModelConfig
 from model.huggingface import HuggingFaceCheckpoint, model_differences
 from model.roles import GROUPS, ParameterInfo, Role
-from model.tensor_source import PartSources, Shape, TensorSource, parameter_infos
+from model.tensor_source import PartSources, Shape, TensorSource, copy_buffers, parameter_infos, selection_biases
 from model.upcycle import Upcycled, keeps_the_function
 from train.checkpoint.index import check_run, read_progress
 from train.checkpoint.reader import IMPORTED, TOKENIZER, CheckpointedModel, load_imported
@@ -167,14 +166,10 @@ def _check_equal(key: str, path: str, what: str, different: dict[str, tuple[Any,
         raise ConfigError(key, path, f"is another {what}: {listed}")
 
 
-@torch.no_grad()
 def copy_selection_biases(model: nn.Module, source: TensorSource, log: Callable[[str], None]) -> None:
-    """Copy the routers' selection biases, which are buffers, from `source`. Only our own checkpoints contain them."""
-    decoder = _decoder_source(source)
-    biases = decoder.selection_biases() if isinstance(decoder, CheckpointedModel) else {}
-    for name, buffer in model.named_buffers():
-        if name in biases:
-            buffer.copy_(biases[name])
+    """Copy the routers' selection biases, which are buffers, from `source`."""
+    biases = selection_biases(_decoder_source(source))
+    copy_buffers(model, biases)
     if any(bias_E.any() for bias_E in biases.values()):
         log("the routers' selection biases are copied")
 

@@ -16,7 +16,7 @@ from core.errors import CheckpointError, RenamedKeyError, UnreadableFileError
 from core.files import write_text
 from core.yaml_file import read_yaml
 from model.config import ModelConfig
-from model.tensor_source import Shape, TensorSource, blocks, parameter_shapes
+from model.tensor_source import Shape, TensorSource, blocks, parameter_shapes, selection_biases
 from train.checkpoint.files import read_bytes, read_shard, write_shards
 from train.checkpoint.index import Damaged, IndexedShard, block, commit, problem, read_index
 from train.checkpoint.state import TensorShard
@@ -93,6 +93,8 @@ def _blocks(source: TensorSource, progress: Callable[[int], None]) -> Iterator[T
             content = source.read(name, offset, shape)
             progress(content.nbytes)
             yield TensorShard(f"model.{name}", content, whole, offset)
+    for name, bias_E in selection_biases(source).items():
+        yield TensorShard(f"model.{name}", bias_E, tuple(bias_E.shape), (0,))
 
 
 def load_imported(directory: Path) -> ModelConfig:
