@@ -69,9 +69,11 @@ class Router(nn.Module):
             batch, length, experts = logits_BTE.shape
             count = batch * length * self.config.top_k
             return (torch.arange(count, device=logits_BTE.device) % experts).view(batch, length, -1)
-        ranking = logits_BTE
-        if self.balance.config.bias_rate or self.config.selection_bias or self.config.groups > 1:
-            ranking = scores(self.config, logits_BTE) + self.balance.bias_E
+        ranking, is_biased = logits_BTE, self.balance.config.bias_rate or self.config.selection_bias
+        if is_biased or self.config.groups > 1:
+            ranking = scores(self.config, logits_BTE)
+        if is_biased:
+            ranking = ranking + self.balance.bias_E
         if self.config.groups > 1:
             ranking = in_best_groups(ranking, self.config)
         if self.config.top_k == 1:  # several times faster than topk on a CPU

@@ -18,6 +18,7 @@ from core.errors import CheckpointError
 from core.memory import available_memory
 from model.config import (
     FeedForward,
+    LatentConfig,
     LayerConfig,
     ModelConfig,
     QKNorm,
@@ -26,6 +27,7 @@ from model.config import (
     RouterConfig,
     Score,
     WeightsOn,
+    YarnScaling,
 )
 from model.huggingface.families import model_differences
 from model.tensor_source import TensorSource, materialise
@@ -40,9 +42,11 @@ def obstacle(directory: Path) -> str | None:
     if importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
     try:
-        _settings(directory)
+        settings = _settings(directory)
     except Exception as error:  # transformers raises many types of errors
         return f"transformers refuses its config.json ({str(error).strip().splitlines()[-1].strip()})"
+    if getattr(settings, "quantization_config", None):
+        return "transformers multiplies in FP8 what is stored in FP8"
     return None
 
 
@@ -76,12 +80,24 @@ def _as_transformers_reads(config: Any) -> ModelConfig:
     """
     theirs = config.get_text_config()
     kind, rope = theirs.model_type, theirs.rope_parameters
-    scaling = None
-    if rope["rope_type"] != "default":
+    scaling = yarn = None
+    if rope["rope_type"] == "yarn":
+        yarn = YarnScaling(
+            factor=rope["factor"],
+            original_seq_len=rope["original_max_position_embeddings"],
+            beta_fast=rope.get("beta_fast") or 32,
+            beta_slow=rope.get("beta_slow") or 1,
+            mscale=rope.get("mscale") or 0,
+            mscale_all_dim=rope.get("mscale_all_dim") or 0,
+            truncate=rope.get("truncate", True),
+        )
+    elif rope["rope_type"] != "default":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         scaling = RopeScaling(*(rope[name] for name in names))
     llama4, moe = kind == "llama4_text", {}
-    if kind not in ("llama", "qwen3"):
+    if kind == "deepseek_v3":
+        moe = _deepseek(theirs)
+    elif kind not in ("llama", "qwen3"):
         wide = "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"
         norm_topk_prob = kind == "mixtral" or (not llama4 and theirs.norm_topk_prob)
         softmax = RouterConfig(theirs.num_experts_per_tok, Score.softmax, norm_topk_prob, weights_on=WeightsOn.output)
@@ -97,11 +113,12 @@ def _as_transformers_reads(config: Any) -> ModelConfig:
         num_layers=theirs.num_hidden_layers,
         num_heads=theirs.num_attention_heads,
         num_kv_heads=theirs.num_key_value_heads,
-        head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
+        head_dim=theirs.qk_head_dim if kind == "deepseek_v3" else _head_dim(theirs),
         dense_hidden_size=theirs.intermediate_size_mlp if llama4 else theirs.intermediate_size,
         rope_theta=rope["rope_theta"],
-        rope_pairing=RopePairing.adjacent if llama4 else RopePairing.halves,
+        rope_pairing=RopePairing.adjacent if llama4 or getattr(theirs, "rope_interleave", 0) else RopePairing.halves,
         rope_scaling=scaling,
+        rope_yarn=yarn,
         temperature_floor=theirs.floor_scale if llama4 else 1.0,
         temperature_scale=theirs.attn_scale if llama4 else 0.0,
         norm_eps=theirs.rms_norm_eps,
@@ -109,6 +126,29 @@ def _as_transformers_reads(config: Any) -> ModelConfig:
         vision=_encoder(config) if config.model_type == "llama4" else None,
         **moe,
     )
+
+
+def _head_dim(theirs: Any) -> int:
+    return getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+
+
+def _deepseek(theirs: Any) -> dict[str, Any]:
+    limited = theirs.n_group != theirs.topk_group
+    return {
+        "latent": LatentConfig(theirs.kv_lora_rank, theirs.q_lora_rank, theirs.qk_rope_head_dim, theirs.v_head_dim),
+        "num_experts": theirs.n_routed_experts,
+        "expert_hidden_size": theirs.moe_intermediate_size,
+        "shared_expert_hidden_size": theirs.n_shared_experts * theirs.moe_intermediate_size,
+        "router": RouterConfig(
+            theirs.num_experts_per_tok,
+            norm_topk_prob=theirs.norm_topk_prob,
+            scale=theirs.routed_scaling_factor,
+            weights_on=WeightsOn.output,
+            groups=theirs.n_group if limited else 1,
+            top_groups=theirs.topk_group if limited else 1,
+            selection_bias=True,
+        ),
+    }
 
 
 def _encoder(config: Any) -> VisionConfig:
@@ -137,7 +177,7 @@ def _layer(theirs: Any, index: int) -> LayerConfig:
             temperature=bool(theirs.attn_temperature_tuning) and not rotated,
             qk_norm=QKNorm.weightless if theirs.use_qk_norm and rotated else QKNorm.none,
         )
-    is_moe = kind in ("mixtral", "olmoe")
+    is_moe = kind in ("mixtral", "olmoe") or (kind == "deepseek_v3" and index >= theirs.first_k_dense_replace)
     if kind == "qwen3_moe":
         every = theirs.decoder_sparse_step
         is_moe = index not in theirs.mlp_only_layers and theirs.num_experts > 0 and (index + 1) % every == 0

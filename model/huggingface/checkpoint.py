@@ -12,6 +12,7 @@ from torch import Tensor
 from core.errors import CheckpointError, ConfigError, UnreadableFileError
 from core.files import read_json
 from model.config import ModelConfig
+from model.huggingface.block_fp8 import RESULT, STORED, dequantised, names_of_scales, scales_of
 from model.huggingface.families import read_config
 from model.huggingface.files import TensorEntry, open_directory, read_rows
 from model.huggingface.locations import Location, MoENames, bias_locations, locations
@@ -48,7 +49,9 @@ class HuggingFaceCheckpoint:
         self.shapes: dict[str, Shape] = parameter_shapes(self.config)
         self.biases = bias_locations(self.config, self.family.names)
         self.locations = self._locate(text_only)
-        self.dtypes = {name: self.entries[place.tensor()].dtype for name, place in self.locations.items()}
+        self._scales = scales_of(self.entries, directory)
+        stored = {name: self.entries[place.tensor()].dtype for name, place in self.locations.items()}
+        self.dtypes = {name: RESULT if dtype is STORED else dtype for name, dtype in stored.items()}
         self._last: tuple[tuple[str, int, int, int], Tensor] | None = None
 
     def selection_biases(self) -> dict[str, Tensor]:
@@ -90,12 +93,13 @@ class HuggingFaceCheckpoint:
         key = (str(entry.path), entry.start, begin, end)
         if self._last is None or self._last[0] != key:
             self._last = None  # free the old rows before new ones are read
-            self._last = key, read_rows(entry, begin, end)
+            rows, scales = read_rows(entry, begin, end), self._scales.get(entry.path, {}).get(entry.start)
+            self._last = key, rows if scales is None else dequantised(rows, scales, begin)
         return self._last[1]
 
     def _locate(self, text_only: bool) -> dict[str, Location]:
         found = parameter_locations(self.config, self.family.names, self.entries.keys())
-        extra = {name for name in self.entries if not name.endswith(_BUFFERS)}
+        extra = {name for name in self.entries if not name.endswith(_BUFFERS)} - names_of_scales(self.entries)
         here = self.directory
         if text_only:
             extra -= {name for name in extra if name.startswith(TENSORS)}

@@ -26,6 +26,7 @@ from model.config import (
     WeightsOn,
     YarnScaling,
 )
+from model.huggingface.block_fp8 import check_quantization
 from model.huggingface.locations import MoENames
 from model.huggingface.values import Json, layer_count, whole_number
 from model.huggingface.vision import read_vision, write_vision
@@ -47,8 +48,7 @@ def read_config(config: Json, text_only: bool = False) -> tuple[Family, ModelCon
 
     `text_only` drops the vision encoder.
     """
-    if config.get("quantization_config"):
-        raise ConfigError("config.json quantization_config", None, "is not supported")
+    check_quantization(config)
     if config.get("model_type") == "llama4" and text_only:
         config = {"model_type": "llama4_text", **_text_config(config)}
     kind = config.get("model_type")
@@ -140,7 +140,7 @@ def compact(model: ModelConfig) -> ModelConfig:
 
 def _refuse(config: Json) -> None:
     """Reject settings of published configurations that are not supported."""
-    for key in ("attention_bias", "mlp_bias", "clip_qkv", "quantization_config", "use_sliding_window"):
+    for key in ("attention_bias", "mlp_bias", "clip_qkv", "use_sliding_window"):
         if config.get(key):
             raise ConfigError(f"config.json {key}", config[key], "is not supported")
     if config.get("sliding_window") and config.get("model_type") in ("mixtral", "llama"):
@@ -439,7 +439,7 @@ def _write_olmoe(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_deepseek_v3(config: Json) -> ModelConfig:
-    only = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+    only = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "num_nextn_predict_layers": 0}
     for key, value in only.items():
         if config.get(key, value) != value:
             raise ConfigError(f"config.json {key}", config[key], "is not supported", [value])

@@ -10,7 +10,7 @@ import pytest
 
 from core.errors import CheckpointError
 from model import huggingface
-from model.config import ModelConfig, QKNorm, RopeScaling, RouterConfig
+from model.config import LatentConfig, ModelConfig, QKNorm, RopeScaling, RouterConfig, YarnScaling
 from model.vision.config import VisionConfig
 from tests.model.test_presets import COUNTS, preset, published
 
@@ -25,7 +25,9 @@ def test_settings_of_published_sizes_are_equal(name, tmp_path):
     """Test both the `config.json` that we write and the published one."""
     huggingface.compare_settings(preset(name), written(preset(name), tmp_path))
     if name != "behemoth":
-        (tmp_path / "config.json").write_text(json.dumps(published(name)))
+        config = published(name)
+        config |= {"model_type": "deepseek_v3"} if name == "kimi_k2" else {}  # as transformers knows it
+        (tmp_path / "config.json").write_text(json.dumps(config))
         huggingface.compare_settings(preset(name), tmp_path)
 
 
@@ -50,6 +52,10 @@ MISREAD = {
     "norm_eps": ("qwen3_30b_a3b", {"norm_eps": 1e-5}),
     "per_head_norm": ("qwen3_30b_a3b", {"qk_norm": QKNorm.full}),
     "full_norm": ("olmoe_1b_7b", {"qk_norm": QKNorm.none}),
+    "latent": ("deepseek_v3", {"latent": LatentConfig(kv_rank=256)}),
+    "rope_yarn": ("deepseek_v3", {"rope_yarn": YarnScaling(mscale=1.0, mscale_all_dim=1.0, truncate=False)}),
+    "first_dense": ("kimi_k2", {"first_dense": 2}),
+    "router": ("kimi_k2", {"router": RouterConfig(top_k=8, groups=8, top_groups=4)}),
     "norm_topk_prob": ("mixtral_8x7b", {"router": RouterConfig(top_k=2)}),
 }
 

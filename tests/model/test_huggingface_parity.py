@@ -63,6 +63,13 @@ BROKEN = {
     "halves": ("mixtral", lambda c: replace(c, rope_pairing=RopePairing.adjacent)),
     "norm_topk_prob": ("qwen3_moe", lambda c: replace(c, router=replace(c.router, norm_topk_prob=False))),
     "not_renormalised": ("olmoe", lambda c: replace(c, router=replace(c.router, norm_topk_prob=True))),
+    "latent_pairs": ("deepseek_v3", lambda c: replace(c, rope_pairing=RopePairing.halves)),
+    "yarn": ("deepseek_v3", lambda c: replace(c, rope_yarn=None)),
+    "yarn_of_logits": ("deepseek_v3", lambda c: replace(c, rope_yarn=replace(c.rope_yarn, mscale_all_dim=0.0))),
+    "yarn_of_turns": ("deepseek_v3", lambda c: replace(c, rope_yarn=replace(c.rope_yarn, mscale=0.2))),
+    "groups": ("deepseek_v3", lambda c: replace(c, router=replace(c.router, top_groups=3))),
+    "selection_bias": ("deepseek_v3", lambda c: replace(c, router=replace(c.router, selection_bias=False))),
+    "routed_scale": ("deepseek_v3", lambda c: replace(c, router=replace(c.router, scale=1.0))),
     "score_on_input": ("mixtral", lambda c: replace(c, router=replace(c.router, weights_on=WeightsOn.input))),
 }
 
@@ -78,7 +85,7 @@ def test_the_comparison_notices_each_feature(name, change, tmp_path):
     assert (expected - materialise(checkpoint)(TOKENS)).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("name", ["scout", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("name", ["scout", "qwen3_moe", "olmoe", "deepseek_v3"])
 def test_packed_documents_equal_separate_runs_of_transformers(name, tmp_path):
     """transformers' query temperature ignores positions in documents, so transformers runs each document alone."""
     theirs = hf_models.make(name)

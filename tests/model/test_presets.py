@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from core.config import load
-from model.config import ModelConfig, RopeScaling
+from model.config import LatentConfig, ModelConfig, RopeScaling, YarnScaling
 from model.flops import count_parameters
 from model.huggingface import model_differences, read_config, write_config
 from model.tensor_source import parameter_shapes
@@ -29,6 +29,8 @@ COUNTS = {
     "mixtral_8x7b": (46_702_792_704, None),
     "qwen3_30b_a3b": (30_532_122_624, None),
     "olmoe_1b_7b": (6_919_161_856, None),
+    "deepseek_v3": (671_026_404_352, 37_552_282_624),
+    "kimi_k2": (1_026_408_209_408, 32_861_477_888),
 }
 
 
@@ -64,9 +66,11 @@ def test_text_presets_are_the_models_without_an_encoder(name):
 
 def published(name: str) -> dict[str, Any]:
     """Return a copy of the release's `config.json`. Llama 4's are gated and were assembled from printed copies: Scout's
-    with the later correction of its RoPE, Maverick's as first released, which lists many defaults.
+    with the later correction of its RoPE, Maverick's as first released, which lists many defaults. DeepSeek-V3's and
+    Kimi-K2's were assembled from printed copies too; multi-token prediction, which is not supported, is left out.
     """
-    return json.loads((Path(__file__).with_name("published") / f"{name}.json").read_text())
+    found = json.loads((Path(__file__).with_name("published") / f"{name}.json").read_text())
+    return {**found, "num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in found else found
 
 
 CHANGED = {
@@ -75,6 +79,8 @@ CHANGED = {
     "mixtral_8x7b": {"rope_theta": 10000.0},
     "qwen3_30b_a3b": {"norm_eps": 1e-5},
     "olmoe_1b_7b": {"expert_hidden_size": 2048},
+    "deepseek_v3": {"latent": LatentConfig(query_rank=None)},
+    "kimi_k2": {"rope_yarn": YarnScaling(factor=64.0, beta_fast=1.0, mscale=1.0, mscale_all_dim=1.0)},
 }
 
 
