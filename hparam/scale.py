@@ -13,10 +13,14 @@ from model.config import FeedForward, ModelConfig
 from model.roles import ParameterInfo, Role
 from model.vision.config import SHUFFLE, VisionConfig
 
-_MAY_BE_ABSENT = (
-    *("dense_hidden_size", "shared_expert_hidden_size", "expert_hidden_size", "num_experts", "top_k"),
-    *("query_rank", "latent_rank", "latent_down_width", "latent_up_width", "result_width"),
+_OF_PARTS = (
+    *("query_rank", "latent_rank", "latent_down_width", "latent_up_width"),
     *("vision_hidden_size", "vision_mlp_hidden_size", "vision_adapter_hidden_size", "vision_patch_values"),
+)
+"""Sizes of latent attention and of the vision encoder, which a model may lack."""
+_MAY_BE_ABSENT = (
+    *("dense_hidden_size", "shared_expert_hidden_size", "expert_hidden_size", "num_experts", "top_k", "result_width"),
+    *_OF_PARTS,
 )
 
 
@@ -185,15 +189,15 @@ def fan_in(role: Role, sizes: Mapping[str, int]) -> int:
 
 def ratios(base: Scale, target: Scale, role: Role | None = None) -> dict[str, float]:
     """Return target / base for every size that both have and, given a role, for `fan_in`, `fan_out` and `larger`,
-    the larger of the two. The ratios of a vision encoder that the base lacks are 1, and so is
+    the larger of the two. The ratios of a vision encoder or of latent attention that the base lacks are 1, and so is
     the ratio of layers for roles of the encoder, whose depth no rule covers.
     """
     first, second = asdict(base), asdict(target)
     if role is not None and role.is_vision:
         first["num_layers"] = second["num_layers"]
-    if not base.vision_hidden_size:
-        sizes = {name: second[name] or 1 for name in first if name.startswith("vision_")}
-        first, second = {**first, **sizes}, {**second, **sizes}
+    absent = [name for name in _OF_PARTS if not first[name]]
+    sizes = {name: second[name] or 1 for name in absent}
+    first, second = {**first, **sizes}, {**second, **sizes}
     found = {name: second[name] / first[name] for name in first if first[name] and second[name]}
     if role is not None and role in SPANS:
         out, _ = SPANS[role]
