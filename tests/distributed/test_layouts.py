@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 
 from bench.layouts import LAYOUTS, PAGE, RESUMED, deep, resumes, tiny
-from model.config import AuxScope, BalanceConfig, FeedForward, ModelConfig, QKNorm
+from model.config import (
+    AuxScope,
+    BalanceConfig,
+    FeedForward,
+    LatentConfig,
+    ModelConfig,
+    QKNorm,
+    RouterConfig,
+    WeightsOn,
+)
 from parallel.layout import ContextMethod, DispatchMethod, GatherExperts, ParallelConfig, Recompute, ReduceEvery
 from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Compute, PrecisionConfig
@@ -87,10 +96,22 @@ def balanced(scope: AuxScope) -> ModelConfig:
     return replace(tiny(1), balance=BalanceConfig(aux=0.1, aux_scope=scope))
 
 
+def latent() -> ModelConfig:
+    """Return a model with latent attention and experts in groups."""
+    router = RouterConfig(2, norm_topk_prob=True, weights_on=WeightsOn.output, groups=4, top_groups=2)
+    sizes = {
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "latent": LatentConfig(kv_rank=24, query_rank=16, rope_dim=4, value_dim=6),
+    }
+    return replace(with_norm(QKNorm.none), router=router, **sizes)
+
+
 MODELS = {
     "micro-scope-tp": (balanced(AuxScope.micro), 2, ParallelConfig(tp=2)),
     "whole-scope": (balanced(AuxScope.whole), 2, ParallelConfig()),
     "norm-over-all-heads-tp": (with_norm(QKNorm.full), 2, ParallelConfig(tp=2)),
+    "latent-groups-tp": (latent(), 2, ParallelConfig(tp=2)),
     "norm-per-head-tp": (with_norm(QKNorm.per_head), 2, ParallelConfig(tp=2)),
     "experts-fewer-than-ranks": (replace(tiny(1), num_experts=2), 4, ParallelConfig()),
     "selective-ep": (tiny(2), 2, ParallelConfig(ep=2, recompute=Recompute.selective)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,17 @@ from torch import Tensor
 
 from model.attention.plan import ForwardContext
 from model.attention.rope import frequencies
-from model.config import BalanceConfig, InitConfig, ModelConfig, QKNorm, RopeScaling, RouterConfig, Score, WeightsOn
+from model.config import (
+    BalanceConfig,
+    InitConfig,
+    LatentConfig,
+    ModelConfig,
+    QKNorm,
+    RopeScaling,
+    RouterConfig,
+    Score,
+    WeightsOn,
+)
 from model.flops import count_parameters
 from model.kernels.heads import rms_normalise
 from model.roles import registry
@@ -23,6 +34,12 @@ WHOLE = torch.arange(13)[None]
 CLOSED = torch.tensor([[0, 1, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 0, 1, 2]])
 """Positions for which no attention chunk of 5 crosses a multiple of 5 in the sequence."""
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]])
+LATENT: dict[str, Any] = {
+    "num_kv_heads": 4,
+    "qk_norm": QKNorm.none,
+    "nope_every": 0,
+    "latent": LatentConfig(kv_rank=12, query_rank=10, rope_dim=4, value_dim=6),
+}
 VARIANTS = {
     "llama4": SMALL,
     "top2": replace(SMALL, router=RouterConfig(top_k=2)),
@@ -35,6 +52,12 @@ VARIANTS = {
         router=RouterConfig(top_k=2, score=Score.softmax, norm_topk_prob=True, weights_on=WeightsOn.output),
     ),
     "scaled_weights": replace(SMALL, router=RouterConfig(top_k=2, scale=2.5)),
+    "latent": replace(SMALL, **LATENT),
+    "latent_in_groups": replace(
+        SMALL,
+        **LATENT,
+        router=RouterConfig(2, norm_topk_prob=True, groups=2, selection_bias=True, weights_on=WeightsOn.output),
+    ),
     "chunk_longer_than_row": replace(SMALL, attention_chunk_size=64),
 }
 

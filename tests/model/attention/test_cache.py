@@ -13,7 +13,18 @@ from torch import Tensor
 from model.attention import cache
 from model.attention.cache import KeyValueCache, TokenContext
 from model.attention.plan import AttentionPlan
-from model.config import InitConfig, ModelConfig, QKNorm, RopePairing, RopeScaling, RouterConfig, Score, WeightsOn
+from model.config import (
+    InitConfig,
+    LatentConfig,
+    ModelConfig,
+    QKNorm,
+    RopePairing,
+    RopeScaling,
+    RouterConfig,
+    Score,
+    WeightsOn,
+    YarnScaling,
+)
 from model.moe import LocalDispatcher, TopKRouting, permute_by_expert, permute_on_host
 from model.transformer import Transformer
 from tests.support.bugs import bound
@@ -36,6 +47,14 @@ FAMILIES = {
     "mixtral": replace(LLAMA4, **PLAIN, qk_norm=QKNorm.none, router=replace(SOFTMAX, norm_topk_prob=True)),
     "qwen3_moe": replace(LLAMA4, **PLAIN, qk_norm=QKNorm.per_head, router=replace(SOFTMAX, norm_topk_prob=True)),
     "olmoe": replace(LLAMA4, **PLAIN, qk_norm=QKNorm.full, num_kv_heads=4, router=SOFTMAX),
+    "latent": replace(
+        LLAMA4,
+        **PLAIN | {"rope_pairing": RopePairing.adjacent},
+        qk_norm=QKNorm.none,
+        num_kv_heads=4,
+        latent=LatentConfig(kv_rank=12, query_rank=None, rope_dim=4, value_dim=6),
+        rope_yarn=YarnScaling(4.0, 8, mscale=1.0, mscale_all_dim=0.5),
+    ),
     "dense": replace(LLAMA4, **{**PLAIN, "moe_every": 0}, qk_norm=QKNorm.none, tie_embeddings=True),
 }
 LENGTHS = (3, 11, 5, 1)
