@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.attention.layer import Attention
 from model.config import QKNorm
 from model.layers import Embedding, RMSNorm
 from model.moe import MixtureOfExperts
@@ -42,7 +43,7 @@ def apply(model: Transformer, axis: MeshAxis) -> None:
         assert isinstance(layer, Layer)
         attention, feed_forward = layer.attention, layer.ffn
         _wrap(attention, GatherScatter(attention.forward, axis, 1))
-        if attention.layer.qk_norm is QKNorm.full:
+        if isinstance(attention, Attention) and attention.layer.qk_norm is QKNorm.full:
             for norm in (attention.query_norm, attention.key_norm):
                 _wrap(norm, partial(_normalise_heads, norm, axis))
         if not isinstance(feed_forward, MixtureOfExperts):
