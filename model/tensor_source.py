@@ -100,7 +100,8 @@ def materialise(source: TensorSource, dtype: torch.dtype | None = None) -> Trans
             tensor = whole(source, name)
             parameter.copy_(tensor.to(dtype) if dtype else tensor)
     reset_buffers(model)
-    copy_buffers(model, selection_biases(source))
+    if source.config.router.selection_bias:
+        copy_buffers(model, selection_biases(source))
     return model.eval()
 
 

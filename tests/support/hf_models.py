@@ -51,6 +51,9 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 0.7,
     "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": True,
 }
 DEEPSEEK = {
     **{key: value for key, value in COMMON.items() if key != "head_dim"},
