@@ -118,6 +118,7 @@ def _precision_lines(found: dict[str, dict[str, list[str]]]) -> Iterator[tuple[s
             for reason in reasons:
                 refusals.setdefault(reason, []).append(recipe)
         yield from (("", f"not {', '.join(without)}: {reason}") for reason, without in refusals.items())
+    yield "FP8 pays", "by estimate for matrices [F, D] with DF / (D + F) of 280 or more; of experts see docs/fp8.md"
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -109,7 +109,9 @@ def feed_forward(x: Tensor, model: ModelConfig, index: int, w: dict[str, Tensor]
         if router.groups > 1:
             ranking = ranking if is_biased else scores
             grouped = ranking.view(router.groups, -1)
-            best = sorted(range(router.groups), key=lambda g: -float(grouped[g].detach().sort(descending=True).values[:2].sum()))
+            best = sorted(
+                range(router.groups), key=lambda g: -float(grouped[g].detach().sort(descending=True).values[:2].sum())
+            )
             outside = [g not in best[: router.top_groups] for g in range(router.groups)]
             ranking = grouped.masked_fill(torch.tensor(outside)[:, None], -math.inf).flatten()
         chosen = ranking.topk(router.top_k).indices.tolist()

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from model import head
 from model.head import IGNORED, Head
+from model.kernels import loss
+from model.kernels.loss import LossKernels, LossSums
 from model.roles import Role
 from precision.config import Compute, PrecisionConfig
 from precision.resolve import resolve
@@ -140,3 +142,21 @@ def test_sums_over_blocks_are_not_rounded(tokens, words, monkeypatch):
     monkeypatch.setattr(head, "widened", lambda x: x)
     monkeypatch.setattr(head, "at_least_float32", lambda dtype: dtype)
     assert max(bfloat16_errors(tokens, words, monkeypatch).values()) > 1e-2, "the control"
+
+
+def test_the_sums_of_a_block_in_bfloat16_are_wide(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits_TW = (3 * torch.randn(16, 8192, generator=generator)).bfloat16()
+    labels_T = torch.arange(16)
+
+    def error() -> float:
+        sums = LossSums.empty(labels_T, torch.bfloat16)
+        for first in range(0, 8192, 1024):
+            LossKernels().add(sums, logits_TW[:, first : first + 1024].clone(), labels_T, first)
+        lse_T = sums.largest_T.double() + sums.exponentials_T.double().log()
+        assert torch.equal(sums.label_T, logits_TW.float().gather(1, labels_T[:, None])[:, 0])
+        return float((lse_T - logits_TW.double().logsumexp(1)).abs().max())
+
+    assert error() < 1e-5
+    monkeypatch.setattr(loss, "at_least_float32", lambda dtype: dtype)
+    assert error() > 1e-4, "the control"
