@@ -36,7 +36,7 @@ WORDS = "the model reads a line and writes another def return if else while for"
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Pool]:
     """Yield a pool: `ranks(n, function, *arguments)` runs a function on n ranks (launch/rank_pool.py)."""
-    pool = Pool()
+    pool = Pool(preload=["pytest", "core.config", "tests.support.bugs", "tests.support.tiny"])
     yield pool
     pool.close()
 
