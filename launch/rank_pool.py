@@ -41,8 +41,8 @@ class Hang(RankFailure):
 
 
 class Pool:
-    """Rank processes, started on demand and kept until `close`. `preload`: more modules to import once for all ranks, if
-    no rank of this process has started yet.
+    """Rank processes, started on demand and kept until `close`. `preload`: more modules to import once for all ranks.
+    They are not preloaded if a rank of any pool has started before.
     """
 
     def __init__(self, preload: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -118,6 +119,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for name in ordered if name not in chosen for item in groups[name]])
         ordered = [name for name in ordered if name in chosen]
     items[:] = [item for name in ordered for item in groups[name]]
+
+
+def pytest_collection_finish() -> None:
+    """Leave imported modules and collected tests out of later garbage collections."""
+    gc.freeze()
 
 
 def group_of(item: pytest.Item) -> str:
