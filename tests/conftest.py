@@ -30,7 +30,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS", "tests"))
 torch.set_num_threads(1)  # tensors are small, and busy-waiting threads would take cores from other tests
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS: dict[str, float] = json.loads((ROOT / "tests" / "seconds.json").read_text())
-"""Seconds that each group of tests took on two cores. They decide the order of the groups and their shards."""
+"""CPU seconds of each quick group, and seconds of each slow group on two cores. They decide the order and the shards."""
 WORDS = "the model reads a line and writes another def return if else while for"
 
 
