@@ -35,7 +35,7 @@ smoke: $(STAMP)
 WORKERS ?= 2
 
 test: $(STAMP)
-	$(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu"
+	PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu"
 
 test-slow: $(STAMP) slurm sandbox
 	$(RUN) -m pytest -n $(WORKERS) -m "slow and not gpu" $(if $(SHARD),--shard $(SHARD))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -35,6 +36,8 @@ from core.renamed import new_value, old_fields
 
 T = TypeVar("T")
 _NO_VALUE = "has no value: give one"
+# Hydra's launchers, sweepers and logging are not used here; composing them would take a quarter of the time of `load`
+ConfigStore.instance().store(group="hydra", name="config", node=HydraConf(defaults=[]), provider="hydra")
 
 
 def config_directory() -> Path:
@@ -91,7 +94,7 @@ def build(cls: type[T], values: Any, path: str = "") -> T:
         if not isinstance(values, dict):
             raise ConfigError(path, values, "needs keys and values, not one value")
         _check_shape(cls, values, path)
-        typed = OmegaConf.merge(OmegaConf.structured(_twin(typing.cast(Any, cls))), _literal(values))
+        typed = OmegaConf.merge(_structured(typing.cast(Any, cls)), _literal(values))
         container = OmegaConf.to_container(typed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         explained = _explain(error, cls, path)
@@ -163,7 +166,9 @@ def differences(old: Any, new: Any, path: str = "") -> dict[str, tuple[Any, Any]
 def _compose(root: str, schema: type, overrides: Sequence[str]) -> DictConfig:
     """Compose `root` (a YAML file or a stored node) with `overrides`. If neither exists, compose the schema instead."""
     store = ConfigStore.instance()
-    store.store(name=f"{root}_schema", node=_twin(schema))
+    known = store.repo.get(f"{root}_schema.yaml")
+    if known is None or OmegaConf.get_type(known.node) is not _twin(schema):
+        store.store(name=f"{root}_schema", node=_twin(schema))
     if f"{root}.yaml" not in store.repo and not (config_directory() / f"{root}.yaml").exists():
         root = f"{root}_schema"
     GlobalHydra.instance().clear()
@@ -197,6 +202,12 @@ def _twin(cls: type) -> type:
             default = dataclasses.field(default="???")
         fields.append((f.name, kind, default))
     return dataclasses.make_dataclass(cls.__name__, fields, kw_only=True)
+
+
+@cache
+def _structured(cls: type) -> DictConfig:
+    """Return the schema as a configuration. Do not change it: `OmegaConf.merge` changes a copy."""
+    return OmegaConf.structured(_twin(cls))
 
 
 def _twin_made(twin: Any, default: Any) -> Any:

@@ -7,13 +7,14 @@ report. If a case hangs, the pool kills all ranks and starts new ones for the ne
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
 import time
 import traceback
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -40,9 +41,12 @@ class Hang(RankFailure):
 
 
 class Pool:
-    """Rank processes, started on demand and kept until `close`."""
+    """Rank processes, started on demand and kept until `close`. `preload`: more modules to import once for all ranks.
+    They are not preloaded if a rank of any pool has started before.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, preload: Sequence[str] = ()) -> None:
+        self._preload = [*PRELOAD, *preload]
         self._workers: list[tuple[Any, Connection]] = []
         self._store: Any = None
         self._cases = 0
@@ -80,7 +84,7 @@ class Pool:
         if self._store is None:
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD))
+        context.set_forkserver_preload(self._preload)
         while len(self._workers) < ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -115,6 +119,7 @@ def _serve(connection: Connection) -> None:
     """Run cases until the pool closes."""
     import torch
 
+    gc.freeze()  # a collection would visit all preloaded modules, and copy the pages that ranks share
     torch.set_num_threads(1)
     with ending_with_parent():
         while True:

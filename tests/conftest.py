@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -29,14 +30,14 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS", "tests"))
 torch.set_num_threads(1)  # tensors are small, and busy-waiting threads would take cores from other tests
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS: dict[str, float] = json.loads((ROOT / "tests" / "seconds.json").read_text())
-"""Seconds that each group of tests took on two cores. They decide the order of the groups and their shards."""
+"""CPU seconds of each quick group, and seconds of each slow group on two cores. They decide the order and the shards."""
 WORDS = "the model reads a line and writes another def return if else while for"
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Pool]:
     """Yield a pool: `ranks(n, function, *arguments)` runs a function on n ranks (launch/rank_pool.py)."""
-    pool = Pool()
+    pool = Pool(preload=["pytest", "core.config", "tests.support.bugs", "tests.support.tiny"])
     yield pool
     pool.close()
 
@@ -118,6 +119,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for name in ordered if name not in chosen for item in groups[name]])
         ordered = [name for name in ordered if name in chosen]
     items[:] = [item for name in ordered for item in groups[name]]
+
+
+def pytest_collection_finish() -> None:
+    """Leave imported modules and collected tests out of later garbage collections."""
+    gc.freeze()
 
 
 def group_of(item: pytest.Item) -> str:

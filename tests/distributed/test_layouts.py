@@ -40,13 +40,17 @@ def assert_as_one_process(ranks, count: int, config: ParallelConfig, model: Mode
 
 
 QUICK = {
-    "hsdp-selective": (4, ParallelConfig(dp_replicate=2, recompute=Recompute.selective), 1),
-    "ep-etp-gathered": (4, ParallelConfig(ep=2, etp=2, dispatch=DispatchMethod.all_gather), 2),
-    "ep-by-node": (4, ParallelConfig(ep=4, exchange_node_size=2), 2),
     "pp-zbv": (2, ParallelConfig(pp=2, schedule=PipelineSchedule.zbv), 2),
     "pp-ep": (4, ParallelConfig(pp=2, ep=2), 2),
 }
+ONE_STEP = {
+    "hsdp-selective": (4, ParallelConfig(dp_replicate=2, recompute=Recompute.selective), 1),
+    "ep-etp-gathered": (4, ParallelConfig(ep=2, etp=2, dispatch=DispatchMethod.all_gather), 2),
+    "ep-by-node": (4, ParallelConfig(ep=4, exchange_node_size=2), 2),
+}
+"""Layouts of which quick tests compare one step, and slow tests everything."""
 SLOW = {
+    **ONE_STEP,
     "fsdp-reduced-once": (2, ParallelConfig(reduce_every=ReduceEvery.step), 2),
     "hsdp-reduced-once": (4, ParallelConfig(dp_replicate=2, reduce_every=ReduceEvery.step), 2),
     "ep-fsdp-reduced-once": (4, ParallelConfig(ep=2, reduce_every=ReduceEvery.step), 2),
@@ -115,6 +119,7 @@ MODELS = {
     "norm-per-head-tp": (with_norm(QKNorm.per_head), 2, ParallelConfig(tp=2)),
     "experts-fewer-than-ranks": (replace(tiny(1), num_experts=2), 4, ParallelConfig()),
     "selective-ep": (tiny(2), 2, ParallelConfig(ep=2, recompute=Recompute.selective)),
+    **{name: (tiny(top_k), count, config) for name, (count, config, top_k) in ONE_STEP.items()},
 }
 
 

@@ -21,18 +21,20 @@ BIN = Path(sys.executable).parent
 TWO_RANKS = ["launch=torchrun", "launch.processes=2"]
 
 
-def start(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
-    """Train in a new session, with one thread as in `command`: the number of threads changes the rounding."""
-    line, pipe = [str(BIN / "leviathan"), "train", *arguments], subprocess.PIPE
+def start(arguments: list[str], cwd: Path, folder: Path = BIN) -> subprocess.Popen[str]:
+    """Train in a new session, with one thread as in `command`: the number of threads changes the rounding. `folder`: that
+    of the executable.
+    """
+    line, pipe = [str(folder / "leviathan"), "train", *arguments], subprocess.PIPE
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(line, cwd=cwd, stdout=pipe, stderr=pipe, text=True, env=variables, start_new_session=True)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, small_corpus) -> Path:
+def finished(tmp_path_factory, small_corpus, executables) -> Path:
     root = tmp_path_factory.mktemp("runs")
     own = [f"run.root={root}", "run.name=done", "checkpoint.every=3", "evaluation.baselines=true"]
-    process = start([*TINY, *small_corpus, *own], root)
+    process = start([*TINY, *small_corpus, *own], root, executables)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert output.splitlines()[-1] == f"run: {root / 'done'}"
@@ -149,7 +151,7 @@ def test_a_foreign_package_is_refused_by_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("launch", [[], pytest.param(TWO_RANKS, marks=pytest.mark.slow)], ids=["inline", "torchrun"])
-def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(launch, tmp_path, small_corpus):
+def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(launch, tmp_path, small_corpus, executables):
     arguments, run = [*TINY, *small_corpus, "run.name=x", "training.steps=4000", *launch], tmp_path / "runs" / "x"
     process = start(arguments, tmp_path)
     wait_for(has_step(run, 4), process)
@@ -159,7 +161,7 @@ def test_ctrl_c_saves_and_exits_130_and_the_run_goes_on(launch, tmp_path, small_
     assert "interrupted after step" in log.read_text()
     (saved,) = (run / "checkpoints").glob("*/COMMITTED")
     assert saved.parent.name > "step-00000003"
-    second = start(arguments, tmp_path)
+    second = start(arguments, tmp_path, executables)
     wait_for(lambda: f"resuming from {saved.parent.name}" in log.read_text(), second)
     second.kill()
     second.communicate(timeout=240)  # returns when all processes have closed the pipes

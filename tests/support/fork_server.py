@@ -9,6 +9,7 @@ The client passes signals on. If it is killed, its fork is killed. `test_fork_se
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -62,6 +63,7 @@ def serve(address: str) -> None:
     """Fork a child for each connection. End when the process that started this one ends."""
     for name in PRELOAD:
         __import__(name)
+    gc.freeze()  # a collection in a fork would visit all these modules, and copy the pages that forks share
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)

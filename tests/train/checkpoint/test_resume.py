@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.cli import main
+from launch.rank_pool import PRELOAD
 from tests.support.tiny import TINY, figures, saved, trainer
 from train.run_directory import read_lines
 
@@ -45,17 +46,24 @@ def exact(run: Path) -> list[tuple]:
 
 def killed(run: Path, overrides: list[str], after: str) -> None:
     """Start a run and SIGKILL it once `after` names a path that exists below its directory."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "train", *overrides],
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as here: sums differ in the last bit between thread counts
-    )
+    context = multiprocessing.get_context("forkserver")  # has imported everything if ranks have run
+    context.set_forkserver_preload(list(PRELOAD))
+    process = context.Process(target=quietly, args=(["train", *overrides],))
+    process.start()
     deadline = time.monotonic() + 240
     while not list(run.glob(after)):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        assert process.is_alive() and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def quietly(arguments: list[str]) -> None:
+    """Run the command with one thread, as here: sums differ in the last bit between thread counts."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    main(arguments)
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
