@@ -81,7 +81,9 @@ class WatchedRun:
         check_run_directory(directory)
         self.metrics, self.ledger = Tail(directory / "metrics.jsonl"), Tail(directory / LEDGER)
         self._config = CachedFile[TrainConfig | None](directory / "config.yaml", lambda _: load_config(directory), None)
-        self._summary = CachedFile(directory / "summary.json", lambda path: read_json(path, {"steps": int}), {})
+        self._summary = CachedFile[dict[str, Any]](
+            directory / "summary.json", lambda path: read_json(path, {"steps": int}), {}
+        )
         self._diverged = CachedFile(directory / DIVERGED, lambda path: read_json(path, {"step": int}), None)
         self._log = CachedFile[list[str]](directory / "log.txt", _last_lines, [])
         self.phases: list[Phase] = []
@@ -281,7 +283,10 @@ def check_run_directory(directory: Path) -> None:
             raise ConfigError(key, shown, f"cannot be read: {error.strerror}") from None
         visible = [name for name in files if not name.startswith(".")]
         if visible and not {"config.yaml", "metrics.jsonl", "checkpoints", "logs"} & set(visible):
-            raise ConfigError(key, shown, "is not a run's directory: it has no config.yaml and no metrics.jsonl")
+            inside = sorted(path.parent for path in directory.glob("*/config.yaml"))[-3:]
+            raise ConfigError(
+                key, shown, "is not a run's directory: it has no config.yaml and no metrics.jsonl", inside
+            )
     elif os.path.lexists(directory):
         raise ConfigError(key, shown, "is a file, but must be a run's directory")
     elif not directory.parent.is_dir():

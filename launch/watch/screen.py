@@ -63,21 +63,18 @@ class Keyboard:
 
 def watch(directories: Sequence[Path], jobs: Path, seconds: float, console: Console, keyboard: Keyboard) -> int:
     """Show the runs until `q` (returns 0) or a signal such as Ctrl-C (returns 130)."""
-    if not console.is_terminal or console.is_dumb_terminal:
-        raise ConfigError("once", False, "standard output is no terminal that can be drawn on", [True])
     view, states = View([WatchedRun(directory) for directory in directories]), JobStates(jobs, directories)
+    if not console.is_terminal or console.is_dumb_terminal:
+        raise ConfigError("once", False, "standard output is no terminal that can be drawn on", ["--once"])
     states.start()
-    with (
-        SignalFlag() as interruption,
-        keyboard.reading(),
-        Live(console=console, screen=True, auto_refresh=False) as live,
-    ):
+    screen = Live(console=console, screen=True, auto_refresh=False)
+    with SignalFlag() as interruption, keyboard.reading(), screen:
         try:
             while not interruption.requested:
                 behind = poll(view, states)
-                live.update(view.frame(*console.size), refresh=True)
+                screen.update(view.frame(*console.size), refresh=True)
                 end = time.monotonic() + (0.0 if behind else seconds)
-                key = ""
+                key = keyboard.wait(0.0)
                 while not interruption.requested and not key and (left := end - time.monotonic()) > 0:
                     key = keyboard.wait(min(POLL_S, left))
                 if key and not view.press(key):
@@ -112,9 +109,7 @@ def print_once(directories: Sequence[Path], jobs: Path, width: int | None) -> in
 def plain_frame(view: View, width: int, height: int, encoding: str = "utf-8") -> str:
     """Return a frame without colours, escape sequences and spaces at the ends of lines."""
     out = StringIO()
-    console = Console(
-        file=out, width=width, height=height, color_system=None, force_terminal=False, legacy_windows=False
-    )
+    console = Console(file=out, width=width, height=height, color_system=None, legacy_windows=False)
     options = console.options.update(width=width, height=height)
     options.encoding = encoding
     for line in console.render_lines(view.frame(width, height), options):

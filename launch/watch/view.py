@@ -83,12 +83,8 @@ class View:
         alarms = self._alarms([run])
         rows = [Layout(self._header(run), size=2)]
         if width < NARROW:
-            rows += [
-                Layout(loss, ratio=3),
-                Layout(figures, size=12),
-                Layout(_heat(run), ratio=2),
-                Layout(alarms, ratio=2),
-            ]
+            rows += [Layout(loss, ratio=3), Layout(figures, size=12)]
+            rows += [Layout(_heat(run), ratio=2), Layout(alarms, ratio=2)]
         else:
             rows += [_beside((loss, 3), (figures, 2), ratio=3), _beside((_heat(run), 1), (alarms, 1), ratio=2)]
         if height >= LOW:
@@ -236,9 +232,8 @@ class Figures:
         for name, value, curve in rows:
             if value != "-" or name in ("loss", "tokens/s"):
                 points: list[CurvePoint] = [] if curve is None else curve.points
-                table.add_row(
-                    Text(name, "dim"), Text(value, "bold"), Text(bars(points, room, options.ascii_only), "cyan")
-                )
+                recent = bars(points, room, options.ascii_only)
+                table.add_row(Text(name, "dim"), Text(value, "bold"), Text(recent, "cyan"))
         yield table
 
 
