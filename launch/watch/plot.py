@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
@@ -161,10 +162,10 @@ def heat_map(
     if not loads or columns < 1 or rows < 1:
         return Text("no loads of experts yet" if not loads else "", "dim")
     shown, layers = list(loads)[-columns:], max(len(load.max_over_mean) for load in loads)
-    size = math.ceil(layers / rows)
+    size, repeat = math.ceil(layers / rows), min(3, max(1, rows // layers))
     text, shades = Text(), PLAIN_SHADES if ascii_only else SHADES
-    for begin in range(0, layers, size):
-        text.append(f"{f'L{layer(begin)}':<{label}.{label}}", "dim")
+    for begin, again in product(range(0, layers, size), range(repeat)):
+        text.append(f"{'' if again else f'L{layer(begin)}':<{label}.{label}}", "dim")
         for load in shown:
             group = load.max_over_mean[begin : begin + size]
             level = sum(max(group, default=0.0) >= limit for limit in LEVELS)
