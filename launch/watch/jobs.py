@@ -10,10 +10,11 @@ from pathlib import Path
 from core.errors import LeviathanError
 from launch.slurm.job import jobs
 from launch.slurm.requeue import stored_state
-from launch.slurm.submit import UNKNOWN, ask
+from launch.slurm.submit import SILENT, UNKNOWN, ask
 
 EVERY_S = 30.0
 """Seconds between two questions to SLURM."""
+WORDS = {UNKNOWN: "ended", SILENT: "is unknown: SLURM does not answer"}
 
 
 class JobStates:
@@ -52,7 +53,7 @@ class JobStates:
                 if not set(runs) & set(self.runs):
                     continue
                 for task, (run, status) in enumerate(zip(runs, ask(job), strict=True)):
-                    state = "ended" if status.state == UNKNOWN else str(status)
+                    state = WORDS.get(status.state, str(status))
                     excluded = stored_state(job.folder, task)[0].excluded
                     words = f", excluded nodes: {', '.join(excluded)}" if excluded else ""
                     found[run] = f"job {job.id_of(task)} {state}{words}"

@@ -24,7 +24,7 @@ LEVELS = (1.5, 2.0, 3.0, 4.0)
 """Largest load of an expert over the mean at which the next shade begins."""
 SHADES, PLAIN_SHADES = "·░▒▓█", ".:oO#"
 SHADE_STYLES = ("blue", "cyan", "green", "yellow", "red")
-DEAD, DEAD_STYLE = "x", "bold magenta"
+DEAD = "x"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def heat_map(
             group = load.max_over_mean[begin : begin + size]
             level = sum(max(group, default=0.0) >= limit for limit in LEVELS)
             dead = any(load.dead[begin : begin + size])
-            text.append(*((DEAD, DEAD_STYLE) if dead else (shades[level], SHADE_STYLES[level])))
+            text.append(DEAD if dead else shades[level], SHADE_STYLES[level])
         text.append("\n")
     first, last = f"step {shown[0].step:,}", f"{shown[-1].step:,}"
     room = min(columns, len(shown))

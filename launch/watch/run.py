@@ -191,18 +191,19 @@ class WatchedRun:
             for phase in self.phases
             if phase.stop > self.step
         )
-        return left * statistics.median(seconds / steps for seconds, steps in self._intervals)
+        seconds, steps = map(sum, zip(*self._intervals, strict=True))
+        return left * seconds / steps
 
     @property
     def quiet_s(self) -> float:
-        """Seconds since the run wrote a line of metrics or of its log."""
-        written = [0.0]
+        """Seconds since the run wrote a line of metrics or of its log; 0 if it has written none."""
+        written = []
         for path in (self.metrics.path, self._log.path):
             try:
                 written.append(path.stat().st_mtime)
             except OSError:
                 continue
-        return max(0.0, time.time() - max(written))
+        return max(0.0, time.time() - max(written)) if written else 0.0
 
     @property
     def state(self) -> RunState:

@@ -119,7 +119,7 @@ class View:
 
     def _table(self, first: int, shown: int, width: int) -> RenderableType:
         table = Table(box=None, expand=True, pad_edge=False, header_style="dim", show_edge=False)
-        names = ["", "run", "state", "step", "loss", "held-out"]
+        names = ["", "", "run", "state", "step", "loss", "held-out"]
         names += ["tok/s", "|g|", "lr", "memory", "left", "job"] if width >= NARROW else ["left"]
         for name in names:
             right = name not in ("", "run", "state", "job")
@@ -130,7 +130,8 @@ class View:
             style = RUN_STYLES[place % len(RUN_STYLES)]
             step = f"{run.step:,}" + (f" of {run.steps:,}" if run.steps else "")
             cells = [
-                _text(f"{'>' if place == self.selected else ' '}{_marker(place)}", style),
+                _text(">" if place == self.selected else "", style),
+                _text(_marker(place), style),
                 _text(run.name, style),
                 _text(run.state.value, STATE_STYLES[run.state]),
                 _text(step),
@@ -156,18 +157,20 @@ class View:
         zoom = list(ZOOMS)[self.zoom]
         steps = max((run.step for run in runs), default=0)
         start = steps * (1 - ZOOMS[zoom])
-        series, title = [], Text()
+        series, sparse, title = [], [], Text()
         for run in runs:
             place = list(self.runs).index(run)
             style = RUN_STYLES[place % len(RUN_STYLES)]
             series.append(PlotSeries(list(run.curves["loss"].since(start)), style, _marker(place)))
+            if points := list(run.held_out.since(start)):
+                bright = f"bold {style if len(runs) > 1 else 'white'}"
+                sparse.append(PlotSeries(points, bright, "o", is_sparse=True))
             if len(runs) > 1:
                 title.append(f" {_marker(place)} {_shown(run.name, 20)}", style)
-        sparse = [PlotSeries(list(run.held_out.since(start)), "bold white", "o", is_sparse=True) for run in runs]
-        drawn = [*series, *(one for one in sparse if one.points)]
+        drawn = [*series, *sparse]
         heading = Text(f"loss, {zoom}").append_text(title)
-        if any(one.points for one in sparse):
-            heading.append("  o held-out", "bold white")
+        if sparse:
+            heading.append("  o held-out", "bold")
         heading.no_wrap = True
         return Panel(Drawing(lambda *size: plot(drawn, *size)), title=heading, border_style="dim")
 
@@ -175,8 +178,8 @@ class View:
         alarms, events = [], []
         for run in runs:
             prefix = f"{_shown(run.name, 20)}: " if len(runs) > 1 else ""
-            alarms += [_text(f"! {prefix}{one}", "bold red") for one in run.alarms()]
-            events += [_text(f"{prefix}{describe(event)}") for event in reversed(run.events)]
+            alarms += [Text(_shown(f"! {prefix}{one}"), "bold red") for one in run.alarms()]
+            events += [Text(_shown(f"{prefix}{describe(event)}")) for event in reversed(run.events)]
         if self.note:
             alarms.append(_text(self.note, "yellow"))
         title = f"alarms: {len(alarms)}" + (f", ledger: {len(events)}" if events else "")
@@ -245,10 +248,11 @@ def describe(event: dict[str, Any]) -> str:
     except (ValueError, OverflowError, OSError):  # NaN, or no year that a clock knows
         clock = "-"
     step, statistics = event.get("step"), _words(event.get("statistics"))
-    parts = [clock, f"step {step:,}" if isinstance(step, int) else "", _words(event.get("event"))]
-    parts += [_words(event.get("detector")) + (f" ({statistics})" if statistics else "")]
+    where = f"{clock} step {step:,}" if isinstance(step, int) else clock
+    detector = _words(event.get("detector")) + (f" ({statistics})" if statistics else "")
+    parts = [", ".join(filter(None, (_words(event.get("event")), detector)))]
     parts += [f"{name}: {words}" for name in ("verdict", "action") if (words := _words(event.get(name)))]
-    return "  ".join(part for part in parts if part)
+    return f"{where}: {'; '.join(filter(None, parts))}"
 
 
 def _words(value: Any) -> str:
