@@ -162,7 +162,7 @@ def heat_map(
     if not loads or columns < 1 or rows < 1:
         return Text("no loads of experts yet" if not loads else "", "dim")
     shown, layers = list(loads)[-columns:], max(len(load.max_over_mean) for load in loads)
-    size, repeat = math.ceil(layers / rows), min(3, max(1, rows // layers))
+    size, repeat = math.ceil(layers / rows), min(5, max(1, rows // layers))
     text, shades = Text(), PLAIN_SHADES if ascii_only else SHADES
     for begin, again in product(range(0, layers, size), range(repeat)):
         text.append(f"{'' if again else f'L{layer(begin)}':<{label}.{label}}", "dim")

@@ -66,7 +66,8 @@ class CachedFile(Generic[T]):
                 self.content = self.read(self.path)
         except (OSError, ValueError, LeviathanError) as error:
             is_gone = isinstance(error, FileNotFoundError)
-            self.content, self.problem = self.missing, "" if is_gone else str(error)
+            self.content = self.missing
+            self.problem = "" if is_gone else str(error).removeprefix(f"{self.path}: ")
         return self.content
 
 

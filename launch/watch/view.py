@@ -167,7 +167,8 @@ class View:
                 sparse.append(PlotSeries(points, bright, "o", is_sparse=True))
             if len(runs) > 1:
                 title.append(f" {_marker(place)} {_shown(run.name, 20)}", style)
-        drawn = [*series, *sparse]
+        longest_first = sorted(series, key=lambda one: -one.points[-1].last if one.points else 0)
+        drawn = [*longest_first, *sparse]  # a short curve stays visible on a long one
         heading = Text(f"loss, {zoom}").append_text(title)
         if sparse:
             heading.append("  o held-out", "bold")

@@ -19,6 +19,7 @@ from launch.watch.plot import PlotSeries, bars, plot
 from launch.watch.run import RunState, WatchedRun
 from launch.watch.screen import plain_frame
 from launch.watch.view import describe, duration
+from tests.launch.hostile.damage import DAMAGES, cleared
 from tests.launch.watch.runs import EVENT, append, frame, logged, make_running, viewed
 from tests.train.report.runs import make_run
 from train.config import TrainConfig
@@ -219,6 +220,29 @@ def test_the_check_of_escapes_can_fail(tmp_path, monkeypatch):
     monkeypatch.setattr("launch.watch.view.printable", str)
     text = plain_frame(viewed(hostile_run(tmp_path)), 150, 60)
     assert "\x1b" in text
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param("config.yaml", marks=pytest.mark.slow),
+        *("metrics.jsonl", "summary.json", "log.txt", DIVERGED, "recovery.jsonl"),
+    ],
+)
+def test_damaged_files_are_named_or_left_out(run, file, monkeypatch):
+    if file == "config.yaml":
+        monkeypatch.setattr("launch.watch.run.load_config", load_config)
+    append(run, "recovery.jsonl", EVENT)
+    whole = (run / file).read_bytes() if (run / file).exists() else b'{"steps": 20, "step": 1}'
+    noticed = 0
+    for damage in DAMAGES.values():
+        damage(run / file)
+        text = frame(run)
+        assert "first" in text and len(text.splitlines()) == 40
+        noticed += f"! {file}" in text
+        cleared(run / file).write_bytes(whole)
+    assert noticed > 3 or file == "log.txt"
+    assert f"! {file}" not in frame(run), "control"
 
 
 def test_a_terminal_without_unicode_gets_ascii(run):
