@@ -19,7 +19,7 @@ class CurvePoint(NamedTuple):
     high: float
 
 
-class Curve:
+class MetricCurve:
     """The values of one metric. `value`: the newest, which may be NaN; NaN is not drawn.
 
     A step that is added again, as after a resume or a rewind, removes the points from there on.

@@ -62,7 +62,7 @@ def plot(series: Sequence[PlotSeries], width: int, height: int, colour: bool, as
     low, high = min(point.low for point in points), max(point.high for point in points)
     if high - low <= 1e-9 * abs(high):
         low, high = low - max(1e-9, abs(low) * 0.05), high + max(1e-9, abs(high) * 0.05)
-    canvas = Canvas(columns, rows, steps, (low, high))
+    canvas = DotCanvas(columns, rows, steps, (low, high))
     several = sum(not one.is_sparse for one in series) > 1
     for one in series:
         marked = one.is_sparse or ascii_only or (several and not colour)
@@ -80,7 +80,7 @@ def plot(series: Sequence[PlotSeries], width: int, height: int, colour: bool, as
     return text
 
 
-class Canvas:
+class DotCanvas:
     """Characters with braille dots or markers. The last series that draws into a character gives its style."""
 
     def __init__(self, columns: int, rows: int, steps: tuple[int, int], values: tuple[float, float]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from core.errors import ConfigError, LeviathanError, printable
 from core.files import check_regular, read_json
-from launch.watch.curve import Curve
+from launch.watch.curve import MetricCurve
 from launch.watch.tail import Tail
 from model.config import FeedForward
 from train.config import Phase, TrainConfig, phases
@@ -95,8 +95,8 @@ class WatchedRun:
 
     def _begin(self) -> None:
         """Forget the metrics."""
-        self.curves = {key: Curve() for key in METRICS}
-        self.held_out = Curve()
+        self.curves = {key: MetricCurve() for key in METRICS}
+        self.held_out = MetricCurve()
         self.loads: deque[LoggedLoad] = deque(maxlen=KEPT_LOADS)
         self.last: dict[str, Any] = {}
         """The newest line of a step."""

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from core.errors import printable
-from launch.watch.curve import Curve, CurvePoint
+from launch.watch.curve import MetricCurve, CurvePoint
 from launch.watch.plot import Drawing, PlotSeries, bars, heat_legend, heat_map, plot
 from launch.watch.run import RunState, WatchedRun, number
 
@@ -218,7 +218,7 @@ class Figures:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         curves, last = self.run.curves, self.run.last
-        rows: list[tuple[str, str, Curve | None]] = [
+        rows: list[tuple[str, str, MetricCurve | None]] = [
             ("loss", _figure(curves["loss"].value, ".4f"), curves["loss"]),
             ("held-out loss", _figure(self.run.held_out.value, ".4f"), self.run.held_out),
             ("gradient norm", _figure(curves["gradient_norm"].value, ".3f"), curves["gradient_norm"]),

@@ -10,7 +10,7 @@ import random
 import pytest
 
 from launch.watch import curve, tail
-from launch.watch.curve import Curve, CurvePoint
+from launch.watch.curve import MetricCurve, CurvePoint
 from launch.watch.tail import Tail
 
 
@@ -100,7 +100,7 @@ def test_what_is_no_file_is_a_problem_not_a_wait(path):
 
 def test_a_curve_keeps_the_extremes_in_few_points(monkeypatch):
     monkeypatch.setattr(curve, "LIMIT", 64)
-    found, values = Curve(), [random.Random(0).random() for _ in range(3_000)]
+    found, values = MetricCurve(), [random.Random(0).random() for _ in range(3_000)]
     values[1321], values[77] = 50.0, -50.0
     for step, value in enumerate(values, 1):
         found.add(step, value)
@@ -115,7 +115,7 @@ def test_a_curve_keeps_the_extremes_in_few_points(monkeypatch):
 
 
 def test_a_step_again_removes_what_came_after():
-    found = Curve()
+    found = MetricCurve()
     for step, value in [(1, 5.0), (2, 4.0), (3, math.nan), (4, 9.0), (3, 3.5)]:
         found.add(step, value)
     assert found.points == [CurvePoint(1, 1, 5.0, 5.0), CurvePoint(2, 2, 4.0, 4.0), CurvePoint(3, 3, 3.5, 3.5)]
