@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from core.errors import printable
-from launch.watch.curve import MetricCurve, CurvePoint
+from launch.watch.curve import CurvePoint, MetricCurve
 from launch.watch.plot import Drawing, PlotSeries, bars, heat_legend, heat_map, plot
 from launch.watch.run import RunState, WatchedRun, number
 

@@ -10,7 +10,7 @@ import random
 import pytest
 
 from launch.watch import curve, tail
-from launch.watch.curve import MetricCurve, CurvePoint
+from launch.watch.curve import CurvePoint, MetricCurve
 from launch.watch.tail import Tail
 
 
