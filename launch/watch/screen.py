@@ -102,7 +102,7 @@ def print_once(directories: Sequence[Path], jobs: Path, width: int | None) -> in
     states.ask()
     while poll(view, states):
         pass
-    print(plain_frame(view, width or terminal_width(), ONCE[1], sys.stdout.encoding))
+    print(plain_frame(view, width or terminal_width(), ONCE[1], sys.stdout.encoding or "utf-8"))
     return DONE
 
 
