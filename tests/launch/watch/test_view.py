@@ -225,8 +225,11 @@ def test_the_check_of_escapes_can_fail(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "file",
     [
-        pytest.param("config.yaml", marks=pytest.mark.slow),
-        *("metrics.jsonl", "summary.json", "log.txt", DIVERGED, "recovery.jsonl"),
+        "metrics.jsonl",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("config.yaml", "summary.json", "log.txt", DIVERGED, "recovery.jsonl")
+        ),
     ],
 )
 def test_damaged_files_are_named_or_left_out(run, file, monkeypatch):
