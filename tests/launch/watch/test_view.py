@@ -163,6 +163,10 @@ def test_a_resumed_run_goes_back(run):
     watched.poll()
     assert watched.step == 22 and [point.last for point in watched.curves["loss"].points][-2:] == [20, 22]
     assert watched.curves["loss"].value == 3.0
+    (run / "new").write_text("")
+    os.replace(run / "new", run / "metrics.jsonl")
+    watched.poll()
+    assert watched.step == 0 and not watched.loads and not watched.curves["loss"].points, "it begins anew"
 
 
 def test_a_jump_of_the_loss_is_an_alarm_and_its_end_is_told(run):
