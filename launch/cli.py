@@ -49,6 +49,8 @@ class Verb:
     module: str | None = None
     """Name of the module. None: the verb's name."""
     function: str = "run"
+    flags: tuple[str, ...] = ()
+    """Keys that `--KEY` sets to true."""
 
 
 VERBS = {
@@ -76,6 +78,14 @@ VERBS = {
     "certify": Verb("CertifyConfig", "prove that a layout computes what one process computes", ("run",)),
     "plan": Verb("PlanConfig", "predict memory and step time; compare with published runs"),
     "report": Verb("ReportConfig", "plot one run, or several side by side", ("runs...",)),
+    "watch": Verb(
+        "WatchConfig",
+        "show runs on the terminal while they train",
+        ("runs...",),
+        module="report",
+        function="run_watch",
+        flags=("once",),
+    ),
     "jobs": Verb("JobsConfig", "list, show or cancel this project's SLURM jobs", ("action", "job")),
     "doctor": Verb("DoctorConfig", "check this machine and installation"),
 }
@@ -119,6 +129,8 @@ def _run(arguments: list[str]) -> int:
         raise ConfigError("verb", name, "no such verb", near)
     verb = VERBS[name]
     stored, arguments = _stored(verb, arguments)
+    given = {f"--{key}": f"{key}=true" for key in verb.flags}
+    arguments = [given.get(argument, argument) for argument in arguments]
     options = [argument for argument in arguments if argument.startswith("-")]
     overrides = _named(verb, [argument for argument in arguments if not argument.startswith("-")])
     unknown = [option for option in options if option not in ("-h", "--help", "--cfg")]
@@ -126,7 +138,7 @@ def _run(arguments: list[str]) -> int:
         reason = "no such option; keys are written KEY=VALUE"
         if "prompt" in verb.positional:
             reason += f", and a prompt that begins so {shlex.quote('prompt=' + unknown[0])}"
-        raise ConfigError(unknown[0], None, reason, ["--help", "--cfg"])
+        raise ConfigError(unknown[0], None, reason, [*given, "--help", "--cfg"])
     module = importlib.import_module(f"launch.verbs.{verb.module or name}")
     schema = getattr(module, verb.config)
     overrides = _collected(verb, schema, overrides)

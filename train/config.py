@@ -220,6 +220,8 @@ class LoggingConfig:
     """Project on Weights & Biases."""
     tensorboard: bool = False
     """Also write TensorBoard event files, to tensorboard/ in the run's directory."""
+    prometheus: str | None = None
+    """File *.prom for Prometheus, such as in the folder of node_exporter's textfile collector; null: none."""
     report: bool = True
     """Write report.html at the end of the run."""
 

@@ -1,4 +1,4 @@
-"""Metrics of a run and where they are written: the terminal, log.txt, metrics.jsonl, wandb and TensorBoard.
+"""Metrics of a run and where they are written: the terminal, log.txt, metrics.jsonl, wandb, TensorBoard, Prometheus.
 
 Metrics stay tensors on the device until a step is logged, so that other steps do not wait for the device.
 """
@@ -28,6 +28,7 @@ from model.flops import Lengths, peak_flops, training_flops, vision_flops
 from model.roles import Role
 from train.config import LoggingConfig, Wandb
 from train.engine.base import StepResult
+from train.report.prometheus import PrometheusFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,8 @@ def append_or_log(path: Path, line: dict[str, Any], log: Log) -> None:
 
 
 class MetricsWriter:
-    """Appends to metrics.jsonl and, if configured, to wandb and to TensorBoard's event files. Rank 0 only.
+    """Appends to metrics.jsonl and, if configured, to wandb and TensorBoard's event files, and replaces the file for
+    Prometheus. Rank 0 only.
 
     `step`: number of steps done. Lines of later steps, from before a resume, are void.
     """
@@ -160,6 +162,7 @@ class MetricsWriter:
         self.path, self.log = path, log
         self.wandb = _wandb(config, path.parent, run_config)
         self.tensorboard = _tensorboard(path.parent / "tensorboard", step) if config.tensorboard else None
+        self.prometheus = _prometheus(config, path.parent.name, log)
 
     def write(self, line: dict[str, Any]) -> None:
         append_or_log(self.path, line, self.log)
@@ -167,6 +170,8 @@ class MetricsWriter:
             self.wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
         if self.tensorboard is not None:
             self._try_tensorboard(partial(_write_scalars, self.tensorboard, line))
+        if self.prometheus is not None:
+            self.prometheus.write(scalars(line), line.get("slow_ranks", []) if "loss" in line else None)
 
     def close(self) -> None:
         if self.wandb is not None:
@@ -197,6 +202,10 @@ def _write_scalars(writer: Any, line: dict[str, Any]) -> None:
         if name != "step":
             writer.add_scalar(name, value, line["step"])
     writer.flush()  # a killed run keeps its lines, and a reader sees them at once
+
+
+def _prometheus(config: LoggingConfig, run: str, log: Log) -> PrometheusFile | None:
+    return None if config.prometheus is None else PrometheusFile(Path(config.prometheus).expanduser(), run, log)
 
 
 def _tensorboard(directory: Path, step: int) -> Any:

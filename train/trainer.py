@@ -19,7 +19,7 @@ import torch
 from core.config import absolute, plain
 from core.errors import CheckpointError, ConfigError, Diverged, LeviathanError, one_line
 from core.exit_codes import INTERRUPTED, has_agent
-from core.files import write_json
+from core.files import check_target, write_json
 from core.package_guard import sources_digest
 from core.process import ending_with_parent
 from data.corpus import Corpus, check_found
@@ -324,6 +324,8 @@ def _identity(config: TrainConfig, device: torch.device) -> dict[str, str]:
 def _claim(directory: RunDirectory, config: TrainConfig) -> None:
     """Lock and open the directory. After a restart, wait for the previous attempt to release the lock."""
     check_found(config.data)  # before the directory is made
+    if config.logging.prometheus is not None:
+        check_target("logging.prometheus", config.logging.prometheus, ".prom")
     if not committed(directory.checkpoints):  # a run that resumes does not need the models that it began with
         run_source(config, lambda line: None)  # compares the networks before data are prepared
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")

@@ -24,7 +24,7 @@ RUN_FILES = [
     "checkpoints/step-00000006",
     *(f"checkpoints/step-00000006/{name}" for name in ("COMMITTED", "index.json", "progress.json", "rank_0.bin")),
 ]
-RUN_VERBS = ("train", "evaluate", "generate", "export", "report")
+RUN_VERBS = ("train", "evaluate", "generate", "export", "report", "watch")
 MODEL_VERBS = ("import", "generate", "init_from")
 CORPORA = {
     ".jsonl": LINE * 200,
@@ -70,6 +70,7 @@ def cases(command, finished, exported, imported, small_corpus, tmp_path) -> list
         "generate": lambda place: ["generate", str(place), "the", "tokens=2"],
         "export": lambda place: ["export", str(place), f"out={tmp_path / 'out'}", "check=never"],
         "report": lambda place: ["report", str(place)],
+        "watch": lambda place: ["watch", "--once", str(place)],
         "import": lambda place: ["import", str(place), f"out={tmp_path / 'out'}", "check=never"],
         "init_from": lambda place: ["train", *TINY, *small_corpus, *short, f"model.init_from={place}"],
     }
