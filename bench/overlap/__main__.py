@@ -67,7 +67,10 @@ def main() -> int:
         for name in CASES:
             times = measure(ranks, name)
             found[name] = asdict(times) | {"ratio": times.ratio, "waiting_ratio": times.waiting_ratio}
-            print(f"{name}: {times.ratio:.2f} of the longer part of each pass, {times.waiting_ratio:.2f} if waiting", flush=True)
+            print(
+                f"{name}: {times.ratio:.2f} of the longer part of each pass, {times.waiting_ratio:.2f} if waiting",
+                flush=True,
+            )
         found["gathers"] = gathers(ranks)
         ratio, waiting = (found["gathers"][name] for name in ("ratio", "waiting_ratio"))
         print(f"FSDP2's gathers, half as long as dense layers: {ratio:.2f} of the layers, {waiting:.2f} if waiting")
