@@ -121,7 +121,7 @@ def _split(
 ) -> dist.ProcessGroup | None:
     """Stand in for the split of NCCL's communicator, which sends nothing through the store."""
     own = next((row for row in rows if 0 in row), None)
-    return own and dist.new_group(own, timeout, use_local_synchronization=True, group_desc=group_desc)
+    return dist.new_group(own, timeout, use_local_synchronization=True, group_desc=group_desc) if own else None
 
 
 def hang(size: int, folder: Path) -> int:
