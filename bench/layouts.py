@@ -20,7 +20,7 @@ from core.files import write_text
 from core.package_guard import sources_digest
 from launch.rank_pool import Pool
 from model.config import ModelConfig
-from parallel.layout import ContextMethod, ParallelConfig, Recompute
+from parallel.layout import ContextMethod, GatherExperts, ParallelConfig, Recompute, ReduceEvery
 from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Backend, Compute, PrecisionConfig, Recipe
 from train.certify import fp8
@@ -35,10 +35,13 @@ LAYOUTS = {
     "hsdp 2x2": (4, ParallelConfig(dp_replicate=2)),
     "ep2": (2, ParallelConfig(ep=2)),
     "ep4": (4, ParallelConfig(ep=4)),
+    "ep4 by node": (4, ParallelConfig(ep=4, exchange_node_size=2)),
     "etp2": (2, ParallelConfig(etp=2)),
     "tp2": (2, ParallelConfig(tp=2)),
     "tp2 + ep2": (2, ParallelConfig(tp=2, ep=2)),
     "ep2 + efsdp2": (4, ParallelConfig(ep=2)),
+    "ep2 + efsdp2, gradients reduced once": (4, ParallelConfig(ep=2, reduce_every=ReduceEvery.step)),
+    "ep2 + efsdp2, experts gathered once": (4, ParallelConfig(ep=2, gather_experts=GatherExperts.step)),
     "tp2 + ep2 + fsdp2": (8, ParallelConfig(tp=2, ep=2)),
     "cp2 gather": (2, ParallelConfig(cp=2)),
     "cp2 ulysses": (2, ParallelConfig(cp=2, cp_method=ContextMethod.ulysses)),

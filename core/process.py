@@ -24,7 +24,7 @@ from typing import NoReturn
 
 from core.errors import LeviathanError, one_line
 from core.exit_codes import CRASHED, FAILED, INTERRUPTED, has_agent, is_consequence, is_rank, parent_watch
-from core.openmp import share_cores
+from core.library_settings import set_for_libraries
 from core.package_guard import check_packages, drop_working_directory
 
 TRACEBACKS = "LEVIATHAN_TRACEBACKS"
@@ -66,7 +66,7 @@ def run_process(main: Callable[[list[str]], int], arguments: Sequence[str] | Non
     _open_streams()
     try:
         drop_working_directory()
-        share_cores()
+        set_for_libraries()
         check_packages()
         code = main(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()

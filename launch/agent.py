@@ -30,11 +30,12 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+from torch.numa.binding import AffinityMode, NumaOptions
 
 from core.errors import ConfigError, LeviathanError, first_line
 from core.exit_codes import AGENT, ATTEMPT, CRASHED, HUNG, INTERRUPTED, is_consequence
 from core.process import told_after
-from launch.diagnose.machine import cores
+from launch.diagnose.machine import cores, not_bound
 
 SAVE_S = 600  # time for ranks to save after a signal
 KILL_AFTER_S = 20  # time for ranks to end after another rank has crashed, without which they cannot save
@@ -43,6 +44,8 @@ PATIENCE_S = 10  # time before a node says that it waits for another
 END_TOGETHER_S = 60  # time to wait for the other nodes after this node's ranks have ended
 ALONE_S = 10  # time for ranks to fail by themselves after another node has given up; suspended ranks never fail
 GIVEN_UP = "given up"
+NEAR_GPU = NumaOptions(AffinityMode.NODE, should_fall_back_if_binding_fails=True)
+"""Bind each rank to the cores of its GPU's NUMA node. A container may forbid it; torch then logs why."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def run(node: Node) -> int:
         max_restarts=node.restarts,
         monitor_interval=0.1,
         local_addr=_own_address(node),
+        numa_options=None if not_bound() else NEAR_GPU,
     )
     agent = _Agent(spec, node)
     interrupted = False

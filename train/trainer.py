@@ -45,6 +45,7 @@ from train.config import Objective, Phase, TrainConfig, check, phase_of, phases
 from train.corpus import check_same_data, get_corpus, keep_tokenizer, run_loaders, source_weights, with_image_tokens
 from train.engine.base import optimizer_step
 from train.engine.deterministic import make_deterministic
+from train.engine.garbage import collected_at_set_steps, collected_automatically
 from train.engine.memory import check_memory
 from train.engine.objective import objective_engine
 from train.environment import environment
@@ -129,7 +130,12 @@ class Trainer:
             self.log(f"nothing left to do: the run has done its {self.steps} steps")
             self.log(f"run: {self.directory.path}")
             return 0
-        with SignalFlag() as interruption, self._ended_by_errors(), closing(self.batches):
+        with (
+            SignalFlag() as interruption,
+            self._ended_by_errors(),
+            closing(self.batches),
+            collected_at_set_steps() as collect,
+        ):
             for callback in self.callbacks:
                 callback.before_training()
             for step in range(self.step, self.steps):
@@ -138,6 +144,7 @@ class Trainer:
                 metrics = self.train_step(step)
                 for callback in self.callbacks:
                     callback.after_step(step + 1, metrics)
+                collect(step + 1)
                 if self._must_stop(interruption, step + 1):
                     self.save()
                     self.checkpointer.wait()
@@ -208,7 +215,7 @@ class Trainer:
         """Exclude the `with` block from the run's measured throughput and traffic."""
         wait_for(self.world.device)
         begin, bytes_before = time.perf_counter(), self.meshes.traffic.take()
-        with self.world.heartbeat.excuse():
+        with self.world.heartbeat.excuse(), collected_automatically():
             yield
         self.paused_s += time.perf_counter() - begin
         self.meshes.traffic.bytes = Counter(bytes_before)

@@ -1,12 +1,10 @@
 """Measure how much of a slow network hides behind other work: `python -m bench.overlap [--json FILE]`.
 
 Two gloo ranks run an MoE layer whose exchanges of tokens each complete a fixed time after they began. Its shared expert
-takes a fixed time too, so that the load of the machine does not matter. A step (forward and backward pass) should take
-no longer than the longer of both. `waiting` is the same step with synchronous exchanges. The last rows are dense layers
-under FSDP2, whose gathers take a fixed time; they are only reported.
-
-Where exchange and shared expert take equally long, the halves of the shared expert, 2/3 and 1/3 of its matmuls, cannot
-hide exchanges of equal length completely: 1.19 is the least ratio.
+takes a fixed time too, so that the load of the machine does not matter. A step should take no longer than the longer of
+both in each pass. (Half of the exchange is in the forward pass, but a third of the work. So a step is longer than both
+if they take equally long.) `waiting` is the same step with synchronous exchanges. The last rows are dense layers under
+FSDP2, whose gathers take a fixed time; they are only reported.
 """
 
 from __future__ import annotations
@@ -33,17 +31,17 @@ CASES: dict[str, tuple[float, float, int, Recompute]] = {
     "recomputed, exchange twice the shared expert": (2.0, 1.0, 1, Recompute.full),
 }
 """Exchange and shared expert in units of `SECONDS`, top-k, and recomputation."""
-LIMITED = [name for name in CASES if name != "equal"]
 SECONDS = 1.0
 
 
 def measure(ranks: Any, name: str, unit_s: float = SECONDS) -> Times:
     """Measure one of `CASES`. `ranks`: a pool of ranks."""
     exchange, shared, top_k, recompute = CASES[name]
-    exchanges = 4 if recompute is Recompute.none else 6
+    passes = [1 / 3, 2 / 3] if recompute is Recompute.none else [1 / 4, 1 / 4, 1 / 2]
     network_s, work_s = unit_s * exchange, unit_s * shared
-    run = partial(_fastest, ranks, moe_seconds, network_s / exchanges, work_s, top_k, recompute)
-    return Times(network_s, work_s, step_s=run(False), waiting_s=run(True))
+    run = partial(_fastest, ranks, moe_seconds, network_s / len(passes) / 2, work_s, top_k, recompute)
+    least_s = sum(max(network_s / len(passes), work_s * part) for part in passes)
+    return Times(network_s, work_s, least_s, step_s=run(False), waiting_s=run(True))
 
 
 def _fastest(ranks: Any, function: Callable[..., list[float]], *arguments: Any) -> float:
@@ -69,7 +67,10 @@ def main() -> int:
         for name in CASES:
             times = measure(ranks, name)
             found[name] = asdict(times) | {"ratio": times.ratio, "waiting_ratio": times.waiting_ratio}
-            print(f"{name}: {times.ratio:.2f} of the longer part, {times.waiting_ratio:.2f} if waiting", flush=True)
+            print(
+                f"{name}: {times.ratio:.2f} of the longer part of each pass, {times.waiting_ratio:.2f} if waiting",
+                flush=True,
+            )
         found["gathers"] = gathers(ranks)
         ratio, waiting = (found["gathers"][name] for name in ("ratio", "waiting_ratio"))
         print(f"FSDP2's gathers, half as long as dense layers: {ratio:.2f} of the layers, {waiting:.2f} if waiting")
@@ -77,7 +78,7 @@ def main() -> int:
         ranks.close()
     if arguments.json:
         write_json(arguments.json, found)
-    return 0 if all(found[name]["ratio"] <= LIMIT for name in LIMITED) else 1
+    return 0 if all(found[name]["ratio"] <= LIMIT for name in CASES) else 1
 
 
 if __name__ == "__main__":

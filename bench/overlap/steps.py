@@ -36,23 +36,24 @@ EXPERTS = {"num_experts": 8, "expert_hidden_size": 8, "shared_expert_hidden_size
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of the network and of the work in a step, which are fixed, and of the fastest step on the slowest rank:
-    with both, and where each collective is waited for at once.
+    """Seconds of the network and of the work in a step, which are fixed, of the longer of both in each pass, and of the
+    fastest step on the slowest rank: with both, and where each collective is waited for at once.
     """
 
     network_s: float
     work_s: float
+    least_s: float
     step_s: float
     waiting_s: float
 
     @property
     def ratio(self) -> float:
-        """The step over the longer of network and work: 1 if the shorter one is hidden and nothing else takes time."""
-        return self.step_s / max(self.network_s, self.work_s)
+        """The step over `least_s`: 1 if the shorter part of each pass is hidden and nothing else takes time."""
+        return self.step_s / self.least_s
 
     @property
     def waiting_ratio(self) -> float:
-        return self.waiting_s / max(self.network_s, self.work_s)
+        return self.waiting_s / self.least_s
 
 
 def moe_seconds(delay_s: float, work_s: float, top_k: int, recompute: Recompute, waits: bool) -> list[float]:

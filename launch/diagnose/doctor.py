@@ -20,6 +20,7 @@ import torch.distributed as dist
 from core import package_guard
 from core.config import load
 from core.files import read_json
+from launch.diagnose import jitter
 from launch.diagnose.machine import FEW_FILES, cores, driver, free_space
 from parallel.layout import ParallelConfig
 from precision.config import Backend, Compute, PrecisionConfig
@@ -78,6 +79,7 @@ def examine(folders: list[Path]) -> dict[str, Any]:
             **({"grouped matmuls of experts": slow_experts(device)} if device.type == "cuda" else {}),
         },
         "backends": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
+        "jitter": jitter.settings(),
         "packages": packages,
         "optional": optional,
         "disk": {str(path): free_space(path) for path in [*folders, *shared]},
@@ -89,6 +91,7 @@ def examine(folders: list[Path]) -> dict[str, Any]:
     found["advice"] = [
         f"{name} is not installed ({OPTIONAL[name]}): pip install {name}" for name, v in optional.items() if v is None
     ]
+    found["advice"] += jitter.advice()
     if files < FEW_FILES:
         found["advice"].append(f"only {files} files may be open at once: run `ulimit -n {FEW_FILES}` or more first")
     for path in shared:
@@ -148,6 +151,7 @@ def table(found: dict[str, Any]) -> str:
         *((name, "yes" if available else "no") for name, available in found["backends"].items()),
         *_precision_lines(found["precision"]),
         *((name, "no: " + reason if reason else "yes") for name, reason in found["kernels"].items()),
+        *((name, f"{one['value']} ({one['reason']})") for name, one in found["jitter"].items()),
         *((name, version or "missing") for name, version in {**found["packages"], **found["optional"]}.items()),
     ]
     for path, disk in found["disk"].items():

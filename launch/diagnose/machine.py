@@ -16,6 +16,8 @@ PER_CORE, PROCESS_BYTES = 4, 400 * 2**20
 FEW_FILES = 1024
 """Linux's usual limit of open files. With a lower limit, data loaders and many connections fail."""
 DRIVER = Path("/proc/driver/nvidia/version")
+NUMA_NODES = Path("/sys/devices/system/node")
+NUMACTL = "numactl is not installed"
 
 
 def cores() -> int:
@@ -35,6 +37,17 @@ def check_processes(key: str, count: int, oversubscribe: bool) -> None:
         owner = key.rpartition(".")[0]
         insist = f"{owner}.oversubscribe" if owner else "oversubscribe"
         raise ConfigError(key, count, f"{reason}, or set {insist}=true as well")
+
+
+def not_bound() -> str:
+    """Return why ranks are not bound to the NUMA nodes of their GPUs, or an empty text if they are."""
+    import torch
+
+    if len(list(NUMA_NODES.glob("node[0-9]*"))) < 2:
+        return "this machine has one NUMA node"
+    if not torch.cuda.is_available():
+        return "it has no GPU"
+    return "" if shutil.which("numactl") else NUMACTL  # torch needs it
 
 
 def driver(path: Path = DRIVER) -> str | None:

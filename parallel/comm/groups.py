@@ -10,6 +10,10 @@ group of a split:
 
 Both are free of deadlocks because each split covers the whole world and all ranks ask for the same splits in the same
 order. Equal splits share a group.
+
+NCCL tells the groups of one call of `ncclCommSplit` apart by a colour, for which torch hashes the ranks of a group to
+31 bits. The hash is weak: of the pairs (0, 96), (1, 97), ... of 128 ranks two have the same colour, and NCCL would join
+them. Groups of equal colour are therefore split off in different calls.
 """
 
 from __future__ import annotations
@@ -36,6 +40,27 @@ def split(sizes: Sequence[int], *along: int) -> Split:
     grid, others = torch.arange(torch.Size(sizes).numel()).view(*sizes), set(range(len(sizes))) - set(along)
     rows = grid.permute(*sorted(others), *along).flatten(len(others))
     return tuple(map(tuple, rows.reshape(-1, rows.shape[-1]).tolist()))
+
+
+def split_calls(split: Split) -> list[list[list[int]]]:
+    """Divide the groups of several ranks so that those of one call have different colours."""
+    calls: list[dict[int, list[int]]] = []
+    for row in split:
+        if len(row) > 1:
+            colour = _colour(row)
+            call = next((one for one in calls if colour not in one), None)
+            if call is None:
+                calls.append(call := {})
+            call[colour] = list(row)
+    return [list(call.values()) for call in calls]
+
+
+def _colour(ranks: Sequence[int]) -> int:
+    """Hash ranks as torch does (`genNcclSplitColor` in NCCLUtils.cpp)."""
+    found = 0
+    for rank in ranks:
+        found = (found ^ (rank + 0x9E3779B9 + (found << 6) + (found >> 2))) & 0xFFFFFFFFFFFFFFFF
+    return min(found, (1 << 64) - found) % 0x7FFFFFFF
 
 
 @dataclass
@@ -70,9 +95,8 @@ class ProcessGroups:
     def _make(self, split: Split, lane: str) -> dist.ProcessGroup:
         rank, group = dist.get_rank(), None
         [own] = [row for row in split if rank in row]
-        rows = [list(row) for row in split if len(row) > 1]
-        if self.from_split and rows:
-            group = dist.split_group(None, rows, START_LIMIT, group_desc=lane or None)
+        for rows in split_calls(split) if self.from_split else ():
+            group = dist.split_group(None, rows, START_LIMIT, group_desc=lane or None) or group
         if len(own) == 1:
             # it sends nothing, and NCCL would hash 16,384 such groups to 31 bits, where two of them may be confused
             group = dist.new_group([rank], START_LIMIT, "gloo" if self.from_split else None, None, True)

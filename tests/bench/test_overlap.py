@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from bench.overlap.__main__ import LIMIT, LIMITED, measure
+from bench.overlap.__main__ import CASES, LIMIT, measure
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LIMITED)
+@pytest.mark.parametrize("name", CASES)
 def test_the_shorter_of_exchange_and_shared_expert_is_hidden(ranks, name):
     times = measure(ranks, name)
     assert times.ratio <= LIMIT, times

@@ -9,7 +9,7 @@ as fast as the disk.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,16 @@ def write_shards(path: Path, shards: Iterable[TensorShard]) -> dict[str, Indexed
 
 
 @torch.no_grad()
-def read_state(checkpoint: Path, state: Sequence[TensorShard]) -> None:
+def read_state(
+    checkpoint: Path, state: Sequence[TensorShard], index: Mapping[str, IndexedTensor] | None = None
+) -> None:
     """Read this rank's blocks into `state`. Any ranks may have written them. Every shard that is read is verified.
+    `index`: the entries of these blocks, or more; None: read the whole index.
 
     Raises `CheckpointError` if a tensor is missing or has another shape, and `Damaged` if a shard does not match its
     digest. After an error the content of the tensors is undefined.
     """
-    index = read_index(checkpoint)
+    index = read_index(checkpoint) if index is None else index
     reads: list[tuple[IndexedShard, torch.dtype, list[int], Tensor]] = []
     for part in state:
         tensor = index.get(part.name)
@@ -63,6 +66,8 @@ def read_state(checkpoint: Path, state: Sequence[TensorShard]) -> None:
             has = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
             raise CheckpointError(f"{checkpoint}: {part.name} {has}; the model expects {list(part.shape)}")
         if part.tensor.numel():
+            if not tensor.covers(part.offset, part.tensor.shape):
+                raise Damaged(f"the shards of {part.name} do not make up its block at {list(part.offset)}")
             for shard, low, size in tensor.overlapping(part.offset, part.tensor.shape):
                 target = block(part.tensor.detach(), part.offset, low, size)
                 reads.append((shard, tensor.dtype, low, target))

@@ -20,6 +20,7 @@ from parallel.comm import tree
 from parallel.comm.world import World
 from train.checkpoint.files import read_state, write_shards
 from train.checkpoint.index import UNREADABLE, Damaged, commit, commit_parts, problem, read_progress, write_part
+from train.checkpoint.parts import needed_index
 from train.checkpoint.plan import Plan, PlanReport, faulty, plan_of, verify
 from train.checkpoint.staging import Staging
 from train.checkpoint.state import TensorShard
@@ -149,7 +150,8 @@ class Checkpointer:
         """
         present, reason = self.world.from_main(lambda: committed(self.directory)), ""
         for found in reversed(present):
-            wrong = self.world.from_main(partial(problem, found.path)) or self._read(found.path, state)
+            check = partial(problem, found.path, digests=self._group is None)
+            wrong = self.world.from_main(check) or self._read(found.path, state)
             if not wrong:
                 return read_progress(found.path)
             reason = reason or f"{found.path.name} {wrong}"
@@ -167,7 +169,8 @@ class Checkpointer:
         """
         outcome: CheckpointError | str = ""
         try:
-            read_state(checkpoint, state)
+            index = None if self._group is None else needed_index(checkpoint, state, self._group)
+            read_state(checkpoint, state, index)
         except CheckpointError as error:
             outcome = error
         except Damaged as error:

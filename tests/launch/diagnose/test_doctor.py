@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import time
 import tomllib
 from dataclasses import replace
@@ -19,7 +20,7 @@ from core.config import load
 from launch import agent
 from launch.cli import main
 from launch.config import LaunchConfig, LaunchKind
-from launch.diagnose import doctor, links, nodes
+from launch.diagnose import doctor, jitter, links, machine, nodes
 from launch.diagnose.links import rounds
 from launch.diagnose.machine import FEW_FILES, driver, free_space
 from launch.diagnose.nodes import NodeReading, judge, table
@@ -232,3 +233,38 @@ def test_the_doctor_reports_fp8_backends_and_obstacles(capsys):
         assert {reason.endswith("on GPUs only") for reason in whole["kernels"].values()} == {True}
     assert found["emulated"] == {"blockwise": [], "tensorwise": [], "rowwise": [], "mxfp8": []}
     assert found["te"]["blockwise"] and all(isinstance(reason, str) for reason in found["te"]["blockwise"])
+
+
+@pytest.mark.parametrize(
+    "nodes, gpus, numactl, bound",
+    [(2, True, True, True), (1, True, True, False), (2, False, True, False), (2, True, False, False)],
+)
+def test_ranks_are_bound_to_the_numa_node_of_their_gpu(tmp_path, monkeypatch, nodes, gpus, numactl, bound):
+    for number in range(nodes):
+        (tmp_path / f"node{number}").mkdir()
+    (tmp_path / "possible").write_text("0-1")
+    specs: list[Any] = []
+
+    def stop(spec: Any, node: Any) -> Any:
+        specs.append(spec)
+        raise InterruptedError
+
+    monkeypatch.setattr(machine, "NUMA_NODES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if numactl else None)
+    monkeypatch.setattr(agent, "_Agent", stop)
+    with pytest.raises(InterruptedError):
+        agent.run(agent.Node(("-c", ""), 1, tmp_path))
+    assert specs[0].numa_options is (agent.NEAR_GPU if bound else None)
+    assert ("not bound" in jitter.settings()["NUMA"]["value"]) == (not bound)
+    assert bool(jitter.advice()) == (nodes == 2 and gpus and not numactl)
+
+
+def test_the_table_says_what_keeps_ranks_in_step(monkeypatch):
+    monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "0")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    lines = {line[:20].strip(): line for line in doctor.table(doctor.examine([])).splitlines()}
+    assert "after every 100 steps (else" in lines["Python's garbage"]
+    assert "NCCL_LAUNCH_ORDER_IMPLICIT=0 (" in lines["NCCL"]
+    assert " PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64 (" in lines["CUDA allocator"]

@@ -25,10 +25,12 @@ def playing(rank: int, parallel: ParallelConfig, count: int) -> Iterator[Meshes]
         dist.destroy_process_group()
 
 
-def issued_by_all(count: int, parallel: ParallelConfig, program: Callable[[Meshes], None]) -> list[list[Issued]]:
-    """Return what each rank issues in `program`."""
+def issued_by_all(
+    count: int, parallel: ParallelConfig, program: Callable[[Meshes], None], only: int | None = None
+) -> list[list[Issued]]:
+    """Return what each rank, or the rank `only`, issues in `program`."""
     found = []
-    for rank in range(count):
+    for rank in range(count) if only is None else [only]:
         with playing(rank, parallel, count) as meshes, recording() as recorder:
             program(meshes)
         found.append(recorder.issued)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from bench.scale import __main__ as scale
 from parallel.comm import tree
-from parallel.comm.groups import ProcessGroups, split
+from parallel.comm.groups import ProcessGroups, _colour, split, split_calls
 from parallel.comm.world import World
 from parallel.layout import ParallelConfig
 from parallel.mesh import make_meshes, splits
@@ -103,6 +103,25 @@ def test_a_split_must_contain_each_rank_once():
     with recorded(0) as (world, _), pytest.raises(ValueError, match="must contain each of them once"):
         world.groups.of(split((2, 6), 1))
     assert split((2, 3), 0) == ((0, 3), (1, 4), (2, 5)) and split((2, 2, 2), 0, 2) == ((0, 1, 4, 5), (2, 3, 6, 7))
+
+
+WORLDS = [(128, ParallelConfig(pp=4)), (16384, ParallelConfig(pp=16, tp=8, ep=64)), (SIZE, LAYOUTS[0])]
+
+
+@pytest.mark.parametrize("size, layout", WORLDS)
+def test_groups_of_one_call_have_different_colours(size, layout):
+    for whole in splits(layout.resolve(size)).values():
+        calls = split_calls(whole)
+        assert sorted(tuple(row) for call in calls for row in call) == sorted(row for row in whole if len(row) > 1)
+        assert all(len({_colour(row) for row in call}) == len(call) for call in calls) and len(calls) <= 2
+
+
+def test_two_groups_of_a_split_may_have_one_colour():
+    ends = splits(ParallelConfig(pp=4).resolve(128))["ends"]
+    assert len({_colour(row) for row in ends}) == len(ends) - 1, "one call would join two of them"
+    [first, second] = split_calls(ends)
+    assert len(first) == len(ends) - 1 and len(second) == 1
+    assert _colour([0]) == 0x9E3779B9 - 0x7FFFFFFF, "by hand"
 
 
 def test_the_tree_reaches_every_rank_over_few_connections():
