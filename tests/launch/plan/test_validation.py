@@ -97,7 +97,7 @@ def test_nonsense_in_cells_is_survived(table, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ([], "name a table"),
+        (["report=out.json"], "validate=FILE.csv"),
         (["validate=nowhere.csv"], "No such file"),
         (["validate=other.csv"], "no known kind"),
         (["validate=binary.csv"], "no CSV file"),
