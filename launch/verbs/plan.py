@@ -70,7 +70,7 @@ def run(config: PlanConfig) -> int:
 
 def _search(config: PlanConfig, calibration: Calibration) -> int:
     from launch.plan.search.page import write_page
-    from launch.plan.search.report import PRESET, PlanReport
+    from launch.plan.search.report import PRESET, SearchReport
     from launch.plan.search.search import LayoutSearch, PlannedRun
     from precision.config import Compute, PrecisionConfig
     from train.optim.config import OptimizerKind
@@ -85,7 +85,7 @@ def _search(config: PlanConfig, calibration: Calibration) -> int:
         config.model, config.cluster, config.run_shape, moments, config.optimizer.kind is OptimizerKind.muon
     )
     search = LayoutSearch(job, config.search, calibration)
-    report = PlanReport(job, search(config.best))
+    report = SearchReport(job, search(config.best))
     print("\n".join(report.lines()))
     if folder is None:
         return 0

@@ -146,6 +146,8 @@ def in_flight(c: Table, rank: int) -> np.ndarray:
 def groups(c: Columns) -> Iterator[tuple[np.ndarray, int, int, bool]]:
     """Yield the candidates with the same pipeline: their places, pp, stages per rank, and whether it is a V."""
     key = (c["pp"] * 64 + c["per_rank"]) * 2 + IS_V[c["schedule"]]
+    if not len(key):
+        return
     values, inverse = np.unique(key, return_inverse=True)
     order = np.argsort(inverse, kind="stable")
     ends = np.cumsum(np.bincount(inverse, minlength=len(values)))

@@ -10,13 +10,13 @@ from core.html import render
 from launch.plan.memory import GIB
 from launch.plan.search.finalists import LayoutPlan
 from launch.plan.search.pictures import draw_plan
-from launch.plan.search.report import NOT_TIMED, PlanReport
+from launch.plan.search.report import NOT_TIMED, SearchReport
 from launch.plan.search.uncertainty import short
 
 _TEMPLATE = Path(__file__).with_name("plan.html")
 
 
-def write_page(report: PlanReport, path: Path, usable: float, command: str) -> None:
+def write_page(report: SearchReport, path: Path, usable: float, command: str) -> None:
     """Write the page. `usable`: bytes of a GPU that a run may allocate. `command`: trains with the best layout."""
     run, result, best = report.job.run, report.result, report.plans[0]
     content = render(
@@ -36,7 +36,7 @@ def write_page(report: PlanReport, path: Path, usable: float, command: str) -> N
     write_text(path, content)
 
 
-def _row(report: PlanReport, plan: LayoutPlan) -> dict[str, Any]:
+def _row(report: SearchReport, plan: LayoutPlan) -> dict[str, Any]:
     time, memory = report.bar(plan, "time"), report.bar(plan, "memory")
     more = f"micro-batch {plan.micro_batch_size}, {plan.precision.value}, recompute={plan.layout.recompute.value}"
     return {

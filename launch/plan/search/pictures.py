@@ -10,7 +10,7 @@ from core.plotting import COLOURS, cycle, figure, png
 from launch.plan.memory import GIB
 from launch.plan.search.finalists import LayoutPlan
 from launch.plan.search.footprint import COMPONENTS
-from launch.plan.search.report import PlanReport
+from launch.plan.search.report import SearchReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ class PlanPicture(NamedTuple):
     png: bytes
 
 
-def draw_plan(report: PlanReport, usable: float) -> list[PlanPicture]:
+def draw_plan(report: SearchReport, usable: float) -> list[PlanPicture]:
     """Return the pictures of a search. `usable`: bytes of a GPU that a run may allocate."""
     best = report.plans[0]
     found = [_picture("memory", "Memory of each kind of rank, best layout", 5.2, _memory, best, usable)]
@@ -95,7 +95,7 @@ def _mark_usable(axes: Axes, usable: float) -> None:
     axes.annotate("usable", (place, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=9)
 
 
-def _waterfall(axes: Axes, report: PlanReport, best: LayoutPlan) -> None:
+def _waterfall(axes: Axes, report: SearchReport, best: LayoutPlan) -> None:
     parts = {name: seconds for name, seconds in best.seconds.items() if seconds > 0.002 * best.step_s}
     starts = list(itertools.accumulate(parts.values(), initial=0.0))[:-1]
     work = ("products", "attention", "elementwise", "head", "optimizer")
@@ -135,7 +135,7 @@ def _timeline(axes: Axes, best: LayoutPlan) -> None:
     axes.legend(ncols=3, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
-def _frontier(axes: Axes, report: PlanReport, usable: float) -> None:
+def _frontier(axes: Axes, report: SearchReport, usable: float) -> None:
     memory, seconds = report.result.points
     rate = report.tokens / report.world / seconds
     axes.scatter(memory / GIB, rate, s=9, color="#BBBBBB", label="layouts that fit")

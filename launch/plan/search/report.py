@@ -22,7 +22,7 @@ PRESET = "plan"
 NOT_TIMED = "the vision encoder's parameters are counted, its time and its activations are not"
 
 
-class PlanReport:
+class SearchReport:
     """A search's result with what is derived from it."""
 
     def __init__(self, job: PlannedRun, result: SearchResult) -> None:
