@@ -10,6 +10,8 @@ import torch
 
 from bench.budget import TOKENS, Float8Calls, LayerCase
 from launch.plan.search import footprint
+from launch.plan.search.config import PlanPrecision
+from launch.plan.search.finalists import Finalists
 from launch.plan.search.footprint import NONE, StateCounts, groups, in_flight, of_stages, saved_activations, taken
 from launch.plan.search.grid import RECOMPUTE, candidates
 from launch.plan.search.outline import ModelOutline
@@ -32,7 +34,7 @@ MODELS = {
 
 def sampled(job, count: int):
     """Return a search, and rows of its candidates with different layouts and pipelines."""
-    found = search(job, precision=["bf16"], recompute=[Recompute.none], micro_batch_size=[1])
+    found = search(job, precision=[PlanPrecision.bf16], recompute=[Recompute.none], micro_batch_size=[1])
     blocks = list(
         candidates(found.outline, found.gpu, found.layouts, found.search, Counter(), lambda c: np.bool_(c["pp"] > 0))
     )
@@ -45,8 +47,6 @@ def state_errors(model: ModelConfig, count: int = 12, muon: bool = False) -> lis
     """Return the differences between the search's training state and the framework's, for ranks of sampled layouts."""
     found, rows = sampled(replace(planned(model), muon=muon), count)
     wrong = []
-    from launch.plan.search.finalists import Finalists
-
     given = (found.outline, found.counts, found.gpu, found.times, found.calibration)
     finalists = Finalists(*given, torch.float32, muon)
     for row in rows:
