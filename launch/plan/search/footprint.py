@@ -24,7 +24,8 @@ from parallel.layout import Recompute
 from parallel.pipeline.stages import PipelineSchedule
 from precision.config import ELIGIBLE
 
-COMPONENTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "workspace")
+COMPONENTS = ("weights", "quantised", "gradients", "optimizer", "activations", "logits", "buffers", "workspace")
+"""Parts of a rank's memory. `quantised`: FP8 copies of weights that a pipeline keeps while they are gathered."""
 NONE, FULL = RECOMPUTE.index(Recompute.none), RECOMPUTE.index(Recompute.full)
 MASTER, NARROW = 4, 2
 """Bytes of float32 and of bfloat16."""
@@ -220,9 +221,10 @@ class _StateBytes:
         unreduced = spread * (np.where(c["reduce_once"], dense, 0) + experts * (c["reduce_once"] | c["gather_once"]))
         piped = c["pp"] > 1
         gathered = spread * (np.where(piped, dense, 0) + experts * np.where(piped, True, c["gather_once"]))
-        kept = NARROW * gathered + np.where(c.get("fp8", np.False_) & piped, 2 * (row @ self.fp8), 0)
+        in_fp8 = c.get("fp8", np.False_) & piped
         return {
-            "weights": MASTER * stored + kept,
+            "weights": MASTER * stored + NARROW * gathered,
+            "quantised": np.where(in_fp8, 2 * (row @ self.fp8), 0),
             "gradients": MASTER * (stored + unreduced),
             "optimizer": row @ self.optimizer,
         }
