@@ -37,14 +37,15 @@ FP8_PADDING = 15
 
 class StateCounts:
     """Parameters of each layout by column of `ModelOutline.columns`, as arrays [columns, layouts]. `dense`, `experts`:
-    elements that a rank computes with, without routers. `stored`: those that it keeps. `optimizer`: bytes of its state.
-    `fp8`: elements of products in FP8.
+    elements that a rank computes with, without routers; `dense_shards`, `expert_shards`: their shards. `stored`: all
+    that a rank keeps, with routers. `optimizer`: bytes of its state. `fp8`: elements of products in FP8.
     """
 
     def __init__(self, outline: ModelOutline, layouts: Table, moment_bytes: int, muon: bool) -> None:
         shape = (len(outline.columns), len(layouts["tp"]))
         zeros = lambda: np.zeros(shape, dtype=np.int64)  # noqa: E731
-        self.dense, self.experts, self.stored, self.optimizer, self.fp8 = (zeros() for _ in range(5))
+        self.dense, self.experts, self.dense_shards, self.expert_shards = (zeros() for _ in range(4))
+        self.stored, self.optimizer, self.fp8 = (zeros() for _ in range(3))
         for at, blocks in enumerate(outline.columns):
             self._add(at, blocks, layouts, moment_bytes, muon)
         if outline.model.tie_embeddings:  # the last stage has a copy of the table, which the first one has anyway
@@ -65,8 +66,10 @@ class StateCounts:
             whole, stored = block.sizes(layouts)
             if block.role.is_expert:
                 self.experts[at][where] += whole
+                self.expert_shards[at][where] += stored
             elif block.role is not Role.router:
                 self.dense[at][where] += whole
+                self.dense_shards[at][where] += stored
             if block.role.products in ELIGIBLE:
                 self.fp8[at][where] += whole
             self.stored[at][where] += stored
@@ -207,25 +210,32 @@ class _StateBytes:
 
     def __init__(self, counts: StateCounts, c: Table) -> None:
         self.c, layout = c, c["layout"]
-        layout = c["layout"]
-        self.dense, self.experts, self.stored, self.optimizer, self.fp8 = (
-            part[:, layout] for part in (counts.dense, counts.experts, counts.stored, counts.optimizer, counts.fp8)
+        self.dense, self.experts = counts.dense[:, layout], counts.experts[:, layout]
+        self.dense_shards, self.expert_shards = counts.dense_shards[:, layout], counts.expert_shards[:, layout]
+        self.stored, self.optimizer, self.fp8 = (
+            part[:, layout] for part in (counts.stored, counts.optimizer, counts.fp8)
         )
         self.alone = (c["fsdp"] * c["dp_replicate"] * c["tp"] * c["pp"] == 1) & (c["ep"] * c["etp"] == 1)
 
     def state(self, row: np.ndarray) -> Table:
-        """Return the bytes of one rank's training state by component. `row`: see `ModelOutline.rows`."""
+        """Return the bytes of one rank's training state by component. `row`: see `ModelOutline.rows`.
+
+        Gradients that are reduced once per step are whole sums until then, when activations are gone: their shards take
+        the place of the sums, one unit after the other.
+        """
         c, spread = self.c, ~self.alone
         dense, experts = row @ self.dense, row @ self.experts
         stored = row @ self.stored
-        unreduced = spread * (np.where(c["reduce_once"], dense, 0) + experts * (c["reduce_once"] | c["gather_once"]))
+        once = c["reduce_once"] | c["gather_once"]
+        whole = spread * (np.where(c["reduce_once"], dense - row @ self.dense_shards, 0))
+        whole = whole + spread * np.where(once, experts - row @ self.expert_shards, 0)
         piped = c["pp"] > 1
         gathered = spread * (np.where(piped, dense, 0) + experts * np.where(piped, True, c["gather_once"]))
         in_fp8 = c.get("fp8", np.False_) & piped
         return {
             "weights": MASTER * stored + NARROW * gathered,
             "quantised": np.where(in_fp8, 2 * (row @ self.fp8), 0),
-            "gradients": MASTER * (stored + unreduced),
+            "gradients": MASTER * (stored + whole),
             "optimizer": row @ self.optimizer,
         }
 
