@@ -23,7 +23,7 @@ from parallel.parallelize import resolve_layout
 from precision.config import Compute, PrecisionConfig
 
 Bytes = dict[str, float]
-SIMULATED = 4
+SIMULATED = 2
 """Micro-batches that are simulated, relative to pp. The middle of a longer step repeats itself."""
 
 

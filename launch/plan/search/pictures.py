@@ -125,7 +125,7 @@ def _timeline(axes: Axes, best: LayoutPlan) -> None:
         label, colour = _WORK[kind]
         for row, rank in enumerate(shown):
             spans = [one for one in best.simulated.spans if one.rank == rank and one.piece[0] == kind]
-            bars = [(one.begin, 0.97 * (one.end - one.begin)) for one in spans]
+            bars = [(one.begin, one.end - one.begin) for one in spans]
             axes.broken_barh(bars, (row - 0.4, 0.8), color=colour, linewidth=0, label=label if row == 0 else None)
     axes.set_yticks(range(len(shown)), [f"rank {rank}" for rank in shown])
     axes.invert_yaxis()

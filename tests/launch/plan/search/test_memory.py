@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench.budget import TOKENS, Float8Calls, LayerCase
+from core.config import load
 from launch.plan.search import footprint
 from launch.plan.search.config import PlanPrecision
 from launch.plan.search.finalists import Finalists
@@ -18,6 +19,8 @@ from launch.plan.search.grid import RECOMPUTE, candidates
 from launch.plan.search.outline import ModelOutline
 from launch.plan.search.rules import SCHEDULES
 from launch.plan.search.schedules import order
+from launch.plan.search.search import PlannedRun
+from launch.verbs.plan import PlanConfig
 from model.config import ModelConfig, QKNorm, RouterConfig, Score, WeightsOn
 from model.roles import Role, registry
 from parallel.cost import static_bytes
@@ -82,6 +85,20 @@ def state_errors(model: ModelConfig, count: int = 12, muon: bool = False) -> lis
 @pytest.mark.parametrize("name", MODELS)
 def test_training_state_is_exact(name):
     assert not state_errors(MODELS[name])
+
+
+@pytest.mark.slow
+def test_the_best_plans_of_a_2t_model_are_exact():
+    config = load("plan", PlanConfig, [])
+    job = PlannedRun(config.model, config.cluster, config.run_shape, torch.float32, False)
+    for plan in search(job)(5).plans:
+        for stage in plan.stages:
+            rank = stage.first * (plan.layout.world_size // plan.layout.pp)
+            truth = static_bytes(config.model, BF16, plan.layout, torch.float32, rank)
+            assert stage.parts["weights"] == truth.parameters + truth.gathered
+            assert stage.parts["optimizer"] == truth.optimizer
+            later = reduced_last(config.model, plan.layout, rank)
+            assert stage.parts["gradients"] == truth.gradients + truth.unreduced - later
 
 
 def test_training_state_of_muon_is_exact():
