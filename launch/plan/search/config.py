@@ -10,6 +10,9 @@ from parallel.layout import Recompute
 from parallel.pipeline.stages import PipelineSchedule
 from precision.config import Backend
 
+MOST_VALUES = 100
+"""Longest list of values that the search takes."""
+
 
 class PlanPrecision(Enum):
     """A preset of `precision=`."""
@@ -52,6 +55,8 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         for key in ("pp", "dp_replicate", "tp", "cp", "ep", "etp", "micro_batch_size", "stages_per_rank"):
+            if len(getattr(self, key)) > MOST_VALUES:
+                raise ConfigError(key, None, f"names more than {MOST_VALUES} values")
             for value in getattr(self, key):
                 if not 1 <= value <= 1_000_000:
                     raise ConfigError(key, value, "must be a positive number of ranks or sequences", [1])

@@ -11,7 +11,7 @@ from core.errors import divisors
 from launch.plan.cluster import Generation, Gpu
 from launch.plan.search.config import PlanPrecision, SearchConfig
 from launch.plan.search.outline import ModelOutline
-from launch.plan.search.rules import SCHEDULES, Columns, LayoutRule, candidate_rules, layout_rules
+from launch.plan.search.rules import INDIVISIBLE, SCHEDULES, Columns, LayoutRule, candidate_rules, layout_rules
 from parallel.layout import Recompute
 from parallel.pipeline.stages import PipelineSchedule
 
@@ -42,8 +42,11 @@ def layouts(outline: ModelOutline, gpu: Gpu, world: int, search: SearchConfig, r
     for at, (name, values) in enumerate(allowed.items()):
         rest = 1
         for later in names[at + 1 :]:
-            rest *= len(allowed[later])
-        table = _crossed(table, {name: np.unique(np.array(values, dtype=np.int64))})
+            rest *= len(set(allowed[later]))
+        choices = np.unique(np.array(values, dtype=np.int64))
+        fitting = choices[world % choices == 0]
+        rejected[INDIVISIBLE] += (len(choices) - len(fitting)) * (len(table[names[0]]) if at else 1) * rest
+        table = _crossed(table, {name: fitting})
         for rule in rules:
             if name in rule.needs and rule.needs <= table.keys():
                 table = _kept(table, rule, rejected, rest)

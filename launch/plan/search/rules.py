@@ -17,6 +17,7 @@ from parallel.pipeline.stages import PipelineSchedule
 
 Columns = Mapping[str, np.ndarray]
 SCHEDULES = list(PipelineSchedule)
+INDIVISIBLE = "the degrees do not divide the GPUs"
 _IN_ROUNDS = np.array([one.in_rounds for one in SCHEDULES])
 IS_V = np.array([one.is_v for one in SCHEDULES])
 
@@ -55,7 +56,7 @@ def layout_rules(outline: ModelOutline, world: int) -> list[LayoutRule]:
 
     return [
         of(
-            "the degrees do not divide the GPUs",
+            INDIVISIBLE,
             "pp dp_replicate cp tp",
             lambda c: world % (c["pp"] * c["dp_replicate"] * c["cp"] * c["tp"]) == 0,
         ),

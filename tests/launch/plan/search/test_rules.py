@@ -100,7 +100,7 @@ def test_a_forgotten_rule_is_noticed(forgotten, monkeypatch):
 
 def test_rejected_and_kept_layouts_add_up():
     outline, gpu = ModelOutline(SMALL, planned().run), planned().cluster.description
-    values = [1, 2, 4, 8, 16]
+    values = [1, 2, 4, 8, 16, 48]
     search = SearchConfig(**{name: values for name in ("pp", "dp_replicate", "cp", "tp", "ep", "etp")})
     rejected: Counter[str] = Counter()
     table = layouts(outline, gpu, 16, search, rejected)

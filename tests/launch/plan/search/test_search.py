@@ -136,6 +136,7 @@ def test_the_report_names_what_it_cannot_time():
         (["cluster.network_gb_s=60", "cluster.nvlink_gb_s=50"], "must not exceed nvlink_gb_s"),
         (["cluster.nvlink_domain=3"], "cluster.nvlink_domain=3: must be a part"),
         (["search.tp=[0]"], "search.tp=0: must be a positive number"),
+        ([f"search.pp={list(range(1, 102))}".replace(" ", "")], "search.pp: names more than 100 values"),
         (["search.recompute=[]"], "must allow at least one value"),
         (["search.tp=[3]"], "no layout of 8 GPUs is allowed: "),
         (["imbalance=0.5"], "imbalance=0.5"),
