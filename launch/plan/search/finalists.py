@@ -132,7 +132,7 @@ class Finalists:
         node = self.gpu.domain
         several = experts > node and experts % node == 0 and node % value["etp"] == 0
         chosen: dict[str, Any] = {"recompute": RECOMPUTE[value["recompute"]]}
-        if several and self.outline.model.router.top_k > 1:
+        if several and self.outline.model.has_experts and self.outline.model.router.top_k * value["etp"] > 1:
             chosen["exchange_node_size"] = node
         if pp > 1:
             chosen["schedule"] = schedule

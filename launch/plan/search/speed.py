@@ -65,6 +65,7 @@ class StepTimes:
             sharding=Sharding.parameters,
             software=Software.fsdp2,
             released=RELEASED,
+            traits=frozenset({"once_per_rank"}),
             recompute=_MODULES[RECOMPUTE[recompute]],
         )
 

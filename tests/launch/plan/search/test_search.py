@@ -19,7 +19,7 @@ from launch.plan.search.search import SearchResult
 from launch.plan.search.speed import PARTS, StepTimes
 from launch.plan.search.uncertainty import Residual, RunTraits, error_bar
 from launch.plan.step_time import exchange_time, layer_time
-from launch.plan.traffic import _ring
+from launch.plan.traffic import _ring, layer_exchanges
 from parallel.pipeline.stages import PipelineSchedule
 from tests.launch.plan.search.small import SMALL, planned, search
 
@@ -76,6 +76,16 @@ def test_rings_are_those_of_the_validated_model(ranks, span):
     exchange = _ring(job, "dp", "gradients", 1e10, ranks, span, 0)
     ours = times._ring(np.array([1e10]), np.array([ranks]), np.array([span]), 0.0)
     assert ours[0] == pytest.approx(exchange_time(job, exchange, default_calibration()))
+
+
+@pytest.mark.parametrize(("ep", "etp"), [(1, 4), (4, 1), (4, 2), (2, 8)])
+def test_slices_of_experts_are_exchanged_too(ep, etp):
+    times = search().times
+    moe = next(at for at, kind in enumerate(times.outline.kinds) if kind.is_moe)
+    found = [one for one in layer_exchanges(times.job(times.shapes[moe], 1, 1, ep, etp, 1, 0, False), True)]
+    copies = 4 * etp * ep * (1 - (1 - 1 / ep) ** 2) * (1 - 1 / (ep * etp))  # top-2; each way, both passes
+    assert sum(one.nvlink_bytes for one in found) == pytest.approx(2 * 2048 * SMALL.hidden_size * copies)
+    assert (sum(one.network_bytes for one in found) > 0) == (ep * etp > 8)
 
 
 def test_slower_links_are_never_faster():
