@@ -51,6 +51,7 @@ def train(configs: list[TrainConfig]) -> int:
             check_found(config.data)
     if launch.kind is LaunchKind.torchrun:
         check_processes("launch.processes", launch.ranks_per_node, launch.oversubscribe)
+    _predict(configs, launch)
     start = partial(_torchrun, launch) if launch.kind is LaunchKind.torchrun else _inline
     return start(configs[0]) if len(configs) == 1 else _one_by_one(configs, start)
 
@@ -66,6 +67,17 @@ def read_stored(path: Path, overrides: Sequence[str]) -> TrainConfig:
     if not all(one.startswith(("run.", "launch.")) for one in overrides):
         config = without_derived(config)
     return load_stored(plain(config), TrainConfig, overrides)
+
+
+def _predict(configs: list[TrainConfig], launch: LaunchConfig) -> None:
+    """Print and store what the planner predicts, on machines with a GPU."""
+    import torch
+
+    if torch.cuda.is_available() and not launch.node_rank:
+        from launch.plan.search.predict import announce
+
+        for config in configs:
+            announce(config, launch)
 
 
 def _one_by_one(configs: list[TrainConfig], start: Callable[[TrainConfig], int]) -> int:

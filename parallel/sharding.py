@@ -25,7 +25,7 @@ from parallel.comm.world import World
 from parallel.layout import EngineKind
 from parallel.mesh import MeshAxis, Meshes
 
-_TENSOR_DIM = {
+TENSOR_DIM = {
     Role.embedding: 0,
     Role.head: 0,
     Role.query: 0,
@@ -42,7 +42,7 @@ _TENSOR_DIM = {
     Role.shared_down: 1,
 }
 """The dimension that tensor parallelism splits, by role. All other parameters are whole on every rank of tp."""
-_EXPERT_HIDDEN_DIM = 2  # gate_up [E, 2, F, D] and down [E, D, F]
+EXPERT_HIDDEN_DIM = 2  # gate_up [E, 2, F, D] and down [E, D, F]
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,12 @@ def _spec(info: ParameterInfo, model: ModelConfig, meshes: Meshes) -> ShardSpec:
     if info.role.is_logit:  # whole on every rank, and used for the rank's own pairs
         return ShardSpec(info, (), Split(MeshAxis("whole"), 0), (meshes.dp,), partial=(meshes.dp,))
     if info.role.is_expert:
-        splits = tuple(s for s in (Split(meshes.ep, 0), Split(meshes.etp, _EXPERT_HIDDEN_DIM)) if s.axis.size > 1)
+        splits = tuple(s for s in (Split(meshes.ep, 0), Split(meshes.etp, EXPERT_HIDDEN_DIM)) if s.axis.size > 1)
         shape = _split_block(info, splits).shape
         # the first dimension that divides evenly, else 0: fewer experts than ranks would leave some ranks empty
         even = next((dim for dim, size in enumerate(shape) if size % meshes.efsdp.size == 0), 0)
         return ShardSpec(info, splits, Split(meshes.efsdp, even), (meshes.replicate,))
-    dim = _TENSOR_DIM.get(info.role)
+    dim = TENSOR_DIM.get(info.role)
     if info.role is Role.qk_norm and info.shape[0] != model.head_dim:
         dim = 0  # the gain spans all heads
     splits = () if dim is None or meshes.tp.size == 1 else (Split(meshes.tp, dim),)

@@ -25,6 +25,7 @@ LONG = (
     "long_context",
     "metap",
     "own_data",
+    "plan",
     "ranks",
     "training",
 )

@@ -60,6 +60,8 @@ FREE = (
 """Keys that may change on resume. They affect what is learnt only through the rounding of matmuls."""
 
 
+PREDICTION = "prediction.json"
+"""File in a run's directory with the planner's prediction, where the GPU is known."""
 EVALUATIONS = "evaluations.jsonl"
 """File in a run's directory with a line per evaluated suite."""
 EXAMPLES_FOLDER, EXAMPLES = "examples", "examples.json"
@@ -81,6 +83,17 @@ EXAMPLES_SHAPE = {
 """`pictures`: names of files in the folder. `more`: the number of further pictures of the document."""
 
 
+def read_prediction(path: Path) -> dict[str, float] | None:
+    """Return the planner's prediction; None if there is none, or if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path, {"tokens_per_second": float, "memory_bytes": float})
+    except UnreadableFileError:
+        return None
+    return {key: found[key] for key in ("tokens_per_second", "memory_bytes")}
+
+
 class RunLocked(LeviathanError):
     """The previous attempt still holds the lock. A later attempt may succeed."""
 
@@ -100,6 +113,7 @@ class RunDirectory:
         self.config_file = path / "config.yaml"
         self.logs = path / "logs"
         self.environment = path / "environment.json"
+        self.prediction = path / PREDICTION
         self.tokenizer = path / "tokenizer"
         self.examples = path / EXAMPLES_FOLDER
         self._lock: IO[bytes] | None = None

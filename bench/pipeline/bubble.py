@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bench.measure import Result
-from bench.pipeline.schedule import closed_form, play
+from launch.plan.search.schedules import closed_form, play
 from launch.rank_pool import Pool
 from model.attention.plan import ForwardContext
 from model.config import ModelConfig

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
-from core.errors import ConfigError
+from core.errors import ConfigError, check_numbers, divisors
 
 
 class Generation(Enum):
@@ -81,3 +81,55 @@ def find_gpu(name: str, notes: str = "") -> Gpu:
         near = difflib.get_close_matches(key, GPUS, n=3, cutoff=0.3) or list(GPUS)
         raise ConfigError("gpu", name, "no such GPU is known", near)
     return GPUS[key]
+
+
+MOST_OVER_DATA_SHEET = 4.0
+"""A bandwidth above this multiple of the data sheet's is taken for another unit, such as Gbit/s."""
+MOST_NODES = 1_000_000
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """GPUs and links on which a run is planned. Bandwidths are GB/s per GPU and direction, as data sheets state them;
+    the planner knows which share of them collectives reach.
+    """
+
+    gpu: str = "H100"
+    """Name of the GPU: A100-40G, A100-80G, A800, H100, H100-96G, H800, H20, H200, GH200, B200, B300, GB200 or GB300."""
+    nodes: int = 128
+    """Number of machines."""
+    gpus_per_node: int = 8
+    """GPUs of one machine."""
+    nvlink_domain: int = 8
+    """Neighbouring GPUs that NVLink connects: those of a node, or of a rack."""
+    nvlink_gb_s: float = 450.0
+    """NVLink's bandwidth."""
+    network_gb_s: float = 50.0
+    """Bandwidth of the network between NVLink domains."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, positive=("nodes", "gpus_per_node", "nvlink_domain", "nvlink_gb_s", "network_gb_s"))
+        known = find_gpu(self.gpu)
+        if self.nodes > MOST_NODES:
+            raise ConfigError("nodes", self.nodes, f"must be at most {MOST_NODES:,}")
+        domain, node = self.nvlink_domain, self.gpus_per_node
+        if domain % node and node % domain:
+            legal = sorted({*divisors(node), 2 * node})
+            raise ConfigError("nvlink_domain", domain, f"must be a part of a node's {node} GPUs, or whole nodes", legal)
+        for key, usual in (("nvlink_gb_s", known.nvlink), ("network_gb_s", known.network)):
+            if getattr(self, key) > MOST_OVER_DATA_SHEET * usual:
+                reason = f"is far above the {usual:g} GB/s of {known.name}: give GB/s per GPU and direction, not Gbit/s"
+                raise ConfigError(key, getattr(self, key), reason, [usual])
+        if self.network_gb_s > self.nvlink_gb_s:
+            reason = f"must not exceed nvlink_gb_s={self.nvlink_gb_s:g}"
+            raise ConfigError("network_gb_s", self.network_gb_s, reason, [min(known.network, self.nvlink_gb_s)])
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def description(self) -> Gpu:
+        """The GPU with this cluster's links."""
+        sizes = replace(find_gpu(self.gpu), domain=self.nvlink_domain, per_node=self.gpus_per_node)
+        return replace(sizes, nvlink=self.nvlink_gb_s, network=self.network_gb_s)

@@ -72,7 +72,7 @@ def step_time(job: Job, calibration: Calibration, pipeline: Pipeline = simulate_
     """Return the predicted time of a step. `pipeline`: how stages become a pipeline."""
     stages = split_layers(job)
     kinds = _Layers(job, calibration)
-    head = _head_time(job, calibration)
+    head = head_time(job, calibration)
     slow = calibration.slow_batch_s if job.axes.pp > 1 and "slow_batches" in job.traits else 0.0
     chunks = []
     for stage in stages:
@@ -188,16 +188,23 @@ def _products(job: Job, is_moe: bool) -> Iterator[tuple[float, float, float, int
     wide = 2 if shapes.gated else 1
     if is_moe and shapes.experts is not None:
         moe = shapes.experts
-        groups = max(1, moe.count // axes.ep)
-        rows = tokens / axes.tp * axes.etp * moe.top_k / groups
-        yield rows, wide * moe.hidden / axes.etp, h, groups
-        yield rows, h, moe.hidden / axes.etp, groups
+        yield from _expert_products(job)
         if moe.shared_hidden:
             yield tokens, wide * moe.shared_hidden / axes.tp, h, 1
             yield tokens, h, moe.shared_hidden / axes.tp, 1
     else:
         yield tokens, wide * shapes.ffn / axes.tp, h, 1
         yield tokens, h, shapes.ffn / axes.tp, 1
+
+
+def _expert_products(job: Job) -> Iterator[tuple[float, float, float, int]]:
+    """Yield (m, n, k, groups) of the routed experts' products."""
+    shapes, axes, moe = job.shapes, job.axes, job.shapes.experts
+    assert moe is not None
+    groups = max(1, moe.count // axes.ep)
+    rows = float(job.tokens) / axes.tp * axes.etp * moe.top_k / groups
+    yield rows, (2 if shapes.gated else 1) * moe.hidden / axes.etp, shapes.hidden, groups
+    yield rows, shapes.hidden, moe.hidden / axes.etp, groups
 
 
 def _attention_time(job: Job, layer: int, calibration: Calibration) -> Seconds:
@@ -317,7 +324,21 @@ def _split(job: Job, layers: Seconds, head: Seconds) -> ChunkTime:
     return ChunkTime(layers * share + head / 3, layers * (1 - share) + head * 2 / 3)
 
 
-def _head_time(job: Job, calibration: Calibration) -> Seconds:
+def expert_time(job: Job, layer: int, calibration: Calibration) -> Seconds:
+    """Return the seconds of a layer that follow the routed tokens of a rank: the experts' products and the exchange.
+    They are part of `layer_time`.
+    """
+    is_moe, exposed = job.shapes.is_moe[layer], 0.0
+    if not is_moe:
+        return 0.0
+    products = sum(product_time(job, calibration, *shape) for shape in _expert_products(job))
+    for exchange in layer_exchanges(job, is_moe):
+        if exchange.axis == "ep":
+            exposed += exchange_time(job, exchange, calibration) * _exposed(job, "ep", calibration)
+    return products * (4 / 3 if job.recomputes_all else 1) + exposed
+
+
+def head_time(job: Job, calibration: Calibration) -> Seconds:
     """Return the seconds of the head and the loss for one micro-batch. The head's product is in bf16."""
     local = job.shapes.vocab / job.axes.tp
     peak = job.gpu.bf16 * 1e12

@@ -50,7 +50,9 @@ def layer_exchanges(job: Job, is_moe: bool) -> Iterator[Exchange]:
     if axes.cp > 1:
         keys = 2.0 * job.tokens * 2 * shapes.key_size / axes.tp
         yield _ring(job, "cp", "keys", keys * axes.cp * (3 + again), axes.cp, axes.cp * axes.tp, 1)
-    if is_moe and shapes.experts is not None and axes.ep > 1:
+    if is_moe and "once_per_rank" in job.traits and axes.ep * axes.etp > 1:
+        yield _once_per_rank(job, 4 + 2 * again)
+    elif is_moe and shapes.experts is not None and axes.ep > 1:
         yield _all_to_all(job, 4 + 2 * again)
 
 
@@ -73,6 +75,25 @@ def _all_to_all(job: Job, calls: int) -> Exchange:
         remote = min(remote, token * hit)
         local += token * moe.top_k * (1 - inside / axes.ep)  # forwarded inside the domain
     return Exchange("ep", "tokens", local * calls, remote * calls, calls)
+
+
+def _once_per_rank(job: Job, calls: int) -> Exchange:
+    """Return the dispatches and combinations of our own exchange (`parallel.expert_parallel`): a token travels once to
+    each rank of its experts and of their slices, and to each NVLink domain once, where it is passed on.
+    """
+    axes, moe = job.axes, job.shapes.experts
+    assert moe is not None
+    experts, top_k, ranks = moe.count, moe.top_k, axes.ep * axes.etp
+
+    def hit(groups: float) -> float:
+        """Mean number of groups of experts that have some of a token's experts, equally likely."""
+        return groups * (1 - (1 - 1 / groups) ** min(top_k, experts)) if groups > 1 else 1.0
+
+    token = 2.0 * job.tokens / axes.tp * job.shapes.hidden
+    domains = max(1.0, ranks / job.gpu.domain)
+    sent = token * axes.etp * hit(axes.ep) * (1 - 1 / ranks)
+    across = token * hit(domains) * (1 - 1 / domains)
+    return Exchange("ep", "tokens", sent * calls, across * calls, calls)
 
 
 def state_exchanges(job: Job, stage: PlanStage) -> Iterator[Exchange]:

@@ -127,6 +127,8 @@ class Shapes:
     dropout: bool = False
     window: int | None = None
     """Tokens that a windowed layer looks back; every second layer is windowed."""
+    chunk: int | None = None
+    """Tokens of a chunk in which all layers attend (Llama 4); None: to all earlier tokens."""
     latent: LatentShapes | None = None
     experts: ExpertShapes | None = None
     biased_experts: bool = False
@@ -211,6 +213,7 @@ class Shapes:
 
     def reach(self, layer: int, seq: int) -> float:
         """Keys that an average query of a causal layer attends to."""
+        seq = min(seq, self.chunk or seq)
         if self.window is None or layer % 2 or self.window >= seq:
             return seq / 2
         return self.window - self.window**2 / (2 * seq)

@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> int:
         return FINAL + error.exit_code
     if described.is_first:
         record_this_job(folder)
+        if what == "train":
+            predict(folder / f"config-{task}.yaml")
     try:
         return code_for(run(described))
     except AgentInterrupted as error:
@@ -58,6 +60,20 @@ def main(arguments: list[str]) -> int:
     except LeviathanError as error:
         report(error, host_name())
         return code_for(error.exit_code)
+
+
+def predict(path: Path) -> None:
+    """Print and store what the planner predicts for a submitted configuration, if this node has a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        from core.config import build
+        from launch.config import LaunchConfig
+        from launch.plan.search.predict import announce
+        from train.run_directory import read_config
+
+        config = read_config(path)
+        announce(config, build(LaunchConfig, config.launch, "launch"))
 
 
 def code_for(code: int) -> int:

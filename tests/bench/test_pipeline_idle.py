@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from bench.pipeline.schedule import closed_form, order, play
+from launch.plan.search.schedules import closed_form, order, play
 from parallel.pipeline.stages import PipelineSchedule
 
 UNIT = {"F": 1.0, "I": 1.0, "W": 1.0, "B": 2.0}

@@ -13,7 +13,7 @@ from model.load_balance import RouterSums
 from train.callbacks.base import Callback, TrainingRun
 from train.contrastive.towers import costs_like
 from train.metrics import MetricsWriter, StepMetrics, Throughput, expert_load, expert_overlap, peak_memory_bytes
-from train.run_directory import read_lines
+from train.run_directory import read_lines, read_prediction
 from train.stragglers import SLOW_HOSTS
 
 
@@ -27,6 +27,7 @@ class LoggingCallback(Callback):
         self.writer: MetricsWriter | None = None
         self.last_loss: float | None = None
         self.last_rate = 0.0
+        self.planned: float | None = None
 
     def before_training(self) -> None:
         trainer = self.trainer
@@ -36,6 +37,8 @@ class LoggingCallback(Callback):
             self.writer = MetricsWriter(trainer.directory.metrics, settings, shown, trainer.log, trainer.step)
         if steps := list(read_lines(trainer.directory.metrics, {"loss": float, "tokens_per_second": float})):
             self.last_loss, self.last_rate = steps[-1]["loss"], steps[-1]["tokens_per_second"]
+        if trainer.world.is_main and (planned := read_prediction(trainer.directory.prediction)):
+            self.planned = planned["tokens_per_second"]
         self._clock, self._paused, self._tokens = time.perf_counter(), trainer.paused_s, trainer.tokens
         self._begin, self._logged = (self._clock, trainer.step), trainer.step
 
@@ -106,6 +109,8 @@ class LoggingCallback(Callback):
             f"|g| {line['gradient_norm']:.3f}",
             f"{line['tokens_per_second']:,.0f} tok/s",
         ]
+        if self.planned is not None:
+            parts[-1] += f" (planned {self.planned:,.0f})"
         if line["mfu"] is not None:
             parts.append(f"MFU {line['mfu']:.1%}")
         if "expert_load" in line:

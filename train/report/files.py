@@ -10,7 +10,15 @@ from typing import Any
 
 from core.files import read_json
 from train.exam.results import StepScore, scores_by_step
-from train.run_directory import EVALUATIONS, EXAMPLES, EXAMPLES_FOLDER, EXAMPLES_SHAPE, parse_lines
+from train.run_directory import (
+    EVALUATIONS,
+    EXAMPLES,
+    EXAMPLES_FOLDER,
+    EXAMPLES_SHAPE,
+    PREDICTION,
+    parse_lines,
+    read_prediction,
+)
 
 LARGEST = 1e100
 """Larger numbers are damage: no metric has them, and no axis can show them."""
@@ -104,6 +112,11 @@ class RunFiles:
         if sound != found:
             self.problems[EVALUATIONS] = "scores that are no numbers from 0 to 1 are left out"
         return {label: scores for label, scores in sound.items() if scores}
+
+    def prediction(self) -> dict[str, float]:
+        """Return the planner's prediction of speed and memory, empty if there is none."""
+        found = read_prediction(self.directory / PREDICTION) or {}
+        return {key: value for key, value in found.items() if is_number(value)}
 
     def examples(self) -> list[dict[str, Any]]:
         """Return the held-out documents with pictures that the run keeps, with `pngs`, the contents of the pictures."""

@@ -89,6 +89,13 @@ def _page(runs: Sequence[RunData], pictures: Sequence[Picture], folder: Path, re
     )
 
 
+_PLANNED = (
+    ("tokens per second, planned", "tokens_per_second", 1.0, ",.0f"),
+    ("peak memory, planned, GB", "memory_bytes", 1e9, ".2f"),
+)
+"""Rows of the planner's prediction, beside what was measured."""
+
+
 def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
     """Return, by label, a text with the value of each run, "-" for a run without the value."""
     held_out = [run.summary.get("heldout") or {} for run in runs]
@@ -108,6 +115,10 @@ def _summary(runs: Sequence[RunData]) -> dict[str, list[str]]:
         ("parameters active per token", [run.figure("active_parameters") for run in runs], ",d"),
         ("ranks", [run.figure("world_size") for run in runs], ",d"),
     ]
+    for label, key, unit, form in _PLANNED:
+        planned = [run.prediction.get(key) for run in runs]
+        if any(planned):
+            rows.append((label, [None if value is None else value / unit for value in planned], form))
     for source in {source: None for one in sources for source in one}:
         rows.append((f"held-out loss: {source}", [one.get(source, {}).get("loss") for one in sources], ".4f"))
     rows += [*modalities.summary(runs), *retrieval.rows(runs)]

@@ -50,6 +50,8 @@ class RunData:
         self.summary, self.log = files.summary(), files.log()
         self.examinations = files.examinations()
         """The scores of each examination, in the order in which it was asked."""
+        self.prediction = files.prediction()
+        """The planner's prediction; empty if there is none."""
         self.examples = files.examples()
         """Held-out documents with pictures and the model's answers."""
 

@@ -37,6 +37,9 @@ _NOT_GPT = re.compile(r"multimodal|mimo|vlm|grpo|hybrid|mamba|nemotron|retro|dis
 _RELEASE_NODES = 16
 """Nodes of the tests before a release. The table does not say: static memory does."""
 
+_LEAST_OVER_END = 1.001
+"""A training step needs more memory for its activations than the least that this ratio allows between steps."""
+
 
 def read(line: int, row: Row) -> Measured:
     """Return the job of one test. Raises `UnusableRow` for a model other than a decoder that the planner knows."""
@@ -59,6 +62,9 @@ def read(line: int, row: Row) -> Measured:
     peak = number(row, "max_alloc_bytes")
     if peak is None or peak <= 0:
         raise UnusableRow("max_alloc_bytes is missing")
+    left = number(row, "alloc_bytes_end")
+    if left is not None and peak < left * _LEAST_OVER_END:
+        raise UnusableRow("its peak is what is allocated at its end, so the record holds no training step")
     dtype = ProductDtype.bf16 if flag(row, "bf16") or row.get("fp8") else ProductDtype.fp16
     sharding = Sharding.optimizer if flag(row, "dist_opt") else Sharding.none
     if flag(row, "fsdp"):

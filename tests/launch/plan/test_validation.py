@@ -65,6 +65,19 @@ def test_rows_without_a_prediction_are_named(tmp_path):
     assert len(table.rows) == len(lines) - 4
 
 
+@pytest.mark.parametrize(("share", "skipped"), [(1.0, True), (0.99, False)])
+def test_a_peak_without_a_step_is_skipped(share, skipped, tmp_path):
+    lines = list(csv.DictReader((HERE / "peaks.csv").open()))
+    lines[0]["alloc_bytes_end"] = str(share * float(lines[0]["max_alloc_bytes"]))
+    path = tmp_path / "peaks.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    reasons = {one.number: one.reason for one in open_table(path).skipped}
+    assert ("no training step" in reasons.get(2, "")) == skipped
+
+
 @pytest.mark.parametrize(
     "column", ["dp", "mbs", "vpp", "recompute", "notes", "zero", "etp", "peak_mem_gb", "shared_experts"]
 )
@@ -97,7 +110,7 @@ def test_nonsense_in_cells_is_survived(table, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ([], "name a table"),
+        (["report=out.json"], "validate=FILE.csv"),
         (["validate=nowhere.csv"], "No such file"),
         (["validate=other.csv"], "no known kind"),
         (["validate=binary.csv"], "no CSV file"),

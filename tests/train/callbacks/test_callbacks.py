@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from core.errors import ConfigError
+from core.files import write_json
 from tests.support.tiny import trainer
 from train.callbacks import base, logging
 
@@ -27,6 +28,15 @@ def test_a_new_callback_starts_fresh_and_takes_no_name_of_ours(tmp_path, small_c
     run.callbacks[1].before_training()
     with pytest.raises(ConfigError, match=r"callbacks=mine: metrics\(\) returns loss, which is taken; rename it"):
         run.callbacks[1].after_step(1, run.train_step(0))
+
+
+def test_the_log_shows_the_planned_speed(tmp_path, small_corpus):
+    run = trainer(tmp_path, "run", small_corpus)
+    write_json(run.directory.prediction, {"tokens_per_second": 12345.0, "memory_bytes": 1})
+    callback = logging.LoggingCallback(run)
+    callback.before_training()
+    callback.after_step(1, run.train_step(0))
+    assert "tok/s (planned 12,345)" in (tmp_path / "run/log.txt").read_text()
 
 
 @pytest.mark.slow

@@ -29,6 +29,16 @@ Duration = Callable[[str, int], float]
 
 
 @dataclass(frozen=True)
+class WorkSpan:
+    """When a rank ran a piece of work, in seconds from the start of the step."""
+
+    rank: int
+    piece: Piece
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
 class SimulatedStep:
     """`step`: seconds from the start of the first piece of work to the end of the last. `busy`: seconds of work of each
     rank.
@@ -36,6 +46,7 @@ class SimulatedStep:
 
     step: float
     busy: list[float]
+    spans: list[WorkSpan]
 
     @property
     def idle(self) -> float:
@@ -48,20 +59,21 @@ def play(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int,
     waiting = order(schedule, pp, per_rank, micro_batches)
     last = pp * per_rank - 1
     done: dict[Piece, float] = {}
-    clock, busy = [0.0] * pp, [0.0] * pp
+    clock, busy, spans = [0.0] * pp, [0.0] * pp, []
     while any(waiting.values()):
         before = len(done)
         for rank, work in waiting.items():
             while work and None not in (ready := [_ready(piece, last, done) for piece in work[0]]):
                 pieces = work.pop(0)
-                for (kind, stage, _), since in zip(pieces, ready, strict=True):
-                    took = duration(kind, stage)
-                    clock[rank] = max(clock[rank], since or 0.0) + took
-                    busy[rank] += took
+                for piece, since in zip(pieces, ready, strict=True):
+                    begin = max(clock[rank], since or 0.0)
+                    clock[rank] = begin + duration(*piece[:2])
+                    busy[rank] += clock[rank] - begin
+                    spans.append(WorkSpan(rank, piece, begin, clock[rank]))
                 done |= dict.fromkeys(pieces, clock[rank])  # results of a group are sent when all are complete
         if len(done) == before:
             raise RuntimeError(f"{schedule.name} deadlocks: {[work[0] for work in waiting.values() if work]}")
-    return SimulatedStep(max(clock), busy)
+    return SimulatedStep(max(clock), busy, spans)
 
 
 def closed_form(schedule: PipelineSchedule, pp: int, per_rank: int, micro_batches: int) -> float:
