@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.loader import IGNORED, Batch, Loader
 from data.prefetch import Prefetcher
+from data.sampling import Exclusion
 from model.attention.plan import squared_lengths
 from model.flops import mean_lengths
 from parallel.mesh import Meshes
@@ -45,6 +46,12 @@ class StepBatches:
 
     def phase(self, step: int) -> Phase:
         return next(phase for phase in self.phases if step < phase.stop)
+
+    def exclude(self, exclusions: Sequence[Exclusion]) -> None:
+        """Exclude documents, and no others, from the batches made from now on. Raises `ConfigError` as `Loader` does."""
+        for phase in self.phases:
+            self.loaders[phase.name].exclude(exclusions, phase.start)
+        self._prefetcher.forget()
 
     def select(self, window: OnlineWindow) -> None:
         """From the first step of `window` on, take its sequences."""
@@ -112,7 +119,7 @@ class StepBatches:
         else:
             begin = (step - self.window.first_step) * phase.global_batch_size
             rows = self.window.rows[begin : begin + phase.global_batch_size]
-            take = lambda start, stop: loader.samples(rows[start:stop])  # noqa: E731
+            take = lambda start, stop: loader.samples(rows[start:stop], step - phase.start)  # noqa: E731
         return local_sequences(take, self.meshes, size, phase.micro_batch_size)
 
     def _known_until(self, step: int) -> int:

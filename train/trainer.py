@@ -132,16 +132,16 @@ class Trainer:
         with SignalFlag() as interruption, self._ended_by_errors(), closing(self.batches):
             for callback in self.callbacks:
                 callback.before_training()
-            for step in range(self.step, self.steps):
+            while self.step < self.steps:
                 for callback in self.callbacks:
-                    callback.before_step(step)
-                metrics = self.train_step(step)
+                    callback.before_step(self.step)
+                metrics = self.train_step(self.step)
                 for callback in self.callbacks:
-                    callback.after_step(step + 1, metrics)
-                if self._must_stop(interruption, step + 1):
+                    callback.after_step(self.step, metrics)
+                if self._must_stop(interruption, self.step):
                     self.save()
                     self.checkpointer.wait()
-                    self.log(f"interrupted after step {step + 1}; rerun the same command to resume")
+                    self.log(f"interrupted after step {self.step}; rerun the same command to resume")
                     self.log(f"run: {self.directory.path}")
                     return INTERRUPTED
             for callback in self.callbacks:
@@ -170,6 +170,32 @@ class Trainer:
         rate = factor * self.config.optimizer.lr
         self.last = StepMetrics(**vars(result), learning_rate=rate, tokens=self.tokens, finite=finite)
         return self.last
+
+    def rewind(self, step: int) -> None:
+        """Restore the newest checkpoint of at most `step` steps, as a resumed run does: weights, moments, router state,
+        the data's position and the state of the callbacks.
+        """
+        self.checkpointer.wait()
+        progress = self.checkpointer.restore(self.engine.state(), step)
+        if progress is None:
+            raise CheckpointError(f"no checkpoint of at most {step} steps in {self.directory.checkpoints}")
+        self.engine.written()
+        self.last = None
+        self.load_state_dict(progress)
+        self.engine.placed.model.set_rope_config(phase_of(self.config, self.step).model)
+        self._restore_callbacks(progress.get("callbacks", {}))
+        for callback in self.callbacks:
+            callback.after_rewind()
+
+    def repeat_step(self) -> StepMetrics:
+        """Train on the next global batch on trial: callbacks that only report do not see it."""
+        active = [callback for callback in self.callbacks if not callback.only_reports]
+        for callback in active:
+            callback.before_step(self.step)
+        metrics = self.train_step(self.step)
+        for callback in active:
+            callback.after_step(self.step, metrics)
+        return metrics
 
     def save(self) -> None:
         """Start to save a checkpoint. If a loss or gradient norm was NaN or infinite, raise `Diverged` instead, because

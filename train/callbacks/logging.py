@@ -20,6 +20,8 @@ from train.stragglers import SLOW_HOSTS
 class LoggingCallback(Callback):
     """Writes a line with the step's metrics. Raises `Diverged` if the loss or gradient norm is NaN or infinite."""
 
+    only_reports = True
+
     def __init__(self, trainer: TrainingRun) -> None:
         super().__init__(trainer)
         config, world = trainer.config, trainer.world
@@ -36,6 +38,10 @@ class LoggingCallback(Callback):
             self.writer = MetricsWriter(trainer.directory.metrics, settings, shown, trainer.log, trainer.step)
         if steps := list(read_lines(trainer.directory.metrics, {"loss": float, "tokens_per_second": float})):
             self.last_loss, self.last_rate = steps[-1]["loss"], steps[-1]["tokens_per_second"]
+        self.after_rewind()
+
+    def after_rewind(self) -> None:
+        trainer = self.trainer
         self._clock, self._paused, self._tokens = time.perf_counter(), trainer.paused_s, trainer.tokens
         self._begin, self._logged = (self._clock, trainer.step), trainer.step
 
