@@ -94,8 +94,8 @@ class BlockShares:
 
 @dataclass(frozen=True)
 class Exclusion:
-    """Tokens [start, stop) of a source's training stream, which no step of the run from `step` (counted from 0) on reads.
-    Positions in the stream, unlike numbers of sequences, mean the same in phases of other sequence lengths.
+    """Tokens [start, stop) of a source's training stream, which no step of the run from `step` on (counted from 0)
+    reads. Positions in the stream, unlike numbers of sequences, mean the same in phases of other sequence lengths.
     """
 
     source: str

@@ -67,7 +67,7 @@ class Callback:
     key = ""
     """Name under which checkpoints hold the callback's state; for an imported callback, its import path."""
     only_reports = False
-    """Whether the callback changes nothing that is trained. Steps that recovery repeats on trial are not shown to it."""
+    """Whether the callback changes nothing that is trained. It does not see steps that recovery repeats on trial."""
 
     def __init__(self, trainer: TrainingRun) -> None:
         self.trainer = trainer

@@ -38,9 +38,15 @@ class LoggingCallback(Callback):
             self.writer = MetricsWriter(trainer.directory.metrics, settings, shown, trainer.log, trainer.step)
         if steps := list(read_lines(trainer.directory.metrics, {"loss": float, "tokens_per_second": float})):
             self.last_loss, self.last_rate = steps[-1]["loss"], steps[-1]["tokens_per_second"]
-        self.after_rewind()
+        self._start()
 
     def after_rewind(self) -> None:
+        self.trainer.meshes.traffic.take()
+        self.trainer.batches.read(self.trainer.world.device)
+        self._start()
+
+    def _start(self) -> None:
+        """Measure from here on."""
         trainer = self.trainer
         self._clock, self._paused, self._tokens = time.perf_counter(), trainer.paused_s, trainer.tokens
         self._begin, self._logged = (self._clock, trainer.step), trainer.step

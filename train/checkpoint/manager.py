@@ -165,6 +165,11 @@ class Checkpointer:
             raise CheckpointError(f"no checkpoint in {self.directory} is intact ({reason}); remove all to start over")
         return None
 
+    def steps(self) -> list[int]:
+        """Return the steps of the committed checkpoints, ascending, on every rank."""
+        self.wait()
+        return self.world.from_main(lambda: [found.step for found in committed(self.directory)])
+
     def discard(self, step: int) -> None:
         """Remove the checkpoints after step `step`."""
         self.wait()
@@ -225,8 +230,8 @@ class Checkpointer:
 def superfluous(
     present: Sequence[CommittedCheckpoint], keep: int, keep_good: int, doubt: int
 ) -> list[CommittedCheckpoint]:
-    """Return the checkpoints to remove: all but the `keep` newest, and the `keep_good` newest of those that are at least
-    `doubt` steps older than the newest, after which no trouble was found.
+    """Return the checkpoints to remove: all but the `keep` newest, and the `keep_good` newest of those that are at
+    least `doubt` steps older than the newest, after which no trouble was found.
     """
     good = [found for found in present if found.step <= present[-1].step - doubt]
     kept = {*present[-keep:], *good[len(good) - min(keep_good, len(good)) :]}
