@@ -24,6 +24,7 @@ from train.callbacks.base import TrainingRun
 from train.metrics import StepMetrics
 from train.recovery.amendments import Amendments
 from train.recovery.detector import Detector, Finding
+from train.recovery.replicas import REPLICAS
 from train.recovery.signals import LOSS, NORM, SignalReader
 from train.recovery.suspects import StepSequences, Suspect, documents, outliers, whole_sequence
 
@@ -73,7 +74,8 @@ class Attribution:
     """Finds the cause of one alarm. The run is left in the state of the last trial: go back to a checkpoint afterwards.
 
     `good`: the step of the last checkpoint from before the trouble. `recorded`: the signals of the steps since then, as
-    far as they are known. `note`: gets the outcome of each trial.
+    far as they are known. `note`: gets the outcome of each trial. `compare`: says which replicas are wrong, once the
+    steps before a difference between replicas are repeated.
     """
 
     def __init__(
@@ -85,9 +87,11 @@ class Attribution:
         recorded: dict[int, dict[str, float]],
         amendments: Amendments,
         note: Callable[[str, dict[str, Any]], None],
+        compare: Callable[[], dict[str, Any]],
     ) -> None:
         self.run, self.detector, self.finding, self.good = run, detector, finding, good
         self.recorded, self.amendments, self.note = recorded, amendments, note
+        self.compare = compare
         self.config = run.config.recovery
         self.left = self.config.replayed_steps
         self.start = max(good, finding.first - 1 - self.config.lookback)
@@ -125,15 +129,15 @@ class Attribution:
             is_back = any(not one.healed for one in self.detector.observe(run.step, values))
             if is_back:
                 break
-        return {} if is_back or self.finding.detector not in self._watched else {"trouble": "stays away"}
-
-    @property
-    def _watched(self) -> set[str]:
-        return {"not_finite", *self.detector.histories}
+        if self.finding.detector == REPLICAS:
+            return self.compare()
+        return {} if is_back else {"trouble": "stays away"}
 
     @property
     def _is_exact(self) -> bool:
-        """Whether the same steps give the same bits."""
+        """Whether the same steps must give the same bits as before."""
+        if self.finding.detector == REPLICAS:
+            return False
         return self.run.world.device.type == "cpu" or self.run.config.training.deterministic
 
     def _look(self) -> None:

@@ -34,7 +34,7 @@ class Finding:
     first: int
     step: int
     healed: bool
-    statistics: dict[str, float] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -6,12 +6,14 @@ All ranks decide alike without asking each other, because they see the same sign
 from __future__ import annotations
 
 import math
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, Diverged, LeviathanError
 from core.exit_codes import host_name
-from core.files import sha256_text
+from core.files import append_json_line, sha256_text
 from core.package_guard import sources_digest
 from train.checkpoint.manager import remove_checkpoints
 from train.metrics import StepMetrics
@@ -20,11 +22,16 @@ from train.recovery.attribution import Attribution, Cause, RecoverableRun, Verdi
 from train.recovery.config import RecoveryMode, WithoutCheckpoint
 from train.recovery.detector import NOT_FINITE, Detector, Finding
 from train.recovery.ledger import ACTION, ALARM, EVIDENCE, NOTE, STOP, VERDICT, Ledger
+from train.recovery.replicas import REPLICAS, Mismatch, Replicas, digests
 from train.recovery.signals import LOSS, NORM, ROUTER, SignalReader
 from train.run_directory import committed
 
 LIMITS = {LOSS: "loss_ratio", NORM: "norm_ratio", **dict.fromkeys(ROUTER, "router_ratio")}
 """By detector: the setting that its threshold comes from, besides `deviations`."""
+CORRUPT_HOSTS = "corrupt.jsonl"
+"""Name of the file in a run's logs that names hosts whose replicas were wrong."""
+SHOWN = 20
+"""Most blocks that differ between replicas to name in the ledger."""
 UNRESOLVED = (ALARM, EVIDENCE, VERDICT)
 
 
@@ -43,6 +50,8 @@ class Recovery:
         self.detector, self.reader = Detector(self.config), SignalReader()
         self.recorded: dict[int, dict[str, float]] = {}
         """The signals of the last steps, by step counted from 1."""
+        self.replicas = Replicas(world, run.meshes.world)
+        self._compared: int | None = None
         identity = sha256_text(str(run.config.run.seed), corpus)[:16]
         self.ledger = Ledger(directory.ledger if world.is_main else None, identity)
         self.ledger.lines = world.from_main(self.ledger.read)
@@ -79,7 +88,7 @@ class Recovery:
                     self._note(finding)
                 else:
                     return self._alarm(finding, metrics)
-        return False
+        return self._compare_replicas(steps, metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, as plain JSON: the amendments that its steps saw, and calm signals."""
@@ -111,13 +120,46 @@ class Recovery:
         if amendments.exclusions or amendments.lower_rates:
             amendments.write(directory.amendments, self.run.corpus.fingerprint)
 
+    def _compare_replicas(self, steps: int, metrics: StepMetrics) -> bool:
+        """Every `replicas_every` steps, compare what several ranks hold. Return whether the run has gone back."""
+        every = self.config.replicas_every
+        if not every or steps % every:
+            return False
+        wrong = self.replicas.compare(self.run.engine.state())
+        if not wrong:
+            self._compared = steps
+            return False
+        hosts, first = self.replicas.hosts(), 1 + (steps - every if self._compared is None else self._compared)
+        ranks = sorted({rank for one in wrong for rank in one.wrong})
+        statistics = {"blocks": len(wrong), "tensors": [one.tensor for one in wrong[:SHOWN]], "ranks": ranks}
+        return self._alarm(Finding(REPLICAS, first, steps, False, statistics), metrics, (wrong, hosts))
+
+    def _truth(self, wrong: list[Mismatch], hosts: list[str]) -> dict[str, Any]:
+        """Return which ranks were wrong, now that the steps before a difference between replicas are repeated. Their
+        hosts are noted for the launcher.
+        """
+        state = self.run.engine.state()
+        again = {one.tensor for one in self.replicas.compare(state)}
+        known: dict[str, int] = {}
+        for one in self.run.world.gather(digests(state, {one.tensor for one in wrong}), REPLICAS):
+            known |= one
+        truth = {name: value for name, value in known.items() if name not in again}
+        ranks = sorted({rank for one in wrong for rank in one.against(truth)})
+        named = sorted({hosts[rank] for rank in ranks})
+        if self.run.world.is_main and named:
+            line = {"time": time.time(), "step": self.run.step, "hosts": named}
+            append_json_line(self.run.directory.logs / CORRUPT_HOSTS, line)
+        return {"replicas": "differ again" if again else "agree again", "ranks": ranks, "hosts": named}
+
     def _note(self, finding: Finding) -> None:
         statistics = {"first": finding.first, **finding.statistics}
         self.ledger.write(NOTE, finding.step, detector=finding.detector, statistics=statistics)
         self.run.log(f"{finding.detector}: a spike from step {finding.first} to {finding.step} healed by itself")
 
-    def _alarm(self, finding: Finding, metrics: StepMetrics) -> bool:
-        """Deal with an alarm. Return whether the run has gone back."""
+    def _alarm(
+        self, finding: Finding, metrics: StepMetrics, replicas: tuple[list[Mismatch], list[str]] = ([], [])
+    ) -> bool:
+        """Deal with an alarm. Return whether the run has gone back. `replicas`: what differs between which hosts."""
         run, config, acts = self.run, self.config, self.config.mode is RecoveryMode.act
         retries = self._retries(finding.step)
         good = self._good(finding, retries) if acts else None
@@ -147,8 +189,9 @@ class Recovery:
         assert good is not None
         run.checkpointer.discard(good)
         note = lambda trial, outcome: self._evidence(finding, trial, outcome)  # noqa: E731
+        compare = partial(self._truth, *replicas)
         recorded = {step: values for step, values in self.recorded.items() if step > good}
-        cause = Attribution(run, self.detector, finding, good, recorded, self.amendments, note).find()
+        cause = Attribution(run, self.detector, finding, good, recorded, self.amendments, note, compare).find()
         self._act(finding, cause, len(retries))
         return True
 
@@ -247,6 +290,9 @@ def _described(finding: Finding) -> str:
     if finding.detector == NOT_FINITE:
         what = " and ".join(f"the {name.replace('_', ' ')} is {value}" for name, value in found.items())
         return f"{what} at step {finding.step}"
+    if finding.detector == REPLICAS:
+        what = f"{found['blocks']} blocks of weights or moments differ between replicas"
+        return f"{what}, the first {found['tensors'][0]}, since a step from {finding.first} to {finding.step}"
     where = f"from step {finding.first} to {finding.step}"
     return f"{finding.detector} rose to {found['value']:.4g} {where}, above its limit of {found['limit']:.4g}"
 

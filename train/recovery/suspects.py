@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from itertools import pairwise
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import numpy as np
@@ -143,8 +143,9 @@ def documents(run: TrainingRun, found: StepSequences, index: int) -> list[Suspec
     losses = sequence_losses(placed, only, len(spans), run.phase(found.step).micro_batch_size).tolist()
     wrong = [i for i, one in enumerate(losses) if not math.isfinite(one) and _labelled(only(i, i + 1))]
     if not wrong:
-        middle = median(one for one in losses if math.isfinite(one)) if len(losses) > 1 else math.inf
-        wrong = [i for i, one in enumerate(losses) if one > run.config.recovery.loss_ratio * middle]
+        finite, ratio = [one for one in losses if math.isfinite(one)], run.config.recovery.loss_ratio
+        if len(finite) > 1:
+            wrong = [i for i, one in enumerate(losses) if one > ratio * median_low(sorted(finite)[:-1])]
     if not wrong:
         return [whole]
     at = found.step, index
