@@ -118,7 +118,10 @@ class Loader:
         as without exclusions.
         """
         steps = None if step is None else np.full(len(ordinals), step)
-        sources, sequences = self.locate(np.asarray(ordinals, np.int64), steps)
+        return self.read(*self.locate(np.asarray(ordinals, np.int64), steps))
+
+    def read(self, sources: NDArray[np.int64], sequences: NDArray[np.int64]) -> Batch:
+        """Return sequences of the sources' streams, named as by `locate`."""
         streams = [self._streams[source] for source in sources.tolist()]
         pictures = [self._pictures[source] for source in sources.tolist()]
         return self._assemble(streams, sequences.tolist(), self._in_corpus[sources], pictures)

@@ -97,7 +97,9 @@ class Attribution:
         self.start = max(good, finding.first - 1 - self.config.lookback)
         """Number of steps after which the trials begin."""
         self.seen: dict[int, StepSequences] = {}
-        """By step, counted from 0: its sequences and their losses before it trained on them."""
+        """The sequences of the steps around the trouble, by step, in the last trial that looked at them."""
+        self.outliers: dict[Suspect, StepSequences] = {}
+        """The documents that stood out in any trial, and where."""
 
     def find(self) -> Cause:
         """Go through the trials. All ranks find the same, because they see the same signals and losses."""
@@ -121,8 +123,7 @@ class Attribution:
             if run.step == self.start > self.good:
                 run.save()
                 run.checkpointer.wait()
-            may_be_to_blame = self.start <= run.step < self.finding.first
-            values = self._step(reader, self._look if may_be_to_blame else lambda: None)
+            values = self._step(reader)
             before = self.recorded.get(run.step)
             if before is not None and self._is_exact and (wrong := _different(before, values)):
                 return {"step": run.step, "signal": wrong, "before": str(before[wrong]), "now": str(values[wrong])}
@@ -141,31 +142,38 @@ class Attribution:
         return self.run.world.device.type == "cpu" or self.run.config.training.deterministic
 
     def _look(self) -> None:
-        self.seen[self.run.step] = StepSequences.of(self.run, self.run.step)
+        """Measure the sequences of the next step, and the documents in those that stand out."""
+        run = self.run
+        if not self.start <= run.step < self.finding.first:
+            return
+        now = self.seen[run.step] = StepSequences.of(run, run.step)
+        for step, index in outliers({step: one.losses for step, one in self.seen.items()}, self.config):
+            if step == run.step:
+                self.outliers |= dict.fromkeys(documents(run, now, index), now)
 
-    def _step(self, reader: SignalReader, look: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def _step(self, reader: SignalReader) -> dict[str, float]:
         """Repeat the next step; return its signals."""
         if not self.left:
             raise OutOfStepsError
         self.left -= 1
-        reader.add(self.run.step + 1, self.run.repeat_step(look))
+        reader.add(self.run.step + 1, self.run.repeat_step(self._look))
         return next(iter(reader.read().values()))
 
     def _blame_data(self) -> Cause:
-        run, rounds = self.run, list[tuple[str, list[Suspect]]]()
-        run.rewind(self.start)
-        found = outliers({step: one.losses for step, one in self.seen.items()}, self.config)
-        if found := found[: self.config.suspects]:
-            suspects = [one for step, i in found for one in documents(run, self.seen[step], i)]
-            rounds.append(("without_outliers", list(dict.fromkeys(suspects))))
-        if self.config.suspects:
-            seen = self.seen.values()
-            everything = [whole_sequence(run, one, i) for one in seen for i in range(len(one.ordinals))]
-            rounds.append(("without_all_sequences", everything))
-        for name, suspects in rounds:
-            if suspects and self._is_calm(name, suspects):
-                suspects = self._halved(suspects)
-                return self._judged(suspects)
+        """Repeat the steps without the documents that stand out, then without all sequences. What replaces a document
+        may stand out in turn: then it is a suspect, too.
+        """
+        run, limit = self.run, self.config.suspects
+        everything = [whole_sequence(run, one, i) for one in self.seen.values() for i in range(len(one.sequences))]
+        where = {one: self.seen[one.step] for one in everything}
+        tried: list[Suspect] = []
+        while len(self.outliers) > len(tried) and len(tried) < limit:
+            tried = list(self.outliers)[:limit]
+            where |= self.outliers
+            if self._is_calm("without_outliers", tried):
+                return self._judged(self._halved(tried), where)
+        if limit and self._is_calm("without_all_sequences", everything):
+            return self._judged(self._halved(everything), where)
         return Cause(Verdict.state, self.start)
 
     def _is_calm(self, name: str, suspects: Sequence[Suspect]) -> bool:
@@ -195,16 +203,17 @@ class Attribution:
             suspects = smaller
         return suspects
 
-    def _judged(self, suspects: list[Suspect]) -> Cause:
+    def _judged(self, suspects: list[Suspect], where: Mapping[Suspect, StepSequences]) -> Cause:
         """Return whether the suspects stand out under an older checkpoint as well, if there is one."""
-        run, checkpoints = self.run, self.run.checkpointer.steps()
-        older = [step for step in checkpoints if step < self.good]
+        run = self.run
+        older = [step for step in run.checkpointer.steps() if step < self.good]
         if not older:
             return Cause(Verdict.data, self.start, tuple(suspects), {"older_checkpoint": None})
         run.rewind(older[-1])
-        losses = {one.step: self.seen[one.step].measure(run) for one in suspects}
-        worst = {(step, i) for step, i in outliers(losses, self.config)}
-        stands_out = all((one.step, one.index) in worst for one in suspects)
+        stands_out = True
+        for one in suspects:
+            losses = {one.step: where[one].measure(run)}
+            stands_out = stands_out and (one.step, one.index) in outliers(losses, self.config)
         evidence = {"older_checkpoint": run.step, "stands_out_there": stands_out}
         self.note("older_checkpoint", evidence)
         return Cause(Verdict.data if stands_out else Verdict.data_and_state, self.start, tuple(suspects), evidence)

@@ -83,11 +83,12 @@ class Recovery:
             if self.run.phase(step - 1).start == step - 1:
                 self.detector.reset()
             self.recorded[step] = values
-            for finding in self.detector.observe(step, values):
+            findings = self.detector.observe(step, values)
+            for finding in findings:
                 if finding.healed:
                     self._note(finding)
-                else:
-                    return self._alarm(finding, metrics)
+            if alarms := [one for one in findings if not one.healed]:
+                return self._alarm(alarms[0], metrics)
         return self._compare_replicas(steps, metrics)
 
     def state_dict(self) -> dict[str, Any]:

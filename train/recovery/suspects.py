@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from data.corpus import DOCUMENTS, TRAIN, Corpus
 from data.loader import IGNORED, Batch
@@ -54,33 +55,27 @@ class Suspect:
         return asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else str(self.loss)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepSequences:
-    """The sequences of the global batch of `step`: their ordinals in the order of the phase, which online filtering
-    decides only shortly before the step, and where they begin in their sources. `losses`: before the step.
-    """
+    """The sequences of the global batch of `step`, as `Loader.locate` names them. `losses`: before the step."""
 
     step: int
-    ordinals: list[int]
-    places: list[tuple[str, int]]
+    sources: NDArray[np.int64]
+    sequences: NDArray[np.int64]
     losses: list[float]
 
     @classmethod
     def of(cls, run: TrainingRun, step: int) -> StepSequences:
         """Return the sequences of the next step, with their losses under the present weights."""
-        phase = run.phase(step)
-        loader, ordinals = run.loaders[phase.name], run.batches.ordinals(step)
-        sources, sequences = loader.locate(np.asarray(ordinals, np.int64), np.full(len(ordinals), step - phase.start))
-        pairs = zip(sources.tolist(), sequences.tolist(), strict=True)
-        places = [(loader.blend.names[source], number * phase.seq_len) for source, number in pairs]
-        found = cls(step, list(ordinals), places, [])
+        phase, ordinals = run.phase(step), np.asarray(run.batches.ordinals(step), np.int64)
+        steps = np.full(len(ordinals), step - phase.start)
+        found = cls(step, *run.loaders[phase.name].locate(ordinals, steps), [])
         found.losses.extend(found.measure(run))
         return found
 
     def batch(self, run: TrainingRun, start: int, stop: int) -> Batch:
         """Return sequences [start, stop)."""
-        phase = run.phase(self.step)
-        return run.loaders[phase.name].samples(self.ordinals[start:stop], self.step - phase.start)
+        return run.loaders[run.phase(self.step).name].read(self.sources[start:stop], self.sequences[start:stop])
 
     def measure(self, run: TrainingRun) -> list[float]:
         """Return the loss of each sequence under the present weights, on every rank: 0 for one without labels. Empty
@@ -89,7 +84,7 @@ class StepSequences:
         placed, size = run.engine.placed, run.phase(self.step).micro_batch_size
         if not isinstance(placed, ParallelModel):
             return []
-        losses = sequence_losses(placed, partial(self.batch, run), len(self.ordinals), size).tolist()
+        losses = sequence_losses(placed, partial(self.batch, run), len(self.sequences), size).tolist()
         return [0.0 if math.isnan(x) and not _labelled(self.batch(run, i, i + 1)) else x for i, x in enumerate(losses)]
 
 
@@ -118,9 +113,11 @@ def outliers(losses: Mapping[int, Sequence[float]], config: RecoveryConfig) -> l
 
 
 def whole_sequence(run: TrainingRun, found: StepSequences, index: int) -> Suspect:
-    source, start = found.places[index]
-    loss = found.losses[index] if found.losses else 0.0
-    return Suspect(source, start, start + run.phase(found.step).seq_len, found.step, index, loss)
+    """Return a sequence as a suspect."""
+    phase, loss = run.phase(found.step), found.losses[index] if found.losses else 0.0
+    source = run.loaders[phase.name].blend.names[found.sources[index]]
+    start = int(found.sequences[index]) * phase.seq_len
+    return Suspect(source, start, start + phase.seq_len, found.step, index, loss)
 
 
 def documents(run: TrainingRun, found: StepSequences, index: int) -> list[Suspect]:

@@ -87,7 +87,7 @@ class Scaled(Planted):
 
     @torch.no_grad()
     def harm(self) -> None:
-        for weight in self.tensors("model.", "dense"):
+        for weight in self.tensors("model.", "head"):
             weight.mul_(50)
 
 

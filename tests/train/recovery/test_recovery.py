@@ -21,7 +21,7 @@ from tests.train.recovery.planted import (
 
 BUMP = [
     "schedule.kind=tests.train.recovery.planted:rate_bump",
-    "schedule.options={first: 12, last: 14, factor: 400}",
+    "+schedule.options={first: 12, last: 14, factor: 400}",
     "recovery.lr_factor=0.001",
 ]
 
@@ -57,7 +57,11 @@ def test_a_document_that_gives_nan_is_skipped(corpus, tmp_path):
         pytest.param(None, [planted_callback("Scaled", step=13, once=True)], "loss", ["corruption"], id="transient"),
         pytest.param(None, [planted_callback("NanWeight", step=13, once=True)], "not_finite", ["corruption"], id="nan"),
         pytest.param(
-            None, [planted_callback("RouterCollapse", step=13, once=True)], "router_z", ["corruption"], id="router"
+            None,
+            [planted_callback("RouterCollapse", step=13, once=True), "recovery.norm_ratio=1e6"],
+            "router_z",
+            ["corruption"],
+            id="router",
         ),
     ],
 )
