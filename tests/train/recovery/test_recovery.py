@@ -74,7 +74,7 @@ def test_troubles_find_their_cause(corpus, tmp_path, factor, overrides, detector
 
 @pytest.mark.slow
 def test_trouble_that_comes_twice_is_mended_twice(tmp_path):
-    corpus = write_corpus(tmp_path / "twice", (130, 60))
+    corpus = write_corpus(tmp_path / "twice", (130, 200))
     assert outcome(tmp_path, "run", corpus, NAN) == (STEPS, "")
     assert verdicts(tmp_path / "run") == ["data", "data"]
     assert [line["retries_left"] for line in of_event(tmp_path / "run", "action")] == [2, 1]
