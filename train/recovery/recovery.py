@@ -22,14 +22,12 @@ from train.recovery.attribution import Attribution, Cause, RecoverableRun, Verdi
 from train.recovery.config import RecoveryMode, WithoutCheckpoint
 from train.recovery.detector import NOT_FINITE, Detector, Finding
 from train.recovery.ledger import ACTION, ALARM, EVIDENCE, NOTE, STOP, VERDICT, Ledger
-from train.recovery.replicas import REPLICAS, Mismatch, Replicas, digests
+from train.recovery.replicas import CORRUPT_HOSTS, REPLICAS, Mismatch, Replicas, digests
 from train.recovery.signals import LOSS, NORM, ROUTER, SignalReader
 from train.run_directory import committed
 
 LIMITS = {LOSS: "loss_ratio", NORM: "norm_ratio", **dict.fromkeys(ROUTER, "router_ratio")}
 """By detector: the setting that its threshold comes from, besides `deviations`."""
-CORRUPT_HOSTS = "corrupt.jsonl"
-"""Name of the file in a run's logs that names hosts whose replicas were wrong."""
 SHOWN = 20
 """Most blocks that differ between replicas to name in the ledger."""
 UNRESOLVED = (ALARM, EVIDENCE, VERDICT)
@@ -149,6 +147,7 @@ class Recovery:
         named = sorted({hosts[rank] for rank in ranks})
         if self.run.world.is_main and named:
             line = {"time": time.time(), "step": self.run.step, "hosts": named}
+            self.run.directory.logs.mkdir(exist_ok=True)
             append_json_line(self.run.directory.logs / CORRUPT_HOSTS, line)
         return {"replicas": "differ again" if again else "agree again", "ranks": ranks, "hosts": named}
 

@@ -22,6 +22,8 @@ from parallel.mesh import MeshAxis
 from train.checkpoint.state import TensorShard
 
 REPLICAS = "replicas"
+CORRUPT_HOSTS = "corrupt.jsonl"
+"""Name of the file in a run's logs that names hosts whose replicas were wrong. A requeued job excludes them."""
 _AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = 0x5851F42D4C957F2D
 _CHUNK = 1 << 22

@@ -152,11 +152,11 @@ def multiply_marked(patch: pytest.MonkeyPatch, factor: float) -> None:
     patch.setattr(head, "token_losses", planted)
 
 
-def planted_callback(name: str, **options: Any) -> str:
+def planted_callback(callback: str, **options: Any) -> str:
     shown = ", ".join(
         f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items()
     )
-    return f"callbacks=[{{target: '{__name__}:{name}', options: {{{shown}}}}}]"
+    return f"callbacks=[{{target: '{__name__}:{callback}', options: {{{shown}}}}}]"
 
 
 def train(root: Path, name: str, overrides: list[str], factor: float | None = None) -> Trainer | LeviathanError:
