@@ -1,9 +1,9 @@
 """Decide whether to requeue a SLURM job: `python -m launch.slurm.requeue FOLDER CODE`, at the end of the batch script.
 
-A run that SLURM warned (time limit, preemption) is requeued. A failed run is requeued a few times. Nodes that hung, that
-the doctor reported, whose replicas were wrong or that were slow when the attempt ended are excluded if SLURM can run the
-job without them. A job ends when several attempts in a row reach no new checkpoint. This program may run in a container
-without SLURM, so it writes SLURM commands to a file that the batch script executes.
+A run that SLURM warned (time limit, preemption) is requeued. A failed run is requeued a few times. Nodes that hung,
+that the doctor reported, whose replicas were wrong or that were slow when the attempt ended are excluded if SLURM can
+run the job without them. A job ends when several attempts in a row reach no new checkpoint. This program may run in a
+container without SLURM, so it writes SLURM commands to a file that the batch script executes.
 """
 
 from __future__ import annotations

@@ -39,10 +39,11 @@ class Mismatch:
     wrong: tuple[int, ...]
 
     def against(self, truth: dict[str, int]) -> tuple[int, ...]:
-        """Return the ranks that do not have the digests of a repetition, or the minority if it was not repeated."""
-        if self.tensor not in truth:
-            return self.wrong
-        return tuple(rank for rank, digest in self.digests.items() if digest != truth[self.tensor])
+        """Return the ranks that do not have the digest of a repetition. If no rank has it, because gradients have since
+        carried the fault to all of them, or without a repetition, return the minority.
+        """
+        right = {rank for rank, digest in self.digests.items() if digest == truth.get(self.tensor)}
+        return tuple(rank for rank in self.digests if rank not in right) if right else self.wrong
 
 
 class Replicas:
