@@ -26,6 +26,7 @@ LONG = (
     "metap",
     "own_data",
     "ranks",
+    "recovery",
     "training",
 )
 BLOCK = re.compile(r"^```(?P<language>bash|python)(?P<info>[^\n]*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)

@@ -29,7 +29,7 @@ from train.recovery.signals import LOSS, NORM, SignalReader
 from train.recovery.suspects import StepSequences, Suspect, documents, outliers, whole_sequence
 
 
-class Verdict(Enum):
+class Blame(Enum):
     """What is to blame for trouble."""
 
     corruption = "corruption"
@@ -64,7 +64,7 @@ class OutOfStepsError(Exception):
 class Cause:
     """What is to blame, the documents to skip, and the step of the checkpoint to go back to."""
 
-    verdict: Verdict
+    verdict: Blame
     checkpoint: int
     suspects: tuple[Suspect, ...] = ()
     evidence: dict[str, Any] = field(default_factory=dict)
@@ -106,11 +106,11 @@ class Attribution:
         try:
             if difference := self._rerun():
                 self.note("rerun", difference)
-                return Cause(Verdict.corruption, self.good, evidence=difference)
+                return Cause(Blame.corruption, self.good, evidence=difference)
             self.note("rerun", {"same": True, "steps": self.finding.step - self.good})
             return self._blame_data()
         except OutOfStepsError:
-            return Cause(Verdict.unknown, self.good, evidence={"replayed_steps": self.config.replayed_steps})
+            return Cause(Blame.unknown, self.good, evidence={"replayed_steps": self.config.replayed_steps})
 
     def _rerun(self) -> dict[str, Any]:
         """Repeat the steps up to the alarm, and save a checkpoint where further trials begin. Return the first signal
@@ -174,7 +174,7 @@ class Attribution:
                 return self._judged(self._halved(tried), where)
         if limit and self._is_calm("without_all_sequences", everything):
             return self._judged(self._halved(everything), where)
-        return Cause(Verdict.state, self.start)
+        return Cause(Blame.state, self.start)
 
     def _is_calm(self, name: str, suspects: Sequence[Suspect]) -> bool:
         """Repeat the steps without the suspects; return whether the trouble stays away."""
@@ -208,7 +208,7 @@ class Attribution:
         run = self.run
         older = [step for step in run.checkpointer.steps() if step < self.good]
         if not older:
-            return Cause(Verdict.data, self.start, tuple(suspects), {"older_checkpoint": None})
+            return Cause(Blame.data, self.start, tuple(suspects), {"older_checkpoint": None})
         run.rewind(older[-1])
         stands_out = True
         for one in suspects:
@@ -216,7 +216,7 @@ class Attribution:
             stands_out = stands_out and (one.step, one.index) in outliers(losses, self.config)
         evidence = {"older_checkpoint": run.step, "stands_out_there": stands_out}
         self.note("older_checkpoint", evidence)
-        return Cause(Verdict.data if stands_out else Verdict.data_and_state, self.start, tuple(suspects), evidence)
+        return Cause(Blame.data if stands_out else Blame.data_and_state, self.start, tuple(suspects), evidence)
 
 
 def _different(before: Mapping[str, float], now: Mapping[str, float]) -> str | None:

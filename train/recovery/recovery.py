@@ -18,7 +18,7 @@ from core.package_guard import sources_digest
 from train.checkpoint.manager import remove_checkpoints
 from train.metrics import StepMetrics
 from train.recovery.amendments import KEY, LowerRate, run_amendments, void
-from train.recovery.attribution import Attribution, Cause, RecoverableRun, Verdict
+from train.recovery.attribution import Attribution, Blame, Cause, RecoverableRun
 from train.recovery.config import RecoveryMode, WithoutCheckpoint
 from train.recovery.detector import NOT_FINITE, Detector, Finding
 from train.recovery.ledger import ACTION, ALARM, EVIDENCE, NOTE, STOP, VERDICT, Ledger
@@ -246,11 +246,11 @@ class Recovery:
         if exclusions:
             actions.append("skip")
         match cause.verdict:
-            case Verdict.data_and_state | Verdict.state | Verdict.unknown:
+            case Blame.data_and_state | Blame.state | Blame.unknown:
                 if config.lr_factor < 1 and config.lr_steps:
                     rates.append(LowerRate(step, step + config.lr_steps, config.lr_factor ** (retries + 1)))
                     actions.append("lower_rate")
-            case Verdict.data | Verdict.corruption:
+            case Blame.data | Blame.corruption:
                 pass
         documents = [one.plain() for one in cause.suspects]
         verdict, action = cause.verdict.value, "+".join(["rewind", *actions])

@@ -75,7 +75,7 @@ class Replicas:
             return []
         wrong = [self._shared[place] for place in places]
         names = {key: _block(shards[key]) for key in wrong if key in shards}
-        held = {key: own[key].item() for key in wrong if key in own}
+        held = {key: int(own[key]) for key in wrong if key in own}
         return _mismatches(wrong, self.world.gather((names, held), REPLICAS))
 
     def hosts(self) -> list[str]:

@@ -38,7 +38,7 @@ def test_the_report_shows_the_ledger(tmp_path):
     assert "tokens 3,245 to 3,287 of &lt;b&gt;web, read by step 12" in page
 
 
-def test_damaged_lines_are_left_out_and_the_last_words_end_the_run(tmp_path):
+def test_damaged_lines_are_left_out_and_stop_ends_the_run(tmp_path):
     run = make_run(tmp_path / "run", steps=40)
     (run / "summary.json").unlink()
     good = json.dumps({**LINES[0], "event": "stop", "verdict": "it came again"})
