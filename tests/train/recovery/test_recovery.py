@@ -19,6 +19,7 @@ from tests.train.recovery.planted import (
     write_corpus,
 )
 
+ONLINE = ["online.every=5", "online.keep=0.7"]
 BUMP = [
     "schedule.kind=tests.train.recovery.planted:rate_bump",
     "+schedule.options={first: 12, last: 14, factor: 400}",
@@ -52,6 +53,9 @@ def test_a_document_that_gives_nan_is_skipped(corpus, tmp_path):
         pytest.param(GARBAGE, [], "loss", ["data"], id="garbage"),
         pytest.param(
             GARBAGE, [planted_callback("HarmlessEarly", step=11)], "loss", ["data_and_state"], id="interaction"
+        ),
+        pytest.param(
+            GARBAGE, [*ONLINE, planted_callback("HarmlessEarly", step=11)], "loss", ["data_and_state"], id="online"
         ),
         pytest.param(None, BUMP, "loss", ["state"], id="learning_rate"),
         pytest.param(None, [planted_callback("Scaled", step=13, once=True)], "loss", ["corruption"], id="transient"),
@@ -88,6 +92,14 @@ def test_trouble_that_always_comes_ends_the_run(corpus, tmp_path, callback, mess
     assert step == -1 and message in error
     assert verdicts(tmp_path / "run") == ["state"] * 3
     assert lines[-1]["event"] == "stop" and lines[-1]["verdict"] == "it came again after 3 retries"
+
+
+@pytest.mark.slow
+def test_a_detector_that_always_fires_names_its_threshold(corpus, tmp_path):
+    nervous = ["recovery.deviations=1e-6", "recovery.norm_ratio=1", "recovery.patience=1", "recovery.suspects=0"]
+    step, error = outcome(tmp_path, "run", [*corpus, *nervous])
+    assert step == -1 and "if the run is sound, raise recovery.norm_ratio or recovery.deviations" in error
+    assert len(of_event(tmp_path / "run", "action")) == 3
 
 
 @pytest.mark.slow
