@@ -121,8 +121,10 @@ class Attribution:
         reader, is_back = SignalReader(), False
         while run.step < self.finding.step:
             if run.step == self.start > self.good:
+                run.checkpointer.keep += 1  # an older one is evidence later
                 run.save()
                 run.checkpointer.wait()
+                run.checkpointer.keep -= 1
             values = self._step(reader)
             before = self.recorded.get(run.step)
             if before is not None and self._is_exact and (wrong := _different(before, values)):
@@ -156,6 +158,8 @@ class Attribution:
         if not self.left:
             raise OutOfStepsError
         self.left -= 1
+        if self.run.phase(self.run.step).start == self.run.step:
+            self.detector.reset()
         reader.add(self.run.step + 1, self.run.repeat_step(self._look))
         return next(iter(reader.read().values()))
 

@@ -115,7 +115,7 @@ class Detector:
         if not history.count:
             history.first = step
         history.count += 1
-        if history.count < self.config.patience:
+        if history.count != self.config.patience:  # one alarm for one trouble
             return None
         statistics = {**history.statistics, "suspicious_steps": history.count, "window": len(history.values)}
         return Finding(name, history.first, step, False, statistics)

@@ -14,7 +14,8 @@ from typing import Any
 
 from core.errors import ConfigError, UnreadableFileError
 from core.exit_codes import ATTEMPT
-from core.files import append_json_line, misfit, read_text, write_text
+from core.files import misfit, read_text, write_text
+from train.metrics import Log, append_or_log
 from train.run_directory import parse_lines, unreadable
 
 ALARM, NOTE, EVIDENCE, VERDICT, ACTION, STOP = "alarm", "note", "evidence", "verdict", "action", "stop"
@@ -30,6 +31,7 @@ class Ledger:
 
     path: Path | None
     identity: str
+    log: Log
     lines: list[dict[str, Any]] = field(default_factory=list)
     """All lines, including those of earlier attempts, which rank 0 reads."""
 
@@ -56,7 +58,7 @@ class Ledger:
         return lines
 
     def write(self, event: str, step: int, **fields: Any) -> None:
-        """Append a line. A failure (a full disk) does not end the run: the line is kept in memory."""
+        """Append a line. A failure (a full disk) is logged and does not end the run; `lines` has the line anyway."""
         line = {
             "time": round(time.time(), 3),
             "run": self.identity,
@@ -68,4 +70,4 @@ class Ledger:
         }
         self.lines.append(line)
         if self.path is not None:
-            append_json_line(self.path, line)
+            append_or_log(self.path, line, self.log)

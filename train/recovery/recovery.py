@@ -13,10 +13,10 @@ from typing import Any
 
 from core.errors import ConfigError, Diverged, LeviathanError
 from core.exit_codes import host_name
-from core.files import append_json_line, sha256_text
+from core.files import sha256_text
 from core.package_guard import sources_digest
 from train.checkpoint.manager import remove_checkpoints
-from train.metrics import StepMetrics
+from train.metrics import StepMetrics, append_or_log
 from train.recovery.amendments import KEY, LowerRate, run_amendments, void
 from train.recovery.attribution import Attribution, Blame, Cause, RecoverableRun
 from train.recovery.config import RecoveryMode, WithoutCheckpoint
@@ -51,7 +51,7 @@ class Recovery:
         self.replicas = Replicas(world, run.meshes.world)
         self._compared: int | None = None
         identity = sha256_text(str(run.config.run.seed), corpus)[:16]
-        self.ledger = Ledger(directory.ledger if world.is_main else None, identity)
+        self.ledger = Ledger(directory.ledger if world.is_main else None, identity, run.log)
         self.ledger.lines = world.from_main(self.ledger.read)
         given = None if self.config.amendments is None else Path(self.config.amendments).expanduser()
         self.amendments = world.from_main(lambda: run_amendments(directory.amendments, given, corpus))
@@ -74,13 +74,15 @@ class Recovery:
             return False
         self.reader.add(steps, metrics)
         config, last = self.run.config, steps == self.run.steps
-        waits = (every and steps % every == 0 for every in (config.logging.every, config.checkpoint.every))
+        intervals = config.logging.every, config.checkpoint.every, self.config.replicas_every
+        waits = (every and steps % every == 0 for every in intervals)
         if self.run.world.device.type == "cuda" and not (last or any(waits)):
             return False
         for step, values in self.reader.read().items():
             if self.run.phase(step - 1).start == step - 1:
                 self.detector.reset()
             self.recorded[step] = values
+            self.recorded.pop(step - self.config.replayed_steps, None)
             findings = self.detector.observe(step, values)
             for finding in findings:
                 if finding.healed:
@@ -148,7 +150,7 @@ class Recovery:
         if self.run.world.is_main and named:
             line = {"time": time.time(), "step": self.run.step, "hosts": named}
             self.run.directory.logs.mkdir(exist_ok=True)
-            append_json_line(self.run.directory.logs / CORRUPT_HOSTS, line)
+            append_or_log(self.run.directory.logs / CORRUPT_HOSTS, line, self.run.log)
         return {"replicas": "differ again" if again else "agree again", "ranks": ranks, "hosts": named}
 
     def _note(self, finding: Finding) -> None:
@@ -161,6 +163,9 @@ class Recovery:
     ) -> bool:
         """Deal with an alarm. Return whether the run has gone back. `replicas`: what differs between which hosts."""
         run, config, acts = self.run, self.config, self.config.mode is RecoveryMode.act
+        last = self.ledger.lines[-1] if self.ledger.lines else {}
+        if not acts and finding.detector == NOT_FINITE == last.get("detector"):
+            return False  # each step until the run ends is NaN
         retries = self._retries(finding.step)
         good = self._good(finding, retries) if acts else None
         counts = metrics.balance["counts"].tolist() if metrics.balance else None
@@ -270,8 +275,7 @@ class Recovery:
             retries_left=left,
         )
         self.amendments = self.amendments.plus(exclusions, rates)
-        if run.world.is_main:
-            self.amendments.write(run.directory.amendments, run.corpus.fingerprint)
+        run.world.from_main(lambda: self.amendments.write(run.directory.amendments, run.corpus.fingerprint))
         run.checkpointer.discard(step)
         run.batches.exclude(self.amendments.exclusions)
         run.rewind(step)
