@@ -13,6 +13,7 @@ from tests.train.recovery.planted import (
     NAN,
     STEPS,
     digest_of,
+    losses,
     of_event,
     outcome,
     planted_callback,
@@ -49,6 +50,9 @@ def test_ranks_find_what_one_process_finds(ranks, corpus, tmp_path, layout, fact
     assert verdicts(tmp_path / "run") == ["data"]
     assert outcome(tmp_path, "alone", corpus, factor) == (STEPS, "")
     assert amendments(tmp_path / "run") == amendments(tmp_path / "alone")
+    theirs, ours = losses(tmp_path / "alone"), losses(tmp_path / "run")
+    assert list(theirs) == list(ours)
+    assert all(ours[step] == pytest.approx(theirs[step], rel=1e-9) for step in theirs)
 
 
 @pytest.mark.parametrize("kind, found", [("Scaled", "corruption"), ("RouterCollapse", "corruption")])

@@ -71,13 +71,11 @@ class Amendments:
         """Build amendments from JSON values. Raises `ValueError` unless they are some."""
         if problem := misfit(plain, _AMENDMENTS):
             raise ValueError(problem)
-        fields = {"exclusions": ("source", "start", "stop", "step"), "lower_rates": ("step", "stop", "factor")}
-        kinds = {"exclusions": Exclusion, "lower_rates": LowerRate}
-        found = {
-            name: [kind(**{key: row[key] for key in fields[name]}) for row in plain[name]]
-            for name, kind in kinds.items()
-        }
-        return cls().plus(**found)
+        exclusions = [Exclusion(one["source"], one["start"], one["stop"], one["step"]) for one in plain["exclusions"]]
+        rates = [LowerRate(one["step"], one["stop"], one["factor"]) for one in plain["lower_rates"]]
+        if wrong := [one.factor for one in rates if not 0 < one.factor <= 1]:
+            raise ValueError(f"a factor of {wrong[0]} does not lower a learning rate")
+        return cls().plus(exclusions, rates)
 
 
 def read_amendments(path: Path, corpus: str) -> Amendments:

@@ -125,6 +125,7 @@ def test_lost_or_changed_amendments_are_rejected(corpus, tmp_path, monkeypatch):
         ({"exclusions": []}, CheckpointError, "lacks amendments"),
         ({"corpus": "x"}, ConfigError, "of a run on other data"),
         ({"exclusions": [{"source": "text"}]}, ConfigError, "cannot be read"),
+        ({"lower_rates": [{"step": 1, "stop": 2, "factor": float("nan")}]}, ConfigError, "does not lower"),
     ):
         path.write_text(json.dumps({**content, **change}))
         with pytest.raises(error, match=reason):
