@@ -22,7 +22,7 @@ ALARM, NOTE, EVIDENCE, VERDICT, ACTION, STOP = "alarm", "note", "evidence", "ver
 """The events, in the order of one recovery. `note`: a spike that healed by itself."""
 FIELDS = ("detector", "statistics", "verdict", "action")
 """Fields of every line, null where they say nothing."""
-SHAPE = {"time": float, "run": str, "attempt": int, "step": int, "event": str}
+SHAPE = {"time": float, "run": str, "attempt": str, "step": int, "event": str}
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Ledger:
         line = {
             "time": round(time.time(), 3),
             "run": self.identity,
-            "attempt": int(os.environ.get(ATTEMPT, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))),
+            "attempt": os.environ.get(ATTEMPT, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
             "step": step,
             "event": event,
             **dict.fromkeys(FIELDS),

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from core.errors import ConfigError
+from core.exit_codes import ATTEMPT
 from train.checkpoint.manager import superfluous
 from train.recovery.amendments import Amendments, LowerRate
 from train.recovery.config import RecoveryConfig
 from train.recovery.detector import Detector, Finding
+from train.recovery.ledger import Ledger
 from train.recovery.replicas import digest
 from train.run_directory import CommittedCheckpoint
 
@@ -106,3 +108,12 @@ def test_the_last_lower_rate_counts_and_only_in_its_steps():
 def test_wrong_settings_are_rejected(wrong, message):
     with pytest.raises(ConfigError, match=message):
         RecoveryConfig(**wrong)
+
+
+def test_a_ledger_keeps_the_launchers_attempt(tmp_path, monkeypatch):
+    monkeypatch.setenv(ATTEMPT, "198d5e4e")
+    ledger = Ledger(tmp_path / "recovery.jsonl", "x", print)
+    ledger.write("alarm", 14, detector="loss")
+    (line,) = Ledger(ledger.path, "x", print).read()
+    assert line == ledger.lines[0] and (line["attempt"], line["verdict"]) == ("198d5e4e", None)
+    assert Ledger(None, "x", print).read() == [], "another rank"

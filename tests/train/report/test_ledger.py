@@ -8,7 +8,7 @@ from tests.train.report.runs import make_run
 from train.report.page import write_report
 from train.report.run import RunData
 
-LINE = {"time": 1.0, "run": "x", "attempt": 0, "step": 14, "event": "alarm", "detector": "loss", "verdict": None}
+LINE = {"time": 1.0, "run": "x", "attempt": "0", "step": 14, "event": "alarm", "detector": "loss", "verdict": None}
 DOCUMENT = {"source": "<b>web", "start": 3245, "stop": 3287, "step": 12, "index": 3, "loss": "nan", "name": None}
 LINES = [
     {**LINE, "statistics": {"value": 2681.8125, "limit": 8.31638}, "checkpoint": 10, "action": None},
