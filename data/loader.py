@@ -1,7 +1,13 @@
-"""Make batches that are a pure function of (seed, manifest, phase, step).
+"""Make batches that are a pure function of (seed, manifest, exclusions, phase, step).
 
 The world size enters only when a batch is sliced: any number of ranks sees the same global batches, and a resumed run
 needs only its step.
+
+Exclusions remove documents from a step on. What is permuted is sequences, so every sequence that holds one of their
+tokens is replaced by another of the same source. All other sequences keep their places: earlier steps, the windows of
+online filtering and the limits of epochs do not change. Nothing excluded enters a forward pass, where even masked
+tokens could spread NaN. The price: the other documents in these sequences are skipped too, and each replacement is seen
+once more in its epoch.
 
 Shapes: B sequences, T tokens.
 """
@@ -20,7 +26,7 @@ from core.errors import ConfigError, DataError
 from data.corpus import HELD_OUT, TRAIN, Corpus
 from data.images.batch import BatchImages, TileRef
 from data.images.store import PictureStream
-from data.sampling import Blend, SampleRange, key_of, permute
+from data.sampling import Blend, Exclusion, SampleRange, key_of, permute
 from data.tokens import TokenStream, rebuild
 
 IGNORED = -100
@@ -93,6 +99,7 @@ class Loader:
         self._positions, self._bos, self._eos = np.arange(seq_len), corpus.tokenizer.bos_id, corpus.tokenizer.eos_id
         self._offsets = np.array([(taken or {}).get(name, 0) for name in self.blend.names], np.int64)
         self._last = SampleRange(0, self._offsets[:0], self._offsets[:0])
+        self._excluded: dict[int, NDArray[np.int64]] = {}
         if corpus.packed_seq_len not in (None, seq_len):
             reason = f"the corpus is packed for sequences of {corpus.packed_seq_len} tokens"
             raise ConfigError("training.seq_len", seq_len, reason, [corpus.packed_seq_len])
@@ -104,17 +111,51 @@ class Loader:
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
         """Return sequences [start, stop) of the global batch of `step`, counted from the start of the phase."""
         stop = self.global_batch_size if stop is None else stop
-        return self.samples(range(step * self.global_batch_size + start, step * self.global_batch_size + stop))
+        return self.samples(range(step * self.global_batch_size + start, step * self.global_batch_size + stop), step)
 
-    def samples(self, ordinals: Sequence[int]) -> Batch:
-        """Return the samples with these ordinals, counted from the start of the phase."""
-        sources, sequences = self.locate(np.asarray(ordinals, np.int64))
+    def samples(self, ordinals: Sequence[int], step: int | None = None) -> Batch:
+        """Return the samples with these ordinals as `step` reads them, both counted from the start of the phase. None:
+        as without exclusions.
+        """
+        steps = None if step is None else np.full(len(ordinals), step)
+        return self.read(*self.locate(np.asarray(ordinals, np.int64), steps))
+
+    def read(self, sources: NDArray[np.int64], sequences: NDArray[np.int64]) -> Batch:
+        """Return sequences of the sources' streams, named as by `locate`."""
         streams = [self._streams[source] for source in sources.tolist()]
         pictures = [self._pictures[source] for source in sources.tolist()]
         return self._assemble(streams, sequences.tolist(), self._in_corpus[sources], pictures)
 
-    def locate(self, ordinals: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Find the source of each sample, as an index into `blend.names`, and its sequence's number in the stream."""
+    def exclude(self, exclusions: Sequence[Exclusion], start: int) -> None:
+        """Exclude documents from now on, and no others. `start`: the run's step at which the phase begins.
+
+        Raises `ConfigError` if a source has no such tokens, or no sequence left.
+        """
+        found: dict[int, list[tuple[int, int, int]]] = {}
+        for one in exclusions:
+            stream = self.corpus.stream(one.source, TRAIN)
+            if not 0 <= one.start < one.stop <= len(stream):
+                reason = f"excludes tokens {one.start:,} to {one.stop:,} of {one.source}, which has {len(stream):,}"
+                raise ConfigError("recovery.exclusions", None, f"{reason}: it is of another run")
+            if one.source in self.blend.names:
+                place = self.blend.names.index(one.source)
+                found.setdefault(place, []).append((*one.sequences(self.seq_len), one.step - start))
+        excluded = {source: np.array(rows, np.int64) for source, rows in found.items()}
+        for source, rows in excluded.items():
+            count = self._streams[source].num_sequences(self.seq_len)
+            if _count_covered(rows, count) == count:
+                reason = f"leaves no sequence of source {self.blend.names[source]}: drop the source or some exclusions"
+                raise ConfigError("recovery.exclusions", None, reason)
+        self._excluded = excluded
+
+    def locate(
+        self, ordinals: NDArray[np.int64], steps: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Find the source of each sample, as an index into `blend.names`, and its sequence's number in the stream.
+
+        `steps`: the step that reads each sample, counted from the start of the phase, on which exclusions depend.
+        None: without exclusions.
+        """
         sources, sequences, start = np.empty_like(ordinals), np.empty_like(ordinals), 0
         order = np.argsort(ordinals, kind="stable")
         ascending = ordinals[order]
@@ -124,7 +165,32 @@ class Loader:
             places, inside = order[start:stop], ascending[start:stop] - here.begin
             sources[places], sequences[places] = here.sources[inside], here.within[inside]
             start = stop
+        if steps is not None:
+            for source, rows in self._excluded.items():
+                self._replace(source, rows, sources, sequences, steps)
         return sources, sequences
+
+    def _replace(
+        self,
+        source: int,
+        excluded: NDArray[np.int64],
+        sources: NDArray[np.int64],
+        sequences: NDArray[np.int64],
+        steps: NDArray[np.int64],
+    ) -> None:
+        """Replace the excluded sequences of a source, in place, by others that only the replaced sequence and the
+        exclusions determine. `excluded`: a row (first sequence, last sequence, step) for each exclusion.
+        """
+        count, places, draw = self._streams[source].num_sequences(self.seq_len), np.flatnonzero(sources == source), 0
+        while True:
+            first, last, step = excluded.T[:, :, None]
+            here = sequences[places]
+            places = places[((first <= here) & (here <= last) & (step <= steps[places])).any(0)]
+            if not len(places):
+                return
+            key = key_of(*self.identity, self.blend.names[source], "replacement", draw)
+            sequences[places] = permute(sequences[places], count, key)
+            draw += 1
 
     def num_held_out(self, source: str) -> int:
         return self.corpus.stream(source, HELD_OUT).num_sequences(self.seq_len)
@@ -207,6 +273,15 @@ class Loader:
             )
         config = self.corpus.images.tiles
         return BatchImages(torch.from_numpy(rows), tiles, config.tokens_per_tile, self.corpus.decode, config.tile_size)
+
+
+def _count_covered(ranges: NDArray[np.int64], count: int) -> int:
+    """Count the sequences among the first `count` that lie in one of the ranges [first, last]."""
+    covered, reached = 0, 0
+    for first, last in sorted((first, min(last, count - 1)) for first, last, _ in ranges.tolist()):
+        covered += max(0, last + 1 - max(first, reached))
+        reached = max(reached, last + 1)
+    return covered
 
 
 def _sequence_shares(weights: Mapping[str, float], corpus: Corpus) -> dict[str, float]:

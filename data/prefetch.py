@@ -33,6 +33,10 @@ class Prefetcher(Generic[T]):
             self._ahead.append(self._thread.submit(self.make, step + len(self._ahead)))
         return self._ahead.popleft().result()
 
+    def forget(self) -> None:
+        """Drop what was made in advance, because `make` has changed."""
+        self._cancel()
+
     def close(self) -> None:
         """End the thread after the batch that it is making. From then on `get` makes each batch itself."""
         if self._thread is not None:

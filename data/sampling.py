@@ -93,6 +93,22 @@ class BlockShares:
 
 
 @dataclass(frozen=True)
+class Exclusion:
+    """Tokens [start, stop) of a source's training stream, which no step of the run from `step` on (counted from 0)
+    reads. Positions in the stream, unlike numbers of sequences, mean the same in phases of other sequence lengths.
+    """
+
+    source: str
+    start: int
+    stop: int
+    step: int
+
+    def sequences(self, seq_len: int) -> tuple[int, int]:
+        """Return the first and the last sequence of the stream with one of these tokens."""
+        return self.start // seq_len, (self.stop - 1) // seq_len
+
+
+@dataclass(frozen=True)
 class BlendSegment:
     """Samples [begin, end) of a blend, drawn from the same `sources`: those not yet used up. `before`: the number of
     samples of every source of the blend before `begin`.

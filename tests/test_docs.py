@@ -27,6 +27,7 @@ LONG = (
     "own_data",
     "plan",
     "ranks",
+    "recovery",
     "training",
 )
 BLOCK = re.compile(r"^```(?P<language>bash|python)(?P<info>[^\n]*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.loader import IGNORED, Batch, Loader
 from data.prefetch import Prefetcher
+from data.sampling import Exclusion
 from model.attention.plan import squared_lengths
 from model.flops import mean_lengths
 from parallel.mesh import Meshes
@@ -46,6 +47,12 @@ class StepBatches:
     def phase(self, step: int) -> Phase:
         return next(phase for phase in self.phases if step < phase.stop)
 
+    def exclude(self, exclusions: Sequence[Exclusion]) -> None:
+        """Exclude documents, and no others, from now on. Raises `ConfigError` as `Loader.exclude` does."""
+        for phase in self.phases:
+            self.loaders[phase.name].exclude(exclusions, phase.start)
+        self._prefetcher.forget()
+
     def select(self, window: OnlineWindow) -> None:
         """From the first step of `window` on, take its sequences."""
         self.window = window
@@ -65,6 +72,22 @@ class StepBatches:
         self._image_tokens += 0 if batch.images is None else int((batch.images.rows_BT >= 0).sum())
         self._sequences += torch.bincount(batch.sources_B, minlength=len(self.sources))
         return batch
+
+    def sequences(self, step: int) -> Callable[[int, int], Batch]:
+        """Return a function that returns sequences [start, stop) of the global batch of `step`."""
+        phase = self.phase(step)
+        loader = self.loaders[phase.name]
+        if self.window is None:
+            return partial(loader.batch, step - phase.start)
+        rows = self.ordinals(step)
+        return lambda start, stop: loader.samples(rows[start:stop], step - phase.start)
+
+    def ordinals(self, step: int) -> Sequence[int]:
+        """Return the ordinals of the samples of `step`, in the order of its phase."""
+        phase = self.phase(step)
+        begin = (step - (phase.start if self.window is None else self.window.first_step)) * phase.global_batch_size
+        rows = range(begin, begin + phase.global_batch_size)
+        return rows if self.window is None else self.window.rows[rows.start : rows.stop]
 
     def read(self, device: torch.device) -> dict[str, Any]:
         """Return metrics of this rank's sequences since the last call. Each rank's sequences are a sample of the same
@@ -105,15 +128,8 @@ class StepBatches:
         return batch
 
     def _sequences_of(self, step: int, phase: Phase) -> Batch:
-        loader, size = self.loaders[phase.name], phase.global_batch_size // self.axis.size
-        take: Callable[[int, int], Batch]
-        if self.window is None:
-            take = partial(loader.batch, step - phase.start)
-        else:
-            begin = (step - self.window.first_step) * phase.global_batch_size
-            rows = self.window.rows[begin : begin + phase.global_batch_size]
-            take = lambda start, stop: loader.samples(rows[start:stop])  # noqa: E731
-        return local_sequences(take, self.meshes, size, phase.micro_batch_size)
+        size = phase.global_batch_size // self.axis.size
+        return local_sequences(self.sequences(step), self.meshes, size, phase.micro_batch_size)
 
     def _known_until(self, step: int) -> int:
         """Return the first step whose sequences are not known yet: the one after the run or the window."""

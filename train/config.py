@@ -23,6 +23,7 @@ from precision.config import Backend, PrecisionConfig
 from train.contrastive.config import ContrastiveConfig, ContrastiveLoss
 from train.optim.config import OptimizerConfig, OptimizerKind
 from train.optim.lr_schedule import LRScheduleConfig
+from train.recovery.config import RecoveryConfig
 
 if TYPE_CHECKING:
     from parallel.vision.towers import TowersConfig
@@ -301,6 +302,7 @@ class TrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     phases: list[PhaseConfig] = field(default_factory=list)
     """Later phases of the run, in order, such as one with longer sequences; empty: none."""
     callbacks: list[CallbackConfig] = field(default_factory=list)

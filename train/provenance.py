@@ -21,10 +21,12 @@ from data.corpus import DOCUMENTS, TRAIN, Corpus
 from data.filter.audit.outputs import SCORES
 from data.filter.explain import explain, find
 from data.images.store import PictureStream, StoredPicture
+from data.loader import Loader
 from parallel.comm.world import World
 from train.config import Phase, TrainConfig, phases
 from train.corpus import run_loaders, stored_corpus
 from train.eval.contamination import MODELS
+from train.recovery.amendments import read_amendments
 from train.run_directory import RunDirectory, load_config, read_lines
 
 _ORDINALS_AT_ONCE = 1 << 20
@@ -99,11 +101,12 @@ def explain_step(directory: Path, step: int) -> str:
         raise ConfigError("step", step, f"the run has the steps 0 to {phases(config)[-1].stop - 1}")
     if corpus.images is None:
         raise ConfigError("run", str(directory), "its data have no pictures")
-    loader = run_loaders(config, corpus, lambda line: None)[phase.name]
+    loader = _loaders(directory, config, corpus)[phase.name]
     ordinals = _ordinals_of(directory, config, phase, step)
+    steps = np.full(len(ordinals), step - phase.start)
     lines: list[str] = []
     documents = {source: _Documents(corpus, source) for source in corpus.sources}
-    for index, (number, sequence) in enumerate(zip(*loader.locate(ordinals), strict=True)):
+    for index, (number, sequence) in enumerate(zip(*loader.locate(ordinals, steps), strict=True)):
         source = loader.blend.names[number]
         if (stream := corpus.pictures(source, TRAIN)) is None:
             continue
@@ -187,20 +190,29 @@ def visits(
     directory: Path, config: TrainConfig, corpus: Corpus, place: DocumentSpan, steps: int
 ) -> list[TrainedSequence]:
     """Return, in order, the sequences in the first `steps` steps of a run that contain part of the document."""
-    found, loaders = [], run_loaders(config, corpus, lambda line: None)
+    found, loaders = [], _loaders(directory, config, corpus)
     for phase in phases(config):
         loader = loaders[phase.name]
         if place.source not in loader.blend.names:
             continue
         first, last = place.sequences(phase.seq_len)
         for samples, ordinals in _taken(directory, config, phase, min(steps, phase.stop)):
-            sources, sequences = loader.locate(ordinals)
+            sources, sequences = loader.locate(ordinals, samples // phase.global_batch_size)
             hits = (sources == loader.blend.names.index(place.source)) & (sequences >= first) & (sequences <= last)
             for sample, sequence in zip(samples[hits].tolist(), sequences[hits].tolist(), strict=True):
                 step, index = divmod(sample, phase.global_batch_size)
                 begin = sequence * phase.seq_len
                 found.append(TrainedSequence(phase.name, phase.start + step, index, begin, phase.seq_len))
     return sorted(found, key=lambda one: (one.step, one.index))
+
+
+def _loaders(directory: Path, config: TrainConfig, corpus: Corpus) -> dict[str, Loader]:
+    """Make the loaders of a run, without the documents that recovery has excluded."""
+    loaders = run_loaders(config, corpus, lambda line: None)
+    exclusions = read_amendments(RunDirectory(directory).amendments, corpus.fingerprint).exclusions
+    for phase in phases(config):
+        loaders[phase.name].exclude(exclusions, phase.start)
+    return loaders
 
 
 def _ordinals_of(directory: Path, config: TrainConfig, phase: Phase, step: int) -> NDArray[np.int64]:

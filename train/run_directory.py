@@ -40,6 +40,7 @@ FREE = (
     "evaluation",
     "profile",
     "callbacks",
+    "recovery",  # a run's amendments.json and its checkpoints say what recovery has changed
     "launch",
     "parallel",
     "precision.backend",
@@ -108,6 +109,8 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints" if elsewhere is None else locate(elsewhere) / path.name
         self.metrics = path / "metrics.jsonl"
         self.online = path / "online.jsonl"
+        self.ledger = path / "recovery.jsonl"
+        self.amendments = path / "amendments.json"
         self.evaluations = path / EVALUATIONS
         self.summary = path / "summary.json"
         self.config_file = path / "config.yaml"

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -52,6 +52,7 @@ from train.environment import environment
 from train.eval.contamination import MODELS
 from train.metap import hyperparameters
 from train.metrics import Log, StepMetrics
+from train.recovery.recovery import Recovery
 from train.run_directory import DIVERGED, RunDirectory, committed, settings
 from train.signals import SignalFlag
 from train.stragglers import Stragglers
@@ -86,6 +87,7 @@ class Trainer:
         self.certificate = world.from_main(self._certificate)
         self.stragglers = Stragglers(world)
         self.step = self.tokens = 0
+        self.recovery = Recovery(self)
         self.paused_s = 0.0
         self.last: StepMetrics | None = None
         begun = world.from_main(lambda: bool(committed(directory.checkpoints)))
@@ -138,17 +140,19 @@ class Trainer:
         ):
             for callback in self.callbacks:
                 callback.before_training()
-            for step in range(self.step, self.steps):
+            while self.step < self.steps:
                 for callback in self.callbacks:
-                    callback.before_step(step)
-                metrics = self.train_step(step)
+                    callback.before_step(self.step)
+                metrics = self.train_step(self.step)
+                if self.recovery.after_step(self.step, metrics):
+                    continue  # the run has gone back
                 for callback in self.callbacks:
-                    callback.after_step(step + 1, metrics)
-                collect(step + 1)
-                if self._must_stop(interruption, step + 1):
+                    callback.after_step(self.step, metrics)
+                collect(self.step)
+                if self._must_stop(interruption, self.step):
                     self.save()
                     self.checkpointer.wait()
-                    self.log(f"interrupted after step {step + 1}; rerun the same command to resume")
+                    self.log(f"interrupted after step {self.step}; rerun the same command to resume")
                     self.log(f"run: {self.directory.path}")
                     return INTERRUPTED
             for callback in self.callbacks:
@@ -166,7 +170,8 @@ class Trainer:
         if step == phase.start:
             self.engine.placed.model.set_rope_config(phase.model)
         batch = self.batches.get(step)
-        factor, clip_norm = phase.learning_rate_factor(step), self.config.training.clip_norm
+        factor = phase.learning_rate_factor(step) * self.recovery.learning_rate_factor(step)
+        clip_norm = self.config.training.clip_norm
         result = optimizer_step(self.engine, self.balancer, batch, phase.micro_batch_size, clip_norm, factor)
         if self.last is None:  # the first step may compile kernels and connect to many ranks
             self.world.limit(self.config.parallel.timeout_s)
@@ -177,6 +182,35 @@ class Trainer:
         rate = factor * self.config.optimizer.lr
         self.last = StepMetrics(**vars(result), learning_rate=rate, tokens=self.tokens, finite=finite)
         return self.last
+
+    def rewind(self, step: int) -> None:
+        """Restore the newest checkpoint of at most `step` steps, as a resumed run does: weights, moments, router state,
+        the data's position and the state of the callbacks.
+        """
+        self.checkpointer.wait()
+        progress = self.checkpointer.restore(self.engine.state(), step)
+        if progress is None:
+            raise CheckpointError(f"no checkpoint of at most {step} steps in {self.directory.checkpoints}")
+        self.engine.written()
+        self.last = None
+        self.load_state_dict(progress)
+        self.engine.placed.model.set_rope_config(phase_of(self.config, self.step).model)
+        self._restore_callbacks(progress.get("callbacks", {}))
+        for callback in self.callbacks:
+            callback.after_rewind()
+
+    def repeat_step(self, look: Callable[[], None] = lambda: None) -> StepMetrics:
+        """Train on the next global batch on trial: callbacks that only report do not see it. `look` is called once the
+        sequences of the step are known.
+        """
+        active = [callback for callback in self.callbacks if not callback.only_reports]
+        for callback in active:
+            callback.before_step(self.step)
+        look()
+        metrics = self.train_step(self.step)
+        for callback in active:
+            callback.after_step(self.step, metrics)
+        return metrics
 
     def save(self) -> None:
         """Start to save a checkpoint. If a loss or gradient norm was NaN or infinite, raise `Diverged` instead, because
@@ -198,6 +232,7 @@ class Trainer:
             "settings": settings(self.config),
             "layout": self.meshes.layout.axes,
             "certificate": self.certificate,
+            **self.recovery.state_dict(),
             "callbacks": {one.key: state for one in self.callbacks if (state := _state_of(one))},
         }
 
@@ -209,6 +244,7 @@ class Trainer:
                 f"the checkpoint of step {state['step']} does not say how many tokens it was trained on"
             )
         self.step, self.tokens = state["step"], state["tokens"]
+        self.recovery.load_state_dict(state)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -1,9 +1,9 @@
 """Decide whether to requeue a SLURM job: `python -m launch.slurm.requeue FOLDER CODE`, at the end of the batch script.
 
 A run that SLURM warned (time limit, preemption) is requeued. A failed run is requeued a few times. Nodes that hung,
-that the doctor reported or that were slow when the attempt ended are excluded if SLURM can run the job without them. A
-job ends when several attempts in a row reach no new checkpoint. This program may run in a container without SLURM, so
-it writes SLURM commands to a file that the batch script executes.
+that the doctor reported, whose replicas were wrong or that were slow when the attempt ended are excluded if SLURM can
+run the job without them. A job ends when several attempts in a row reach no new checkpoint. This program may run in a
+container without SLURM, so it writes SLURM commands to a file that the batch script executes.
 """
 
 from __future__ import annotations
@@ -151,13 +151,13 @@ def main(arguments: list[str]) -> int:
 
 
 def bad_nodes(doctor: Path, logs: Path, since: float) -> tuple[str, ...]:
-    """Return the nodes that the doctor has reported, or that have hung, since the time `since`."""
+    """Return the nodes that the doctor has reported, that have hung, or whose replicas were wrong, since `since`."""
     from core.files import read_json
 
     findings = doctor / "findings.json"
     reports = [read_json(findings, {"time": float, "bad_nodes": [str]})] if findings.exists() else []
     named = [(one["time"], one["bad_nodes"]) for one in reports]
-    named += [(one["time"], one["hosts"]) for one in _hosts(logs / "hangs.jsonl")]
+    named += [(one["time"], one["hosts"]) for name in ("hangs", "corrupt") for one in _hosts(logs / f"{name}.jsonl")]
     return tuple(sorted({host for when, hosts in named if when > since for host in hosts}))
 
 

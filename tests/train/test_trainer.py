@@ -193,7 +193,8 @@ def stop_at_2(monkeypatch) -> None:
 def test_an_infinite_gradient_is_not_saved(infinite_gradient, train, tmp_path, capsys, monkeypatch, every, whole):
     if not every:
         stop_at_2(monkeypatch)
-    assert train(f"checkpoint.every={every}", "checkpoint.keep=1", "logging.every=10") == 1
+    settings = "recovery.mode=off", f"checkpoint.every={every}", "checkpoint.keep=1", "logging.every=10"
+    assert train(*settings) == 1
     assert "the gradient norm after step 2 is inf: start a new run" in capsys.readouterr().err
     assert kept(tmp_path) == whole
 
@@ -201,7 +202,7 @@ def test_an_infinite_gradient_is_not_saved(infinite_gradient, train, tmp_path, c
 def test_nor_is_an_earlier_one_whose_loss_is_finite(infinite_gradient, train, tmp_path, capsys, monkeypatch):
     """A NaN weight may belong to a token or expert that later steps do not use, so their losses may be finite."""
     monkeypatch.setattr(TorchEngine, "step", lambda self, factor: self.optimizer.zero_grad())
-    assert train("checkpoint.every=3", "logging.every=10") == 1
+    assert train("recovery.mode=off", "checkpoint.every=3", "logging.every=10") == 1
     assert "a loss or a gradient norm before step 3 was NaN or infinite" in capsys.readouterr().err
     assert kept(tmp_path) == []
 

@@ -66,6 +66,8 @@ class Callback:
 
     key = ""
     """Name under which checkpoints hold the callback's state; for an imported callback, its import path."""
+    only_reports = False
+    """Whether the callback changes nothing that is trained. It does not see steps that recovery repeats on trial."""
 
     def __init__(self, trainer: TrainingRun) -> None:
         self.trainer = trainer
@@ -85,6 +87,9 @@ class Callback:
 
     def at_end(self) -> None:
         """Run after the last step of the whole run, not after an interruption."""
+
+    def after_rewind(self) -> None:
+        """Run after the run has gone back to a checkpoint, after `load_state_dict`: `trainer.step` is smaller now."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, as plain JSON values. A checkpoint stores the state of rank 0."""

@@ -7,6 +7,8 @@ from train.metrics import StepMetrics
 
 
 class CheckpointCallback(Callback):
+    only_reports = True
+
     def after_step(self, steps: int, metrics: StepMetrics) -> None:
         every = self.trainer.config.checkpoint.every
         if every and steps % every == 0 and steps != self.trainer.steps:

@@ -23,6 +23,7 @@ class EvaluationCallback(Callback):
     that of sources with pictures.
     """
 
+    only_reports = True
     result: HeldOut | None = None
     answers: Mapping[str, Answers] = {}
 

@@ -20,6 +20,8 @@ from train.stragglers import SLOW_HOSTS
 class LoggingCallback(Callback):
     """Writes a line with the step's metrics. Raises `Diverged` if the loss or gradient norm is NaN or infinite."""
 
+    only_reports = True
+
     def __init__(self, trainer: TrainingRun) -> None:
         super().__init__(trainer)
         config, world = trainer.config, trainer.world
@@ -39,6 +41,16 @@ class LoggingCallback(Callback):
             self.last_loss, self.last_rate = steps[-1]["loss"], steps[-1]["tokens_per_second"]
         if trainer.world.is_main and (planned := read_prediction(trainer.directory.prediction)):
             self.planned = planned["tokens_per_second"]
+        self._start()
+
+    def after_rewind(self) -> None:
+        self.trainer.meshes.traffic.take()
+        self.trainer.batches.read(self.trainer.world.device)
+        self._start()
+
+    def _start(self) -> None:
+        """Measure from here on."""
+        trainer = self.trainer
         self._clock, self._paused, self._tokens = time.perf_counter(), trainer.paused_s, trainer.tokens
         self._begin, self._logged = (self._clock, trainer.step), trainer.step
 

@@ -36,7 +36,7 @@ class OnlineFilterCallback(Callback):
         if step == phase.start:
             last = OnlineWindow(generation=last.generation)
         key = key_of(trainer.config.run.seed, "online", phase.name)
-        filter_ = OnlineFilter(config, phase.global_batch_size, key, partial(self._losses, phase))
+        filter_ = OnlineFilter(config, phase.global_batch_size, key, partial(self._losses, phase, step))
         before = trainer.paused_s
         with trainer.pause():
             self.window = window = filter_.next(last, step, min(config.every, phase.stop - step))
@@ -64,8 +64,9 @@ class OnlineFilterCallback(Callback):
         self.window = OnlineWindow(**state)
         self.trainer.batches.select(self.window)
 
-    def _losses(self, phase: Phase, ordinals: Sequence[int]) -> Any:
+    def _losses(self, phase: Phase, step: int, ordinals: Sequence[int]) -> Any:
         loader = self.trainer.loaders[phase.name]
         placed, count, size = self.trainer.engine.placed, len(ordinals), phase.micro_batch_size
         assert isinstance(placed, ParallelModel)
-        return sequence_losses(placed, lambda a, b: loader.samples(ordinals[a:b]), count, size).cpu().numpy()
+        take = lambda a, b: loader.samples(ordinals[a:b], step - phase.start)  # noqa: E731
+        return sequence_losses(placed, take, count, size).cpu().numpy()

@@ -17,6 +17,8 @@ class ProfilerCallback(Callback):
     sorted by memory. With `profile.memory` on a GPU, it also writes a snapshot for pytorch.org/memory_viz.
     """
 
+    only_reports = True
+
     def __init__(self, trainer: TrainingRun) -> None:
         super().__init__(trainer)
         self.directory = trainer.directory.path / "profile"

@@ -103,6 +103,8 @@ class SuiteCallback(Callback):
     What fails when it is asked, judged or written is logged, and the run goes on.
     """
 
+    only_reports = True
+
     def __init__(self, trainer: TrainingRun, logging: LoggingCallback) -> None:
         super().__init__(trainer)
         self.logging, world = logging, trainer.world
@@ -115,6 +117,9 @@ class SuiteCallback(Callback):
         steps = self.trainer.step
         if steps and self._is_due(steps):
             self.ask()
+
+    def after_rewind(self) -> None:
+        self._asked_at = self.trainer.step
 
     def after_step(self, steps: int, metrics: StepMetrics) -> None:
         if self._is_due(steps):

@@ -21,6 +21,8 @@ from train.optim.config import OptimizerKind
 class SummaryCallback(Callback):
     """Writes summary.json from the last results of `logging` and `evaluation`, closes the writer, writes the report."""
 
+    only_reports = True
+
     def __init__(self, trainer: TrainingRun, logging: LoggingCallback, evaluation: EvaluationCallback) -> None:
         super().__init__(trainer)
         self.logging, self.evaluation = logging, evaluation

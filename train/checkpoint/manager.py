@@ -7,7 +7,7 @@ described in `train/checkpoint/index.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from train.checkpoint.parts import needed_index
 from train.checkpoint.plan import Plan, PlanReport, faulty, plan_of, verify
 from train.checkpoint.staging import Staging
 from train.checkpoint.state import TensorShard
-from train.run_directory import MARKER, committed
+from train.run_directory import MARKER, CommittedCheckpoint, committed
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Checkpointer:
     ) -> None:
         self.directory, self.world, self.keep = directory, world, keep
         self.asynchronous, self.report = asynchronous, report
+        self.keep_good = self.doubt = 0
+        """Number of older checkpoints to keep besides, and their least distance in steps: see `superfluous`."""
         self.failure = ""
         """Why the last save that failed did."""
         self._pending: tuple[Path, Future[None]] | None = None
@@ -142,13 +144,15 @@ class Checkpointer:
             return True
         return self.world.from_main((path / MARKER).exists) and path not in self._damaged
 
-    def restore(self, state: Sequence[TensorShard]) -> dict[str, Any] | None:
-        """Read the newest intact checkpoint into `state`, in place, and return its progress.
+    def restore(self, state: Sequence[TensorShard], newest: int | None = None) -> dict[str, Any] | None:
+        """Read the newest intact checkpoint into `state`, in place, and return its progress. `newest`: the step of the
+        newest to read; None: any.
 
         A checkpoint that cannot be used is reported, and the next older one is tried. Returns None if no checkpoint is
         committed. Raises `CheckpointError` if some are committed but none is intact.
         """
         present, reason = self.world.from_main(lambda: committed(self.directory)), ""
+        present = [found for found in present if newest is None or found.step <= newest]
         for found in reversed(present):
             check = partial(problem, found.path, digests=self._group is None)
             wrong = self.world.from_main(check) or self._read(found.path, state)
@@ -162,6 +166,18 @@ class Checkpointer:
         if present:
             raise CheckpointError(f"no checkpoint in {self.directory} is intact ({reason}); remove all to start over")
         return None
+
+    def steps(self) -> list[int]:
+        """Return the steps of the committed checkpoints, ascending, on every rank."""
+        self.wait()
+        return self.world.from_main(lambda: [found.step for found in committed(self.directory)])
+
+    def discard(self, step: int) -> None:
+        """Remove the checkpoints after step `step`."""
+        self.wait()
+        self.world.from_main(
+            lambda: remove_checkpoints(found for found in committed(self.directory) if found.step > step)
+        )
 
     def _read(self, checkpoint: Path, state: Sequence[TensorShard]) -> str:
         """Read a checkpoint into `state`. Returns a description of the damage that any rank found, the same text on all
@@ -209,11 +225,27 @@ class Checkpointer:
         if not self.world.is_main:
             return
         try:
-            for found in committed(self.directory)[: -self.keep]:
-                (found.path / MARKER).unlink()  # first, so that a partly removed checkpoint is never read
-                remove_tree(found.path)
+            remove_checkpoints(superfluous(committed(self.directory), self.keep, self.keep_good, self.doubt))
         except Exception as error:
             self.report(f"could not remove an old checkpoint: {_root_cause(error)}")
+
+
+def superfluous(
+    present: Sequence[CommittedCheckpoint], keep: int, keep_good: int, doubt: int
+) -> list[CommittedCheckpoint]:
+    """Return the checkpoints to remove: all but the `keep` newest, and the `keep_good` newest of those that are at
+    least `doubt` steps older than the newest, after which no trouble was found.
+    """
+    good = [found for found in present if found.step <= present[-1].step - doubt]
+    kept = {*present[-keep:], *good[len(good) - min(keep_good, len(good)) :]}
+    return [found for found in present if found not in kept]
+
+
+def remove_checkpoints(found: Iterable[CommittedCheckpoint]) -> None:
+    """Remove checkpoints. Each loses its marker first, so that a partly removed one is never read."""
+    for one in found:
+        (one.path / MARKER).unlink()
+        remove_tree(one.path)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -8,8 +8,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from core.files import read_json
+from core.files import misfit, read_json
 from train.exam.results import StepScore, scores_by_step
+from train.report.ledger import LINE
 from train.run_directory import (
     EVALUATIONS,
     EXAMPLES,
@@ -91,6 +92,17 @@ class RunFiles:
             verb = "is" if damaged == 1 else "are"
             self.problems["metrics.jsonl"] = f"{damaged:,} of {len(lines):,} lines {verb} damaged and left out"
         return [steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)]
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """Return the lines of recovery.jsonl."""
+        text = self._read("recovery.jsonl", _text, "")
+        lines = list(parse_lines(text))
+        if lines and lines[-1] is None and not text.endswith("\n"):
+            lines.pop()  # the run is writing it
+        if damaged := sum(line is None or bool(misfit(line, LINE)) for line in lines):
+            verb = "is" if damaged == 1 else "are"
+            self.problems["recovery.jsonl"] = f"{damaged:,} of {len(lines):,} lines {verb} damaged and left out"
+        return [line for line in lines if line is not None]
 
     def summary(self) -> dict[str, Any]:
         """Return summary.json, empty for a run that has not ended."""

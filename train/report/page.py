@@ -72,6 +72,7 @@ def _page(runs: Sequence[RunData], pictures: Sequence[Picture], folder: Path, re
             "warnings": list(run.warnings()),
             "audit": os.path.relpath(audit, folder) if (audit := run.directory / AUDIT_PAGE).exists() else None,
             "examples": run.examples,
+            "recovery": run.recovery,
             "command": repeat_command(run),
             "config": yaml.safe_dump(plain(run.config), sort_keys=False),
         }

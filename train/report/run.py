@@ -11,6 +11,7 @@ from core.errors import ConfigError
 from model.config import FeedForward
 from train.config import Objective, TrainConfig, phases
 from train.report.files import RunFiles, is_number
+from train.report.ledger import ledger_rows
 from train.run_directory import DIVERGED, load_config
 
 SPIKE = 1.5
@@ -48,6 +49,10 @@ class RunData:
         self.layers = moe if any("expert_load" in line for line in self.lines) else []
         """Indices of the MoE layers whose load was logged."""
         self.summary, self.log = files.summary(), files.log()
+        ledger = files.ledger()
+        self.recovery = ledger_rows(ledger)
+        """What recovery has done."""
+        self.gave_up = bool(ledger) and ledger[-1].get("event") == "stop"
         self.examinations = files.examinations()
         """The scores of each examination, in the order in which it was asked."""
         self.prediction = files.prediction()
@@ -61,11 +66,11 @@ class RunData:
 
     @property
     def ended(self) -> bool:
-        """Whether the run has diverged or written its summary, and so logs no further step. A summary of fewer steps is
-        older than an added phase.
+        """Whether the run has diverged, given up or written its summary: it logs no further step. A summary of fewer
+        steps is older than an added phase.
         """
         done = self.summary.get("steps") == phases(self.config)[-1].stop
-        return self.diverged or done or "summary.json" in self.problems
+        return self.diverged or self.gave_up or done or "summary.json" in self.problems
 
     @property
     def unit(self) -> str:
@@ -117,6 +122,8 @@ class RunData:
         last, total = self.lines[-1], phases(self.config)[-1].stop
         if self.diverged:
             yield f"The run diverged after step {last['step']:,}: its loss or gradient norm became NaN or infinite."
+        if self.gave_up:
+            yield "Recovery has stopped the run: the ledger below says why."
         if last["step"] < total:
             yield f"The run has reached step {last['step']:,} of {total:,}."
         held_out, bigram = self.summary.get("heldout_loss"), self.summary.get("bigram_loss")

@@ -275,7 +275,7 @@ def test_which_nodes_to_exclude():
     assert RequeueState(excluded=("n1",)).exclusions([]) == [["n1"]] == RequeueState(slow=("n1",)).exclusions([])
 
 
-@pytest.mark.parametrize("code, wished", [(WARNED, ["n2"]), (3, ["n2", "n3"]), (0, None)])
+@pytest.mark.parametrize("code, wished", [(WARNED, ["n2"]), (3, ["n2", "n3", "n4"]), (0, None)])
 def test_a_requeued_job_excludes_slow_nodes(stand_ins, tmp_path, monkeypatch, capsys, code, wished):
     """Exclude slow nodes whenever the job is requeued, and nodes that hung only if the attempt failed."""
     assert main(SUBMIT) == 0
@@ -284,6 +284,7 @@ def test_a_requeued_job_excludes_slow_nodes(stand_ins, tmp_path, monkeypatch, ca
     later = time.time() + 1
     (logs / "slow.jsonl").write_text(json.dumps({"time": later, "step": 9, "hosts": ["n2"]}) + "\n")
     (logs / "hangs.jsonl").write_text(json.dumps({"time": later, "hosts": ["n3"]}) + "\n")
+    (logs / "corrupt.jsonl").write_text(json.dumps({"time": later, "hosts": ["n4"]}) + "\n")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     again = tmp_path / "jobs" / "x" / "again-0.sh"
     assert requeue.main([str(tmp_path / "jobs" / "x"), str(code)]) == (0 if code == 0 else AGAIN)
@@ -292,7 +293,7 @@ def test_a_requeued_job_excludes_slow_nodes(stand_ins, tmp_path, monkeypatch, ca
         assert f"for nodes in {','.join(wished)} " in again.read_text()
         assert "leviathan: slow until the end of this attempt: n2" in capsys.readouterr().out
         stored = json.loads((tmp_path / "jobs" / "x" / "requeue-0.json").read_text())
-        assert stored["slow"] == ["n2"] and stored["excluded"] == ([] if code == WARNED else ["n3"])
+        assert stored["slow"] == ["n2"] and stored["excluded"] == ([] if code == WARNED else ["n3", "n4"])
 
 
 def test_bad_and_slow_nodes_are_those_of_this_attempt(tmp_path):
