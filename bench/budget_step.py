@@ -17,11 +17,11 @@ from unittest.mock import patch
 
 import torch
 
-from bench.counting import Counter
 from data.loader import Batch
 from model.config import ModelConfig
 from model.load_balance import Balancer
 from parallel import parallelize, sharding
+from parallel.checks.counting import Counter
 from parallel.layout import ParallelConfig
 from parallel.mesh import meshes_of_rank
 from precision.config import Compute, PrecisionConfig

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.counting import Counter
 from data.images.batch import BatchImages
 from data.loader import Batch
 from model.config import ModelConfig
 from model.load_balance import Balancer
 from model.vision.config import VisionConfig
 from parallel import parallelize
+from parallel.checks.counting import Counter
 from parallel.checks.recorder import recording
 from parallel.checks.streams import Event, Race, Stream
 from parallel.layout import ParallelConfig
