@@ -216,7 +216,7 @@ def loss_counts(ranks: int = 1, tokens: int = TOKENS) -> Counter:
         forward_peak = counter.peak
         loss.backward()
     assert head.weight.grad is not None
-    counter.peak = max(forward_peak, counter.peak - head.weight.grad.nbytes)
+    counter.memory.peak = max(forward_peak, counter.peak - head.weight.grad.nbytes)
     del narrow
     return counter
 
