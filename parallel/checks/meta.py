@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -27,7 +28,7 @@ from core.errors import LeviathanError
 from parallel.checks.recorder import handed, reduction
 
 META = torch.device("meta")
-_INTEGERS = (torch.bool, torch.uint8, torch.int32, torch.int64)
+_INTEGERS = (torch.bool, torch.int32, torch.int64)
 _MOST = 1 << 24
 """Elements of a tensor up to which its values are computed."""
 
@@ -56,7 +57,7 @@ class MetaDevice(TorchDispatchMode):
             return self.read(args[0]).item()
         if name == "_to_copy" and args[0].device == META and _is_host(options.get("device")):
             return self.read(args[0]).to(options.get("dtype") or args[0].dtype)
-        result = operation(*args, **options)
+        result = _grouped_mm(args, options) if name == "_grouped_mm" else operation(*args, **options)
         self._follow(operation, args, options, result)
         return result
 
@@ -142,6 +143,22 @@ class MetaDevice(TorchDispatchMode):
             yield from ((x, None) for x in written)
 
 
+class _PythonIntegers(TorchFunctionMode):
+    """Keeps the integers of tensors that are made of Python's values, of which PyTorch shows no operator."""
+
+    def __init__(self, device: MetaDevice) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.tensor, torch.as_tensor) and result.device == META and result.dtype in _INTEGERS:
+            data = [*args, (kwargs or {}).get("data")][0]
+            if not isinstance(data, Tensor):
+                self.device.write(result, torch.tensor(data, dtype=result.dtype))
+        return result
+
+
 def _tensors(value: Any) -> list[Tensor]:
     return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
@@ -149,6 +166,15 @@ def _tensors(value: Any) -> list[Tensor]:
 def _empty(x: Any) -> Any:
     """Return a tensor on the host without elements. Collectives with split sizes compare them with its length."""
     return torch.empty(*x.shape[:1], 0, dtype=x.dtype) if isinstance(x, Tensor) else x
+
+
+def _grouped_mm(args: Any, options: Any) -> Tensor:
+    """Return the result of a grouped matmul. Its kernels take float32 too, and its shape function does not."""
+    x, w, dtype = args[0], args[1], args[0].dtype
+    if dtype is torch.bfloat16 or x.device != META:
+        return torch.ops.aten._grouped_mm.default(*args, **options)
+    narrow = (one.to(torch.bfloat16) for one in (x, w))
+    return torch.empty_like(torch.ops.aten._grouped_mm.default(*narrow, *args[2:], **options), dtype=dtype)
 
 
 def _is_host(device: Any) -> bool:
@@ -185,6 +211,7 @@ def meta_device() -> Iterator[MetaDevice]:
             patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda group: None),
             patch("torch.optim.adam._device_dtype_check_for_fused", lambda *given, **named: None),
             MetaDevice() as device,
+            _PythonIntegers(device),
         ):
             yield device
     finally:
