@@ -12,19 +12,23 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from core.errors import LeviathanError
+from model.attention import segments
 from parallel.checks.recorder import handed, reduction
 
 META = torch.device("meta")
@@ -177,6 +181,22 @@ def _grouped_mm(args: Any, options: Any) -> Tensor:
     return torch.empty_like(torch.ops.aten._grouped_mm.default(*narrow, *args[2:], **options), dtype=dtype)
 
 
+def _attention(kind: str, honest: Any, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Call the kernel of `F.scaled_dot_product_attention` that a device of this kind would. On meta tensors torch would
+    compute and keep all scores.
+    """
+    mask, causal, grouped = options.get("attn_mask"), options.get("is_causal", False), options.get("enable_gqa", False)
+    if kind == "cpu":
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+    elif mask is None and q.dtype in (torch.bfloat16, torch.float16):
+        found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+    elif not grouped:
+        found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, q.requires_grad, 0.0, causal)
+    else:
+        return honest(q, k, v, **options)
+    return found[0]
+
+
 def _is_host(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cpu"
 
@@ -199,15 +219,26 @@ class _Streams:
 
 
 @contextmanager
-def meta_device() -> Iterator[MetaDevice]:
-    """Let FSDP2 and the fused AdamW run on meta tensors until the end of the block."""
+def meta_device(kind: str = "cuda") -> Iterator[MetaDevice]:
+    """Let FSDP2, attention and the fused AdamW run on meta tensors until the end of the block, with the kernels of a
+    device of this kind.
+    """
     backend: Any = ProcessGroup._get_backend
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagated(propagator: Any, schema: Any) -> Any:
+        with _disable_current_modes():  # DTensor finds shapes on fake tensors of the whole size, which nobody allocates
+            return propagate(propagator, schema)
+
     library = torch.library.Library("aten", "IMPL")
     library.impl("_fused_adamw_", lambda *given, **named: None, "Meta")  # its kernel has no shape function
     try:
         with (
             patch.object(torch, "meta", _Streams(), create=True),
             patch.object(ProcessGroup, "_get_backend", lambda group, device: backend(group, torch.device("cpu"))),
+            patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagated),
+            patch.object(segments, "device_kind", lambda x: kind),
+            patch.object(F, "scaled_dot_product_attention", partial(_attention, kind, F.scaled_dot_product_attention)),
             patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda group: None),
             patch("torch.optim.adam._device_dtype_check_for_fused", lambda *given, **named: None),
             MetaDevice() as device,

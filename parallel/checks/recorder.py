@@ -84,6 +84,7 @@ class Recorder(TorchDispatchMode):
         self._streams: dict[str, Stream] = {}
         self._members: dict[str, tuple[int, ...]] = {}
         self._batch = self._batches = -1
+        self.is_reading = False
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -311,7 +312,13 @@ def recording(device: str = "cpu") -> Iterator[Recorder]:
         honest = getattr(Tensor, name)
 
         def read(x: Tensor) -> Any:
-            recorder.synchronise(x)
+            if not recorder.is_reading:  # a mode that sees functions calls this one again
+                recorder.is_reading = True
+                try:
+                    recorder.synchronise(x)
+                    return honest(x)
+                finally:
+                    recorder.is_reading = False
             return honest(x)
 
         return read

@@ -92,7 +92,7 @@ def walk(
     """
     given = given or Assumptions()
     layout, phase = replace(layout, compile=False), phases(config)[0]
-    with _playing(rank, layout.world_size) as world, meta_device() as device:
+    with _playing(rank, layout.world_size) as world, meta_device(kind.type) as device:
         try:
             meshes = make_meshes(layout, world)
             engine = _engine(config, meshes, device, given.imbalance, kind)
