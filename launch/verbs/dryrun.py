@@ -26,9 +26,12 @@ class DryrunConfig:
     """Number of ranks of the job."""
     rank: int = 0
     """The rank to run as, from 0."""
+    ranks: list[int] = field(default_factory=list)
+    """Several ranks to run as, one after the other, instead of `rank`. Their collectives are checked against each other.
+    """
     all: bool = False
     """Run as one rank of each kind, one after the other: the first of each pipeline stage, those of the first group of
-    experts, and the last. Checks the collectives of these ranks against each other.
+    experts, and the last.
     """
     imbalance: float = 1.0
     """Tokens that the experts of this rank get, relative to the mean over all experts."""
@@ -42,10 +45,11 @@ class DryrunConfig:
     """Overrides of `leviathan train`; keys that `dryrun` does not have are collected here."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, positive=("world_size", "imbalance"), not_negative=("rank", "tiles"))
-        if self.rank >= self.world_size:
-            reason = f"ranks are 0 to {self.world_size - 1} (world_size)"
-            raise ConfigError("rank", self.rank, reason, [self.world_size - 1])
+        check_numbers(self, positive=("world_size", "imbalance"), not_negative=("tiles",))
+        for key, ranks in (("rank", [self.rank]), ("ranks", self.ranks)):
+            if ranks and not 0 <= min(ranks) <= max(ranks) < self.world_size:
+                reason = f"ranks are 0 to {self.world_size - 1} (world_size)"
+                raise ConfigError(key, ranks[0] if key == "rank" else ranks, reason)
         if self.out is not None:
             check_target("out", self.out, ".json")
 
@@ -82,7 +86,8 @@ def _walks(config: DryrunConfig, job: TrainConfig, layout: Layout) -> Iterator[R
 
     given = Assumptions(config.imbalance, config.tiles)
     check_walk(job, layout, given)
-    for rank in ranks_of_each_kind(layout) if config.all else [config.rank]:
+    chosen = sorted(set(config.ranks)) or [config.rank]
+    for rank in ranks_of_each_kind(layout) if config.all else chosen:
         yield walk(job, layout, rank, given)
 
 

@@ -33,6 +33,8 @@ from parallel.checks.recorder import handed, reduction
 
 META = torch.device("meta")
 _INTEGERS = (torch.bool, torch.int32, torch.int64)
+_SPLITS = {"output_split_sizes": "output", "input_split_sizes": "input"}
+"""Arguments of an all-to-all, and the tensors whose rows they divide."""
 _MOST = 1 << 24
 """Elements of a tensor up to which its values are computed."""
 
@@ -120,8 +122,9 @@ class MetaDevice(TorchDispatchMode):
         named = {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)} | options
         if all(x.device != META for x in _tensors(list(named.values()))):
             return operation(*args, **options)
-        result = operation(*tree_map(_empty, args), **tree_map(_empty, options))
         name = operation.overloadpacket.__name__.strip("_")
+        _check_splits(named)
+        result = operation(**{key: _stand_in(key, value) for key, value in named.items()})
         for x, values in self._brought(name, named, ProcessGroup.unbox(named["process_group"])):
             if values is None:
                 self._known.pop(x.untyped_storage()._cdata, None)
@@ -133,7 +136,7 @@ class MetaDevice(TorchDispatchMode):
         """Yield what a collective writes, with its values, if all ranks hand over the same integers."""
         given, written = handed(name, named)
         source = self._on_host(given[0]) if len(given) == len(written) == 1 else None
-        splits = {*named.get("output_split_sizes", ()), *named.get("input_split_sizes", ())}
+        splits = {size for key in _SPLITS for size in named.get(key, ())}
         if source is not None and name == "allreduce" and reduction(named) in ("sum", "max", "min"):
             yield written[0], source * group.size() if reduction(named) == "sum" else source
         elif source is not None and name == "allgather_base":
@@ -167,9 +170,18 @@ def _tensors(value: Any) -> list[Tensor]:
     return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
-def _empty(x: Any) -> Any:
-    """Return a tensor on the host without elements. Collectives with split sizes compare them with its length."""
-    return torch.empty(*x.shape[:1], 0, dtype=x.dtype) if isinstance(x, Tensor) else x
+def _stand_in(name: str, value: Any) -> Any:
+    """Return an argument of a collective with empty tensors on the host, and without the sizes of their parts."""
+    if name in _SPLITS:
+        return []
+    return tree_map(lambda x: torch.empty(0, dtype=x.dtype) if isinstance(x, Tensor) else x, value)
+
+
+def _check_splits(named: dict[str, Any]) -> None:
+    """Raise the error of NCCL's process group for parts that do not make up a tensor."""
+    for key, tensor in _SPLITS.items():
+        if (sizes := named.get(key)) and sum(sizes) != len(named[tensor]):
+            raise RuntimeError(f"{key} add up to {sum(sizes)} rows, but the {tensor} has {len(named[tensor])}")
 
 
 def _grouped_mm(args: Any, options: Any) -> Tensor:
