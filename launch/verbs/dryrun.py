@@ -1,4 +1,4 @@
-"""The verb `dryrun`: run the real code as any rank of a large job, on meta tensors, and report bytes and collectives."""
+"""The verb `dryrun`: run one step as any rank of a large job, on meta tensors, and report bytes and collectives."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ class DryrunConfig:
     rank: int = 0
     """The rank to run as, from 0."""
     ranks: list[int] = field(default_factory=list)
-    """Several ranks to run as, one after the other, instead of `rank`. Their collectives are checked against each other.
-    """
+    """Ranks to run as instead of `rank`, one after the other. Their collectives are checked against each other."""
     all: bool = False
     """Run as one rank of each kind, one after the other: the first of each pipeline stage, those of the first group of
     experts, and the last.

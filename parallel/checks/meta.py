@@ -1,8 +1,8 @@
 """Run the code of one rank on meta tensors, which have shapes but no values, in a world of any size.
 
-Integers that decide shapes, such as the numbers of tokens that experts get, are computed: a meta tensor of integers that
-follows from known ones alone has known values, kept on the host. A collective gives a rank what it would get if all
-ranks of the group handed over the same integers. Whatever else the host would read raises `UnknownValueError`.
+Integers that decide shapes, such as the numbers of tokens that experts get, are computed: a meta tensor of integers
+that follows from known ones alone has known values, kept on the host. A collective gives a rank what it would get if
+all ranks of the group handed over the same integers. Whatever else the host would read raises `UnknownValueError`.
 
 The process group may be torch's fake one, which sends nothing.
 """
@@ -71,8 +71,8 @@ class MetaDevice(TorchDispatchMode):
         """Return a copy of the values on the host. Raises `UnknownValueError` if they are not known."""
         with _disable_current_modes():
             if (found := self._on_host(x)) is None:
-                shape = f"{str(x.dtype).removeprefix('torch.')} {[*x.shape]}"
-                raise UnknownValueError(f"the host reads a tensor of the device, {shape}, whose values are not computed")
+                what = f"{str(x.dtype).removeprefix('torch.')} {[*x.shape]} of the device"
+                raise UnknownValueError(f"the host reads {what}, whose values are not computed")
             return found.clone()
 
     def write(self, x: Tensor, values: Tensor) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from data.loader import Batch

@@ -1,8 +1,8 @@
 """Run the real model, layout, optimizer and step as one rank of a world of any size, on one CPU.
 
-The process group is torch's fake one, which sends nothing, and tensors are on the meta device, with the kernels that are
-chosen on a GPU. Values are not computed, so that routing must be assumed: each expert gets equally many tokens, except
-that those of this rank may get `imbalance` times as many.
+The process group is torch's fake one, which sends nothing, and tensors are on the meta device, with the kernels that
+are chosen on a GPU. Values are not computed, so that routing must be assumed: each expert gets equally many tokens,
+except that those of this rank may get `imbalance` times as many.
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def synthetic_batch(phase: Phase, meshes: Meshes, tiles: int = 0) -> Batch:
         tokens_BT, labels_BT = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
         images = None
         if vision is not None:
-            rows_BT = torch.where(positions_T < tiles * vision.tokens_per_tile, positions_T, -1).repeat(len(tokens_BT), 1)
+            rows_T = torch.where(positions_T < tiles * vision.tokens_per_tile, positions_T, -1)
+            rows_BT = rows_T.repeat(shape[0], 1)
             tokens_BT[rows_BT >= 0] = vision.image_token_id
             labels_BT[rows_BT >= 0] = IGNORED
             shown = [[TileRef("dry", number, tile) for tile in range(tiles)] for number in range(start, stop)]

@@ -17,11 +17,11 @@ from tests.train.dryrun.real import CPU, real_peak, real_step, small_run
 from train.dryrun import report, step
 from train.dryrun.walk import Assumptions, assumed_routing, check_walk, walk
 
-DISTANCE = 0.03
+DISTANCE, DEEP = 0.03, "model.num_layers=4"
 LAYOUTS = {
     "pp2-tp2": (4, ["parallel.pp=2", "parallel.tp=2"]),
-    "pp2-ep2-interleaved": (4, ["parallel.pp=2", "parallel.ep=2", "parallel.schedule=interleaved", "model.num_layers=4"]),
-    "pp2-zero-bubble": (2, ["parallel.pp=2", "parallel.schedule=zbv", "model.num_layers=4"]),
+    "pp2-ep2-interleaved": (4, ["parallel.pp=2", "parallel.ep=2", "parallel.schedule=interleaved", DEEP]),
+    "pp2-zero-bubble": (2, ["parallel.pp=2", "parallel.schedule=zbv", DEEP]),
     "cp2-tp2": (4, ["parallel.cp=2", "parallel.tp=2", "parallel.ep=2"]),
     "hsdp": (4, ["parallel.dp_replicate=2", "parallel.recompute=full", "parallel.reduce_every=step"]),
     "etp2-top2": (4, ["parallel.ep=2", "parallel.etp=2", "model.router.top_k=2", "parallel.recompute=selective"]),
@@ -142,5 +142,5 @@ def test_what_cannot_be_walked_is_rejected(overrides, given, line):
 def test_an_error_of_the_real_code_names_the_rank(monkeypatch):
     config, layout = small_run("parallel.pp=2", ranks=2)
     monkeypatch.setattr(Layer, "forward", lambda self, x_BTD, context: x_BTD[..., :-1] + x_BTD)
-    with pytest.raises(LeviathanError, match="^rank 1: RuntimeError: Attempting to broadcast"):
+    with pytest.raises(LeviathanError, match=r"^rank 1: RuntimeError: Attempting to broadcast"):
         walk(config, layout, 1)
