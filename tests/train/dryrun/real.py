@@ -25,7 +25,7 @@ MODEL = [
     *("model.hidden_size=64", "model.num_layers=2", "model.moe_every=2", "model.dense_hidden_size=128"),
     *("model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=16", "model.expert_hidden_size=64"),
     *("model.vocab_size=1024", "model.router.force_balanced=true"),
-    *("training.global_batch_size=8", "training.micro_batch_size=1", "training.seq_len=128"),
+    *("training.global_batch_size=4", "training.micro_batch_size=1", "training.seq_len=128"),
 ]
 
 

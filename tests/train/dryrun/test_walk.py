@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from core.config import load
 from core.errors import ConfigError, LeviathanError
 from model.transformer import Layer
 from parallel import tensor_parallel
 from parallel.cost import static_bytes
 from parallel.mesh import MeshAxis
 from tests.train.dryrun.real import CPU, real_peak, real_step, small_run
+from train.config import TrainConfig, check
 from train.dryrun import report, step
 from train.dryrun.walk import Assumptions, assumed_routing, check_walk, walk
 
-DISTANCE, DEEP = 0.03, "model.num_layers=4"
+DISTANCE, DEEP, EIGHT = 0.03, "model.num_layers=4", "training.global_batch_size=8"
 LAYOUTS = {
     "pp2-tp2": (4, ["parallel.pp=2", "parallel.tp=2"]),
     "pp2-ep2-interleaved": (4, ["parallel.pp=2", "parallel.ep=2", "parallel.schedule=interleaved", DEEP]),
     "pp2-zero-bubble": (2, ["parallel.pp=2", "parallel.schedule=zbv", DEEP]),
     "cp2-tp2": (4, ["parallel.cp=2", "parallel.tp=2", "parallel.ep=2"]),
-    "hsdp": (4, ["parallel.dp_replicate=2", "parallel.recompute=full", "parallel.reduce_every=step"]),
+    "hsdp": (4, ["parallel.dp_replicate=2", "parallel.recompute=full", "parallel.reduce_every=step", EIGHT]),
     "etp2-top2": (4, ["parallel.ep=2", "parallel.etp=2", "model.router.top_k=2", "parallel.recompute=selective"]),
     "muon-bf16": (2, ["optimizer=muon", "precision=bf16", "parallel.ep=2", "parallel.gather_experts=step"]),
     "gathered": (2, ["parallel.ep=2", "parallel.dispatch=all_gather", "optimizer.moments=bfloat16"]),
@@ -59,7 +62,7 @@ def test_dry_runs_of_layouts_equal_real_ranks(name, ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_peak_is_what_the_profiler_measures(count, ranks):
-    config, layout = small_run("training.micro_batch_size=4", "training.seq_len=512", ranks=count)
+    config, layout = small_run(EIGHT, "training.micro_batch_size=4", "training.seq_len=512", ranks=count)
     for rank, measured in enumerate(ranks(count, real_peak, config)):
         dry = walk(config, layout, rank, kind=CPU).step
         found = sum(size for kind, size in dry.peak.by_kind.items() if kind not in KEPT)
@@ -118,6 +121,7 @@ def test_routing_is_balanced_or_gives_one_rank_more():
     assert (skewed[..., 0] != skewed[..., 1]).all()
 
 
+@pytest.mark.slow
 def test_imbalance_costs_the_hot_rank_memory():
     config, layout = small_run("parallel.ep=2", ranks=2)
     even, hot = (walk(config, layout, 1, Assumptions(imbalance)).step for imbalance in (1.0, 2.0))
@@ -144,3 +148,21 @@ def test_an_error_of_the_real_code_names_the_rank(monkeypatch):
     monkeypatch.setattr(Layer, "forward", lambda self, x_BTD, context: x_BTD[..., :-1] + x_BTD)
     with pytest.raises(LeviathanError, match=r"^rank 1: RuntimeError: Attempting to broadcast"):
         walk(config, layout, 1)
+
+
+@pytest.mark.slow
+def test_behemoth_is_walked_on_32768_ranks():
+    overrides = ["experiment=behemoth", "hparam=none", "parallel.pp=16", "parallel.tp=8", "parallel.ep=16"]
+    config = load("train", TrainConfig, [*overrides, "parallel.recompute=selective", "training.global_batch_size=4096"])
+    config = replace(config, data=replace(config.data, tokens=".", filter=None))
+    layout, moments = check(config, 32768), config.optimizer.moments_dtype(config.precision)
+    walks = [walk(config, layout, rank) for rank in (0, 16384, 30720)]
+    for one in walks:
+        planned, found = static_bytes(config.model, config.precision, layout, moments, one.rank), one.step
+        for kind in (step.PARAMETERS, step.GRADIENTS, step.OPTIMIZER):
+            assert getattr(found, kind) == getattr(planned, kind) > 0
+        assert found.peak.by_kind[step.UNREDUCED] == pytest.approx(planned.unreduced, rel=0.01)
+        assert found.peak.by_kind[step.GATHERED] == pytest.approx(planned.gathered, rel=0.01)
+        layers = layout.stages(config.model).layers[one.place["pp"]]
+        assert found.syncs["_to_copy"] == 16 * len(layers), "one wait per MoE layer and micro-batch"
+    assert report.faults(walks) == {"deadlocks": [], "races": []}
