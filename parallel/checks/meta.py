@@ -242,20 +242,27 @@ def meta_device(kind: str = "cuda") -> Iterator[MetaDevice]:
         with _disable_current_modes():  # DTensor finds shapes on fake tensors of the whole size, which nobody allocates
             return propagate(propagator, schema)
 
+    with (
+        patch.object(torch, "meta", _Streams(), create=True),
+        patch.object(ProcessGroup, "_get_backend", lambda group, device: backend(group, torch.device("cpu"))),
+        patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagated),
+        patch.object(segments, "device_kind", lambda x: kind),
+        patch.object(F, "scaled_dot_product_attention", partial(_attention, kind, F.scaled_dot_product_attention)),
+        patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda group: None),
+        fused_adamw_on_meta(),
+        MetaDevice() as device,
+        _PythonIntegers(device),
+    ):
+        yield device
+
+
+@contextmanager
+def fused_adamw_on_meta() -> Iterator[None]:
+    """Let the fused AdamW, whose kernel has no shape function, run on meta tensors."""
     library = torch.library.Library("aten", "IMPL")
-    library.impl("_fused_adamw_", lambda *given, **named: None, "Meta")  # its kernel has no shape function
+    library.impl("_fused_adamw_", lambda *given, **named: None, "Meta")
     try:
-        with (
-            patch.object(torch, "meta", _Streams(), create=True),
-            patch.object(ProcessGroup, "_get_backend", lambda group, device: backend(group, torch.device("cpu"))),
-            patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagated),
-            patch.object(segments, "device_kind", lambda x: kind),
-            patch.object(F, "scaled_dot_product_attention", partial(_attention, kind, F.scaled_dot_product_attention)),
-            patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda group: None),
-            patch("torch.optim.adam._device_dtype_check_for_fused", lambda *given, **named: None),
-            MetaDevice() as device,
-            _PythonIntegers(device),
-        ):
-            yield device
+        with patch("torch.optim.adam._device_dtype_check_for_fused", lambda *given, **named: None):
+            yield
     finally:
         library._destroy()

@@ -12,7 +12,7 @@ from torch import Tensor
 from core.config import load
 from core.errors import ConfigError, LeviathanError
 from model.transformer import Layer
-from parallel import tensor_parallel
+from parallel import fsdp, tensor_parallel
 from parallel.cost import static_bytes
 from parallel.mesh import MeshAxis
 from tests.train.dryrun.real import CPU, real_peak, real_step, small_run
@@ -83,6 +83,14 @@ def test_a_tensor_too_many_is_seen(monkeypatch):
     found = walk(config, layout, 0, kind=CPU).step
     extra = 2 * 128 * config.model.hidden_size * 4  # a tensor of each layer
     assert found.activations.bytes == honest.activations.bytes + extra
+
+
+def test_a_layout_that_shards_nothing_is_seen(monkeypatch):
+    config, layout = small_run(ranks=2)
+    planned = static_bytes(config.model, config.precision, layout, config.optimizer.moments_dtype(config.precision), 1)
+    assert walk(config, layout, 1, kind=CPU).step.parameters == planned.parameters
+    monkeypatch.setattr(fsdp, "apply", lambda *given: None)
+    assert walk(config, layout, 1, kind=CPU).step.parameters > 1.9 * planned.parameters
 
 
 class Wasteful(torch.autograd.Function):
