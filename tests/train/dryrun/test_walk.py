@@ -15,10 +15,12 @@ from model.transformer import Layer
 from parallel import fsdp, tensor_parallel
 from parallel.cost import static_bytes
 from parallel.mesh import MeshAxis
+from precision import resolve
+from precision.config import KernelKind, PrecisionConfig
 from tests.train.dryrun.real import CPU, real_peak, real_step, small_run
 from train.config import TrainConfig, check
 from train.dryrun import report, step
-from train.dryrun.walk import Assumptions, assumed_routing, check_walk, walk
+from train.dryrun.walk import GPU, Assumptions, assumed_routing, check_walk, walk
 
 DISTANCE, DEEP, EIGHT = 0.03, "model.num_layers=4", "training.global_batch_size=8"
 LAYOUTS = {
@@ -135,6 +137,13 @@ def test_imbalance_costs_the_hot_rank_memory():
     even, hot = (walk(config, layout, 1, Assumptions(imbalance)).step for imbalance in (1.0, 2.0))
     assert hot.activations.bytes > even.activations.bytes
     assert hot.parameters == even.parameters
+
+
+def test_the_kernels_of_gpus_need_not_be_installed(monkeypatch):
+    monkeypatch.setattr(resolve, "no_triton", lambda device: "Triton is not installed")
+    assert resolve.resolve(PrecisionConfig(), GPU, runs=False).kernels is KernelKind.triton
+    with pytest.raises(ConfigError, match="Triton is not installed"):
+        resolve.resolve(PrecisionConfig(kernels=KernelKind.triton), GPU)
 
 
 @pytest.mark.parametrize(
