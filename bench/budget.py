@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bench.counting import Counter, Float8Calls
+from bench.counting import Float8Calls
 from core.files import write_json
 from model.attention.plan import ForwardContext
 from model.config import ModelConfig
@@ -44,6 +44,7 @@ from model.moe import Experts, MixtureOfExperts
 from model.roles import Role
 from model.transformer import Layer, Stack
 from parallel import activation_checkpoint, expert_parallel
+from parallel.checks.counting import Counter
 from parallel.layout import DispatchMethod, ParallelConfig, Recompute
 from parallel.mesh import meshes_of_rank
 from precision.config import Compute, PrecisionConfig
@@ -215,7 +216,7 @@ def loss_counts(ranks: int = 1, tokens: int = TOKENS) -> Counter:
         forward_peak = counter.peak
         loss.backward()
     assert head.weight.grad is not None
-    counter.peak = max(forward_peak, counter.peak - head.weight.grad.nbytes)
+    counter.memory.peak = max(forward_peak, counter.peak - head.weight.grad.nbytes)
     del narrow
     return counter
 

@@ -8,8 +8,8 @@ so that their number grows with the weights of a rank. FSDP2's own work is not c
 from __future__ import annotations
 
 from collections import Counter as Counts
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,21 +17,21 @@ from unittest.mock import patch
 
 import torch
 
-from bench.counting import Counter
 from data.loader import Batch
 from model.config import ModelConfig
 from model.load_balance import Balancer
-from parallel import parallelize, sharding
+from parallel import parallelize
+from parallel.checks.counting import Counter
+from parallel.checks.meta import META, fused_adamw_on_meta
 from parallel.layout import ParallelConfig
 from parallel.mesh import meshes_of_rank
 from precision.config import Compute, PrecisionConfig
-from precision.resolve import resolve
 from train.engine.base import optimizer_step
 from train.engine.fsdp import TorchEngine
 from train.optim.config import OptimizerConfig
 
 STEP_LAYERS = 4
-GPU, META = torch.device("cuda"), torch.device("meta")
+GPU = torch.device("cuda")
 
 
 class StepCase:
@@ -39,13 +39,8 @@ class StepCase:
 
     def __init__(self, model: ModelConfig | None = None) -> None:
         model = model or replace(ModelConfig(), num_layers=STEP_LAYERS)
-        on_gpu = patch.object(parallelize, "resolve", lambda config, device: resolve(config, GPU))
-        with (
-            on_gpu,
-            patch.object(sharding, "initialise", lambda *given: None),
-        ):  # the values take long and do not matter
-            meshes = meshes_of_rank(ParallelConfig().resolve(1), 0)
-            placed = parallelize.build(model, PrecisionConfig(Compute.bfloat16), meshes, META, 0)
+        meshes = meshes_of_rank(ParallelConfig().resolve(1), 0)
+        placed = parallelize.build(model, PrecisionConfig(Compute.bfloat16), meshes, META, 0, kind=GPU)
         self.engine = TorchEngine(placed, OptimizerConfig())
         self.balancer = Balancer(placed.model)
         self.parts: dict[str, Counts[str]] = {}
@@ -60,7 +55,7 @@ class StepCase:
             for name, (owner, method) in methods.items():
                 noted = partial(self._noted, name, whole, getattr(owner, method))
                 patches.enter_context(patch.object(owner, method, noted))
-            patches.enter_context(_fused_on_meta())
+            patches.enter_context(fused_adamw_on_meta())
             patches.enter_context(whole)
             optimizer_step(engine, balancer, batch, 1, 1.0, 1.0)
         return whole
@@ -78,15 +73,3 @@ def step_counts(tokens: int) -> tuple[dict[str, int], int]:
     case(tokens)  # makes the optimizer's state
     syncs = case(tokens).syncs.total()
     return {name: launches.total() for name, launches in case.parts.items()}, syncs
-
-
-@contextmanager
-def _fused_on_meta() -> Iterator[None]:
-    """Let the fused AdamW, whose kernel has no shape function, run on meta tensors."""
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("_fused_adamw_", lambda *given, **named: None, "Meta")
-    try:
-        with patch("torch.optim.adam._device_dtype_check_for_fused", lambda *given, **named: None):
-            yield
-    finally:
-        library._destroy()

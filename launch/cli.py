@@ -77,6 +77,7 @@ VERBS = {
     ),
     "certify": Verb("CertifyConfig", "prove that a layout computes what one process computes", ("run",)),
     "plan": Verb("PlanConfig", "predict memory and step time; compare with published runs"),
+    "dryrun": Verb("DryrunConfig", "run one step as any rank of a large job, without GPUs", others="train"),
     "report": Verb("ReportConfig", "plot one run, or several side by side", ("runs...",)),
     "watch": Verb(
         "WatchConfig",

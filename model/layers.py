@@ -87,7 +87,7 @@ def gated_product(gate_up: Tensor, down: _Projection, kernels: StepKernels, grou
         return down.gemm.linear(kernels.swiglu_halves(gate_up), down.weight, groups)
     flat = gate_up.flatten(0, -2)
     y: Tensor = _GatedProduct.apply(flat, down.gemm.copies.narrow(down.weight), groups, down.gemm, kernels)
-    return y.unflatten(0, gate_up.shape[:-1])
+    return y if gate_up.dim() == 2 else y.unflatten(0, gate_up.shape[:-1])  # FSDP2 warns about units that return views
 
 
 class _GatedProduct(torch.autograd.Function):

@@ -225,9 +225,26 @@ def _counted_reduction(group: Any, post_backward: Any, axis: MeshAxis, replicate
 
 
 def _has_gradient(parameter: FSDPParam) -> bool:
-    if parameter.unsharded_accumulated_grad is not None:
-        return True
-    return hasattr(parameter, "_unsharded_param") and parameter._unsharded_param.grad is not None
+    return _whole_gradient(parameter) is not None
+
+
+def _whole_gradient(parameter: FSDPParam) -> Tensor | None:
+    if parameter.unsharded_accumulated_grad is not None or not hasattr(parameter, "_unsharded_param"):
+        return parameter.unsharded_accumulated_grad
+    return parameter._unsharded_param.grad
+
+
+def before_reductions(roots: Iterable[nn.Module], see: Callable[[list[Tensor]], None]) -> None:
+    """Let `see` have the whole gradients of each unit after each of its backward passes, before they are reduced."""
+
+    def seen(group: Any, post_backward: Any, *unused: Any) -> None:
+        see([x for one in group.fsdp_params if (x := _whole_gradient(one)) is not None])
+        post_backward(*unused)
+
+    for root in roots:
+        for _, group in units(root):
+            if group is not None:
+                group.post_backward = partial(seen, group, group.post_backward)
 
 
 class GradientSum:

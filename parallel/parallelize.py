@@ -159,12 +159,16 @@ def build(
     device: torch.device,
     seed: int,
     frozen: AbstractSet[Role] = frozenset(),
+    kind: torch.device | None = None,
 ) -> ParallelModel:
     """Build, distribute and initialise a model. Each rank allocates only its own part. Parameters of `frozen` roles
     have `requires_grad=False`, by which engines and optimizers know them.
+
+    `kind`: the device whose kernels are chosen, if `device` is the meta device, on which nothing is initialised.
     """
-    check_heads(config, precision, device)
-    layout, model = meshes.layout, on_meta(config, precision, resolve(precision, device))
+    kind = kind or device
+    check_heads(config, precision, kind)
+    layout, model = meshes.layout, on_meta(config, precision, resolve(precision, kind, runs=device.type != "meta"))
     freeze(model, frozen)
     stacks = runtime.split_stages(model, meshes)
     specs = sharding.shard_specs(registry(model), config, meshes)
@@ -177,7 +181,7 @@ def build(
     for root in roots:
         root.to_empty(device=device)
     fsdp.count_traffic(roots, meshes)
-    if layout.zero_stage != 3:  # in stage 3 the engine sets the initial weights
+    if layout.zero_stage != 3 and device.type != "meta":  # in stage 3 the engine sets the initial weights
         sharding.initialise(sharding.local_shards(model, specs), config, seed)
     reset_buffers(model)
     return ParallelModel(model, specs, meshes, stacks)

@@ -108,9 +108,12 @@ VARLEN_SINCE = "2.12"
 """The first version of torch whose `varlen_attn` has `enable_gqa`; 2.11 has `window_size` only."""
 
 
-def resolve(config: PrecisionConfig, device: torch.device = CPU) -> Precision:
-    """Return the backends for `config` on `device`. Raises `ConfigError` with every reason if one is unavailable."""
-    return Precision(config, _recipe(config, device), _kernels(config, device), _attention(config, device))
+def resolve(config: PrecisionConfig, device: torch.device = CPU, runs: bool = True) -> Precision:
+    """Return the backends for `config` on `device`. Raises `ConfigError` with every reason if one is unavailable.
+
+    `runs`: False if Triton's kernels need not run here, because tensors have no values.
+    """
+    return Precision(config, _recipe(config, device), _kernels(config, device, runs), _attention(config, device))
 
 
 def _recipe(config: PrecisionConfig, device: torch.device) -> Recipe | None:
@@ -127,10 +130,10 @@ def _recipe(config: PrecisionConfig, device: torch.device) -> Recipe | None:
     return recipe
 
 
-def _kernels(config: PrecisionConfig, device: torch.device) -> KernelKind:
+def _kernels(config: PrecisionConfig, device: torch.device, runs: bool) -> KernelKind:
     if config.kernels is KernelKind.auto and device.type != "cuda":
         return KernelKind.torch
-    if config.kernels is not KernelKind.torch and (reason := no_triton(device)):
+    if runs and config.kernels is not KernelKind.torch and (reason := no_triton(device)):
         raise ConfigError("precision.kernels", config.kernels, reason, [KernelKind.torch.value])
     return KernelKind.torch if config.kernels is KernelKind.torch else KernelKind.triton
 

@@ -170,14 +170,20 @@ def _slices(q: Tensor, k: Tensor, v: Tensor, segment: Segment) -> list[Tensor]:
     return [x[segment.rows, positions].transpose(1, 2) for x, positions in places]
 
 
+def device_kind(x: Tensor) -> str:
+    """Return the type of the device whose kernels are used. A dry run replaces it: its tensors are on none."""
+    return x.device.type
+
+
 def _has_kernel(q: Tensor) -> bool:
     """Return whether torch has a flash kernel that returns the log-sum-exp for this device, dtype and head dim."""
-    has_flash = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    is_old = q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0)
+    has_flash = device_kind(q) == "cuda" and not is_old
     return has_flash and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    if q.device.type == "cpu":
+    if device_kind(q) == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return out, lse
     if _has_kernel(q):
@@ -190,7 +196,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Ten
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.device.type == "cpu":
+    if device_kind(q) == "cpu":
         kernel: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return kernel(grad, q, k, v, out, lse, 0.0, causal)
     if _has_kernel(q):

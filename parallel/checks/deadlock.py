@@ -9,9 +9,10 @@ An order that passes cannot deadlock however few channels NCCL has.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 from parallel.checks.recorder import Issued
@@ -21,6 +22,31 @@ def deadlocks(ranks: Sequence[Sequence[Issued]]) -> list[str]:
     """Return the faults in what the ranks of a world issued, by rank; empty if they can all come to their ends."""
     found = [*_unequal_sequences(ranks), *_unpaired(ranks)]
     return found or _Replay(ranks).stuck()
+
+
+def deadlocks_among(records: Mapping[int, Sequence[Issued]]) -> list[str]:
+    """Return the faults among some ranks of a large world, by the rank's number. Groups count without their other
+    members, and messages to or from other ranks are omitted.
+    """
+    numbers = sorted(records)
+    places = {rank: place for place, rank in enumerate(numbers)}
+
+    def here(one: Issued) -> Issued | None:
+        if not one.group:
+            return one
+        if one.peer >= 0 and one.peer not in places:
+            return None
+        members = tuple(places[rank] for rank in sorted(places.keys() & set(one.ranks)))
+        return replace(one, ranks=members, peer=places.get(one.peer, -1))
+
+    kept = [[own for one in records[rank] if (own := here(one)) is not None] for rank in numbers]
+    return [_renumbered(fault, numbers) for fault in deadlocks(kept)]
+
+
+def _renumbered(fault: str, numbers: Sequence[int]) -> str:
+    """Return a fault with the numbers of ranks in place of their places among those that were replayed."""
+    number = lambda found: str(numbers[int(found[0])])  # noqa: E731
+    return re.sub(r"\branks? \d+(, \d+)*", lambda found: re.sub(r"\d+", number, found[0]), fault)
 
 
 def _unequal_sequences(ranks: Sequence[Sequence[Issued]]) -> list[str]:

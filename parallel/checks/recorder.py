@@ -41,7 +41,8 @@ class Issued:
     group, which is the same on all its `ranks`. `peer`: the rank of the world at the other end of a send or receive.
     `shapes` and `dtypes`: those of the tensors, unless ranks may differ in them. `label`: what FSDP2 was doing. `work`:
     the number of the asynchronous collective, or of the one that is waited for; -1 for a synchronous one. `batch`: the
-    number of the batch of sends and receives that start as one, or -1.
+    number of the batch of sends and receives that start as one, or -1. `bytes`: those that this rank hands over or, for
+    a receive, gets.
     """
 
     operation: str
@@ -53,6 +54,7 @@ class Issued:
     label: str = ""
     work: int = -1
     batch: int = -1
+    bytes: int = 0
 
     @property
     def is_collective(self) -> bool:
@@ -80,7 +82,9 @@ class Recorder(TorchDispatchMode):
         self._blocks: dict[int, tuple[Block, Any]] = {}
         self._works: dict[int, tuple[Work, int, Event, list[Tensor]]] = {}
         self._streams: dict[str, Stream] = {}
+        self._members: dict[str, tuple[int, ...]] = {}
         self._batch = self._batches = -1
+        self.is_reading = False
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -202,7 +206,7 @@ class Recorder(TorchDispatchMode):
     def _collective(self, operation: Any, args: Any, options: Any) -> Any:
         named = {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)} | options
         name = operation.overloadpacket.__name__.strip("_")
-        read, written = _handed(name, named)
+        read, written = handed(name, named)
         touched = list({id(x): x for x in (*read, *written)}.values())
         result = operation(*args, **options)
         work = next((x for x in tree_leaves(result) if isinstance(x, torch.ScriptObject)), None)
@@ -210,7 +214,7 @@ class Recorder(TorchDispatchMode):
         sends = name in ("send", "recv", "recv_any_source")
         is_async = sends or bool(named.get("async_op", True))
         number = len(self.issued) if is_async else -1
-        self._note(name, named, group, touched, number)
+        self._note(name, named, group, touched, number, sum(x.nbytes for x in read or written))
         stream, caller = self.machine.current, self.machine.current
         if is_async:
             stream = self._streams.setdefault(
@@ -229,24 +233,33 @@ class Recorder(TorchDispatchMode):
             self._works[id(held)] = held, number, stream.record_event(), touched
         return result
 
-    def _note(self, name: str, named: dict[str, Any], group: ProcessGroup, tensors: list[Tensor], work: int) -> None:
-        ranks = tuple(dist.get_process_group_ranks(group))
+    def _note(
+        self, name: str, named: dict[str, Any], group: ProcessGroup, tensors: list[Tensor], work: int, size: int
+    ) -> None:
+        ranks = self._ranks(group)
         peer = named.get("dst", named.get("src", -1))
         uneven = name.startswith(("alltoall", "gather", "scatter"))  # ranks may send one another different sizes
         shapes = () if uneven else tuple(tuple(x.shape) for x in tensors)
         dtypes = tuple(str(x.dtype).removeprefix("torch.") for x in tensors)
         kind = "receive" if name == "recv" else name
         if "reduce_op" in named:
-            kind = f"{kind} {_reduction(named)}"
+            kind = f"{kind} {reduction(named)}"
         end = ranks[peer] if peer >= 0 else -1
-        self.issued.append(Issued(kind, group.group_name, ranks, end, shapes, dtypes, self.label, work, self._batch))
+        made = Issued(kind, group.group_name, ranks, end, shapes, dtypes, self.label, work, self._batch, size)
+        self.issued.append(made)
+
+    def _ranks(self, group: ProcessGroup) -> tuple[int, ...]:
+        """Return the ranks of a group. Records share them: a world may have thousands of ranks."""
+        if group.group_name not in self._members:
+            self._members[group.group_name] = tuple(dist.get_process_group_ranks(group))
+        return self._members[group.group_name]
 
 
-def _reduction(named: dict[str, Any]) -> str:
+def reduction(named: dict[str, Any]) -> str:
     return dist.ReduceOp.RedOpType(named["reduce_op"].op()).name.lower()
 
 
-def _handed(name: str, named: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+def handed(name: str, named: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors that a collective reads, and those that it writes."""
     tensors = {key: [x for x in tree_leaves(value) if isinstance(x, Tensor)] for key, value in named.items()}
     read = [x for key, some in tensors.items() if key in _INPUTS for x in some]
@@ -299,7 +312,13 @@ def recording(device: str = "cpu") -> Iterator[Recorder]:
         honest = getattr(Tensor, name)
 
         def read(x: Tensor) -> Any:
-            recorder.synchronise(x)
+            if not recorder.is_reading:  # a mode that sees functions calls this one again
+                recorder.is_reading = True
+                try:
+                    recorder.synchronise(x)
+                    return honest(x)
+                finally:
+                    recorder.is_reading = False
             return honest(x)
 
         return read

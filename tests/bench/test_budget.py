@@ -12,12 +12,13 @@ from torch import Tensor
 
 from bench import budget, budget_table
 from bench.budget_step import StepCase
-from bench.counting import Counter, Shell
+from bench.counting import Shell
 from core.memory import upload
 from model import moe
 from model.attention import layer as attention
 from model.attention import plan
 from parallel import expert_parallel
+from parallel.checks.counting import Counter
 from parallel.layout import DispatchMethod, Recompute
 from precision.fp8_linear import Operand
 from precision.native_gemm import NativeGemm

@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.counting import Counter
 from data.images.batch import BatchImages
 from data.loader import Batch
 from model.config import ModelConfig
 from model.load_balance import Balancer
 from model.vision.config import VisionConfig
 from parallel import parallelize
+from parallel.checks.counting import Counter
 from parallel.checks.recorder import recording
 from parallel.checks.streams import Event, Race, Stream
 from parallel.layout import ParallelConfig
 from precision.config import AttentionKind, Compute, PrecisionConfig
-from precision.resolve import resolve
 from tests.support.models import meshes_here, small
 from train.engine.fsdp import TorchEngine
 from train.engine.inputs import AheadCopies, StepInputs
@@ -34,15 +33,14 @@ LENGTH, MICRO = 48, 1
 
 
 @pytest.fixture
-def engine(monkeypatch) -> TorchEngine:
-    return on_meta(small(), monkeypatch)
+def engine() -> TorchEngine:
+    return on_meta(small())
 
 
-def on_meta(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> TorchEngine:
+def on_meta(model: ModelConfig) -> TorchEngine:
     """Return an engine on meta tensors with the code that runs on GPUs."""
-    monkeypatch.setattr(parallelize, "resolve", lambda config, device: resolve(config, GPU))
     precision = PrecisionConfig(Compute.bfloat16)
-    placed = parallelize.build(model, precision, meshes_here(ParallelConfig()), META, 0)
+    placed = parallelize.build(model, precision, meshes_here(ParallelConfig()), META, 0, kind=GPU)
     assert placed.attention is AttentionKind.varlen
     return TorchEngine(placed, OptimizerConfig())
 
@@ -168,7 +166,7 @@ def test_pixels_are_copied_ahead(monkeypatch):
             adapter_hidden_size=64,
         )
     )
-    engine, one, recorded = on_meta(model, monkeypatch), pictures(model), []
+    engine, one, recorded = on_meta(model), pictures(model), []
     with recording(META.type), PixelCopies() as before:
         monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: recorded.append(x.dtype))
         engine.copies = AheadCopies(engine.placed, torch.cpu)

@@ -1,0 +1,1 @@
+"""Run the training step of any rank of a large world on meta tensors, and report what it does."""
