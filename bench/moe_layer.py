@@ -142,7 +142,7 @@ def permutation(experts: int, dtype: torch.dtype) -> Result:
 
     def there_and_back(value: Tensor) -> Tensor:
         sent = layer.dispatch(value.flatten(0, 1), TopKRouting(experts_BTK.flatten(0, 1), weights))()
-        return sent.combine(sent.x_CD)().view_as(value)
+        return sent.combine(sent.x_CD)()().view_as(value)
 
     a, b = interleaved([GrowthCase(there_and_back, [weights], x), our_case(layer, x)], rounds=21)
     ratio, name = median_ratio(a, b), f"MoE layer, sort and permutation of the whole, E={experts}, {_short(dtype)} (s)"

@@ -80,7 +80,7 @@ class RouterBalance(nn.Module):
                 raise ValueError("balancing losses need ForwardContext.routed_tokens, the step's global token count")
             routed_tokens = float(logits_BTE.shape[0] * logits_BTE.shape[1])
         if not logits_BTE.requires_grad:  # everything up to here is frozen
-            if torch._C._current_graph_task_id() == -1:  # else a backward pass recomputes the layer
+            if not in_backward():
                 self.measure(logits_BTE, experts_BTK, routed_tokens, is_image_BT)
             return logits_BTE
         return _InjectGradient.apply(logits_BTE, experts_BTK, self, routed_tokens, is_image_BT)
@@ -131,6 +131,11 @@ class RouterBalance(nn.Module):
             self.bias_E.add_(delta_E - delta_E.mean())
         for buffer in (self.counts_E, self.image_counts_E, self.sums):
             buffer.zero_()
+
+
+def in_backward() -> bool:
+    """Return whether a backward pass runs: a forward pass inside recomputes a layer."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class _InjectGradient(torch.autograd.Function):

@@ -22,7 +22,7 @@ from model.config import BalanceConfig, ModelConfig, RouterConfig, WeightsOn
 from model.kernels import StepKernels, TorchKernels, kernels_for
 from model.kernels.moe import SortedSlots
 from model.layers import GatedMLP, GroupedGateUp, GroupedLinear, gated_product
-from model.load_balance import RouterBalance
+from model.load_balance import RouterBalance, in_backward
 from model.roles import Role
 from model.router_scores import scores
 from precision.gemm import Groups, at_least_float32
@@ -91,6 +91,7 @@ def in_best_groups(ranking_BTE: Tensor, router: RouterConfig) -> Tensor:
     return grouped.masked_fill(is_out[..., None], -torch.inf).flatten(-2)
 
 
+T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
 
 
@@ -106,8 +107,10 @@ class Dispatched:
 
     x_CD: Tensor
     groups: Groups
-    combine: Callable[[Tensor], Pending[Tensor]]
-    """Sums the experts' rows [C, D] into the result of each token [T, D]."""
+    combine: Callable[[Tensor], Callable[[], Pending[Tensor]]]
+    """Sums the experts' rows [C, D] per token on this rank. Returns the function that begins to send the sums back, for
+    the result of each token [T, D].
+    """
 
 
 class Dispatcher(Protocol):
@@ -133,15 +136,15 @@ class LocalDispatcher:
         permute = permute_on_host if few else partial(permute_by_expert, multiple=self.token_multiple)
         rows = permute(slots, self.experts)
         x_CD, collect = dispatch_rows(self.kernels, rows, x_TD, routing.weights_TK, self.weights_on)
-        return _done(Dispatched(x_CD, rows.groups, lambda y_CD: partial(collect, y_CD)))
+        return _done(Dispatched(x_CD, rows.groups, lambda y_CD: _done(partial(collect, y_CD))))
 
 
 _FEW_SLOTS = 64
 """Number of slots up to which Python sorts faster than a dozen tensor operations: in generation, token by token."""
 
 
-def _done(dispatched: Dispatched) -> Pending[Dispatched]:
-    return lambda: dispatched
+def _done(result: T) -> Callable[[], T]:
+    return lambda: result
 
 
 def dispatch_one_token(x_1D: Tensor, routing: TopKRouting, experts: int, weights_on: WeightsOn) -> Pending[Dispatched]:
@@ -156,9 +159,10 @@ def dispatch_one_token(x_1D: Tensor, routing: TopKRouting, experts: int, weights
     groups = Groups(torch.tensor(counts), counts)
     if weights_on is WeightsOn.output:
         rows_KD = x_1D.expand(len(chosen), -1)
-        return _done(Dispatched(rows_KD, groups, lambda y_KD: partial(weights_1K.matmul, y_KD)))
+        return _done(Dispatched(rows_KD, groups, lambda y_KD: _done(partial(weights_1K.matmul, y_KD))))
     x_KD = x_1D * weights_1K.t()
-    return _done(Dispatched(x_KD, groups, lambda y_KD: lambda: y_KD if len(chosen) == 1 else y_KD.sum(0, keepdim=True)))
+    add = (lambda y_KD: y_KD) if len(chosen) == 1 else partial(torch.sum, dim=0, keepdim=True)
+    return _done(Dispatched(x_KD, groups, lambda y_KD: _done(partial(add, y_KD))))
 
 
 def permute_on_host(experts_TK: Tensor, experts: int) -> SortedSlots:
@@ -253,11 +257,18 @@ class MixtureOfExperts(nn.Module):
         arrived = self.dispatch(x_TD, TopKRouting(experts_BTK.flatten(0, 1), weights_BTK.flatten(0, 1)))
         inner_TF = None if self.shared is None else self.shared.first_half(x_TD)
         rows = arrived()
-        combined = rows.combine(self.experts(rows.x_CD, rows.groups))
-        shared_TD = None if self.shared is None or inner_TF is None else self.shared.second_half(inner_TF)
+        send_back, is_again = rows.combine(self.experts(rows.x_CD, rows.groups)), in_backward()
+        # recomputation ends with the last tensor that is saved: let that be before results are sent once more
+        shared_TD = self._second_half(inner_TF) if is_again else None
+        combined = send_back()
+        if not is_again:
+            shared_TD = self._second_half(inner_TF)
         y_TD = combined()
         if self.multiplier != 1:
             y_TD = y_TD * self.multiplier
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         return y_TD.view_as(x_BTD)
+
+    def _second_half(self, inner_TF: Tensor | None) -> Tensor | None:
+        return None if self.shared is None or inner_TF is None else self.shared.second_half(inner_TF)

@@ -211,7 +211,7 @@ def expert_traffic(
     by_slot = top_k == 1 and not by_node
     # the combine is recomputed only if an operation after it saves tensors for the backward pass
     weighted_here = model.router.weights_on is WeightsOn.output and by_slot and not gathered
-    back_again = again and bool(model.shared_hidden_size or weighted_here)
+    back_again = again and weighted_here
     if gathered:
         there = tokens * model.hidden_size * size
         back = ranks * there

@@ -154,9 +154,12 @@ class AllToAll(_Dispatcher):
             slots = permute_by_expert(experts_R1, self.local_experts, self.token_multiple)
             groups = Groups(slots.groups.counts_E, self._padded(arriving))
 
-            def combine(y_CD: Tensor) -> Pending[Tensor]:
-                back = start_all_to_all(self.kernels.unpermute(y_CD, slots), receive, send, self.axis, "tokens")
+            def send_back(y_RD: Tensor) -> Pending[Tensor]:
+                back = start_all_to_all(y_RD, receive, send, self.axis, "tokens")
                 return lambda: collect(back())
+
+            def combine(y_CD: Tensor) -> Callable[[], Pending[Tensor]]:
+                return partial(send_back, self.kernels.unpermute(y_CD, slots))
 
             return Dispatched(self.kernels.permute(tokens(), slots), groups, combine)
 
@@ -173,7 +176,7 @@ class AllToAll(_Dispatcher):
 
         def arrived() -> Dispatched:
             x_CD, groups, collect = self._rows(*tokens(), self._padded(arriving))
-            return Dispatched(x_CD, groups, lambda y_CD: hop.start_back(collect(y_CD)))
+            return Dispatched(x_CD, groups, lambda y_CD: partial(hop.start_back, collect(y_CD)))
 
         return arrived
 
@@ -206,7 +209,11 @@ class AllToAll(_Dispatcher):
             inside = _Hop(self.kernels, self.axis, near, send_near, receive_near, "inside nodes")
             known = self._padded([[count] for count in sizes[4 * ranks :]])
             x_CD, groups, collect = self._rows(*inside.start(x_RD, weights_RK, experts_RK)(), known)
-            return Dispatched(x_CD, groups, lambda y_CD: hop.start_back(inside.start_back(collect(y_CD))()))
+
+            def send_back(y_RD: Tensor) -> Pending[Tensor]:
+                return hop.start_back(inside.start_back(y_RD)())
+
+            return Dispatched(x_CD, groups, lambda y_CD: partial(send_back, collect(y_CD)))
 
         return arrived
 
@@ -294,7 +301,11 @@ class AllGather(_Dispatcher):
         def arrived() -> Dispatched:
             slots = self._local_slots(ids() - self.axis.rank * self.local_experts)
             x_CD, collect = dispatch_rows(self.kernels, slots, tokens(), weights(), self.weights_on)
-            return Dispatched(x_CD, slots.groups, lambda y_CD: start_reduce_scatter(collect(y_CD), self.axis, "tokens"))
+
+            def combine(y_CD: Tensor) -> Callable[[], Pending[Tensor]]:
+                return partial(start_reduce_scatter, collect(y_CD), self.axis, "tokens")
+
+            return Dispatched(x_CD, slots.groups, combine)
 
         return arrived
 
@@ -349,9 +360,12 @@ class DeepEP(_Dispatcher):
             slots = self._local_slots(ids_RK, known)
             x_CD, collect = dispatch_rows(self.kernels, slots, x_RD, weights_RK, self.weights_on)
 
-            def combine(y_CD: Tensor) -> Pending[Tensor]:
-                results = start((collect(y_CD),), send_back, send_gradients)
+            def start_back(y_RD: Tensor) -> Pending[Tensor]:
+                results = start((y_RD,), send_back, send_gradients)
                 return lambda: results()[0]
+
+            def combine(y_CD: Tensor) -> Callable[[], Pending[Tensor]]:
+                return partial(start_back, collect(y_CD))
 
             return Dispatched(x_CD, slots.groups, combine)
 

@@ -37,10 +37,12 @@ SECONDS = 1.0
 def measure(ranks: Any, name: str, unit_s: float = SECONDS) -> Times:
     """Measure one of `CASES`. `ranks`: a pool of ranks."""
     exchange, shared, top_k, recompute = CASES[name]
-    passes = [1 / 3, 2 / 3] if recompute is Recompute.none else [1 / 4, 1 / 4, 1 / 2]
+    # exchanges and part of the work of each pass; a recomputed layer does not send results back
+    passes = [(2, 1 / 3), (2, 2 / 3)] if recompute is Recompute.none else [(2, 1 / 4), (1, 1 / 4), (2, 1 / 2)]
     network_s, work_s = unit_s * exchange, unit_s * shared
-    run = partial(_fastest, ranks, moe_seconds, network_s / len(passes) / 2, work_s, top_k, recompute)
-    least_s = sum(max(network_s / len(passes), work_s * part) for part in passes)
+    delay_s = network_s / sum(count for count, _ in passes)
+    run = partial(_fastest, ranks, moe_seconds, delay_s, work_s, top_k, recompute)
+    least_s = sum(max(delay_s * count, work_s * part) for count, part in passes)
     return Times(network_s, work_s, least_s, step_s=run(False), waiting_s=run(True))
 
 

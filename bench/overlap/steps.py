@@ -78,9 +78,14 @@ def _waiting(dispatch: Callable[..., Pending[Dispatched]], x_TD: Tensor, routing
     """Wait for tokens where they are sent, as if the exchanges were synchronous."""
     rows = dispatch(x_TD, routing)()
 
-    def combine(y_CD: Tensor) -> Pending[Tensor]:
-        y_TD = rows.combine(y_CD)()
-        return lambda: y_TD
+    def combine(y_CD: Tensor) -> Callable[[], Pending[Tensor]]:
+        send_back = rows.combine(y_CD)
+
+        def sent_back() -> Pending[Tensor]:
+            y_TD = send_back()()
+            return lambda: y_TD
+
+        return sent_back
 
     return lambda: Dispatched(rows.x_CD, rows.groups, combine)
 

@@ -225,7 +225,7 @@ def test_one_token_is_dispatched_alike(chosen, weights_on):
         with context:
             sent = dispatcher(x_1D, routing)()
             expert_C = torch.repeat_interleave(torch.arange(5), sent.groups.counts_E)
-            found.append(sent.combine(sent.x_CD * factor_E1[expert_C])())
+            found.append(sent.combine(sent.x_CD * factor_E1[expert_C])()())
             assert sent.groups.host == [int(expert in chosen) for expert in range(5)]
     torch.testing.assert_close(*found)
     assert not torch.allclose(found[0], x_1D * weights_1K.sum()), "control: the experts matter"
