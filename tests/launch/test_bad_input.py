@@ -21,7 +21,7 @@ CONFIGURATION = {
     "lr=0.1": "lr: no such key; try optimizer.lr or optimizer.muon.lr",
     "runname=x": "runname: no such key; try run.name",
     "training.steps=1e3": "could not be converted to Integer; try 1000",
-    "model=gpt5": "model=gpt5: no such choice; try behemoth, glyph_towers, llama4_maverick,",
+    "model=gpt5": "model=gpt5: no such choice; try behemoth, deepseek_v3, glyph_towers,",
     "model.num_kv_heads=3": "model.num_kv_heads=3: must divide the 4 query heads; try 1, 2 or 4",
     "model.head_dim=7": "model.head_dim=7: must be even: the rotation acts on pairs",
     "model.num_experts=1": "model.num_experts=1: must be at least 2; moe_every=0 makes every layer dense",

@@ -15,7 +15,7 @@ from torch import Tensor
 from core.config import load
 from model.attention.cache import KeyValueCache
 from model.attention.plan import ForwardContext
-from model.config import InitConfig, ModelConfig, MultipliersConfig
+from model.config import InitConfig, LatentConfig, ModelConfig, MultipliersConfig
 from model.transformer import Transformer
 from tests.model.attention.test_cache import BUGS
 from tests.support.bugs import bound
@@ -53,6 +53,13 @@ def tiny(name: str) -> Transformer:
         changed["attention_chunk_size"] = CHUNK
     if config.rope_scaling is not None:
         changed["rope_scaling"] = replace(config.rope_scaling, original_seq_len=4)
+    if config.latent is not None:
+        changed["latent"] = LatentConfig(kv_rank=12, query_rank=10, rope_dim=4, value_dim=6)
+    if config.rope_yarn is not None:
+        changed["rope_yarn"] = replace(config.rope_yarn, original_seq_len=4)
+    if config.router.groups > 1:
+        changed["router"] = replace(config.router, top_k=4, groups=4, top_groups=2)
+    changed["first_dense"] = min(config.first_dense, 1)
     if config.nope_every:
         changed["nope_every"] = 2
     if config.vision is not None:

@@ -25,6 +25,7 @@ from train.optim.optimizer import set_learning_rate
 WIDE = PrecisionConfig(Compute.float64)
 MATRICES = {
     *("query", "key", "value", "attention_output", "dense_gate", "dense_up", "dense_down"),
+    *("query_down", "query_up", "latent_down", "latent_up"),
     *("shared_gate", "shared_up", "shared_down", "expert_gate_up", "expert_down"),
 }
 
