@@ -38,10 +38,10 @@ test: $(STAMP)
 	PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -n $(WORKERS) -m "not slow and not gpu"
 
 test-slow: $(STAMP) slurm sandbox
-	$(RUN) -m pytest -n $(WORKERS) -m "slow and not gpu" $(if $(SHARD),--shard $(SHARD))
+	PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -n $(WORKERS) -m "slow and not gpu" $(if $(SHARD),--shard $(SHARD))
 
 test-all: $(STAMP) slurm sandbox
-	$(RUN) -m pytest -n $(WORKERS) -m "not gpu"
+	PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -n $(WORKERS) -m "not gpu"
 
 slurm:
 	@command -v sbatch >/dev/null && command -v munge >/dev/null && test -x /usr/sbin/slurmctld || \
