@@ -58,7 +58,7 @@ def test_windows_are_chosen_by_losses_with_pictures(words, tmp_path):
         online.before_step(step)
         run.train_step(step)
     online.before_step(2)
-    scored = online._losses(run.phase(2), list(range(16)))
+    scored = online._losses(run.phase(2), 2, list(range(16)))
     assert scored == pytest.approx(losses_of(run, list(range(16))), rel=1e-9)
     assert scored != pytest.approx(losses_of(run, list(range(16)), black=True), rel=1e-6), "control: black pictures"
     shown = run.loaders["main"].samples(range(16)).images.tiles
