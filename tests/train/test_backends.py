@@ -108,10 +108,10 @@ def test_ranks_with_different_backends_are_rejected(ranks, small_corpus, tmp_pat
     assert "the other ranks FP8 blockwise by emulation for attention, dense, shared, expert" in said[0]
 
 
-def test_no_compiler_is_one_line_before_a_run_begins(tmp_path, small_corpus, monkeypatch, capfd):
+def test_no_compiler_is_one_line_before_a_run_begins(tmp_path, small_corpus, capfd):
     assert no_compilation(torch.device("cpu")) is None
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "missing")))
     words = ["parallel.compile=true", "training.steps=1", f"run.root={tmp_path}", "run.name=run"]
-    assert main(["train", *TINY, *small_corpus, *words]) == 2 and not (tmp_path / "run").exists()
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "missing"))}):
+        assert main(["train", *TINY, *small_corpus, *words]) == 2 and not (tmp_path / "run").exists()
     reason = "torch.compile needs a C++ compiler: install g++, or set CXX to one that runs; try false"
     assert capfd.readouterr().err.strip() == f"leviathan: error: parallel.compile=true: {reason}"
