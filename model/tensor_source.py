@@ -39,7 +39,7 @@ class TensorSource(Protocol):
 
 @runtime_checkable
 class BiasedSource(TensorSource, Protocol):
-    """A source that has the routers' selection biases, which are no parameters."""
+    """A source that has the routers' selection biases, which are buffers."""
 
     def selection_biases(self) -> dict[str, Tensor]:
         """Return the bias on each expert's routing score, [E], by buffer name."""

@@ -242,7 +242,7 @@ class WatchedRun:
             reason = (self._diverged.content or {}).get("reason", "the loss or gradient norm is NaN or infinite")
             found.append(f"diverged: {reason}")
         elif self.step and not math.isfinite(self.curves["loss"].value):
-            found.append(f"the loss at step {self.step:,} is no number")
+            found.append(f"the loss at step {self.step:,} is NaN or infinite")
         found += self.slow_ranks
         if self.jump:
             found.append(self.jump)
@@ -251,7 +251,7 @@ class WatchedRun:
             if tail.problem:
                 found.append(f"{tail.path.name} cannot be read: {tail.problem}")
             elif tail.damaged:
-                found.append(f"{tail.path.name}: damaged lines left out: {tail.damaged:,}")
+                found.append(f"{tail.path.name}: damaged lines ignored: {tail.damaged:,}")
         cached = (self._config, self._summary, self._diverged, self._log)
         return found + [f"{one.path.name} cannot be read: {one.problem}" for one in cached if one.problem]
 

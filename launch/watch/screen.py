@@ -65,7 +65,7 @@ def watch(directories: Sequence[Path], jobs: Path, seconds: float, console: Cons
     """Show the runs until `q` (returns 0) or a signal such as Ctrl-C (returns 130)."""
     view, states = View([WatchedRun(directory) for directory in directories]), JobStates(jobs, directories)
     if not console.is_terminal or console.is_dumb_terminal:
-        raise ConfigError("once", False, "standard output is no terminal that can be drawn on", ["--once"])
+        raise ConfigError("once", False, "needs a terminal that can be drawn on", ["--once"])
     states.start()
     screen = Live(console=console, screen=True, auto_refresh=False)
     with SignalFlag() as interruption, keyboard.reading(), screen:

@@ -34,7 +34,7 @@ STATE_STYLES = {
 RUN_STYLES = ("cyan", "yellow", "green", "magenta", "blue", "red", "white")
 ZOOMS = {"the whole run": 1.0, "its last half": 0.5, "its last tenth": 0.1}
 NARROW, LOW = 90, 34
-"""Columns below which panels stand above each other, and lines below which the log is left out."""
+"""Columns below which panels are stacked, and lines below which the log is omitted."""
 LONGEST_TEXT = 400
 """Characters of a text from a file that are shown."""
 

@@ -90,7 +90,7 @@ class MetaDevice(TorchDispatchMode):
             into.copy_(values)
 
     def _on_host(self, x: Any) -> Any:
-        """Return the values of a tensor, or None if they are unknown. Whatever is no meta tensor stands for itself."""
+        """Return the values of a tensor, or None if they are unknown. Anything else is returned as it is."""
         if isinstance(x, torch.device):
             return torch.device("cpu") if x == META else x
         if not isinstance(x, Tensor) or x.device != META:

@@ -67,7 +67,7 @@ def test_text_presets_are_the_models_without_an_encoder(name):
 def published(name: str) -> dict[str, Any]:
     """Return a copy of the release's `config.json`. Llama 4's are gated and were assembled from printed copies: Scout's
     with the later correction of its RoPE, Maverick's as first released, which lists many defaults. DeepSeek-V3's and
-    Kimi-K2's were assembled from printed copies too; multi-token prediction, which is not supported, is left out.
+    Kimi-K2's were assembled from printed copies too; multi-token prediction, which is not supported, is omitted.
     """
     found = json.loads((Path(__file__).with_name("published") / f"{name}.json").read_text())
     return {**found, "num_nextn_predict_layers": 0} if "num_nextn_predict_layers" in found else found

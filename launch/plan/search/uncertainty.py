@@ -72,7 +72,7 @@ def error_bar(run: RunTraits, what: str, residuals: Iterable[Residual] | None = 
     rows = [row for row in (residuals or stored_residuals()) if getattr(row, what) is not None]
     near = sorted(rows, key=lambda row: _distance(run, row))[:NEAREST]
     low, high = np.quantile([getattr(row, what) for row in near], [(1 - INSIDE) / 2, (1 + INSIDE) / 2])
-    low, high = min(low, 0.0), max(high, 0.0)  # what the rows do not show is no correction
+    low, high = min(low, 0.0), max(high, 0.0)  # contain the prediction even if all errors have one sign
     octaves, outside = _outside(run, rows)
     factor = 1 + WIDER * octaves
     return ErrorBar(math.exp(low * factor), math.exp(high * factor), len(near), tuple(outside))

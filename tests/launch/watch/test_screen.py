@@ -160,7 +160,7 @@ def test_once_prints_plain_text_of_any_width(run, capsys):
         ("runs", "runs=runs: is not a run's directory: it has no config.yaml and no metrics.jsonl; try runs/x"),
         ("a/b/c", "runs=a/b/c: no such directory, and a/b does not exist either"),
         ("--once later", "runs=later: no such directory"),
-        ("runs/x", "once=false: standard output is no terminal that can be drawn on; try --once"),
+        ("runs/x", "once=false: needs a terminal that can be drawn on; try --once"),
         ("runs/x seconds=0", "seconds=0.0: must be 0.1 to 86,400; try 2"),
         ("runs/x width=3", "width=3: must be 20 to 1,000 columns, or null; try 100"),
         (

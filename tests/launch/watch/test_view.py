@@ -166,7 +166,7 @@ def test_a_resumed_run_goes_back(run):
     (run / "new").write_text("")
     os.replace(run / "new", run / "metrics.jsonl")
     watched.poll()
-    assert watched.step == 0 and not watched.loads and not watched.curves["loss"].points, "it begins anew"
+    assert watched.step == 0 and not watched.loads and not watched.curves["loss"].points, "it starts over"
 
 
 def test_a_jump_of_the_loss_is_an_alarm_and_its_end_is_told(run):
@@ -189,7 +189,7 @@ def test_values_that_are_no_numbers(run):
             line.replace("4.0", "NaN", 1) + "\n" + json.dumps(logged(-1)) + "\n" + json.dumps(logged("5")) + "\n"
         )
     text = frame(run)
-    assert "! the loss at step 52 is no number" in text and "damaged lines left out: 2" in text
+    assert "! the loss at step 52 is NaN or infinite" in text and "damaged lines ignored: 2" in text
     assert "gradient norm         -" not in text, "a value that is unknown has no row"
 
 
@@ -267,7 +267,7 @@ def test_several_runs_side_by_side(tmp_path, run):
     assert re.search(r"> +1 +first +running +50 of 60 +4.5000 +4.2500 +7,000 .* job 17 RUNNING", text)
     assert re.search(r"2 +second +finished +60 of 60 +3.0000", text)
     plotted = "".join(line[10:] for line in text.splitlines() if "┤" in line)
-    assert "1" in plotted and "2" in plotted, "curves are told apart without colours"
+    assert "1" in plotted and "2" in plotted, "curves differ without colours"
     assert view.press("down") and re.search("^> +2 +second", plain_frame(view, 140, 45), re.MULTILINE)
     assert "mean, second" in plain_frame(view, 140, 45)
     assert view.press("1") and "running first" in plain_frame(view, 140, 45)

@@ -1,7 +1,7 @@
 """Layouts of more ranks than this machine could run: each of 16 ranks takes two steps in turn, and sends nothing.
 
 A group that sends nothing gives a rank back what it hands in, so routing is balanced, which makes counts plausible.
-Pipelines are left out: the shapes that a stage receives would be arbitrary.
+Pipelines are omitted: the shapes that a stage receives would be arbitrary.
 """
 
 from __future__ import annotations
