@@ -30,6 +30,11 @@ class LayoutRule:
     needs: frozenset[str]
     allows: Callable[[Columns], np.ndarray]
 
+    @classmethod
+    def of(cls, reason: str, needs: str, allows: Callable[[Columns], np.ndarray]) -> LayoutRule:
+        """Make a rule. `needs`: names of columns, with spaces between them."""
+        return cls(reason, frozenset(needs.split()), allows)
+
 
 def layout_rules(outline: ModelOutline, world: int) -> list[LayoutRule]:
     """Return the rules of the degrees, in the order in which the framework checks them."""
@@ -39,9 +44,6 @@ def layout_rules(outline: ModelOutline, world: int) -> list[LayoutRule]:
     sizes += [model.dense_hidden_size] if False in kinds else []
     sizes += [model.shared_hidden_size] if True in kinds else []
     split = math.gcd(*sizes)
-
-    def of(reason: str, needs: str, allows: Callable[[Columns], np.ndarray]) -> LayoutRule:
-        return LayoutRule(reason, frozenset(needs.split()), allows)
 
     def experts(c: Columns) -> np.ndarray:
         if True not in kinds:
@@ -55,21 +57,21 @@ def layout_rules(outline: ModelOutline, world: int) -> list[LayoutRule]:
         return np.asarray(whole & ((unit == 1) | (run.seq_len >= unit * c["cp"])))
 
     return [
-        of(
+        LayoutRule.of(
             INDIVISIBLE,
             "pp dp_replicate cp tp",
             lambda c: world % (c["pp"] * c["dp_replicate"] * c["cp"] * c["tp"]) == 0,
         ),
-        of("more stages than layers", "pp", lambda c: c["pp"] <= model.num_layers),
-        of("tp does not divide heads, vocabulary or hidden sizes", "tp", lambda c: split % c["tp"] == 0),
-        of("cp and tp do not divide the sequence", "cp tp", length),
-        of(
+        LayoutRule.of("more stages than layers", "pp", lambda c: c["pp"] <= model.num_layers),
+        LayoutRule.of("tp does not divide heads, vocabulary or hidden sizes", "tp", lambda c: split % c["tp"] == 0),
+        LayoutRule.of("cp and tp do not divide the sequence", "cp tp", length),
+        LayoutRule.of(
             "data parallelism does not divide the global batch",
             "pp cp tp",
             lambda c: run.global_batch_size % np.maximum(1, world // (c["pp"] * c["cp"] * c["tp"])) == 0,
         ),
-        of("ep and etp do not divide the experts", "ep etp", experts),
-        of(
+        LayoutRule.of("ep and etp do not divide the experts", "ep etp", experts),
+        LayoutRule.of(
             "ep * etp does not divide dp_shard * cp * tp",
             "pp dp_replicate ep etp",
             lambda c: world // (c["pp"] * c["dp_replicate"]) % (c["ep"] * c["etp"]) == 0,
@@ -80,9 +82,6 @@ def layout_rules(outline: ModelOutline, world: int) -> list[LayoutRule]:
 def candidate_rules(outline: ModelOutline, multiple: int) -> list[LayoutRule]:
     """Return the rules of schedules, micro-batches and precision. `multiple`: of FP8 products' sizes."""
     model, run = outline.model, outline.run
-
-    def of(reason: str, needs: str, allows: Callable[[Columns], np.ndarray]) -> LayoutRule:
-        return LayoutRule(reason, frozenset(needs.split()), allows)
 
     def fills(c: Columns) -> np.ndarray:
         batches = run.global_batch_size // (c["dp"] * c["micro_batch_size"])
@@ -103,17 +102,17 @@ def candidate_rules(outline: ModelOutline, multiple: int) -> list[LayoutRule]:
         return np.asarray(~c["fp8"] | fits)
 
     return [
-        of("more stages than layers", "pp per_rank", lambda c: c["pp"] * c["per_rank"] <= model.num_layers),
-        of(
+        LayoutRule.of("more stages than layers", "pp per_rank", lambda c: c["pp"] * c["per_rank"] <= model.num_layers),
+        LayoutRule.of(
             "tied embeddings with both ends on one rank",
             "pp schedule",
             lambda c: (c["pp"] == 1) | ~IS_V[c["schedule"]] | (not model.tie_embeddings),
         ),
-        of(
+        LayoutRule.of(
             "the micro-batch does not divide a rank's sequences",
             "dp micro_batch_size",
             lambda c: run.global_batch_size % (c["dp"] * c["micro_batch_size"]) == 0,
         ),
-        of("too few micro-batches for the pipeline", "pp per_rank schedule dp micro_batch_size", fills),
-        of("sizes that FP8 products cannot take", "tp etp fp8", in_fp8),
+        LayoutRule.of("too few micro-batches for the pipeline", "pp per_rank schedule dp micro_batch_size", fills),
+        LayoutRule.of("sizes that FP8 products cannot take", "tp etp fp8", in_fp8),
     ]
