@@ -67,8 +67,7 @@ class LatentAttention(nn.Module):
     def _step(self) -> HeadStep:
         model, yarn = self.model, self.model.rope_yarn
         scale = model.multipliers.attention * (1.0 if yarn is None else yarn.logit_factor)
-        heads = self.output.weight.shape[1] // self.latent.value_dim
-        return HeadStep(heads, heads, model.head_dim, model.rope_pairing, query_scale=scale)
+        return HeadStep(model.num_heads, model.num_heads, model.head_dim, query_scale=scale)
 
     def _queries(self, x_BTD: Tensor, rotation: Tensor | None) -> Tensor:
         if self.latent.query_rank is None:
