@@ -22,7 +22,7 @@ def written(model: ModelConfig, directory: Path, **changes) -> Path:
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_settings_of_published_sizes_are_equal(name, tmp_path):
-    """Test both the `config.json` that we write and the published one."""
+    """Test both the `config.json` that we write and the published one: `compare_settings` raises for a difference."""
     huggingface.compare_settings(preset(name), written(preset(name), tmp_path))
     if name != "behemoth":
         config = published(name)

@@ -35,7 +35,7 @@ LAYOUTS = {
 }
 
 
-def compare(count: int, overrides: list[str], ranks: Any) -> None:
+def assert_equals_real_ranks(count: int, overrides: list[str], ranks: Any) -> None:
     config, layout = small_run(*overrides, ranks=count)
     moments = config.optimizer.moments_dtype(config.precision)
     muon = config.optimizer.kind.name == "muon"
@@ -52,13 +52,13 @@ def compare(count: int, overrides: list[str], ranks: Any) -> None:
 
 
 def test_a_dry_run_equals_real_ranks(ranks):
-    compare(2, ["parallel.ep=2"], ranks)
+    assert_equals_real_ranks(2, ["parallel.ep=2"], ranks)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_dry_runs_of_layouts_equal_real_ranks(name, ranks):
-    compare(*LAYOUTS[name], ranks)
+    assert_equals_real_ranks(*LAYOUTS[name], ranks)
 
 
 @pytest.mark.slow
